@@ -3,14 +3,23 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
+	"net"
 	"os"
+	"os/signal"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
 )
 
 //go:generate go run github.com/bufbuild/buf/cmd/buf@v1.75.0 generate --template proto/buf.gen.yaml
@@ -61,6 +70,13 @@ func commands() []command {
 	return []command{
 		{name: "check", args: "[pipeline.json]", summary: "read and validate a pipeline file, start nothing", run: checkCommand, examples: `
   flowctl check pipeline.json
+`},
+		{name: "list", args: "[flags]", summary: "show what is registered, and how it is", run: listCommand, examples: `
+  flowctl list
+  flowctl list -e 127.0.0.1:8080 -json
+`},
+		{name: "server", args: "[flags]", summary: "run the control plane alone", hidden: true, run: serverCommand, examples: `
+  flowctl server -control-plane-port 9090
 `},
 		{name: "version", summary: "print the version", run: versionCommand},
 		{name: "help", args: "[command]", summary: "explain flowctl, or one command", run: helpCommand},
@@ -134,6 +150,47 @@ func parseFlags(fs *flag.FlagSet, args []string, most int) ([]string, error) {
 	}
 }
 
+// planeFlags are the flags of the control plane, which run and server have.
+type planeFlags struct {
+	address  string
+	port     int
+	portSet  bool // on the command line
+	ttl      time.Duration
+	interval time.Duration
+	logLevel slog.Level
+	format   string
+}
+
+func (o *planeFlags) define(fs *flag.FlagSet) {
+	fs.StringVar(&o.address, "control-plane-address", "127.0.0.1", "`address` of the control plane, or unix:PATH")
+	fs.IntVar(&o.port, "control-plane-port", 8080, "`port` of the control plane; 0 takes a free one")
+	fs.DurationVar(&o.ttl, "heartbeat-ttl", 30*time.Second, "a service is stale when its last heartbeat is older than this")
+	fs.DurationVar(&o.interval, "janitor-interval", 10*time.Second, "look for stale services at least this often")
+	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "`level` of flowctl's own log: debug, info, warn or error")
+	fs.StringVar(&o.format, "log-format", formatAuto, "`format` of the log: auto, text or json")
+}
+
+func (o *planeFlags) check(fs *flag.FlagSet) error {
+	fs.Visit(func(f *flag.Flag) { o.portSet = o.portSet || f.Name == "control-plane-port" })
+	if o.port < 0 || o.port > 65535 {
+		return &usageError{fs.Name(), fmt.Errorf("-control-plane-port %d: it must be between 0 and 65535", o.port)}
+	}
+	if o.format != formatAuto && o.format != formatText && o.format != formatJSON {
+		return &usageError{fs.Name(), fmt.Errorf("-log-format %q: it must be auto, text or json", o.format)}
+	}
+	return positive(fs, "heartbeat-ttl", "janitor-interval")
+}
+
+// positive fails for the first of the duration flags that is below 10ms.
+func positive(fs *flag.FlagSet, names ...string) error {
+	for _, name := range names {
+		if d := fs.Lookup(name).Value.(flag.Getter).Get().(time.Duration); d < 10*time.Millisecond {
+			return &usageError{fs.Name(), fmt.Errorf("-%s %s: it must be 10ms at least", name, d)}
+		}
+	}
+	return nil
+}
+
 // fileArgument is the pipeline file: named by -f or as an argument, not by both.
 func fileArgument(fs *flag.FlagSet, file string, rest []string) (string, error) {
 	set := false
@@ -164,6 +221,71 @@ func checkCommand(args []string) error {
 	}
 	fmt.Printf("%s: ok: pipeline %s, %d sources, %d processors, %d sinks\n", file, p.Metadata.Name, len(p.Spec.Sources), len(p.Spec.Processors), len(p.Spec.Sinks))
 	return nil
+}
+
+func listCommand(args []string) error {
+	fs := flag.NewFlagSet("list", flag.ContinueOnError)
+	var endpoint string
+	fs.StringVar(&endpoint, "endpoint", "127.0.0.1:8080", "`host:port` of the control plane, or unix:PATH")
+	fs.StringVar(&endpoint, "e", "127.0.0.1:8080", "short for -endpoint")
+	asJSON := fs.Bool("json", false, "print JSON")
+	wait := fs.Bool("wait", true, "give a control plane that is just starting up to 2s")
+	if _, err := parseFlags(fs, args, 0); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	rows, err := fetchListing(ctx, endpoint, *wait)
+	if err != nil {
+		return &exitError{exitPlane, fmt.Errorf("no control plane answers at %s: %v", endpoint, err)}
+	}
+	switch {
+	case *asJSON:
+		err = writeJSON(os.Stdout, rows)
+	case len(rows) == 0:
+		fmt.Fprintln(os.Stderr, "flowctl: nothing is registered")
+	default:
+		err = writeTable(os.Stdout, rows, time.Now())
+	}
+	if err == nil && slices.ContainsFunc(rows, func(l listing) bool { return !l.Healthy }) {
+		return &exitError{code: exitFailed}
+	}
+	return err
+}
+
+func serverCommand(args []string) error {
+	var o planeFlags
+	fs := flag.NewFlagSet("server", flag.ContinueOnError)
+	o.define(fs)
+	if _, err := parseFlags(fs, args, 0); err != nil {
+		return err
+	}
+	if err := o.check(fs); err != nil {
+		return err
+	}
+	log := newLogger(os.Stderr, o.format, o.logLevel)
+	o.portSet = true // what components of other machines know must not wander
+	signals := catchSignals()
+	lis, endpoint, err := openPlane(o, log)
+	if err != nil {
+		return &exitError{exitPlane, err}
+	}
+	registry := newRegistry(o.ttl, o.interval, endpoint, nil)
+	plane := servePlane(lis, registry, log)
+	defer plane.stop()
+	notify(log, daemon.SdNotifyReady, "STATUS=listening on "+endpoint)
+	for {
+		select {
+		case <-registry.wake:
+			for _, c := range registry.changes(time.Now()) {
+				logChange(log, c)
+			}
+		case sig := <-signals:
+			log.Info("stopping", "signal", sig.String())
+			notify(log, daemon.SdNotifyStopping)
+			return nil
+		}
+	}
 }
 
 func versionCommand(args []string) error {
@@ -227,4 +349,63 @@ func printHelp(w io.Writer, fs *flag.FlagSet) {
 		fs.SetOutput(w)
 		fs.PrintDefaults()
 	}
+}
+
+// catchSignals returns the signals that ask for an end. A signal that flowctl was
+// started to ignore, as by nohup, stays ignored. SIGPIPE is caught so that a closed
+// standard output is an error of a write and not the end of flowctl; it is not set
+// to be ignored because children would inherit that.
+func catchSignals() <-chan os.Signal {
+	signals := make(chan os.Signal, 4)
+	for _, sig := range []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+		if !signal.Ignored(sig) {
+			signal.Notify(signals, sig)
+		}
+	}
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	return signals
+}
+
+// openPlane listens where o says. Where nobody asked for that very port and it is
+// taken, a free one serves.
+func openPlane(o planeFlags, log *slog.Logger) (net.Listener, string, error) {
+	lis, endpoint, err := listenPlane(o.address, o.port)
+	tcp := !strings.HasPrefix(o.address, "unix:")
+	if errors.Is(err, syscall.EADDRINUSE) && !o.portSet && tcp {
+		log.Warn("the default port is taken, a free one serves", "port", o.port)
+		lis, endpoint, err = listenPlane(o.address, 0)
+	}
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE) && tcp:
+		return nil, "", fmt.Errorf("the control plane cannot listen on %s: the address is in use; choose another with -control-plane-port (0 takes a free one)", net.JoinHostPort(o.address, strconv.Itoa(o.port)))
+	case err != nil:
+		return nil, "", fmt.Errorf("the control plane cannot listen: %v", err)
+	}
+	if tcp, ok := lis.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() {
+		log.Warn("the control plane listens off the loopback without TLS: who reaches it can register", "addr", lis.Addr().String())
+	}
+	log.Info("listening", "endpoint", endpoint)
+	return lis, endpoint, nil
+}
+
+// notify tells systemd, where it is there to listen.
+func notify(log *slog.Logger, states ...string) {
+	if _, err := daemon.SdNotify(false, strings.Join(states, "\n")); err != nil {
+		log.Warn("cannot notify systemd", "err", err)
+	}
+}
+
+func logChange(log *slog.Logger, c change) {
+	attrs := []any{"id", c.id}
+	if c.component != "" {
+		attrs = append(attrs, "component", c.component)
+	}
+	if c.cause != "" {
+		attrs = append(attrs, "cause", c.cause)
+	}
+	level := slog.LevelInfo
+	if c.now == unhealthy {
+		level = slog.LevelWarn
+	}
+	log.Log(context.Background(), level, c.now.String(), attrs...)
 }

@@ -1,0 +1,1012 @@
+package main
+
+import (
+	"cmp"
+	"container/list"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/reflection"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
+)
+
+// What a client can make the registry hold. Past a bound it gets RESOURCE_EXHAUSTED.
+const (
+	maxServices = 1 << 17
+	maxIDs      = 16   // ids under which one component is known
+	maxEntries  = 256  // metrics, metadata entries or event types of one service
+	maxID       = 256  // bytes of an id, and of a key of metrics and metadata
+	maxText     = 4096 // bytes of any other text
+	maxMessage  = 1 << 20
+)
+
+// metadataComponentID is the metadata key under which some components send the
+// id that flowctl gave them.
+const metadataComponentID = "component_id"
+
+// condition is what the registry thinks of a service.
+type condition int
+
+const (
+	unregistered condition = iota // never registered, or not since its process started
+	healthy
+	degraded // by its own word; counts as healthy
+	unhealthy
+)
+
+func (c condition) String() string {
+	return [...]string{"unregistered", "healthy", "degraded", "unhealthy"}[c]
+}
+
+// ok tells whether the condition counts as healthy.
+func (c condition) ok() bool { return c == healthy || c == degraded }
+
+// member is what the registry knows beforehand of a component of the pipeline.
+type member struct {
+	*Component
+	healthPort string // HEALTH_PORT, by which one that sends no id is told from the others
+}
+
+// metric is one value as it was sent: a number from the legacy dialect, a text
+// from v1.
+type metric struct {
+	number float64
+	text   string
+	isText bool
+}
+
+func (m metric) String() string {
+	if m.isText {
+		return m.text
+	}
+	return strconv.FormatFloat(m.number, 'g', -1, 64)
+}
+
+// float returns false for a text that is no number.
+func (m metric) float() (float64, bool) {
+	if !m.isText {
+		return m.number, true
+	}
+	f, err := strconv.ParseFloat(m.text, 64)
+	return f, err == nil
+}
+
+// registration is what a service says of itself when it registers, in the words
+// that the two dialects have in common.
+type registration struct {
+	id           string // its own choice, may be empty
+	componentID  string // the component_id field
+	kind         flowctlpb.ServiceType
+	name         string
+	description  string
+	version      string
+	inputEvents  []string
+	outputEvents []string
+	endpoint     string
+	maxInflight  int32
+	metadata     map[string]string
+}
+
+// service is one record of the registry. registry.mu guards it.
+type service struct {
+	registration
+	member     *member // nil: not in the pipeline
+	order      int     // position in lists: the pipeline's own first, in file order
+	registered bool
+	names      []string // ids under which the registry knows it, the latest last
+	declared   flowctlv1.HealthStatus
+	ended      string // how its process ended, "" while it lives
+	failing    string // why its health check fails, "" while it passes
+	timeless   bool   // never stale: it has no heartbeat, its process stands for it
+	lastSeen   time.Time
+	since      time.Time // registered at
+	metrics    map[string]metric
+	expiry     *list.Element // its place in registry.live, nil when it has none
+
+	told   condition // what the subscriber knows
+	queued bool      // waits in registry.changed
+}
+
+// change tells the subscriber how a service is now. Changes that follow each other
+// faster than they are taken are told as one.
+type change struct {
+	id        string
+	component string // "" when not in the pipeline
+	now, was  condition
+	cause     string // why it is unhealthy
+}
+
+// registry holds what has registered. Health is never stored: it is derived from
+// what was heard and from the time at which it is asked for, so no answer lags
+// behind the janitor. Every method that depends on time takes it as an argument.
+type registry struct {
+	ttl      time.Duration
+	interval time.Duration // the janitor sleeps no longer
+	endpoint string        // what components were given as FLOWCTL_ENDPOINT
+	wake     chan struct{} // gets a token when changes wait to be taken
+	ports    map[string]*service
+
+	mu       sync.Mutex // guards the fields below and all services
+	services map[string]*service
+	next     int        // the next service's order
+	count    int        // services that are not in the pipeline
+	live     *list.List // services with a heartbeat to come, the longest silent first
+	changed  []*service
+	observed time.Time // the latest time that any method was given
+	grace    time.Time // silence before this moment is not held against anyone
+}
+
+// newRegistry returns a registry that knows members before they register.
+func newRegistry(ttl, interval time.Duration, endpoint string, members []member) *registry {
+	r := &registry{
+		ttl: ttl, interval: interval, endpoint: endpoint,
+		wake:     make(chan struct{}, 1),
+		ports:    make(map[string]*service),
+		services: make(map[string]*service),
+		live:     list.New(),
+	}
+	for i := range members {
+		m := &members[i]
+		s := &service{member: m, order: r.next}
+		s.id = m.ID
+		r.next++
+		r.services[m.ID] = s
+		if m.healthPort != "" {
+			r.ports[m.healthPort] = s
+		}
+	}
+	return r
+}
+
+// condition judges s at the time now; the text says why it is not healthy.
+func (r *registry) conditionLocked(s *service, now time.Time) (condition, string) {
+	switch {
+	case s.ended != "":
+		return unhealthy, s.ended
+	case !s.registered:
+		return unregistered, cmp.Or(s.failing, "not registered")
+	case s.declared == flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY:
+		return unhealthy, "it declared itself UNHEALTHY"
+	case s.declared == flowctlv1.HealthStatus_HEALTH_STATUS_STOPPING:
+		return unhealthy, "it declared itself STOPPING"
+	case s.failing != "":
+		return unhealthy, s.failing
+	case !s.timeless && now.After(r.expiryLocked(s)):
+		return unhealthy, fmt.Sprintf("no heartbeat for %s, the TTL is %s", now.Sub(s.lastSeen).Round(time.Millisecond), r.ttl)
+	case s.declared == flowctlv1.HealthStatus_HEALTH_STATUS_DEGRADED:
+		return degraded, "it declared itself DEGRADED"
+	}
+	return healthy, ""
+}
+
+// expiryLocked is the last moment at which s is not stale unless it is heard of again.
+// One that a sweep found stale, and so has no place in live, gets no grace.
+func (r *registry) expiryLocked(s *service) time.Time {
+	from := s.lastSeen
+	if s.expiry != nil && from.Before(r.grace) {
+		from = r.grace
+	}
+	return from.Add(r.ttl)
+}
+
+// lockAt locks the registry and notes the time. The janitor notes it every half
+// interval, so a gap of more than an interval means that flowctl did not run:
+// heartbeats could not be heard, and everyone gets one TTL from now on. It returns
+// the time to go on with: who looked at the clock first may come to the lock last,
+// and must not judge by a time that has passed.
+func (r *registry) lockAt(now time.Time) time.Time {
+	r.mu.Lock()
+	if !r.observed.IsZero() && now.Sub(r.observed) > r.interval {
+		r.grace = now
+	}
+	if now.After(r.observed) {
+		r.observed = now
+	}
+	return r.observed
+}
+
+// noteLocked queues s for the subscriber if it is not as it was told.
+func (r *registry) noteLocked(s *service, now time.Time) {
+	if s.queued {
+		return
+	}
+	if c, _ := r.conditionLocked(s, now); c == s.told {
+		return
+	}
+	s.queued = true
+	r.changed = append(r.changed, s)
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// changes takes what has changed since it was last called. There is one caller:
+// it comes when wake has a token.
+func (r *registry) changes(now time.Time) []change {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	var out []change
+	for _, s := range r.changed {
+		s.queued = false
+		c, cause := r.conditionLocked(s, now)
+		if c == s.told {
+			continue
+		}
+		out = append(out, change{id: s.id, component: s.component(), now: c, was: s.told, cause: cause})
+		s.told = c
+	}
+	r.changed = r.changed[:0]
+	return out
+}
+
+// condition judges the pipeline's component id at the time now.
+func (r *registry) condition(id string, now time.Time) (condition, string) {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	s := r.services[id]
+	if s == nil {
+		return unregistered, "not registered"
+	}
+	return r.conditionLocked(s, now)
+}
+
+// seenLocked notes a sign of life.
+func (r *registry) seenLocked(s *service, now time.Time) {
+	s.lastSeen = now
+	switch {
+	case s.timeless:
+		r.forgetExpiryLocked(s)
+	case s.expiry == nil:
+		s.expiry = r.live.PushBack(s)
+	default:
+		r.live.MoveToBack(s.expiry)
+	}
+}
+
+func (r *registry) forgetExpiryLocked(s *service) {
+	if s.expiry != nil {
+		r.live.Remove(s.expiry)
+		s.expiry = nil
+	}
+}
+
+// sweep tells of the services that have become stale and returns when to come again.
+func (r *registry) sweep(now time.Time) time.Time {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	wake := now.Add(min(r.interval/2, r.ttl))
+	for e := r.live.Front(); e != nil; e = r.live.Front() {
+		s := e.Value.(*service)
+		if at := r.expiryLocked(s); !now.After(at) {
+			if at = at.Add(1); at.Before(wake) {
+				wake = at
+			}
+			break
+		}
+		r.forgetExpiryLocked(s)
+		r.noteLocked(s, now)
+	}
+	return wake
+}
+
+// runJanitor sweeps until ctx ends, at the earliest next expiry each time and at
+// least every half interval.
+func (r *registry) runJanitor(ctx context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+			timer.Reset(time.Until(r.sweep(time.Now())))
+		}
+	}
+}
+
+// starting makes ready for a new process of component id: whatever an earlier one
+// registered no longer counts.
+func (r *registry) starting(id string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s := r.services[id]
+	r.resetLocked(s)
+	s.told = unregistered
+}
+
+func (r *registry) resetLocked(s *service) {
+	for len(s.names) > 0 {
+		r.unnameLocked(s, s.names[0])
+	}
+	r.forgetExpiryLocked(s)
+	s.registration = registration{id: s.member.ID}
+	s.metrics = nil
+	s.registered, s.ended, s.failing, s.timeless = false, "", "", false
+	s.declared = flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN
+}
+
+// finished notes that the process of component id ended. One that completed is
+// no longer registered; with a cause it is unhealthy until a new process registers.
+func (r *registry) finished(id, cause string, now time.Time) {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	s := r.services[id]
+	if cause == "" {
+		r.resetLocked(s)
+	}
+	s.ended = cause
+	r.noteLocked(s, now)
+}
+
+// admit registers component id, which does not do it itself. Its process and its
+// health check stand for it, so it is never stale.
+func (r *registry) admit(id string, now time.Time) {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	s := r.services[id]
+	s.registered, s.timeless, s.since = true, true, now
+	s.fillLocked()
+	r.seenLocked(s, now)
+	r.noteLocked(s, now)
+}
+
+// checked notes the outcome of a health check of component id: "" is a pass and
+// counts as a heartbeat, anything else says why it fails.
+func (r *registry) checked(id, failing string, now time.Time) {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	s := r.services[id]
+	s.failing = failing
+	if failing == "" && s.registered {
+		r.seenLocked(s, now)
+	}
+	r.noteLocked(s, now)
+}
+
+// component is the id of the pipeline's component that s is, "" when it is none.
+func (s *service) component() string {
+	if s.member == nil {
+		return ""
+	}
+	return s.member.ID
+}
+
+// fillLocked lets the pipeline file have its word: its role wins, its event types
+// serve where the component sent none.
+func (s *service) fillLocked() {
+	if s.member == nil {
+		return
+	}
+	s.kind = flowctlpb.ServiceType(s.member.Role) + flowctlpb.ServiceType_SERVICE_TYPE_SOURCE
+	if len(s.inputEvents) == 0 {
+		s.inputEvents = s.member.InputEventTypes
+	}
+	if len(s.outputEvents) == 0 {
+		s.outputEvents = s.member.OutputEventTypes
+	}
+}
+
+// identifyLocked finds the component of the pipeline that reg comes from, or nil.
+func (r *registry) identifyLocked(reg *registration) *service {
+	for _, id := range []string{reg.componentID, reg.metadata[metadataComponentID], reg.id} {
+		if s := r.services[id]; s != nil && id != "" && s.component() == id {
+			return s
+		}
+	}
+	for _, endpoint := range []string{reg.endpoint, reg.metadata["health_endpoint"]} {
+		if s := r.ports[portOf(endpoint)]; s != nil {
+			return s
+		}
+	}
+	return nil
+}
+
+// portOf returns the port in a URL or a host:port with or without a path, "" if
+// there is none.
+func portOf(endpoint string) string {
+	if u, err := url.Parse(endpoint); err == nil && u.Host != "" {
+		return u.Port()
+	}
+	hostport, _, _ := strings.Cut(endpoint, "/")
+	_, port, err := net.SplitHostPort(hostport)
+	if err != nil {
+		return ""
+	}
+	return port
+}
+
+// recordLocked finds the record for reg, or makes one.
+func (r *registry) recordLocked(reg *registration) (*service, error) {
+	if s := r.identifyLocked(reg); s != nil {
+		return s, nil
+	}
+	reg.id = cmp.Or(reg.id, reg.componentID, reg.metadata[metadataComponentID])
+	if reg.id == "" {
+		kind := strings.TrimPrefix(reg.kind.String(), "SERVICE_TYPE_")
+		reg.id = strings.ToLower(kind + "-" + rand.Text()[:10])
+	}
+	if s := r.services[reg.id]; s != nil {
+		return s, nil
+	}
+	if r.count >= maxServices {
+		return nil, status.Errorf(codes.ResourceExhausted, "the registry is full: it holds %d services", maxServices)
+	}
+	r.count++
+	r.next++
+	return &service{order: r.next}, nil
+}
+
+// register takes a service in, or in again, and builds the answer by ack while
+// nothing can change. The answer's id is the one that the service chose, if it did.
+// It fails with RESOURCE_EXHAUSTED past a bound.
+func (r *registry) register(reg registration, now time.Time, ack func(id string, topics []string, info map[string]string)) error {
+	if err := reg.check(); err != nil {
+		return err
+	}
+	reg.cleanKind()
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	s, err := r.recordLocked(&reg)
+	if err != nil {
+		return err
+	}
+	reg.id = cmp.Or(reg.id, s.component())
+	s.registration = reg
+	s.fillLocked()
+	r.nameLocked(s, reg.id, reg.componentID)
+	if r.services[s.id] != s { // it calls itself by another component's id
+		s.id = s.key()
+	}
+	s.registered, s.ended, s.since = true, "", now
+	s.declared, s.metrics = flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, nil
+	r.seenLocked(s, now)
+	r.noteLocked(s, now)
+	ack(reg.id, s.topics(), r.connectionInfoLocked(s))
+	return nil
+}
+
+// nameLocked makes s known under ids. An id of another component of the pipeline
+// stays that component's, any other goes to who registered last.
+func (r *registry) nameLocked(s *service, ids ...string) {
+	for _, id := range ids {
+		known := r.services[id]
+		if id == "" || known != nil && known.component() == id {
+			continue
+		}
+		if known == s {
+			s.names = slices.DeleteFunc(s.names, func(name string) bool { return name == id })
+			s.names = append(s.names, id)
+			continue
+		}
+		if known != nil {
+			r.unnameLocked(known, id)
+			r.noteLocked(known, r.observed)
+		}
+		if len(s.names) == maxIDs {
+			r.unnameLocked(s, s.names[0])
+		}
+		r.services[id] = s
+		s.names = append(s.names, id)
+	}
+}
+
+// unnameLocked takes a name from s. A service that has none left is gone, unless it
+// is a component of the pipeline.
+func (r *registry) unnameLocked(s *service, id string) {
+	delete(r.services, id)
+	s.names = slices.DeleteFunc(s.names, func(name string) bool { return name == id })
+	switch {
+	case len(s.names) == 0 && s.member == nil:
+		r.forgetExpiryLocked(s)
+		s.registered = false
+		r.count--
+	case s.id == id:
+		s.id = s.key()
+	}
+}
+
+// topics are the names under which what s puts out is to be found.
+func (s *service) topics() []string {
+	if s.kind != flowctlpb.ServiceType_SERVICE_TYPE_SOURCE && s.kind != flowctlpb.ServiceType_SERVICE_TYPE_PROCESSOR {
+		return nil
+	}
+	topics := make([]string, len(s.outputEvents))
+	for i, event := range s.outputEvents {
+		topics[i] = event + ".v1"
+	}
+	return topics
+}
+
+// connectionInfoLocked tells s where its inputs are, those that have registered,
+// and where the control plane is.
+func (r *registry) connectionInfoLocked(s *service) map[string]string {
+	info := map[string]string{"control_plane_endpoint": r.endpoint}
+	if s.member == nil {
+		return info
+	}
+	for _, id := range s.member.Inputs {
+		if in := r.services[id]; in.registered && in.endpoint != "" {
+			info[id] = in.endpoint
+		}
+	}
+	return info
+}
+
+// heartbeat notes that the service id lives and runs merge to take in its metrics,
+// where it brings some. A declared status other than UNKNOWN is kept until the
+// next. The sign of life counts even where a metric is past its bound, and so do
+// the other metrics.
+func (r *registry) heartbeat(id string, declared flowctlv1.HealthStatus, now time.Time, merge func(*service) error) error {
+	if id == "" {
+		return status.Error(codes.InvalidArgument, "service_id is empty")
+	}
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	s, err := r.findLocked(id)
+	if err != nil {
+		return err
+	}
+	if declared != flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN && flowctlv1.HealthStatus_name[int32(declared)] != "" {
+		s.declared = declared
+	}
+	r.seenLocked(s, now)
+	r.noteLocked(s, now)
+	return merge(s)
+}
+
+// findLocked fails with NOT_FOUND for an id that nobody is registered under.
+func (r *registry) findLocked(id string) (*service, error) {
+	s := r.services[id]
+	if s == nil || !s.registered {
+		return nil, status.Errorf(codes.NotFound, "no service %q is registered", clip(id))
+	}
+	return s, nil
+}
+
+// errMetrics is made once because one message can bring a hundred thousand metrics.
+var errMetrics = status.Errorf(codes.ResourceExhausted, "too many metrics: a service has at most %d", maxEntries)
+
+// setMetric merges one value in.
+func (s *service) setMetric(name string, m metric) error {
+	if _, known := s.metrics[name]; !known {
+		if len(s.metrics) >= maxEntries {
+			return errMetrics
+		}
+		if err := checkLength("the name of a metric", name, maxID); err != nil {
+			return err
+		}
+	}
+	if err := checkLength("the value of a metric", m.text, maxText); err != nil {
+		return err
+	}
+	if s.metrics == nil {
+		s.metrics = make(map[string]metric)
+	}
+	s.metrics[name] = m
+	return nil
+}
+
+// unregister takes a service out.
+func (r *registry) unregister(id string, now time.Time) error {
+	if id == "" {
+		return status.Error(codes.InvalidArgument, "service_id is empty")
+	}
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	s, err := r.findLocked(id)
+	if err != nil {
+		return err
+	}
+	if s.member != nil {
+		r.resetLocked(s)
+	}
+	for len(s.names) > 0 {
+		r.unnameLocked(s, s.names[0])
+	}
+	r.noteLocked(s, now)
+	return nil
+}
+
+// view calls f with the service id, or fails with NOT_FOUND. f must not keep it.
+func (r *registry) view(id string, now time.Time, f func(*service)) error {
+	if id == "" {
+		return status.Error(codes.InvalidArgument, "service_id is empty")
+	}
+	r.lockAt(now)
+	defer r.mu.Unlock()
+	s, err := r.findLocked(id)
+	if err != nil {
+		return err
+	}
+	f(s)
+	return nil
+}
+
+// each calls f with every registered service, the pipeline's own first and then
+// in the order of first registration. f must not keep them.
+func (r *registry) each(now time.Time, f func(*service)) {
+	r.lockAt(now)
+	defer r.mu.Unlock()
+	all := make([]*service, 0, len(r.services))
+	for id, s := range r.services {
+		if s.registered && id == s.key() {
+			all = append(all, s)
+		}
+	}
+	slices.SortFunc(all, func(a, b *service) int { return a.order - b.order })
+	for _, s := range all {
+		f(s)
+	}
+}
+
+// key is the one id of a service that the registry is sure to know it under.
+func (s *service) key() string {
+	if s.member != nil {
+		return s.member.ID
+	}
+	return s.names[0]
+}
+
+// check applies the bounds.
+func (reg *registration) check() error {
+	for _, f := range []struct {
+		what, text string
+		max        int
+	}{
+		{"the id", reg.id, maxID}, {"component_id", reg.componentID, maxID},
+		{"component_id in metadata", reg.metadata[metadataComponentID], maxID}, {"name", reg.name, maxText},
+		{"description", reg.description, maxText}, {"version", reg.version, maxText}, {"the endpoint", reg.endpoint, maxText},
+	} {
+		if err := checkLength(f.what, f.text, f.max); err != nil {
+			return err
+		}
+	}
+	if n := max(len(reg.metadata), len(reg.inputEvents), len(reg.outputEvents)); n > maxEntries {
+		return status.Errorf(codes.ResourceExhausted, "a list or map of %d entries: at most %d are allowed", n, maxEntries)
+	}
+	for _, event := range slices.Concat(reg.inputEvents, reg.outputEvents) {
+		if err := checkLength("an event type", event, maxID); err != nil {
+			return err
+		}
+	}
+	for k, v := range reg.metadata {
+		if err := checkLength("a metadata key", k, maxID); err != nil {
+			return err
+		}
+		if err := checkLength("a metadata value", v, maxText); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func checkLength(what, text string, most int) error {
+	if len(text) > most {
+		return status.Errorf(codes.ResourceExhausted, "%s has %d bytes: at most %d are allowed", clip(what), len(text), most)
+	}
+	return nil
+}
+
+// cleanKind turns a type that this plane does not know into UNSPECIFIED.
+func (reg *registration) cleanKind() {
+	if flowctlpb.ServiceType_name[int32(reg.kind)] == "" {
+		reg.kind = flowctlpb.ServiceType_SERVICE_TYPE_UNSPECIFIED
+	}
+}
+
+// legacyServer speaks flowctl.ControlPlane.
+type legacyServer struct {
+	flowctlpb.UnimplementedControlPlaneServer
+	*registry
+}
+
+func (l legacyServer) Register(_ context.Context, in *flowctlpb.ServiceInfo) (*flowctlpb.RegistrationAck, error) {
+	out := &flowctlpb.RegistrationAck{}
+	err := l.register(registration{
+		id: in.GetServiceId(), componentID: in.GetComponentId(), kind: in.GetServiceType(),
+		inputEvents: in.GetInputEventTypes(), outputEvents: in.GetOutputEventTypes(),
+		endpoint: in.GetHealthEndpoint(), maxInflight: in.GetMaxInflight(), metadata: in.GetMetadata(),
+	}, time.Now(), func(id string, topics []string, info map[string]string) {
+		out.ServiceId, out.TopicNames, out.ConnectionInfo = id, topics, info
+	})
+	return out, err
+}
+
+func (l legacyServer) Heartbeat(_ context.Context, in *flowctlpb.ServiceHeartbeat) (*emptypb.Empty, error) {
+	err := l.heartbeat(in.GetServiceId(), flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, time.Now(), func(s *service) (err error) {
+		for name, number := range in.GetMetrics() {
+			err = cmp.Or(s.setMetric(name, metric{number: number}), err)
+		}
+		return err
+	})
+	return &emptypb.Empty{}, err
+}
+
+func (l legacyServer) GetServiceStatus(_ context.Context, in *flowctlpb.ServiceInfo) (*flowctlpb.ServiceStatus, error) {
+	var out *flowctlpb.ServiceStatus
+	now := time.Now()
+	err := l.view(in.GetServiceId(), now, func(s *service) { out = l.statusLocked(s, now) })
+	return out, err
+}
+
+func (l legacyServer) ListServices(context.Context, *emptypb.Empty) (*flowctlpb.ServiceList, error) {
+	out := &flowctlpb.ServiceList{}
+	now := time.Now()
+	l.each(now, func(s *service) { out.Services = append(out.Services, l.statusLocked(s, now)) })
+	return out, nil
+}
+
+func (l legacyServer) statusLocked(s *service, now time.Time) *flowctlpb.ServiceStatus {
+	c, _ := l.conditionLocked(s, now)
+	out := &flowctlpb.ServiceStatus{
+		ServiceId: s.id, ComponentId: s.component(), ServiceType: s.kind,
+		IsHealthy: c.ok(), LastHeartbeat: timestamppb.New(s.lastSeen),
+	}
+	for name, m := range s.metrics {
+		if f, ok := m.float(); ok {
+			if out.Metrics == nil {
+				out.Metrics = make(map[string]float64, len(s.metrics))
+			}
+			out.Metrics[name] = f
+		}
+	}
+	return out
+}
+
+// v1Server speaks flowctl.v1.ControlPlaneService.
+type v1Server struct {
+	flowctlv1.UnimplementedControlPlaneServiceServer
+	*registry
+}
+
+func (v v1Server) RegisterComponent(_ context.Context, in *flowctlv1.RegisterRequest) (*flowctlv1.RegisterResponse, error) {
+	c := in.GetComponent()
+	if c == nil {
+		return nil, status.Error(codes.InvalidArgument, "component is missing")
+	}
+	out := &flowctlv1.RegisterResponse{}
+	err := v.register(registration{
+		id: c.GetId(), componentID: in.GetComponentId(), kind: flowctlpb.ServiceType(c.GetType()),
+		name: c.GetName(), description: c.GetDescription(), version: c.GetVersion(),
+		inputEvents: c.GetInputEventTypes(), outputEvents: c.GetOutputEventTypes(),
+		endpoint: c.GetEndpoint(), metadata: c.GetMetadata(),
+	}, time.Now(), func(id string, topics []string, info map[string]string) {
+		out.ServiceId, out.AssignedTopics, out.ConnectionInfo = id, topics, info
+	})
+	return out, err
+}
+
+func (v v1Server) UnregisterComponent(_ context.Context, in *flowctlv1.UnregisterRequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, v.unregister(in.GetServiceId(), time.Now())
+}
+
+// DiscoverComponents returns what matches, in whatever health: who wants to know
+// more asks ListComponents.
+func (v v1Server) DiscoverComponents(_ context.Context, in *flowctlv1.DiscoveryRequest) (*flowctlv1.DiscoveryResponse, error) {
+	out := &flowctlv1.DiscoveryResponse{}
+	v.each(time.Now(), func(s *service) {
+		if s.matches(in) {
+			out.Components = append(out.Components, s.info())
+		}
+	})
+	return out, nil
+}
+
+func (s *service) matches(in *flowctlv1.DiscoveryRequest) bool {
+	if in.GetType() != flowctlv1.ComponentType_COMPONENT_TYPE_UNSPECIFIED && in.GetType() != s.v1Type() {
+		return false
+	}
+	for key, value := range in.GetMetadataFilters() {
+		if got, ok := s.metadata[key]; !ok || got != value {
+			return false
+		}
+	}
+	return len(in.GetEventTypes()) == 0 || slices.ContainsFunc(in.GetEventTypes(), func(event string) bool {
+		return slices.Contains(s.inputEvents, event) || slices.Contains(s.outputEvents, event)
+	})
+}
+
+func (v v1Server) Heartbeat(_ context.Context, in *flowctlv1.HeartbeatRequest) (*emptypb.Empty, error) {
+	err := v.heartbeat(in.GetServiceId(), in.GetStatus(), time.Now(), func(s *service) (err error) {
+		for name, text := range in.GetMetrics() {
+			err = cmp.Or(s.setMetric(name, metric{text: text, isText: true}), err)
+		}
+		return err
+	})
+	return &emptypb.Empty{}, err
+}
+
+func (v v1Server) GetComponentStatus(_ context.Context, in *flowctlv1.ComponentStatusRequest) (*flowctlv1.ComponentStatusResponse, error) {
+	var out *flowctlv1.ComponentStatusResponse
+	now := time.Now()
+	err := v.view(in.GetServiceId(), now, func(s *service) { out = v.statusLocked(s, now) })
+	return out, err
+}
+
+func (v v1Server) ListComponents(_ context.Context, in *flowctlv1.ListComponentsRequest) (*flowctlv1.ListComponentsResponse, error) {
+	out := &flowctlv1.ListComponentsResponse{}
+	now := time.Now()
+	v.each(now, func(s *service) {
+		if in.GetTypeFilter() != flowctlv1.ComponentType_COMPONENT_TYPE_UNSPECIFIED && in.GetTypeFilter() != s.v1Type() {
+			return
+		}
+		if c, _ := v.conditionLocked(s, now); c.ok() || in.GetIncludeUnhealthy() {
+			out.Components = append(out.Components, v.statusLocked(s, now))
+		}
+	})
+	return out, nil
+}
+
+// v1Type is the type in the v1 dialect, which has no PIPELINE.
+func (s *service) v1Type() flowctlv1.ComponentType {
+	if s.kind == flowctlpb.ServiceType_SERVICE_TYPE_PIPELINE {
+		return flowctlv1.ComponentType_COMPONENT_TYPE_UNSPECIFIED
+	}
+	return flowctlv1.ComponentType(s.kind)
+}
+
+func (s *service) info() *flowctlv1.ComponentInfo {
+	return &flowctlv1.ComponentInfo{
+		Id: s.id, Name: s.name, Description: s.description, Version: s.version, Type: s.v1Type(),
+		InputEventTypes: s.inputEvents, OutputEventTypes: s.outputEvents,
+		Endpoint: s.endpoint, Metadata: s.metadata,
+	}
+}
+
+func (v v1Server) statusLocked(s *service, now time.Time) *flowctlv1.ComponentStatusResponse {
+	c, _ := v.conditionLocked(s, now)
+	out := &flowctlv1.ComponentStatusResponse{
+		Component: s.info(), Status: s.v1Status(c),
+		LastHeartbeat: timestamppb.New(s.lastSeen), RegisteredAt: timestamppb.New(s.since),
+	}
+	if len(s.metrics) > 0 {
+		out.Metrics = make(map[string]string, len(s.metrics))
+	}
+	for name, m := range s.metrics {
+		out.Metrics[name] = m.String()
+	}
+	return out
+}
+
+// v1Status is the condition c in the words of the v1 dialect, which keeps what the
+// service itself declared where that does not contradict.
+func (s *service) v1Status(c condition) flowctlv1.HealthStatus {
+	switch c {
+	case degraded:
+		return flowctlv1.HealthStatus_HEALTH_STATUS_DEGRADED
+	case unhealthy:
+		if s.declared == flowctlv1.HealthStatus_HEALTH_STATUS_STOPPING {
+			return s.declared
+		}
+		return flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY
+	}
+	if s.declared == flowctlv1.HealthStatus_HEALTH_STATUS_STARTING {
+		return s.declared
+	}
+	return flowctlv1.HealthStatus_HEALTH_STATUS_HEALTHY
+}
+
+// listenPlane opens the control plane's socket and returns with it the address that
+// components are to be given, which wire.md wants without a scheme unless it is a
+// unix socket's. The address is a host, or unix:PATH.
+func listenPlane(address string, port int) (net.Listener, string, error) {
+	if path, ok := strings.CutPrefix(address, "unix:"); ok {
+		return listenUnix(path)
+	}
+	lis, err := net.Listen("tcp", net.JoinHostPort(address, strconv.Itoa(port)))
+	if err != nil {
+		return nil, "", err
+	}
+	tcp := lis.Addr().(*net.TCPAddr)
+	host := address
+	switch {
+	case tcp.IP.IsUnspecified() && net.ParseIP(address).To4() == nil:
+		host = "localhost"
+	case tcp.IP.IsUnspecified():
+		host = "127.0.0.1"
+	}
+	return lis, net.JoinHostPort(host, strconv.Itoa(tcp.Port)), nil
+}
+
+// listenUnix listens on a socket file of mode 0600. A file that a dead process left
+// is replaced, a socket that answers is not.
+func listenUnix(path string) (net.Listener, string, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, "", err
+	}
+	const most = len(syscall.RawSockaddrUnix{}.Path) - 1
+	if len(path) > most {
+		return nil, "", fmt.Errorf("socket path %q has %d bytes: the kernel allows %d", path, len(path), most)
+	}
+	if info, err := os.Lstat(path); err == nil && info.Mode().Type() == os.ModeSocket {
+		conn, err := net.Dial("unix", path)
+		if err == nil {
+			conn.Close()
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) { // also when its queue is full, or it is not ours to ask
+			return nil, "", fmt.Errorf("%q is another's socket, choose another path with -control-plane-address", path)
+		}
+		os.Remove(path)
+	}
+	// Nothing else runs yet that could create a file under this mask.
+	defer syscall.Umask(syscall.Umask(0o177))
+	lis, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, "", err
+	}
+	return lis, "unix://" + path, nil
+}
+
+// plane serves a registry over gRPC and runs its janitor.
+type plane struct {
+	server *grpc.Server
+	health *health.Server
+	cancel context.CancelFunc // ends the janitor
+	done   sync.WaitGroup
+}
+
+// servePlane starts to answer on lis. It returns at once; stop ends what it began.
+func servePlane(lis net.Listener, r *registry, log *slog.Logger) *plane {
+	p := &plane{health: health.NewServer(), server: grpc.NewServer(
+		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxConcurrentStreams(1024),
+		grpc.ConnectionTimeout(10*time.Second),
+		// A client that pings more often than this is cut off, so it is low: a
+		// storm of pings costs less than a component that loses its connection.
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
+	)}
+	flowctlpb.RegisterControlPlaneServer(p.server, legacyServer{registry: r})
+	flowctlv1.RegisterControlPlaneServiceServer(p.server, v1Server{registry: r})
+	healthpb.RegisterHealthServer(p.server, p.health)
+	for name := range p.server.GetServiceInfo() {
+		p.health.SetServingStatus(name, healthpb.HealthCheckResponse_SERVING)
+	}
+	reflection.Register(p.server)
+
+	var ctx context.Context
+	ctx, p.cancel = context.WithCancel(context.Background())
+	p.done.Go(func() { r.runJanitor(ctx) })
+	p.done.Go(func() {
+		if err := p.server.Serve(lis); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+			log.Error("control plane ended", "err", err)
+		}
+	})
+	return p
+}
+
+// stop answers what is being asked and then ends, within a second: a health watch
+// or an idle client would keep it forever.
+func (p *plane) stop() {
+	p.health.Shutdown()
+	hurry := time.AfterFunc(time.Second, p.server.Stop)
+	p.server.GracefulStop()
+	hurry.Stop()
+	p.cancel()
+	p.done.Wait()
+}
