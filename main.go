@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -68,6 +69,11 @@ type command struct {
 // of them, needs them all.
 func commands() []command {
 	return []command{
+		{name: "run", args: "[flags] [pipeline.json]", summary: "start a pipeline and the control plane, until one ends or a signal comes", run: runCommand, examples: `
+  flowctl -f pipeline.json                       the same as: flowctl run pipeline.json
+  flowctl run pipeline.json -until ready         a smoke test: ends with 0 once all are ready
+  flowctl run pipeline.json -control-plane-port 0 -log-format json
+`},
 		{name: "check", args: "[pipeline.json]", summary: "read and validate a pipeline file, start nothing", run: checkCommand, examples: `
   flowctl check pipeline.json
 `},
@@ -107,13 +113,13 @@ func exitCode(err error) int {
 	return exitFailed
 }
 
-// dispatch runs the command that args name.
+// dispatch runs the command that args name. Without a name it is run.
 func dispatch(args []string) error {
 	if len(args) > 0 && slices.Contains([]string{"-h", "-help", "--help"}, args[0]) {
 		return helpCommand(nil)
 	}
-	if len(args) == 0 {
-		return &usageError{err: errors.New("no command")}
+	if len(args) == 0 || strings.HasPrefix(args[0], "-") {
+		return runCommand(args)
 	}
 	names := []string{}
 	for _, c := range commands() {
@@ -123,6 +129,9 @@ func dispatch(args []string) error {
 		if !c.hidden {
 			names = append(names, c.name)
 		}
+	}
+	if strings.HasSuffix(args[0], ".json") {
+		return &usageError{err: fmt.Errorf("unknown command %q: to run a file, write: flowctl run %s", args[0], args[0])}
 	}
 	return &usageError{err: fmt.Errorf("unknown command %q: it must be one of %s", args[0], strings.Join(names, ", "))}
 }
@@ -189,6 +198,57 @@ func positive(fs *flag.FlagSet, names ...string) error {
 		}
 	}
 	return nil
+}
+
+// runFlags are the flags of run.
+type runFlags struct {
+	planeFlags
+	file             string
+	startTimeout     time.Duration
+	unhealthyTimeout time.Duration
+	stopTimeout      time.Duration
+	showStatus       bool
+	until            string
+}
+
+const (
+	untilStopped = "stopped"
+	untilReady   = "ready"
+	untilDone    = "done"
+)
+
+func (o *runFlags) define(fs *flag.FlagSet) {
+	o.planeFlags.define(fs)
+	fs.StringVar(&o.file, "f", "flow.json", "pipeline `file`")
+	fs.DurationVar(&o.startTimeout, "start-timeout", 30*time.Second, "from a component's start until it is ready")
+	fs.DurationVar(&o.unhealthyTimeout, "unhealthy-timeout", 30*time.Second, "how long a component may stay unhealthy")
+	fs.DurationVar(&o.stopTimeout, "stop-timeout", 10*time.Second, "from the stop signal to SIGKILL, per component")
+	fs.BoolVar(&o.showStatus, "show-status", true, "log a status line at each change")
+	fs.StringVar(&o.until, "until", untilStopped, "run until `event`: stopped, ready (all components) or done (all have completed)")
+}
+
+func runCommand(args []string) error {
+	var o runFlags
+	fs := flag.NewFlagSet("run", flag.ContinueOnError)
+	o.define(fs)
+	rest, err := parseFlags(fs, args, 1)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(o.check(fs), positive(fs, "start-timeout", "unhealthy-timeout", "stop-timeout")); err != nil {
+		return err
+	}
+	if o.until != untilStopped && o.until != untilReady && o.until != untilDone {
+		return &usageError{"run", fmt.Errorf("-until %q: it must be stopped, ready or done", o.until)}
+	}
+	if o.file, err = fileArgument(fs, o.file, rest); err != nil {
+		return err
+	}
+	pipeline, err := readPipeline(o.file, os.LookupEnv)
+	if err != nil {
+		return &exitError{exitUsage, err}
+	}
+	return runPipeline(pipeline, o)
 }
 
 // fileArgument is the pipeline file: named by -f or as an argument, not by both.
@@ -329,7 +389,8 @@ func printOverview(w io.Writer) {
 			fmt.Fprintf(w, "  %-38s %s\n", strings.TrimSpace("flowctl "+c.name+" "+c.args), c.summary)
 		}
 	}
-	fmt.Fprint(w, "\nThe pipeline file is explained in README.md.\n")
+	fmt.Fprintf(w, "\nExamples:\n%s%s", strings.TrimPrefix(commands()[0].examples, "\n"), strings.TrimPrefix(commands()[1].examples, "\n"))
+	fmt.Fprint(w, "\nflowctl help run lists the flags. The pipeline file is explained in README.md.\n")
 }
 
 func printHelp(w io.Writer, fs *flag.FlagSet) {
@@ -408,4 +469,334 @@ func logChange(log *slog.Logger, c change) {
 		level = slog.LevelWarn
 	}
 	log.Log(context.Background(), level, c.now.String(), attrs...)
+}
+
+// run is one run of a pipeline. One goroutine, in loop, owns it: everything that
+// happens reaches it as an event, and it alone decides.
+type run struct {
+	flags      runFlags
+	log        *slog.Logger
+	registry   *registry
+	sup        *supervisor
+	console    *console
+	begun      time.Time
+	conditions map[string]change    // by component: what the registry last told
+	unhealthy  map[string]time.Time // by component: since when
+	ready      bool                 // once and for all
+	code       int
+	status     string // that was last shown
+	verdicts   chan verdict
+	watches    map[string]context.CancelFunc // by component: ends its health checks
+	watching   sync.WaitGroup
+}
+
+// runPipeline runs p and returns an *exitError for everything but success.
+func runPipeline(p *Pipeline, o runFlags) error {
+	log := newLogger(os.Stderr, o.format, o.logLevel)
+	signals := catchSignals()
+	lis, endpoint, err := openPlane(o.planeFlags, log)
+	if err != nil {
+		return &exitError{exitPlane, err}
+	}
+	r := &run{
+		flags: o, log: log, begun: time.Now(),
+		conditions: make(map[string]change), unhealthy: make(map[string]time.Time),
+		verdicts: make(chan verdict), watches: make(map[string]context.CancelFunc),
+	}
+	var ids []string
+	for _, c := range p.components() {
+		ids = append(ids, c.ID)
+	}
+	r.console = newConsole(os.Stdout, o.format, useColours(os.Stdout), ids)
+	r.sup, err = newSupervisor(p, procSettings{
+		startTimeout: o.startTimeout, stopTimeout: o.stopTimeout, heartbeat: o.ttl / 3, endpoint: endpoint,
+	}, r.console.lines, log)
+	if err != nil {
+		lis.Close()
+		return &exitError{exitPlane, err}
+	}
+	var members []member
+	for _, proc := range r.sup.procs {
+		members = append(members, member{proc.Component, r.sup.ports[proc.ID].number})
+	}
+	r.registry = newRegistry(o.ttl, o.interval, endpoint, members)
+	plane := servePlane(lis, r.registry, log)
+	r.loop(signals)
+	for _, end := range r.watches {
+		end()
+	}
+	r.watching.Wait()
+	plane.stop()
+	reportFailures(os.Stderr, log, o.format, r.sup.failures())
+	if r.code != exitOK {
+		return &exitError{code: r.code}
+	}
+	return nil
+}
+
+// loop runs until every component is over.
+func (r *run) loop(signals <-chan os.Signal) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	broken := r.console.broken
+	for {
+		now := time.Now()
+		r.advance(now)
+		if r.sup.over() {
+			r.log.Info("all components have ended", "after", now.Sub(r.begun).Round(time.Millisecond))
+			return
+		}
+		if at := r.next(now); at.IsZero() {
+			timer.Stop()
+		} else {
+			timer.Reset(time.Until(at))
+		}
+		select {
+		case sig := <-signals:
+			r.signalled(sig, time.Now())
+		case <-r.registry.wake:
+		case e := <-r.sup.exits:
+			r.exited(e, time.Now())
+		case v := <-r.verdicts:
+			r.checked(v, time.Now())
+		case <-broken:
+			broken = nil
+			r.log.Error("standard output is closed, stopping", "err", r.console.err)
+			r.stop(exitFailed, time.Now())
+		case <-timer.C:
+		}
+	}
+}
+
+// next is when loop has to look again although nothing happens.
+func (r *run) next(now time.Time) time.Time {
+	next := r.sup.next(now)
+	if r.sup.stopping {
+		return next
+	}
+	for _, since := range r.unhealthy {
+		next = earliest(next, since.Add(r.flags.unhealthyTimeout))
+	}
+	return next
+}
+
+// advance does all that the state of things asks for at the time now.
+func (r *run) advance(now time.Time) {
+	r.takeChanges(now)
+	r.sup.expire(now)
+	r.expireUnhealthy(now)
+	for _, p := range r.sup.startable() {
+		r.start(p)
+	}
+	if failures := r.sup.failures(); len(failures) > 0 && !r.sup.stopping {
+		r.failed(failures, now)
+	}
+	if !r.ready && !r.sup.stopping {
+		r.checkReady(now)
+	}
+	if r.sup.stopping {
+		r.sup.advanceStop(now)
+	}
+	r.showStatus()
+}
+
+// failed ends the run because of failures. The first decides the exit code.
+func (r *run) failed(failures []*failure, now time.Time) {
+	for _, f := range failures {
+		if f.kind == failNotReady {
+			c, cause := r.registry.condition(f.component.ID, now)
+			f.registered = c != unregistered
+			f.reason += ": " + cause
+		}
+	}
+	code := exitFailed
+	if failures[0].kind == failNotReady {
+		code = exitNotReady
+	}
+	r.stop(code, now)
+}
+
+// start starts p. The registry hears of it first, because a quick component could
+// register before start returns.
+func (r *run) start(p *proc) {
+	r.registry.starting(p.ID)
+	delete(r.conditions, p.ID)
+	r.sup.start(p, time.Now())
+	switch {
+	case !p.runs():
+	case p.HealthCheck != "":
+		var ctx context.Context
+		ctx, r.watches[p.ID] = context.WithCancel(context.Background())
+		child := p.child
+		r.watching.Go(func() { watch(ctx, p.Component, child, r.verdicts) })
+	case !p.registers():
+		r.registry.admit(p.ID, time.Now())
+	}
+}
+
+// checked takes the verdict of a component's health check in.
+func (r *run) checked(v verdict, now time.Time) {
+	p := r.sup.byID[v.id]
+	if p.child != v.child {
+		return
+	}
+	if !p.registers() && p.state == procStarting && v.failing == "" {
+		r.registry.admit(p.ID, now)
+	}
+	r.registry.checked(p.ID, v.failing, now)
+}
+
+func (r *run) takeChanges(now time.Time) {
+	for _, c := range r.registry.changes(now) {
+		r.changed(c, now)
+	}
+}
+
+// changed takes in what the registry tells of a service.
+func (r *run) changed(c change, now time.Time) {
+	p := r.sup.byID[c.component]
+	if p == nil {
+		logChange(r.log, c)
+		return
+	}
+	r.conditions[p.ID] = c
+	switch {
+	case p.state == procStarting && c.now.ok():
+		r.sup.ready(p, now)
+	case p.state != procReady:
+	case c.now.ok():
+		delete(r.unhealthy, p.ID)
+		logChange(r.log, c)
+	default:
+		r.unhealthy[p.ID] = now
+		logChange(r.log, c)
+	}
+}
+
+// expireUnhealthy fails the components that were unhealthy for too long and, asked
+// now, still are.
+func (r *run) expireUnhealthy(now time.Time) {
+	for id, since := range r.unhealthy {
+		if now.Sub(since) < r.flags.unhealthyTimeout {
+			continue
+		}
+		c, cause := r.registry.condition(id, now)
+		delete(r.unhealthy, id)
+		if !c.ok() {
+			p := r.sup.byID[id]
+			r.sup.failUnhealthy(p, fmt.Sprintf("unhealthy for %s (-unhealthy-timeout): %s", r.flags.unhealthyTimeout, cause), now)
+			p.failure.registered = c != unregistered
+		}
+	}
+}
+
+// exited takes the end of a process in, after what the process did before it ended.
+func (r *run) exited(e exit, now time.Time) {
+	r.takeChanges(now)
+	id := e.proc.ID
+	if end := r.watches[id]; end != nil {
+		end()
+		delete(r.watches, id)
+	}
+	c, _ := r.registry.condition(id, now)
+	r.sup.exited(e, now)
+	if e.proc.failure != nil {
+		e.proc.failure.registered = c != unregistered
+	}
+	cause := ""
+	if e.proc.state != procCompleted {
+		cause = "its process ended: " + describeExit(e.state)
+	}
+	r.registry.finished(id, cause, now)
+	delete(r.unhealthy, id)
+}
+
+func (r *run) signalled(sig os.Signal, now time.Time) {
+	if r.sup.stopping {
+		r.log.Warn("second signal, killing what still runs", "signal", sig.String())
+		r.sup.killAll(now)
+		return
+	}
+	r.log.Info("stop requested", "signal", sig.String())
+	r.stop(exitOK, now)
+}
+
+// stop begins the end of the run, with the exit code that the first reason gives.
+func (r *run) stop(code int, now time.Time) {
+	if r.sup.stopping {
+		return
+	}
+	r.code = code
+	r.sup.beginStop()
+	notify(r.log, daemon.SdNotifyStopping, extendTimeout(r.sup.stopBound()))
+}
+
+// extendTimeout asks systemd for patience. The margin is for flowctl's own work.
+func extendTimeout(d time.Duration) string {
+	return fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", (d + 5*time.Second).Microseconds())
+}
+
+// patience is by when what keeps the pipeline from being ready has ended one way or
+// the other.
+func (r *run) patience() time.Time {
+	last := r.sup.lastReadyBy()
+	for _, since := range r.unhealthy {
+		if at := since.Add(r.flags.unhealthyTimeout); at.After(last) {
+			last = at
+		}
+	}
+	return last
+}
+
+// checkReady tells the world when all components are ready.
+func (r *run) checkReady(now time.Time) {
+	if o := r.overview(); o.ready < o.total {
+		return
+	}
+	r.ready = true
+	r.log.Info("pipeline ready", "components", len(r.sup.procs), "endpoint", r.registry.endpoint, "after", now.Sub(r.begun).Round(time.Millisecond))
+	notify(r.log, daemon.SdNotifyReady)
+	if r.flags.until == untilReady {
+		r.stop(exitOK, now)
+	}
+}
+
+// overview sums up how the components are.
+func (r *run) overview() overview {
+	o := overview{total: len(r.sup.procs), stopping: r.sup.stopping}
+	for _, p := range r.sup.procs {
+		c, told := r.conditions[p.ID]
+		switch {
+		case p.state == procCompleted || p.state == procReady && told && c.now.ok():
+			o.ready++
+		case p.state == procReady:
+			o.unhealthy = append(o.unhealthy, fmt.Sprintf("%s (%s)", p.ID, c.cause))
+		case p.state == procBackoff:
+			o.restarting = append(o.restarting, p.ID)
+		default:
+			o.waiting = append(o.waiting, p.ID)
+		}
+		if !p.over() {
+			o.left = append(o.left, p.ID)
+		}
+	}
+	return o
+}
+
+// showStatus tells people and systemd how the run is, if that has changed.
+func (r *run) showStatus() {
+	o := r.overview()
+	status := o.String()
+	if status == r.status || len(o.left) == 0 {
+		return
+	}
+	r.status = status
+	if r.flags.showStatus {
+		r.log.Info("status", o.attrs()...)
+	}
+	states := []string{"STATUS=" + status}
+	if at := r.patience(); !r.ready && !r.sup.stopping && at.After(time.Now()) {
+		states = append(states, extendTimeout(time.Until(at)))
+	}
+	notify(r.log, states...)
 }

@@ -1,14 +1,17 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"slices"
 	"strings"
+	"sync"
 	"text/tabwriter"
 	"time"
 	"unicode"
@@ -49,6 +52,156 @@ func newLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, options))
 }
 
+// palette are the colours of components on a terminal, readable on black and white.
+var palette = []string{"36", "33", "32", "35", "34", "96", "93", "92", "95", "94"}
+
+// console writes the lines of components to one output, whole and one component's
+// at a time. Its first error is kept: from then on it drops what it gets, so that
+// components can be stopped, and broken is closed.
+type console struct {
+	json   bool
+	heads  map[string]string // by id: what stands between the time and the line
+	colour map[string]string // by id: the escape code, empty without colours
+	broken chan struct{}
+
+	mu  sync.Mutex // guards the fields below; held while w is written, so that a slow reader slows components
+	w   io.Writer
+	buf []byte
+	err error
+}
+
+// newConsole returns a console for the components ids.
+func newConsole(w io.Writer, format string, colours bool, ids []string) *console {
+	c := &console{w: w, json: format == formatJSON, heads: make(map[string]string), colour: make(map[string]string), broken: make(chan struct{})}
+	width := 0
+	for _, id := range ids {
+		width = max(width, len(id))
+	}
+	for i, id := range ids {
+		c.heads[id] = fmt.Sprintf(" %-*s | ", width, id)
+		if colours {
+			c.colour[id] = "\x1b[" + palette[i%len(palette)] + "m"
+		}
+	}
+	return c
+}
+
+// useColours tells whether f is a terminal whose user wants colours (no-color.org).
+func useColours(f *os.File) bool {
+	info, err := f.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0 && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
+}
+
+// lines is the emitter of all components.
+func (c *console) lines(id, stream string, lines []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		return
+	}
+	c.buf = c.buf[:0]
+	if c.json {
+		c.appendJSON(id, stream, lines, time.Now())
+	} else {
+		c.appendText(id, lines, time.Now())
+	}
+	if _, err := c.w.Write(c.buf); err != nil {
+		c.err = err
+		close(c.broken)
+	}
+	if cap(c.buf) > 2*maxLine {
+		c.buf = nil
+	}
+}
+
+func (c *console) appendText(id string, lines []byte, now time.Time) {
+	stamp := now.AppendFormat(make([]byte, 0, len(time.TimeOnly)), time.TimeOnly)
+	head, colour := c.heads[id], c.colour[id]
+	for len(lines) > 0 {
+		var line []byte
+		line, lines = cutLine(lines)
+		c.buf = append(c.buf, colour...)
+		c.buf = append(c.buf, stamp...)
+		c.buf = append(c.buf, head...)
+		if colour != "" {
+			c.buf = append(c.buf, "\x1b[0m"...)
+		}
+		c.buf = append(append(c.buf, line...), '\n')
+	}
+}
+
+func (c *console) appendJSON(id, stream string, lines []byte, now time.Time) {
+	out := bytes.NewBuffer(c.buf)
+	enc := json.NewEncoder(out)
+	enc.SetEscapeHTML(false)
+	for len(lines) > 0 {
+		var line []byte
+		line, lines = cutLine(lines)
+		// Strings and a time always encode.
+		_ = enc.Encode(struct {
+			Time      time.Time `json:"time"`
+			Component string    `json:"component"`
+			Stream    string    `json:"stream"`
+			Line      string    `json:"line"`
+		}{now, id, stream, string(line)})
+	}
+	c.buf = out.Bytes()
+}
+
+// cutLine takes the first line off lines, without its newline and a CR before that.
+func cutLine(lines []byte) (line, rest []byte) {
+	line, rest, _ = bytes.Cut(lines, []byte{'\n'})
+	return bytes.TrimSuffix(line, []byte{'\r'}), rest
+}
+
+// overview is how a run is at a moment.
+type overview struct {
+	ready, total int
+	waiting      []string // not ready yet
+	unhealthy    []string // were ready and are not healthy, with the cause
+	restarting   []string
+	stopping     bool
+	left         []string // still running while stopping
+}
+
+// part is what an overview has to say besides the counts.
+type part struct {
+	key, what string
+	ids       []string
+}
+
+func (o overview) parts() []part {
+	if o.stopping {
+		return []part{{"stopping", "stopping", o.left}}
+	}
+	parts := []part{{"waiting", "waiting for", o.waiting}, {"restarting", "restarting", o.restarting}, {"unhealthy", "unhealthy:", o.unhealthy}}
+	return slices.DeleteFunc(parts, func(p part) bool { return len(p.ids) == 0 })
+}
+
+// String says it in one line, as systemd's STATUS= wants it.
+func (o overview) String() string {
+	if o.stopping {
+		return "stopping, waiting for " + enumerate(o.left)
+	}
+	text := fmt.Sprintf("%d of %d ready", o.ready, o.total)
+	for _, p := range o.parts() {
+		text += ", " + p.what + " " + enumerate(p.ids)
+	}
+	return text
+}
+
+// attrs says it as the log wants it.
+func (o overview) attrs() []any {
+	var attrs []any
+	if !o.stopping {
+		attrs = append(attrs, "ready", o.ready, "total", o.total)
+	}
+	for _, p := range o.parts() {
+		attrs = append(attrs, p.key, enumerate(p.ids))
+	}
+	return attrs
+}
+
 // enumerate lists a few of many.
 func enumerate(ids []string) string {
 	const most = 5
@@ -56,6 +209,36 @@ func enumerate(ids []string) string {
 		return fmt.Sprintf("%s and %d more", strings.Join(ids[:most], ", "), len(ids)-most)
 	}
 	return strings.Join(ids, ", ")
+}
+
+// reportFailures says what failed and shows the last lines of each, last of all
+// that a failed run prints.
+func reportFailures(w io.Writer, log *slog.Logger, format string, failures []*failure) {
+	for _, f := range failures {
+		if format == formatJSON {
+			log.Error("component failed", "component", f.component.ID, "reason", f.reason, "pid", f.pid,
+				"lived", f.lived.Round(time.Millisecond), "registered", f.registered, "last_lines", f.tail)
+			continue
+		}
+		fmt.Fprintf(w, "flowctl: component %s failed: %s%s\n", f.component.ID, f.reason, f.circumstances())
+		if len(f.tail) > 0 {
+			fmt.Fprintf(w, "flowctl: the last lines of %s:\n", f.component.ID)
+		}
+		for _, line := range f.tail {
+			fmt.Fprintf(w, "  %s\n", strings.TrimSuffix(line, "\r"))
+		}
+	}
+}
+
+func (f *failure) circumstances() string {
+	if f.pid == 0 {
+		return ""
+	}
+	text := fmt.Sprintf(" (pid %d, ran for %s", f.pid, f.lived.Round(time.Millisecond))
+	if f.component.registers() {
+		text += map[bool]string{true: ", registered", false: ", not registered"}[f.registered]
+	}
+	return text + ")"
 }
 
 // listing is one row of list: a service, in the words of -json.

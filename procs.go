@@ -1,0 +1,831 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+)
+
+const (
+	minBackoff   = time.Second      // before the first restart
+	maxBackoff   = 30 * time.Second // restarts never wait longer, but for jitter
+	healthyReset = time.Minute      // a component that was ready this long starts over with minBackoff
+	killPatience = 5 * time.Second  // from SIGKILL until flowctl no longer waits: only a process stuck in the kernel lives that long
+
+	minBuffer = 16 << 10 // of an output pump; it grows while a line does not fit
+	maxLine   = 1 << 20  // a longer line is passed on in pieces
+	tailSize  = 4 << 10  // bytes of a component's last output that are kept for a report
+)
+
+// procState is where a component is in its life. Only supervisor.transition changes it.
+type procState int
+
+const (
+	procWaiting   procState = iota // for what it waits on, or to be started again
+	procStarting                   // its process runs and is not ready yet
+	procReady                      // it was ready once; how it is now the registry knows
+	procBackoff                    // ended; to be started again at deadline
+	procStopping                   // got its stop signal, gets SIGKILL at deadline
+	procKilled                     // got SIGKILL
+	procCompleted                  // ended by itself, as it should
+	procFailed                     // ended by itself or not ready in time, and is not started again
+	procStopped                    // ended because it was asked to, or never started
+)
+
+func (s procState) String() string {
+	return [...]string{"waiting", "starting", "ready", "backoff", "stopping", "killed", "completed", "failed", "stopped"}[s]
+}
+
+// failKind tells apart the ends of a run that have exit codes of their own.
+type failKind int
+
+const (
+	failEnded    failKind = iota // ended unasked, could not be started, or stayed unhealthy
+	failNotReady                 // was not ready within its start timeout
+)
+
+// failure is what has to be said of a component that failed.
+type failure struct {
+	component  *Component
+	kind       failKind
+	reason     string
+	lived      time.Duration // of its last process; 0: it never ran
+	pid        int
+	registered bool // had its last process registered
+	tail       []string
+}
+
+// proc is one component and the process that runs it now, if one does.
+type proc struct {
+	*Component
+	log      *slog.Logger
+	state    procState
+	deadline time.Time // when the state has lasted too long; zero: never
+	readyBy  time.Time // when it has to be ready, from the first start until it is
+	child    *child
+	pid      int // of its last process
+	started  time.Time
+	stopSent time.Time
+	readyAt  time.Time
+	wasReady bool // with any of its processes: what waits for it may start
+	attempts int  // restarts since it was last in health for healthyReset
+	restarts int
+	failure  *failure
+}
+
+// over tells whether no process runs and none will.
+func (p *proc) over() bool {
+	return p.state == procCompleted || p.state == procFailed || p.state == procStopped
+}
+
+// runs tells whether it has a process that was not asked to end.
+func (p *proc) runs() bool { return p.state == procStarting || p.state == procReady }
+
+// emitter takes whole lines of a component: each ends with a newline. It must not
+// keep them. It is called from the pumps, one call at a time per stream.
+type emitter func(id, stream string, lines []byte)
+
+// procSettings are the run's answers to what the file leaves open, and what every
+// component's environment tells it.
+type procSettings struct {
+	startTimeout time.Duration
+	stopTimeout  time.Duration
+	heartbeat    time.Duration // FLOWCTL_HEARTBEAT_INTERVAL
+	endpoint     string        // FLOWCTL_ENDPOINT
+}
+
+// supervisor starts, restarts and stops the processes of a pipeline. One goroutine
+// owns it and calls its methods; it is told the time and never asks. What happens
+// elsewhere arrives in exits, and next says when a deadline is due.
+type supervisor struct {
+	settings procSettings
+	log      *slog.Logger
+	emit     emitter
+	exits    chan exit
+	procs    []*proc // in file order
+	byID     map[string]*proc
+	before   map[string][]stopEdge // by id: what has to stop before it
+	ports    map[string]*reservedPort
+	stopping bool
+}
+
+// exit is the end of one process: it was waited for, its group is gone and its
+// output has been passed on.
+type exit struct {
+	proc  *proc
+	child *child
+	state *os.ProcessState
+}
+
+// newSupervisor reserves a port for each component. The caller must see that it is
+// over before it drops it: run it until over is true.
+func newSupervisor(p *Pipeline, settings procSettings, emit emitter, log *slog.Logger) (*supervisor, error) {
+	s := &supervisor{
+		settings: settings, log: log, emit: emit,
+		exits: make(chan exit), byID: make(map[string]*proc),
+		before: p.stopAfter(), ports: make(map[string]*reservedPort),
+	}
+	for _, c := range p.components() {
+		proc := &proc{Component: c, log: log.With("component", c.ID)}
+		s.procs = append(s.procs, proc)
+		s.byID[c.ID] = proc
+		port, err := reservePort(c)
+		if err != nil {
+			s.releasePorts()
+			return nil, fmt.Errorf("component %s: cannot find a free port for its HEALTH_PORT: %v", c.ID, err)
+		}
+		s.ports[c.ID] = port
+	}
+	return s, nil
+}
+
+// transition is the one place that changes a component's state.
+func (s *supervisor) transition(p *proc, to procState, deadline time.Time) {
+	p.log.Debug("state", "from", p.state, "to", to, "pid", p.pid)
+	p.state, p.deadline = to, deadline
+}
+
+// startable returns what may start now: what waits and has all it waits for.
+func (s *supervisor) startable() []*proc {
+	if s.stopping {
+		return nil
+	}
+	var out []*proc
+	for _, p := range s.procs {
+		if p.state == procWaiting && !slices.ContainsFunc(p.waitsFor(), func(id string) bool { return !s.byID[id].wasReady }) {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// start starts the process of p. Where that fails, p has failed.
+func (s *supervisor) start(p *proc, now time.Time) {
+	if p.readyBy.IsZero() {
+		p.readyBy = now.Add(s.startTimeout(p))
+	}
+	p.started = now
+	s.ports[p.ID].release()
+	env, err := s.environ(p.Component)
+	if err == nil {
+		p.child, err = spawn(p.Component, env, s.emit)
+	}
+	if err != nil {
+		p.pid = 0
+		s.fail(p, failEnded, err.Error(), now)
+		s.transition(p, procFailed, time.Time{})
+		return
+	}
+	p.pid = p.child.pid
+	s.transition(p, procStarting, p.readyBy)
+	p.log.Info("started", "pid", p.pid)
+	patience := s.stopTimeout(p)
+	go func(child *child) { s.exits <- exit{p, child, child.reap(patience)} }(p.child)
+}
+
+// ready notes that p is ready.
+func (s *supervisor) ready(p *proc, now time.Time) {
+	p.readyAt, p.wasReady, p.readyBy = now, true, time.Time{}
+	s.transition(p, procReady, time.Time{})
+	p.log.Info("ready", "after", now.Sub(p.started).Round(time.Millisecond))
+}
+
+// exited takes the end of a process in and decides what becomes of its component.
+func (s *supervisor) exited(e exit, now time.Time) {
+	p := e.proc
+	p.child = nil
+	reason := describeExit(e.state)
+	asked := p.state == procStopping || p.state == procKilled || s.stopping
+	wasReady := p.state == procReady
+	p.log.Info("ended", "pid", p.pid, "reason", reason, "lived", now.Sub(p.started).Round(time.Millisecond))
+	switch {
+	case p.failure != nil:
+		s.transition(p, procFailed, time.Time{})
+	case asked:
+		s.transition(p, procStopped, time.Time{})
+	case s.wantsRestart(p, e.state.Success()):
+		s.backOff(p, wasReady, now)
+	case e.state.Success() && wasReady:
+		s.transition(p, procCompleted, time.Time{})
+	default:
+		s.failEnded(p, e.child, reason, wasReady, now)
+	}
+}
+
+func (s *supervisor) failEnded(p *proc, c *child, reason string, wasReady bool, now time.Time) {
+	switch {
+	case p.RestartPolicy != "" && p.RestartPolicy != "no" && p.MaxRestarts > 0:
+		reason = fmt.Sprintf("%s, after %d restarts (max_restarts)", reason, p.attempts)
+	case !wasReady:
+		reason += " before it was ready"
+	}
+	s.fail(p, failEnded, reason, now)
+	p.failure.tail = c.tail.lines()
+	s.transition(p, procFailed, time.Time{})
+}
+
+// wantsRestart tells whether p's policy has it started again.
+func (s *supervisor) wantsRestart(p *proc, success bool) bool {
+	if p.MaxRestarts > 0 && p.attempts >= p.MaxRestarts {
+		return false
+	}
+	return p.RestartPolicy == "always" || p.RestartPolicy == "on-failure" && !success
+}
+
+// backOff plans the next start of p. Jitter of a tenth keeps components that failed
+// together from coming back together.
+func (s *supervisor) backOff(p *proc, wasReady bool, now time.Time) {
+	if wasReady && now.Sub(p.readyAt) >= healthyReset {
+		p.attempts = 0
+	}
+	wait := min(minBackoff<<min(p.attempts, 10), maxBackoff)
+	wait += rand.N(wait / 10)
+	p.attempts++
+	p.restarts++
+	s.transition(p, procBackoff, earliest(now.Add(wait), p.readyBy))
+	p.log.Warn("restarting", "in", wait.Round(time.Millisecond), "restarts", p.restarts)
+}
+
+// fail notes why p failed. The first reason stays.
+func (s *supervisor) fail(p *proc, kind failKind, reason string, now time.Time) {
+	if p.failure != nil {
+		return
+	}
+	f := &failure{component: p.Component, kind: kind, reason: reason, pid: p.pid}
+	if p.pid != 0 {
+		f.lived = now.Sub(p.started)
+	}
+	if p.child != nil {
+		f.tail = p.child.tail.lines()
+	}
+	p.failure = f
+}
+
+// failUnhealthy fails p, which runs, for how it is.
+func (s *supervisor) failUnhealthy(p *proc, reason string, now time.Time) {
+	s.fail(p, failEnded, reason, now)
+}
+
+// failures returns those that failed, in file order.
+func (s *supervisor) failures() []*failure {
+	var out []*failure
+	for _, p := range s.procs {
+		if p.failure != nil {
+			out = append(out, p.failure)
+		}
+	}
+	return out
+}
+
+// over tells whether nothing runs and nothing will.
+func (s *supervisor) over() bool {
+	return !slices.ContainsFunc(s.procs, func(p *proc) bool { return !p.over() })
+}
+
+// next is the earliest moment at which expire has something to do, zero for none.
+func (s *supervisor) next(now time.Time) time.Time {
+	var next time.Time
+	for _, p := range s.procs {
+		next = earliest(next, p.deadline)
+		if nudge := s.nudge(p); p.state == procStopping && nudge.After(now) {
+			next = earliest(next, nudge)
+		}
+	}
+	return next
+}
+
+// earliest is the earlier of two times, where the zero time is never.
+func earliest(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// lastReadyBy is by when all that has started is ready or failed, or, where it was
+// ready before, has been started again.
+func (s *supervisor) lastReadyBy() time.Time {
+	var last time.Time
+	for _, p := range s.procs {
+		for _, at := range []time.Time{p.readyBy, p.deadline} {
+			if at.After(last) {
+				last = at
+			}
+		}
+	}
+	return last
+}
+
+// expire acts on the deadlines that are due. A deadline belongs to a state, so one
+// that comes late, when the state has changed, does not exist any more.
+func (s *supervisor) expire(now time.Time) {
+	for _, p := range s.procs {
+		due := !p.deadline.IsZero() && !now.Before(p.deadline)
+		switch {
+		case !due:
+		case p.state == procStarting:
+			s.failNotReady(p, now)
+			p.deadline = time.Time{}
+		case p.state == procBackoff && !p.readyBy.IsZero() && !now.Before(p.readyBy):
+			s.failNotReady(p, now)
+			s.transition(p, procFailed, time.Time{})
+		case p.state == procBackoff:
+			s.transition(p, procWaiting, time.Time{})
+		case p.state == procStopping:
+			p.log.Warn("still running, sending SIGKILL", "pid", p.pid, "stop_timeout", s.stopTimeout(p))
+			s.kill(p, now)
+		case p.state == procKilled:
+			s.fail(p, failEnded, fmt.Sprintf("pid %d is still running %s after SIGKILL", p.pid, killPatience), now)
+			s.transition(p, procFailed, time.Time{})
+		}
+	}
+}
+
+func (s *supervisor) failNotReady(p *proc, now time.Time) {
+	s.fail(p, failNotReady, fmt.Sprintf("not ready within its start timeout of %s", s.startTimeout(p)), now)
+}
+
+// beginStop starts nothing from now on. What has no process is stopped by that.
+func (s *supervisor) beginStop() {
+	s.stopping = true
+	s.releasePorts()
+	for _, p := range s.procs {
+		if p.state == procWaiting || p.state == procBackoff {
+			s.transition(p, procStopped, time.Time{})
+		}
+	}
+}
+
+// advanceStop sends their stop signal to those whose turn it is: everything that
+// has to stop before them has ended. Of an input half its stop timeout is enough,
+// because some servers end only once their reader has closed the stream.
+func (s *supervisor) advanceStop(now time.Time) {
+	for _, p := range s.procs {
+		if !p.runs() || slices.ContainsFunc(s.before[p.ID], func(e stopEdge) bool { return s.holds(e, now) }) {
+			continue
+		}
+		p.log.Info("stopping", "pid", p.pid, "signal", p.stopSignal().String())
+		p.stopSent = now
+		p.child.signal(p.stopSignal())
+		s.transition(p, procStopping, now.Add(s.stopTimeout(p)))
+	}
+}
+
+func (s *supervisor) holds(e stopEdge, now time.Time) bool {
+	first := s.byID[e.id]
+	if first.over() {
+		return false
+	}
+	nudge := s.nudge(first)
+	return !e.input || nudge.IsZero() || now.Before(nudge)
+}
+
+// nudge is when those that read from p are stopped although p has not ended.
+func (s *supervisor) nudge(p *proc) time.Time {
+	if p.stopSent.IsZero() {
+		return time.Time{}
+	}
+	return p.stopSent.Add(s.stopTimeout(p) / 2)
+}
+
+// stopBound is the longest that a stop can take from its beginning: the slowest
+// chain of those that have to stop one after the other.
+func (s *supervisor) stopBound() time.Duration {
+	memo := make(map[string]time.Duration)
+	var bound func(id string) time.Duration
+	bound = func(id string) time.Duration {
+		if d, ok := memo[id]; ok {
+			return d
+		}
+		var longest time.Duration
+		for _, e := range s.before[id] {
+			longest = max(longest, bound(e.id))
+		}
+		memo[id] = longest + s.stopTimeout(s.byID[id]) + killPatience
+		return memo[id]
+	}
+	var longest time.Duration
+	for id := range s.byID {
+		longest = max(longest, bound(id))
+	}
+	return longest
+}
+
+// killAll sends SIGKILL to all that still run.
+func (s *supervisor) killAll(now time.Time) {
+	s.beginStop()
+	for _, p := range s.procs {
+		if !p.over() && p.state != procKilled {
+			s.kill(p, now)
+		}
+	}
+}
+
+func (s *supervisor) kill(p *proc, now time.Time) {
+	p.child.kill()
+	s.transition(p, procKilled, now.Add(killPatience))
+}
+
+func (s *supervisor) startTimeout(p *proc) time.Duration {
+	if p.StartTimeout > 0 {
+		return time.Duration(p.StartTimeout)
+	}
+	return s.settings.startTimeout
+}
+
+func (s *supervisor) stopTimeout(p *proc) time.Duration {
+	if p.StopTimeout > 0 {
+		return time.Duration(p.StopTimeout)
+	}
+	return s.settings.stopTimeout
+}
+
+// child is one process and the group that it leads. Its pumps and its reaper run
+// beside the supervisor; what they share is named below.
+type child struct {
+	cmd     *exec.Cmd
+	pid     int
+	outputs []*os.File    // read ends of its output
+	drained chan struct{} // closed when no output will come any more
+	expired chan struct{} // closed when what is left of the group gets SIGKILL
+	pumping atomic.Int32  // pumps that still run
+	tail    tail
+
+	mu     sync.Mutex // guards the fields below
+	asked  bool       // a signal to stop was sent
+	killed bool
+	reaped bool // the process id, and so the group's, may be someone else's now
+}
+
+// spawn starts c as the leader of a process group of its own, its output read by
+// pumps that hand it to emit.
+func spawn(c *Component, env []string, emit emitter) (*child, error) {
+	cmd := exec.Command(c.Command[0], slices.Concat(c.Command[1:], c.Args)...)
+	cmd.Dir, cmd.Env = c.WorkingDir, env
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	ch := &child{cmd: cmd, drained: make(chan struct{}), expired: make(chan struct{})}
+	var theirs []*os.File
+	defer func() {
+		for _, w := range theirs {
+			w.Close()
+		}
+	}()
+	for range 2 {
+		r, w, err := os.Pipe()
+		if err != nil {
+			ch.closeOutputs()
+			return nil, fmt.Errorf("cannot make a pipe for its output: %v", err)
+		}
+		ch.outputs, theirs = append(ch.outputs, r), append(theirs, w)
+	}
+	cmd.Stdout, cmd.Stderr = theirs[0], theirs[1]
+	if err := cmd.Start(); err != nil {
+		ch.closeOutputs()
+		return nil, describeStart(c, err)
+	}
+	ch.pid = cmd.Process.Pid
+	ch.pumping.Store(2)
+	go ch.pump(c.ID, "stdout", ch.outputs[0], emit)
+	go ch.pump(c.ID, "stderr", ch.outputs[1], emit)
+	return ch, nil
+}
+
+func (c *child) closeOutputs() {
+	for _, r := range c.outputs {
+		r.Close()
+	}
+}
+
+// describeStart says what keeps c from being started.
+func describeStart(c *Component, err error) error {
+	dir, dirErr := os.Stat(cmp.Or(c.WorkingDir, "."))
+	if dirErr == nil && !dir.IsDir() {
+		dirErr = syscall.ENOTDIR
+	}
+	if dirErr != nil {
+		return fmt.Errorf("cannot enter its working_dir %q: %v", c.WorkingDir, cause(dirErr))
+	}
+	program := c.Command[0]
+	if _, statErr := os.Stat(program); errors.Is(err, fs.ErrNotExist) && statErr == nil {
+		return fmt.Errorf("cannot run %q: the interpreter that it names, or its loader, does not exist", program)
+	}
+	return fmt.Errorf("cannot run %q: %v", program, cause(err))
+}
+
+// cause drops what os and exec put before the reason: the path is named already.
+func cause(err error) error {
+	var path *fs.PathError
+	var lookup *exec.Error
+	switch {
+	case errors.As(err, &path):
+		return path.Err
+	case errors.As(err, &lookup):
+		return lookup.Err
+	}
+	return err
+}
+
+// signal sends sig, a request to end, to the group.
+func (c *child) signal(sig syscall.Signal) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.asked = true
+	if !c.reaped {
+		_ = syscall.Kill(-c.pid, sig) // fails only for a group that is already gone
+	}
+}
+
+// kill sends SIGKILL to the group.
+func (c *child) kill() {
+	c.signal(syscall.SIGKILL)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.killed {
+		c.killed = true
+		close(c.expired)
+	}
+}
+
+// reap waits for the process and returns how it ended, once: then the group is
+// gone and its output has been handed on, unless nobody took it for as long as
+// patience. A process that ended unasked leaves a group that nobody wants. One
+// that was asked to end may have members that still write their last lines, so
+// they get the time until SIGKILL is due or their output is closed.
+func (c *child) reap(patience time.Duration) *os.ProcessState {
+	awaitExit(c.pid)
+	c.mu.Lock()
+	asked := c.asked
+	c.mu.Unlock()
+	if asked {
+		select {
+		case <-c.drained:
+		case <-c.expired:
+		}
+	}
+	c.mu.Lock()
+	c.reaped = true
+	_ = syscall.Kill(-c.pid, syscall.SIGKILL)
+	c.mu.Unlock()
+	_ = c.cmd.Wait() // how it ended is in ProcessState
+
+	// A process that left the group may hold the pipes open: what is in them now is
+	// all that was written before the end, and nothing more is waited for.
+	for _, r := range c.outputs {
+		_ = r.SetReadDeadline(time.Unix(1, 0))
+	}
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	select {
+	case <-c.drained:
+	case <-timer.C:
+	}
+	return c.cmd.ProcessState
+}
+
+// awaitExit returns when the process pid, a child, has ended, and leaves it a
+// zombie: so its id, which is its group's too, stays taken until it is waited for.
+func awaitExit(pid int) {
+	const idTypePID = 1 // P_PID of waitid(2)
+	var info [128]byte  // siginfo_t, which the kernel insists on
+	for {
+		_, _, err := syscall.Syscall6(syscall.SYS_WAITID, idTypePID, uintptr(pid), uintptr(unsafe.Pointer(&info)), syscall.WEXITED|syscall.WNOWAIT, 0, 0)
+		if err != syscall.EINTR {
+			return
+		}
+	}
+}
+
+// pump hands on what comes from r in whole lines until it ends, or, after reap has
+// set a deadline, until nothing is left in the pipe.
+func (c *child) pump(id, stream string, r *os.File, emit emitter) {
+	defer func() {
+		r.Close()
+		if c.pumping.Add(-1) == 0 {
+			close(c.drained)
+		}
+	}()
+	pass := func(lines []byte) {
+		c.tail.add(lines)
+		emit(id, stream, lines)
+	}
+	read := r.Read
+	buf := make([]byte, 0, minBuffer)
+	for {
+		n, err := read(buf[len(buf):cap(buf)])
+		buf = passLines(buf[:len(buf)+n], pass)
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			read = leftover(r)
+		case err != nil:
+			if len(buf) > 0 {
+				pass(append(buf, '\n'))
+			}
+			return
+		}
+	}
+}
+
+// passLines passes the whole lines of buf, or the first maxLine bytes of one that
+// is longer, and returns the rest with room to read more.
+func passLines(buf []byte, pass func([]byte)) []byte {
+	if i := bytes.LastIndexByte(buf, '\n'); i >= 0 {
+		pass(buf[:i+1])
+		buf = buf[:copy(buf, buf[i+1:])]
+	}
+	switch {
+	case len(buf) > maxLine:
+		pass(append(slices.Clip(buf[:maxLine]), '\n'))
+		buf = buf[:copy(buf, buf[maxLine:])]
+	case len(buf) == cap(buf):
+		grown := make([]byte, len(buf), min(2*cap(buf), maxLine+1))
+		copy(grown, buf)
+		buf = grown
+	}
+	return buf
+}
+
+// leftover reads what a pipe holds and ends where a reader would have to wait. It
+// reads no more than a pipe can hold, so that a writer that lives on cannot keep it.
+func leftover(r *os.File) func([]byte) (int, error) {
+	_ = r.SetReadDeadline(time.Time{})
+	left := maxLine // pipe(7): pipe-max-size is 1 MiB
+	return func(p []byte) (n int, err error) {
+		raw, err := r.SyscallConn()
+		if err != nil || left <= 0 {
+			return 0, io.EOF
+		}
+		rawErr := raw.Read(func(fd uintptr) bool {
+			n, err = syscall.Read(int(fd), p)
+			return true
+		})
+		if rawErr != nil || err != nil || n <= 0 {
+			return 0, io.EOF
+		}
+		left -= n
+		return n, nil
+	}
+}
+
+// tail keeps the end of what a process printed.
+type tail struct {
+	mu  sync.Mutex
+	buf []byte
+	cut bool // something came before
+}
+
+func (t *tail) add(lines []byte) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if n := len(lines); n > tailSize {
+		lines, t.cut, t.buf = lines[n-tailSize:], true, t.buf[:0]
+	}
+	if over := len(t.buf) + len(lines) - tailSize; over > 0 {
+		t.buf, t.cut = t.buf[:copy(t.buf, t.buf[over:])], true
+	}
+	t.buf = append(t.buf, lines...)
+}
+
+// lines returns the last lines, ten at most.
+func (t *tail) lines() []string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	lines := strings.Split(strings.TrimSuffix(string(t.buf), "\n"), "\n")
+	if len(t.buf) == 0 {
+		return nil
+	}
+	if t.cut && len(lines) > 1 {
+		lines = lines[1:]
+	}
+	return lines[max(0, len(lines)-10):]
+}
+
+// describeExit says how a process ended.
+func describeExit(state *os.ProcessState) string {
+	status, ok := state.Sys().(syscall.WaitStatus)
+	if !ok || !status.Signaled() {
+		return fmt.Sprintf("exit status %d", state.ExitCode())
+	}
+	text := fmt.Sprintf("killed by signal %d (%s)", status.Signal(), status.Signal())
+	if status.CoreDump() {
+		text += ", core dumped"
+	}
+	return text
+}
+
+// reservedPort holds a port until the component that is to listen on it starts.
+type reservedPort struct {
+	number string
+	hold   net.Listener // nil when released, or when the file names the port
+}
+
+// reservePort takes the port that the file gives c as HEALTH_PORT, else a free one.
+func reservePort(c *Component) (*reservedPort, error) {
+	if number := fileEnv(c, "HEALTH_PORT"); number != "" {
+		return &reservedPort{number: number}, nil
+	}
+	hold, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	return &reservedPort{number: strconv.Itoa(hold.Addr().(*net.TCPAddr).Port), hold: hold}, nil
+}
+
+func (p *reservedPort) release() {
+	if p.hold != nil {
+		p.hold.Close()
+		p.hold = nil
+	}
+}
+
+func (s *supervisor) releasePorts() {
+	for _, port := range s.ports {
+		port.release()
+	}
+}
+
+// fileEnv is what the file itself sets name to.
+func fileEnv(c *Component, name string) string {
+	if v, ok := c.Env[name]; ok {
+		return v
+	}
+	return c.configEnv()[name]
+}
+
+// environ is the environment of c: flowctl's own, then what flowctl gives, then what
+// the file gives, and last what the file cannot change. It fails where a file of
+// env_files cannot be read.
+func (s *supervisor) environ(c *Component) ([]string, error) {
+	env := slices.DeleteFunc(os.Environ(), hidden)
+	set := func(name, value string) { env = append(env, name+"="+value) }
+	port := s.ports[c.ID].number
+	set("PWD", c.WorkingDir)
+	set("COMPONENT_ID", c.ID)
+	set("SERVICE_ID", c.ID)
+	set("HEALTH_PORT", port)
+	set("HEALTH_ENDPOINT", "http://"+net.JoinHostPort("localhost", port)+"/health")
+	set("FLOWCTL_HEARTBEAT_INTERVAL", strconv.FormatInt(s.settings.heartbeat.Milliseconds(), 10)+"ms")
+	for name, value := range c.configEnv() {
+		set(name, value)
+	}
+	for name, value := range c.Env {
+		set(name, value)
+	}
+	for name, path := range c.EnvFiles {
+		value, err := readEnvFile(path)
+		if err != nil {
+			return nil, fmt.Errorf("env_files.%s: %v", name, err)
+		}
+		set(name, value)
+	}
+	set("ENABLE_FLOWCTL", "true")
+	set("FLOWCTL_ENABLED", "true")
+	set("FLOWCTL_ENDPOINT", s.settings.endpoint)
+	set("FLOWCTL_COMPONENT_ID", c.ID)
+	set("FLOWCTL_SERVICE_ID", c.ID)
+	return env, nil
+}
+
+// hidden tells whether a variable is systemd's word to flowctl alone: a child that
+// heard it would speak for flowctl (sd_notify(3), sd_listen_fds(3)).
+func hidden(entry string) bool {
+	name, _, _ := strings.Cut(entry, "=")
+	return name == "NOTIFY_SOCKET" || strings.HasPrefix(name, "WATCHDOG_") || strings.HasPrefix(name, "LISTEN_")
+}
+
+// readEnvFile returns the content of a file as the value of a variable, without the
+// newline that editors put at its end.
+func readEnvFile(path string) (string, error) {
+	const most = 128 << 10 // execve(2): MAX_ARG_STRLEN
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, most+1))
+	if err != nil {
+		return "", err
+	}
+	if len(data) > most {
+		return "", fmt.Errorf("%s is larger than %d bytes, the most that a variable can hold", path, most)
+	}
+	if bytes.IndexByte(data, 0) >= 0 {
+		return "", fmt.Errorf("%s holds a NUL byte, which no variable can", path)
+	}
+	return strings.TrimSuffix(strings.TrimSuffix(string(data), "\n"), "\r"), nil
+}
