@@ -43,6 +43,10 @@ const (
 	maxMessage  = 1 << 20
 )
 
+// minStall is the shortest time that flowctl must not have run for to count as
+// stopped: less is a busy machine.
+const minStall = time.Second
+
 // metadataComponentID is the metadata key under which some components send the
 // id that flowctl gave them.
 const metadataComponentID = "component_id"
@@ -219,7 +223,7 @@ func (r *registry) expiryLocked(s *service) time.Time {
 // and must not judge by a time that has passed.
 func (r *registry) lockAt(now time.Time) time.Time {
 	r.mu.Lock()
-	if !r.observed.IsZero() && now.Sub(r.observed) > r.interval {
+	if !r.observed.IsZero() && now.Sub(r.observed) > max(r.interval, minStall) {
 		r.grace = now
 	}
 	if now.After(r.observed) {
@@ -481,7 +485,7 @@ func (r *registry) register(reg registration, now time.Time, ack func(id string,
 	if r.services[s.id] != s { // it calls itself by another component's id
 		s.id = s.key()
 	}
-	s.registered, s.ended, s.since = true, "", now
+	s.registered, s.since = true, now // one that has ended stays so until starting
 	s.declared, s.metrics = flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, nil
 	r.seenLocked(s, now)
 	r.noteLocked(s, now)
@@ -622,7 +626,9 @@ func (r *registry) unregister(id string, now time.Time) error {
 		return err
 	}
 	if s.member != nil {
+		ended := s.ended
 		r.resetLocked(s)
+		s.ended = ended
 	}
 	for len(s.names) > 0 {
 		r.unnameLocked(s, s.names[0])
@@ -917,6 +923,7 @@ func listenPlane(address string, port int) (net.Listener, string, error) {
 	if path, ok := strings.CutPrefix(address, "unix:"); ok {
 		return listenUnix(path)
 	}
+	address = strings.Trim(address, "[]")
 	lis, err := net.Listen("tcp", net.JoinHostPort(address, strconv.Itoa(port)))
 	if err != nil {
 		return nil, "", err

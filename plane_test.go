@@ -604,6 +604,7 @@ func TestPipelineFileHasItsWord(t *testing.T) {
 	}{
 		{"event types of the file", nil, ledgers, source, nil, []string{"ledger"}, []string{"ledger.v1"}, plane()},
 		{"event types that it sent", nil, registration{id: "ledgers", outputEvents: []string{"a", "b"}}, source, nil, []string{"a", "b"}, []string{"a.v1", "b.v1"}, plane()},
+		{"input event types that it sent", nil, registration{id: "store", inputEvents: []string{"a"}}, sink, []string{"a"}, nil, nil, plane()},
 		{"a source that calls itself a sink", nil, registration{id: "ledgers", kind: sink}, source, nil, []string{"ledger"}, []string{"ledger.v1"}, plane()},
 		{"a sink that calls itself a pipeline", nil, registration{id: "store", kind: consumerOfNode}, sink, []string{"transfer"}, nil, nil, plane()},
 		{"a sink with output events has no topics", nil, registration{id: "store", outputEvents: []string{"a"}}, sink, []string{"transfer"}, []string{"a"}, nil, plane()},
@@ -789,6 +790,10 @@ func TestChanges(t *testing.T) {
 			{0, both(reg("store", ""), reg("ledgers", "")), []string{"store: unregistered > healthy", "ledgers: unregistered > healthy"}, false},
 			{1, admit, nil, false}, {ttl - 1, alive, nil, false}, {ttl + 1, alive, []string{"ledgers: healthy > unhealthy"}, false},
 		}},
+		{"one that goes on holds nobody's staleness up", []changeStep{
+			{0, both(reg("store", ""), reg("ledgers", "")), []string{"store: unregistered > healthy", "ledgers: unregistered > healthy"}, false},
+			{ttl - 1, alive, nil, false}, {ttl + 1, alive, []string{"ledgers: healthy > unhealthy"}, false},
+		}},
 		{"a process must register anew after it was admitted", []changeStep{{0, admit, registered, false}, {1, starting, nil, false}, {2, reg("store", ""), registered, false}, {3 + ttl, nil, failed, false}}},
 		{"a check that passes is a heartbeat", []changeStep{{0, reg("store", ""), registered, false}, {ttl, checked(""), nil, false}, {2 * ttl, nil, nil, false}, {2*ttl + 1, nil, failed, false}, {3 * ttl, checked(""), healed, false}}},
 		{"a check that fails", []changeStep{{0, reg("store", ""), registered, false}, {1, checked("refused"), failed, false}, {2, alive, nil, false}, {3, checked("timeout"), nil, false}, {4, checked(""), healed, false}}},
@@ -827,6 +832,33 @@ func TestChanges(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestNewProcessInheritsNothing(t *testing.T) {
+	t.Parallel()
+	r, now := testRegistry(), time.Now()
+	mustRegister(t, r, registration{id: "ledgers", endpoint: "h:1", version: "1", outputEvents: []string{"a"}}, now)
+	err := r.heartbeat("ledgers", flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, now, func(s *service) error {
+		return s.setMetric("events", metric{number: 1})
+	})
+	wantCode(t, "heartbeat", err, codes.OK)
+	r.checked("ledgers", "connection refused", now)
+	r.starting("ledgers")
+	if err := r.register(registration{id: "transfers"}, now, func(_ string, _ []string, info map[string]string) {
+		if info["ledgers"] != "" {
+			t.Errorf("connection_info: got %q, the endpoint of the old process", info)
+		}
+	}); err != nil {
+		t.Fatal(err)
+	}
+	r.admit("ledgers", now)
+	got, err := v1Server{registry: r}.GetComponentStatus(t.Context(), &flowctlv1.ComponentStatusRequest{ServiceId: "ledgers"})
+	wantCode(t, "status", err, codes.OK)
+	got.LastHeartbeat, got.RegisteredAt = nil, nil
+	wantProto(t, "status", got, &flowctlv1.ComponentStatusResponse{
+		Status:    flowctlv1.HealthStatus_HEALTH_STATUS_HEALTHY,
+		Component: &flowctlv1.ComponentInfo{Id: "ledgers", Type: flowctlv1.ComponentType_COMPONENT_TYPE_SOURCE, OutputEventTypes: []string{"ledger"}},
+	})
 }
 
 // TestHealthIsJudgedWhenAsked asks before any sweep could have noticed.
