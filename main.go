@@ -43,6 +43,8 @@ type exitError struct {
 	err  error
 }
 
+func (e *exitError) Unwrap() error { return e.err }
+
 func (e *exitError) Error() string {
 	if e.err == nil {
 		return fmt.Sprintf("exit status %d", e.code)
@@ -97,9 +99,13 @@ func main() {
 func exitCode(err error) int {
 	var exit *exitError
 	var usage *usageError
+	var file *fileErrors
 	switch {
 	case err == nil:
 		return exitOK
+	case errors.As(err, &file):
+		fmt.Fprintln(os.Stderr, file) // each line begins with its place, as editors want it
+		return exitUsage
 	case errors.As(err, &exit):
 		if exit.err != nil {
 			fmt.Fprintln(os.Stderr, "flowctl:", exit.err)
@@ -323,7 +329,9 @@ func serverCommand(args []string) error {
 	if err := o.check(fs); err != nil {
 		return err
 	}
-	log := newLogger(os.Stderr, o.format, o.logLevel)
+	stderr := newLogWriter(os.Stderr)
+	defer stderr.close()
+	log := newLogger(stderr, o.format, o.logLevel)
 	o.portSet = true // what components of other machines know must not wander
 	signals := catchSignals()
 	lis, endpoint, err := openPlane(o, log)
@@ -412,16 +420,15 @@ func printHelp(w io.Writer, fs *flag.FlagSet) {
 	}
 }
 
-// catchSignals returns the signals that ask for an end. A signal that flowctl was
-// started to ignore, as by nohup, stays ignored. SIGPIPE is caught so that a closed
-// standard output is an error of a write and not the end of flowctl; it is not set
-// to be ignored because children would inherit that.
+// catchSignals returns the signals that ask for an end. SIGHUP stays ignored where
+// flowctl was started so, by nohup; SIGINT does not, which a script's shell ignores
+// for whatever it starts in the background, and children would inherit that. SIGPIPE
+// is caught so that a closed standard output is an error of a write and not the end.
 func catchSignals() <-chan os.Signal {
 	signals := make(chan os.Signal, 4)
-	for _, sig := range []os.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
-		if !signal.Ignored(sig) {
-			signal.Notify(signals, sig)
-		}
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) {
+		signal.Notify(signals, syscall.SIGHUP)
 	}
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	return signals
@@ -492,7 +499,9 @@ type run struct {
 
 // runPipeline runs p and returns an *exitError for everything but success.
 func runPipeline(p *Pipeline, o runFlags) error {
-	log := newLogger(os.Stderr, o.format, o.logLevel)
+	stderr := newLogWriter(os.Stderr)
+	defer stderr.close()
+	log := newLogger(stderr, o.format, o.logLevel)
 	signals := catchSignals()
 	lis, endpoint, err := openPlane(o.planeFlags, log)
 	if err != nil {
@@ -527,7 +536,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	}
 	r.watching.Wait()
 	plane.stop()
-	reportFailures(os.Stderr, log, o.format, r.sup.failures())
+	reportFailures(stderr, log, o.format, r.sup.failures())
 	if r.code != exitOK {
 		return &exitError{code: r.code}
 	}

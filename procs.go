@@ -541,13 +541,15 @@ func cause(err error) error {
 	return err
 }
 
-// signal sends sig, a request to end, to the group.
+// signal sends sig, a request to end, to the group, and SIGCONT, because a process
+// that was stopped hears of no other.
 func (c *child) signal(sig syscall.Signal) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.asked = true
 	if !c.reaped {
 		_ = syscall.Kill(-c.pid, sig) // fails only for a group that is already gone
+		_ = syscall.Kill(-c.pid, syscall.SIGCONT)
 	}
 }
 

@@ -52,6 +52,81 @@ func newLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, options))
 }
 
+// logWriter hands what it is given to another writer, in the background: whoever
+// logs must not wait for a terminal that is held or a pipe that nobody reads, least
+// of all while it stops a pipeline. Past maxQueued bytes it drops lines and says so.
+type logWriter struct {
+	w    io.Writer
+	more chan struct{} // gets a token when there is something to do
+	done chan struct{}
+
+	mu     sync.Mutex // guards the fields below
+	queue  []byte
+	lost   int // lines
+	closed bool
+}
+
+const (
+	maxQueued = 1 << 20
+	flushTime = time.Second // for the last lines, when flowctl ends
+)
+
+func newLogWriter(w io.Writer) *logWriter {
+	l := &logWriter{w: w, more: make(chan struct{}, 1), done: make(chan struct{})}
+	go l.run()
+	return l
+}
+
+// Write takes one line. It never blocks and never fails.
+func (l *logWriter) Write(line []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.queue)+len(line) > maxQueued {
+		l.lost++
+	} else {
+		l.queue = append(l.queue, line...)
+	}
+	l.wake()
+	return len(line), nil
+}
+
+func (l *logWriter) wake() {
+	select {
+	case l.more <- struct{}{}:
+	default:
+	}
+}
+
+func (l *logWriter) run() {
+	defer close(l.done)
+	var lines []byte
+	for closed := false; !closed; {
+		<-l.more
+		l.mu.Lock()
+		lines, l.queue = l.queue, lines[:0]
+		if l.lost > 0 {
+			lines = fmt.Appendf(lines, "flowctl: %d lines of this log are lost: standard error was not read\n", l.lost)
+		}
+		l.lost, closed = 0, l.closed
+		l.mu.Unlock()
+		_, _ = l.w.Write(lines) // there is nowhere to say that it failed
+	}
+}
+
+// close writes what is left, unless that takes longer than flushTime.
+func (l *logWriter) close() {
+	l.mu.Lock()
+	l.closed = true
+	l.wake()
+	l.mu.Unlock()
+	timer := time.NewTimer(flushTime)
+	defer timer.Stop()
+	select {
+	case <-l.done:
+	case <-timer.C:
+	}
+}
+
 // palette are the colours of components on a terminal, readable on black and white.
 var palette = []string{"36", "33", "32", "35", "34", "96", "93", "92", "95", "94"}
 
