@@ -478,6 +478,9 @@ func logChange(log *slog.Logger, c change) {
 	log.Log(context.Background(), level, c.now.String(), attrs...)
 }
 
+// echoTime is how long after the first signal the same one is still the first.
+const echoTime = 50 * time.Millisecond
+
 // run is one run of a pipeline. One goroutine, in loop, owns it: everything that
 // happens reaches it as an event, and it alone decides.
 type run struct {
@@ -489,6 +492,8 @@ type run struct {
 	begun      time.Time
 	conditions map[string]change    // by component: what the registry last told
 	unhealthy  map[string]time.Time // by component: since when
+	signal     os.Signal            // that began the stop, at signalAt
+	signalAt   time.Time
 	ready      bool                 // once and for all
 	code       int
 	status     string // that was last shown
@@ -613,8 +618,7 @@ func (r *run) advance(now time.Time) {
 func (r *run) failed(failures []*failure, now time.Time) {
 	for _, f := range failures {
 		if f.kind == failNotReady {
-			c, cause := r.registry.condition(f.component.ID, now)
-			f.registered = c != unregistered
+			_, cause := r.registry.condition(f.component.ID, now)
 			f.reason += ": " + cause
 		}
 	}
@@ -669,6 +673,7 @@ func (r *run) changed(c change, now time.Time) {
 		return
 	}
 	r.conditions[p.ID] = c
+	p.registered = p.registered || p.child != nil && c.now != unregistered
 	switch {
 	case p.state == procStarting && c.now.ok():
 		r.sup.ready(p, now)
@@ -689,12 +694,9 @@ func (r *run) expireUnhealthy(now time.Time) {
 		if now.Sub(since) < r.flags.unhealthyTimeout {
 			continue
 		}
-		c, cause := r.registry.condition(id, now)
 		delete(r.unhealthy, id)
-		if !c.ok() {
-			p := r.sup.byID[id]
-			r.sup.failUnhealthy(p, fmt.Sprintf("unhealthy for %s (-unhealthy-timeout): %s", r.flags.unhealthyTimeout, cause), now)
-			p.failure.registered = c != unregistered
+		if c, cause := r.registry.condition(id, now); !c.ok() {
+			r.sup.failUnhealthy(r.sup.byID[id], fmt.Sprintf("unhealthy for %s (-unhealthy-timeout): %s", r.flags.unhealthyTimeout, cause), now)
 		}
 	}
 }
@@ -707,11 +709,7 @@ func (r *run) exited(e exit, now time.Time) {
 		end()
 		delete(r.watches, id)
 	}
-	c, _ := r.registry.condition(id, now)
 	r.sup.exited(e, now)
-	if e.proc.failure != nil {
-		e.proc.failure.registered = c != unregistered
-	}
 	cause := ""
 	if e.proc.state != procCompleted {
 		cause = "its process ended: " + describeExit(e.state)
@@ -720,13 +718,20 @@ func (r *run) exited(e exit, now time.Time) {
 	delete(r.unhealthy, id)
 }
 
+// signalled begins the stop, and with a second signal ends it. What comes right
+// after the first is the same request by another way: a shell and the kernel both
+// tell of a terminal that is closed, timeout(1) tells the group and its child.
 func (r *run) signalled(sig os.Signal, now time.Time) {
 	if r.sup.stopping {
+		if sig == syscall.SIGHUP || sig == r.signal && now.Sub(r.signalAt) < echoTime {
+			return
+		}
 		r.log.Warn("second signal, killing what still runs", "signal", sig.String())
 		r.sup.killAll(now)
 		return
 	}
 	r.log.Info("stop requested", "signal", sig.String())
+	r.signal, r.signalAt = sig, now
 	r.stop(exitOK, now)
 }
 

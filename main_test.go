@@ -626,7 +626,11 @@ func (p *process) waitErr(want string) { p.tb.Helper(); p.wait(p.stderr, want, 1
 
 func (p *process) wait(in *transcript, want string, count int) {
 	p.tb.Helper()
-	if !in.contains(want, count, p.done) {
+	done := p.done
+	if in == p.notified {
+		done = nil // the last datagrams are read after the end
+	}
+	if !in.contains(want, count, done) {
 		p.tb.Fatalf("%q did not come %d times\n%s", want, count, p)
 	}
 }
@@ -789,8 +793,8 @@ func TestRunStopsOnSignal(t *testing.T) {
 	}
 }
 
-// A component that is told to end may still have to say something, and to die of
-// the signal is as good as to end by it.
+// A stop that comes while components start is no failure, and to die of the signal
+// is as good as to end by it.
 func TestRunStopsBeforeReady(t *testing.T) {
 	t.Parallel()
 	p := launch(t, writePipeline(t, actor("ledgers", role{Gate: true}), shell("other", "exec sleep 300")))
@@ -1427,9 +1431,6 @@ func TestRunStopOrder(t *testing.T) {
 	got := readJournal(t, journal)
 	inOrder(t, got, "term a", "stop a", "term processor", "stop processor", "term sink", "stop sink", "term db", "stop db")
 	inOrder(t, got, "term b", "stop b", "term processor")
-	if slices.Index(got, "term b") > slices.Index(got, "stop a") && slices.Index(got, "term a") > slices.Index(got, "stop b") {
-		t.Logf("a and b stopped one after the other: %q", got) // possible, where one is very quick
-	}
 }
 
 // The source ignores SIGTERM. What reads from it is not kept waiting for ever, and
@@ -1602,9 +1603,8 @@ func register(tb testing.TB, endpoint, id string) {
 func TestRunStale(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
-		name      string
-		dialect   string
-		mute, go_ syscall.Signal
+		name, dialect string
+		silence, wake syscall.Signal
 	}{
 		{"mute", "legacy", syscall.SIGUSR1, syscall.SIGUSR2},
 		{"stopped", "v1", syscall.SIGSTOP, syscall.SIGCONT},
@@ -1613,14 +1613,14 @@ func TestRunStale(t *testing.T) {
 			t.Parallel()
 			p := launch(t, writePipeline(t, actor("ledgers", role{Dialect: "legacy"}), actor("store", role{Dialect: tt.dialect, OnUSR1: "mute"})), "-heartbeat-ttl", "2s")
 			p.waitReady()
-			p.tell("store", tt.mute)
+			p.tell("store", tt.silence)
 			p.waitErr("msg=unhealthy id=store component=store cause=\"no heartbeat for 2")
 			p.waitErr(`msg=status ready=1 total=2 unhealthy="store (no heartbeat for 2`)
 			code, out, _ := call(t, "list", "-e", p.endpoint())
 			if code != exitFailed || !regexp.MustCompile(`\nstore +source +unhealthy `).MatchString(out) {
 				t.Errorf("list: exit %d, want 1\n%s", code, out)
 			}
-			p.tell("store", tt.go_)
+			p.tell("store", tt.wake)
 			p.waitErr("msg=healthy id=store component=store")
 			p.wait(p.stderr, "msg=status ready=2 total=2\n", 2)
 			if code, out, _ := call(t, "list", "-e", p.endpoint()); code != exitOK {

@@ -78,15 +78,18 @@ type proc struct {
 	state    procState
 	deadline time.Time // when the state has lasted too long; zero: never
 	readyBy  time.Time // when it has to be ready, from the first start until it is
-	child    *child
-	pid      int // of its last process
+	child    *child    // nil when none runs
+	last     *child    // its last process, that which runs now included; nil if none was started
 	started  time.Time
+	ended    time.Time // zero while it runs
 	stopSent time.Time
 	readyAt  time.Time
 	wasReady bool // with any of its processes: what waits for it may start
 	attempts int  // restarts since it was last in health for healthyReset
 	restarts int
 	failure  *failure
+
+	registered bool // its last process has; who owns the supervisor notes it
 }
 
 // over tells whether no process runs and none will.
@@ -131,6 +134,7 @@ type exit struct {
 	proc  *proc
 	child *child
 	state *os.ProcessState
+	lost  bool // nobody took the rest of its output
 }
 
 // newSupervisor reserves a port for each component. The caller must see that it is
@@ -157,7 +161,7 @@ func newSupervisor(p *Pipeline, settings procSettings, emit emitter, log *slog.L
 
 // transition is the one place that changes a component's state.
 func (s *supervisor) transition(p *proc, to procState, deadline time.Time) {
-	p.log.Debug("state", "from", p.state, "to", to, "pid", p.pid)
+	p.log.Debug("state", "from", p.state, "to", to)
 	p.state, p.deadline = to, deadline
 }
 
@@ -187,16 +191,19 @@ func (s *supervisor) start(p *proc, now time.Time) {
 		p.child, err = spawn(p.Component, env, s.emit)
 	}
 	if err != nil {
-		p.pid = 0
+		p.last = nil // what is to be said is of this start
 		s.fail(p, failEnded, err.Error(), now)
 		s.transition(p, procFailed, time.Time{})
 		return
 	}
-	p.pid = p.child.pid
+	p.last, p.ended, p.registered = p.child, time.Time{}, false
 	s.transition(p, procStarting, p.readyBy)
-	p.log.Info("started", "pid", p.pid)
+	p.log.Info("started", "pid", p.child.pid)
 	patience := s.stopTimeout(p)
-	go func(child *child) { s.exits <- exit{p, child, child.reap(patience)} }(p.child)
+	go func(child *child) {
+		state, lost := child.reap(patience)
+		s.exits <- exit{p, child, state, lost}
+	}(p.child)
 }
 
 // ready notes that p is ready.
@@ -209,11 +216,14 @@ func (s *supervisor) ready(p *proc, now time.Time) {
 // exited takes the end of a process in and decides what becomes of its component.
 func (s *supervisor) exited(e exit, now time.Time) {
 	p := e.proc
-	p.child = nil
+	p.child, p.ended = nil, now
 	reason := describeExit(e.state)
 	asked := p.state == procStopping || p.state == procKilled || s.stopping
 	wasReady := p.state == procReady
-	p.log.Info("ended", "pid", p.pid, "reason", reason, "lived", now.Sub(p.started).Round(time.Millisecond))
+	p.log.Info("ended", "pid", e.child.pid, "reason", reason, "lived", now.Sub(p.started).Round(time.Millisecond))
+	if e.lost {
+		p.log.Error("the rest of its output is lost: standard output is not read")
+	}
 	switch {
 	case p.failure != nil:
 		s.transition(p, procFailed, time.Time{})
@@ -224,11 +234,11 @@ func (s *supervisor) exited(e exit, now time.Time) {
 	case e.state.Success() && wasReady:
 		s.transition(p, procCompleted, time.Time{})
 	default:
-		s.failEnded(p, e.child, reason, wasReady, now)
+		s.failEnded(p, reason, wasReady, now)
 	}
 }
 
-func (s *supervisor) failEnded(p *proc, c *child, reason string, wasReady bool, now time.Time) {
+func (s *supervisor) failEnded(p *proc, reason string, wasReady bool, now time.Time) {
 	switch {
 	case p.RestartPolicy != "" && p.RestartPolicy != "no" && p.MaxRestarts > 0:
 		reason = fmt.Sprintf("%s, after %d restarts (max_restarts)", reason, p.attempts)
@@ -236,7 +246,6 @@ func (s *supervisor) failEnded(p *proc, c *child, reason string, wasReady bool, 
 		reason += " before it was ready"
 	}
 	s.fail(p, failEnded, reason, now)
-	p.failure.tail = c.tail.lines()
 	s.transition(p, procFailed, time.Time{})
 }
 
@@ -267,12 +276,10 @@ func (s *supervisor) fail(p *proc, kind failKind, reason string, now time.Time) 
 	if p.failure != nil {
 		return
 	}
-	f := &failure{component: p.Component, kind: kind, reason: reason, pid: p.pid}
-	if p.pid != 0 {
-		f.lived = now.Sub(p.started)
-	}
-	if p.child != nil {
-		f.tail = p.child.tail.lines()
+	f := &failure{component: p.Component, kind: kind, reason: reason}
+	if p.last != nil {
+		f.pid, f.registered, f.tail = p.last.pid, p.registered, p.last.tail.lines()
+		f.lived = cmp.Or(p.ended, now).Sub(p.started)
 	}
 	p.failure = f
 }
@@ -348,10 +355,10 @@ func (s *supervisor) expire(now time.Time) {
 		case p.state == procBackoff:
 			s.transition(p, procWaiting, time.Time{})
 		case p.state == procStopping:
-			p.log.Warn("still running, sending SIGKILL", "pid", p.pid, "stop_timeout", s.stopTimeout(p))
+			p.log.Warn("still running, sending SIGKILL", "pid", p.child.pid, "stop_timeout", s.stopTimeout(p))
 			s.kill(p, now)
 		case p.state == procKilled:
-			s.fail(p, failEnded, fmt.Sprintf("pid %d is still running %s after SIGKILL", p.pid, killPatience), now)
+			s.fail(p, failEnded, fmt.Sprintf("pid %d is still running %s after SIGKILL", p.child.pid, killPatience), now)
 			s.transition(p, procFailed, time.Time{})
 		}
 	}
@@ -380,7 +387,7 @@ func (s *supervisor) advanceStop(now time.Time) {
 		if !p.runs() || slices.ContainsFunc(s.before[p.ID], func(e stopEdge) bool { return s.holds(e, now) }) {
 			continue
 		}
-		p.log.Info("stopping", "pid", p.pid, "signal", p.stopSignal().String())
+		p.log.Info("stopping", "pid", p.child.pid, "signal", p.stopSignal().String())
 		p.stopSent = now
 		p.child.signal(p.stopSignal())
 		s.transition(p, procStopping, now.Add(s.stopTimeout(p)))
@@ -565,11 +572,11 @@ func (c *child) kill() {
 }
 
 // reap waits for the process and returns how it ended, once: then the group is
-// gone and its output has been handed on, unless nobody took it for as long as
-// patience. A process that ended unasked leaves a group that nobody wants. One
+// gone and its output has been handed on, or lost because nobody took it for as
+// long as patience. A process that ended unasked leaves a group that nobody wants. One
 // that was asked to end may have members that still write their last lines, so
 // they get the time until SIGKILL is due or their output is closed.
-func (c *child) reap(patience time.Duration) *os.ProcessState {
+func (c *child) reap(patience time.Duration) (state *os.ProcessState, lost bool) {
 	awaitExit(c.pid)
 	c.mu.Lock()
 	asked := c.asked
@@ -596,8 +603,9 @@ func (c *child) reap(patience time.Duration) *os.ProcessState {
 	select {
 	case <-c.drained:
 	case <-timer.C:
+		lost = true
 	}
-	return c.cmd.ProcessState
+	return c.cmd.ProcessState, lost
 }
 
 // awaitExit returns when the process pid, a child, has ended, and leaves it a
