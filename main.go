@@ -478,6 +478,10 @@ func logChange(log *slog.Logger, c change) {
 	log.Log(context.Background(), level, c.now.String(), attrs...)
 }
 
+// stallTime is how late a deadline has to be noticed to tell that flowctl itself was
+// stopped.
+const stallTime = 100 * time.Millisecond
+
 // echoTime is how long after the first signal the same one is still the first.
 const echoTime = 50 * time.Millisecond
 
@@ -494,7 +498,7 @@ type run struct {
 	unhealthy  map[string]time.Time // by component: since when
 	signal     os.Signal            // that began the stop, at signalAt
 	signalAt   time.Time
-	ready      bool                 // once and for all
+	ready      bool // once and for all
 	code       int
 	status     string // that was last shown
 	verdicts   chan verdict
@@ -553,17 +557,21 @@ func (r *run) loop(signals <-chan os.Signal) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	broken := r.console.broken
+	var due time.Time // when there is something to do although nothing happens
 	for {
 		now := time.Now()
+		if late := now.Sub(due); !due.IsZero() && late > stallTime {
+			r.delay(late + time.Second)
+		}
 		r.advance(now)
 		if r.sup.over() {
 			r.log.Info("all components have ended", "after", now.Sub(r.begun).Round(time.Millisecond))
 			return
 		}
-		if at := r.next(now); at.IsZero() {
+		if due = r.next(now); due.IsZero() {
 			timer.Stop()
 		} else {
-			timer.Reset(time.Until(at))
+			timer.Reset(time.Until(due))
 		}
 		select {
 		case sig := <-signals:
@@ -579,6 +587,15 @@ func (r *run) loop(signals <-chan os.Signal) {
 			r.stop(exitFailed, time.Now())
 		case <-timer.C:
 		}
+	}
+}
+
+// delay makes up for time in which flowctl did not run, being stopped itself: what
+// its components did meanwhile it has yet to hear.
+func (r *run) delay(d time.Duration) {
+	r.sup.delay(d)
+	for id, since := range r.unhealthy {
+		r.unhealthy[id] = since.Add(d)
 	}
 }
 

@@ -2306,3 +2306,20 @@ func TestStopDoesNotWaitForTheLog(t *testing.T) {
 		t.Error("flowctl hangs")
 	}
 }
+
+// TestStoppedFlowctlGivesTime stops flowctl itself past the start timeout of a
+// component that registers meanwhile.
+func TestStoppedFlowctlGivesTime(t *testing.T) {
+	t.Parallel()
+	p := launch(t, writePipeline(t, actor("a", role{Dialect: "v1", Gate: true})), "-start-timeout", "2s", "-until", "ready")
+	p.waitOut("| waiting\n")
+	component := p.pid("a")
+	p.signal(syscall.SIGSTOP)
+	time.Sleep(1500 * time.Millisecond) // it is time itself that passes here
+	if err := syscall.Kill(component, syscall.SIGUSR2); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(2 * time.Second)
+	p.signal(syscall.SIGCONT)
+	p.exit(exitOK)
+}

@@ -339,6 +339,16 @@ func (s *supervisor) lastReadyBy() time.Time {
 	return last
 }
 
+// delay gives those that are starting so much more time.
+func (s *supervisor) delay(d time.Duration) {
+	for _, p := range s.procs {
+		if p.state == procStarting {
+			p.readyBy = p.readyBy.Add(d)
+			p.deadline = p.readyBy
+		}
+	}
+}
+
 // expire acts on the deadlines that are due. A deadline belongs to a state, so one
 // that comes late, when the state has changed, does not exist any more.
 func (s *supervisor) expire(now time.Time) {
