@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -86,6 +87,7 @@ func commands() []command {
 		{name: "server", args: "[flags]", summary: "run the control plane alone", hidden: true, run: serverCommand, examples: `
   flowctl server -control-plane-port 9090
 `},
+		{name: "guard", args: "RUN", summary: "end what is left of a run whose flowctl was killed", hidden: true, run: guardCommand},
 		{name: "version", summary: "print the version", run: versionCommand},
 		{name: "help", args: "[command]", summary: "explain flowctl, or one command", run: helpCommand},
 	}
@@ -215,6 +217,8 @@ type runFlags struct {
 	stopTimeout      time.Duration
 	showStatus       bool
 	until            string
+	logDir           string
+	logDirSet        bool // on the command line
 }
 
 const (
@@ -230,6 +234,7 @@ func (o *runFlags) define(fs *flag.FlagSet) {
 	fs.DurationVar(&o.unhealthyTimeout, "unhealthy-timeout", 30*time.Second, "how long a component may stay unhealthy")
 	fs.DurationVar(&o.stopTimeout, "stop-timeout", 10*time.Second, "from the stop signal to SIGKILL, per component")
 	fs.BoolVar(&o.showStatus, "show-status", true, "log a status line at each change")
+	fs.StringVar(&o.logDir, "log-dir", "", "keep the lines of each component in a file in `folder` (default $LOGS_DIRECTORY, or logs beside the pipeline file on a terminal; \"\" turns it off)")
 	fs.StringVar(&o.until, "until", untilStopped, "run until `event`: stopped, ready (all components) or done (all have completed)")
 }
 
@@ -250,6 +255,7 @@ func runCommand(args []string) error {
 	if o.file, err = fileArgument(fs, o.file, rest); err != nil {
 		return err
 	}
+	fs.Visit(func(f *flag.Flag) { o.logDirSet = o.logDirSet || f.Name == "log-dir" })
 	pipeline, err := readPipeline(o.file, os.LookupEnv)
 	if err != nil {
 		return &exitError{exitUsage, err}
@@ -354,6 +360,14 @@ func serverCommand(args []string) error {
 			return nil
 		}
 	}
+}
+
+// guardCommand is what flowctl starts beside itself; it is not for people.
+func guardCommand(args []string) error {
+	if len(args) != 1 {
+		return &usageError{err: errors.New("guard: flowctl starts it by itself")}
+	}
+	return runGuard(args[0], os.Stdin, slog.New(slog.DiscardHandler))
 }
 
 func versionCommand(args []string) error {
@@ -506,6 +520,31 @@ type run struct {
 	watching   sync.WaitGroup
 }
 
+// logFiles opens the folder for the components' lines, nil for none. That one which
+// nobody asked for cannot be opened is only a warning.
+func (o *runFlags) logFiles(log *slog.Logger) (*logFiles, error) {
+	dir := o.logDir
+	switch logs, _, _ := strings.Cut(os.Getenv("LOGS_DIRECTORY"), ":"); {
+	case o.logDirSet:
+	case logs != "":
+		dir = logs
+	case isTerminal(os.Stdout):
+		dir = filepath.Join(filepath.Dir(o.file), "logs")
+	}
+	if dir == "" {
+		return nil, nil
+	}
+	files, err := openLogFiles(dir, log)
+	switch {
+	case err == nil:
+		return files, nil
+	case o.logDirSet:
+		return nil, fmt.Errorf("-log-dir: %v", err)
+	}
+	log.Warn("no log files", "err", err)
+	return nil, nil
+}
+
 // runPipeline runs p and returns an *exitError for everything but success.
 func runPipeline(p *Pipeline, o runFlags) error {
 	stderr := newLogWriter(os.Stderr)
@@ -526,12 +565,30 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		ids = append(ids, c.ID)
 	}
 	r.console = newConsole(os.Stdout, o.format, useColours(os.Stdout), ids)
-	r.sup, err = newSupervisor(p, procSettings{
-		startTimeout: o.startTimeout, stopTimeout: o.stopTimeout, heartbeat: o.ttl / 3, endpoint: endpoint,
-	}, r.console.lines, log)
+	children := newReaper()
+	if err := children.adopt(); err != nil {
+		log.Warn("processes that leave their process group cannot be ended", "err", err)
+	}
+	defer children.close()
+	emit := r.console.lines
+	files, err := o.logFiles(log)
 	if err != nil {
 		lis.Close()
-		return &exitError{exitPlane, err}
+		return &exitError{exitUsage, err}
+	}
+	if files != nil {
+		defer files.close()
+		emit = func(id, stream string, lines []byte) {
+			files.lines(id, stream, lines)
+			r.console.lines(id, stream, lines)
+		}
+	}
+	r.sup, err = newSupervisor(p, procSettings{
+		startTimeout: o.startTimeout, stopTimeout: o.stopTimeout, heartbeat: o.ttl / 3, endpoint: endpoint,
+	}, emit, log, children)
+	if err != nil {
+		lis.Close()
+		return &exitError{exitFailed, err}
 	}
 	var members []member
 	for _, proc := range r.sup.procs {
@@ -544,6 +601,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		end()
 	}
 	r.watching.Wait()
+	r.sup.close()
 	plane.stop()
 	reportFailures(stderr, log, o.format, r.sup.failures())
 	if r.code != exitOK {
@@ -556,7 +614,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 func (r *run) loop(signals <-chan os.Signal) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	broken := r.console.broken
+	broken, guardGone := r.console.broken, (<-chan struct{})(r.sup.guard.gone)
 	var due time.Time // when there is something to do although nothing happens
 	for {
 		now := time.Now()
@@ -579,6 +637,8 @@ func (r *run) loop(signals <-chan os.Signal) {
 		case <-r.registry.wake:
 		case e := <-r.sup.exits:
 			r.exited(e, time.Now())
+		case <-guardGone:
+			guardGone = r.sup.replaceGuard()
 		case v := <-r.verdicts:
 			r.checked(v, time.Now())
 		case <-broken:

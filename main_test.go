@@ -55,6 +55,12 @@ const (
 )
 
 func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == "guard" {
+		main() // started by a supervisor of this process
+	}
+	if err := becomeSubreaper(); err != nil {
+		panic(err)
+	}
 	if text, ok := os.LookupEnv(roleVar); ok {
 		var r role
 		if err := json.Unmarshal([]byte(text), &r); err != nil {

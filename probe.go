@@ -21,10 +21,11 @@ import (
 )
 
 // probe asks once how a component is by its health_check. It fails with the reason
-// why that did not pass; ctx bounds how long it takes. env and dir are for exec:.
-func probe(ctx context.Context, check string, env []string, dir string) error {
+// why that did not pass; ctx bounds how long it takes. An exec: check runs in the
+// folder and the environment of the component's process ch.
+func probe(ctx context.Context, check string, ch *child) error {
 	if line, ok := strings.CutPrefix(check, "exec:"); ok {
-		return probeExec(ctx, strings.Fields(line), env, dir)
+		return probeExec(ctx, strings.Fields(line), ch)
 	}
 	u, err := url.Parse(check)
 	if err != nil {
@@ -88,17 +89,17 @@ func probeGRPC(ctx context.Context, target, service string) error {
 
 // probeExec passes if the command ends with 0. It leads a process group, which is
 // killed when its time is up, and of which nothing is left when it has ended.
-func probeExec(ctx context.Context, argv, env []string, dir string) error {
+func probeExec(ctx context.Context, argv []string, ch *child) error {
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
-	cmd.Env, cmd.Dir = env, dir
+	cmd.Env, cmd.Dir = ch.cmd.Env, ch.cmd.Dir
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	if err := cmd.Start(); err != nil {
+	if err := ch.reaper.start(cmd); err != nil {
 		return err
 	}
 	awaitExit(cmd.Process.Pid)
 	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
-	err := cmd.Wait()
+	err := ch.reaper.wait(cmd)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
@@ -128,7 +129,7 @@ func watch(ctx context.Context, c *Component, ch *child, verdicts chan<- verdict
 			return
 		}
 		v := verdict{child: ch, id: c.ID}
-		err := probeOnce(ctx, c, ch.cmd.Env)
+		err := probeOnce(ctx, c, ch)
 		switch {
 		case err == nil:
 			failures, step = 0, c.healthInterval()
@@ -149,10 +150,10 @@ func watch(ctx context.Context, c *Component, ch *child, verdicts chan<- verdict
 	}
 }
 
-func probeOnce(ctx context.Context, c *Component, env []string) error {
+func probeOnce(ctx context.Context, c *Component, ch *child) error {
 	ctx, cancel := context.WithTimeout(ctx, c.healthTimeout())
 	defer cancel()
-	err := probe(ctx, c.HealthCheck, env, c.WorkingDir)
+	err := probe(ctx, c.HealthCheck, ch)
 	if errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded {
 		return fmt.Errorf("no answer within %s", c.healthTimeout())
 	}

@@ -3,12 +3,13 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
-	"math/rand/v2"
+	mathrand "math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -26,6 +27,7 @@ const (
 	minBackoff   = time.Second      // before the first restart
 	maxBackoff   = 30 * time.Second // restarts never wait longer, but for jitter
 	healthyReset = time.Minute      // a component that was ready this long starts over with minBackoff
+	sweepGrace   = time.Second      // from SIGTERM to SIGKILL for what has left its component when the run ends
 	killPatience = 5 * time.Second  // from SIGKILL until flowctl no longer waits: only a process stuck in the kernel lives that long
 
 	minBuffer = 16 << 10 // of an output pump; it grows while a line does not fit
@@ -113,6 +115,10 @@ type procSettings struct {
 	endpoint     string        // FLOWCTL_ENDPOINT
 }
 
+// runMark is the variable by which the guard, and flowctl itself, know the processes
+// of a run wherever they have gone. Its value is the run's.
+const runMark = "FLOWCTL_RUN"
+
 // supervisor starts, restarts and stops the processes of a pipeline. One goroutine
 // owns it and calls its methods; it is told the time and never asks. What happens
 // elsewhere arrives in exits, and next says when a deadline is due.
@@ -126,6 +132,9 @@ type supervisor struct {
 	before   map[string][]stopEdge // by id: what has to stop before it
 	ports    map[string]*reservedPort
 	stopping bool
+	run      string // unique: what runMark is set to
+	reaper   *reaper
+	guard    *guard
 }
 
 // exit is the end of one process: it was waited for, its group is gone and its
@@ -137,11 +146,12 @@ type exit struct {
 	lost  bool // nobody took the rest of its output
 }
 
-// newSupervisor reserves a port for each component. The caller must see that it is
-// over before it drops it: run it until over is true.
-func newSupervisor(p *Pipeline, settings procSettings, emit emitter, log *slog.Logger) (*supervisor, error) {
+// newSupervisor starts the guard and reserves a port for each component. The caller
+// runs it until over is true and then calls close.
+func newSupervisor(p *Pipeline, settings procSettings, emit emitter, log *slog.Logger, r *reaper) (*supervisor, error) {
 	s := &supervisor{
-		settings: settings, log: log, emit: emit,
+		reaper:   r,
+		settings: settings, log: log, emit: emit, run: rand.Text(),
 		exits: make(chan exit), byID: make(map[string]*proc),
 		before: p.stopAfter(), ports: make(map[string]*reservedPort),
 	}
@@ -156,7 +166,37 @@ func newSupervisor(p *Pipeline, settings procSettings, emit emitter, log *slog.L
 		}
 		s.ports[c.ID] = port
 	}
+	var err error
+	if s.guard, err = startGuard(s.run, r); err != nil {
+		s.releasePorts()
+		return nil, fmt.Errorf("cannot start the guard, which ends the components of a flowctl that is killed: %v", err)
+	}
 	return s, nil
+}
+
+// close ends what has left its component, and the guard. Every component is over.
+func (s *supervisor) close() {
+	s.sweep(sweepGrace)
+	s.guard.dismiss()
+}
+
+// replaceGuard starts another guard in place of one that was killed, and returns
+// what is closed when that ends too; nil where none can be started.
+func (s *supervisor) replaceGuard() <-chan struct{} {
+	s.log.Warn("the guard was killed, starting another")
+	s.guard.dismiss()
+	guard, err := startGuard(s.run, s.reaper)
+	if err != nil {
+		s.log.Error("without a guard, components outlive a flowctl that is killed", "err", err)
+		return nil
+	}
+	s.guard = guard
+	for _, p := range s.procs {
+		if p.child != nil {
+			s.guard.tell("started %d", p.child.pid)
+		}
+	}
+	return s.guard.gone
 }
 
 // transition is the one place that changes a component's state.
@@ -188,7 +228,7 @@ func (s *supervisor) start(p *proc, now time.Time) {
 	s.ports[p.ID].release()
 	env, err := s.environ(p.Component)
 	if err == nil {
-		p.child, err = spawn(p.Component, env, s.emit)
+		p.child, err = spawn(p.Component, env, s.emit, s.reaper)
 	}
 	if err != nil {
 		p.last = nil // what is to be said is of this start
@@ -197,6 +237,7 @@ func (s *supervisor) start(p *proc, now time.Time) {
 		return
 	}
 	p.last, p.ended, p.registered = p.child, time.Time{}, false
+	s.guard.tell("started %d", p.child.pid)
 	s.transition(p, procStarting, p.readyBy)
 	p.log.Info("started", "pid", p.child.pid)
 	patience := s.stopTimeout(p)
@@ -217,6 +258,13 @@ func (s *supervisor) ready(p *proc, now time.Time) {
 func (s *supervisor) exited(e exit, now time.Time) {
 	p := e.proc
 	p.child, p.ended = nil, now
+	s.guard.tell("ended %d", e.child.pid)
+	if !s.stopping { // else close sweeps
+		for _, stray := range s.strays(p.ID) {
+			p.log.Warn("ending what left its process group", "pid", stray.pid, "name", stray.name)
+			stray.send(syscall.SIGKILL)
+		}
+	}
 	reason := describeExit(e.state)
 	asked := p.state == procStopping || p.state == procKilled || s.stopping
 	wasReady := p.state == procReady
@@ -264,7 +312,7 @@ func (s *supervisor) backOff(p *proc, wasReady bool, now time.Time) {
 		p.attempts = 0
 	}
 	wait := min(minBackoff<<min(p.attempts, 10), maxBackoff)
-	wait += rand.N(wait / 10)
+	wait += mathrand.N(wait / 10)
 	p.attempts++
 	p.restarts++
 	s.transition(p, procBackoff, earliest(now.Add(wait), p.readyBy))
@@ -477,6 +525,7 @@ func (s *supervisor) stopTimeout(p *proc) time.Duration {
 // beside the supervisor; what they share is named below.
 type child struct {
 	cmd     *exec.Cmd
+	reaper  *reaper
 	pid     int
 	outputs []*os.File    // read ends of its output
 	drained chan struct{} // closed when no output will come any more
@@ -487,16 +536,16 @@ type child struct {
 	mu     sync.Mutex // guards the fields below
 	asked  bool       // a signal to stop was sent
 	killed bool
-	reaped bool // the process id, and so the group's, may be someone else's now
+	reaped bool // nothing is left of the group, so its id may be someone else's now
 }
 
 // spawn starts c as the leader of a process group of its own, its output read by
 // pumps that hand it to emit.
-func spawn(c *Component, env []string, emit emitter) (*child, error) {
+func spawn(c *Component, env []string, emit emitter, r *reaper) (*child, error) {
 	cmd := exec.Command(c.Command[0], slices.Concat(c.Command[1:], c.Args)...)
 	cmd.Dir, cmd.Env = c.WorkingDir, env
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	ch := &child{cmd: cmd, drained: make(chan struct{}), expired: make(chan struct{})}
+	ch := &child{cmd: cmd, reaper: r, drained: make(chan struct{}), expired: make(chan struct{})}
 	var theirs []*os.File
 	defer func() {
 		for _, w := range theirs {
@@ -507,12 +556,12 @@ func spawn(c *Component, env []string, emit emitter) (*child, error) {
 		r, w, err := os.Pipe()
 		if err != nil {
 			ch.closeOutputs()
-			return nil, fmt.Errorf("cannot make a pipe for its output: %v", err)
+			return nil, describeStart(c, err)
 		}
 		ch.outputs, theirs = append(ch.outputs, r), append(theirs, w)
 	}
 	cmd.Stdout, cmd.Stderr = theirs[0], theirs[1]
-	if err := cmd.Start(); err != nil {
+	if err := r.start(cmd); err != nil {
 		ch.closeOutputs()
 		return nil, describeStart(c, err)
 	}
@@ -542,14 +591,26 @@ func describeStart(c *Component, err error) error {
 	if _, statErr := os.Stat(program); errors.Is(err, fs.ErrNotExist) && statErr == nil {
 		return fmt.Errorf("cannot run %q: the interpreter that it names, or its loader, does not exist", program)
 	}
-	return fmt.Errorf("cannot run %q: %v", program, cause(err))
+	switch err := cause(err); {
+	case errors.Is(err, syscall.EAGAIN):
+		return fmt.Errorf("cannot run %q: the limit of processes is reached (ulimit -u, or TasksMax= of a unit)", program)
+	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
+		return fmt.Errorf("cannot run %q: the limit of open files is reached (ulimit -n, or LimitNOFILE= of a unit)", program)
+	case errors.Is(err, syscall.ENOEXEC):
+		return fmt.Errorf("cannot run %q: it is no program of this machine, and has no #! line", program)
+	default:
+		return fmt.Errorf("cannot run %q: %v", program, err)
+	}
 }
 
 // cause drops what os and exec put before the reason: the path is named already.
 func cause(err error) error {
 	var path *fs.PathError
 	var lookup *exec.Error
+	var call *os.SyscallError
 	switch {
+	case errors.As(err, &call):
+		return call.Err
 	case errors.As(err, &path):
 		return path.Err
 	case errors.As(err, &lookup):
@@ -585,23 +646,23 @@ func (c *child) kill() {
 // gone and its output has been handed on, or lost because nobody took it for as
 // long as patience. A process that ended unasked leaves a group that nobody wants. One
 // that was asked to end may have members that still write their last lines, so
-// they get the time until SIGKILL is due or their output is closed.
+// they get the time until SIGKILL is due.
 func (c *child) reap(patience time.Duration) (state *os.ProcessState, lost bool) {
 	awaitExit(c.pid)
 	c.mu.Lock()
-	asked := c.asked
-	c.mu.Unlock()
-	if asked {
-		select {
-		case <-c.drained:
-		case <-c.expired:
-		}
+	if !c.asked {
+		_ = syscall.Kill(-c.pid, syscall.SIGKILL)
 	}
-	c.mu.Lock()
-	c.reaped = true
-	_ = syscall.Kill(-c.pid, syscall.SIGKILL)
+	_ = c.reaper.wait(c.cmd) // how it ended is in ProcessState
+	c.reaped = c.groupIsEmpty()
+	empty := c.reaped
 	c.mu.Unlock()
-	_ = c.cmd.Wait() // how it ended is in ProcessState
+	if !empty {
+		c.awaitGroup()
+		c.mu.Lock()
+		c.reaped = true
+		c.mu.Unlock()
+	}
 
 	// A process that left the group may hold the pipes open: what is in them now is
 	// all that was written before the end, and nothing more is waited for.
@@ -818,6 +879,7 @@ func (s *supervisor) environ(c *Component) ([]string, error) {
 	set("FLOWCTL_ENDPOINT", s.settings.endpoint)
 	set("FLOWCTL_COMPONENT_ID", c.ID)
 	set("FLOWCTL_SERVICE_ID", c.ID)
+	set(runMark, s.run)
 	return env, nil
 }
 

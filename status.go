@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -161,10 +162,16 @@ func newConsole(w io.Writer, format string, colours bool, ids []string) *console
 	return c
 }
 
+// isTerminal takes any character device but /dev/null for one.
+func isTerminal(f *os.File) bool {
+	info, err := f.Stat()
+	null, nullErr := os.Stat(os.DevNull)
+	return err == nil && info.Mode()&os.ModeCharDevice != 0 && (nullErr != nil || !os.SameFile(info, null))
+}
+
 // useColours tells whether f is a terminal whose user wants colours (no-color.org).
 func useColours(f *os.File) bool {
-	info, err := f.Stat()
-	return err == nil && info.Mode()&os.ModeCharDevice != 0 && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
+	return isTerminal(f) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
 }
 
 // lines is the emitter of all components.
@@ -237,6 +244,114 @@ type overview struct {
 	restarting   []string
 	stopping     bool
 	left         []string // still running while stopping
+}
+
+// logFiles keeps the lines of each component in a file of its own below a folder,
+// written before they are shown, so that what is on the terminal is in the file.
+type logFiles struct {
+	dir string
+	log *slog.Logger
+
+	mu   sync.Mutex // guards byID
+	byID map[string]*logFile
+}
+
+// logFile is DIR/ID.log. Past maxLogFile bytes it becomes DIR/ID.log.1 and a new one
+// is begun.
+type logFile struct {
+	path string
+
+	mu     sync.Mutex // guards the fields below
+	f      *os.File
+	size   int64
+	buf    []byte
+	broken bool // the last write failed, which has been said
+}
+
+const maxLogFile = 10 << 20
+
+// openLogFiles makes the folder.
+func openLogFiles(dir string, log *slog.Logger) (*logFiles, error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	return &logFiles{dir: dir, log: log, byID: make(map[string]*logFile)}, nil
+}
+
+// lines is an emitter. A file that cannot be written is reported once and tried
+// again with the next lines: a full disk must not stop a pipeline.
+func (l *logFiles) lines(id, _ string, lines []byte) {
+	l.mu.Lock()
+	file := l.byID[id]
+	if file == nil {
+		file = &logFile{path: filepath.Join(l.dir, id+".log")}
+		l.byID[id] = file
+	}
+	l.mu.Unlock()
+
+	file.mu.Lock()
+	defer file.mu.Unlock()
+	err := file.write(lines, time.Now())
+	if err != nil && !file.broken {
+		l.log.Error("lines are missing in a log file", "component", id, "err", err)
+	}
+	file.broken = err != nil
+}
+
+// write appends lines, each with the time.
+func (f *logFile) write(lines []byte, now time.Time) error {
+	stamp := now.AppendFormat(make([]byte, 0, 32), "2006-01-02T15:04:05.000Z07:00 ")
+	f.buf = f.buf[:0]
+	for len(lines) > 0 {
+		var line []byte
+		line, lines = cutLine(lines)
+		f.buf = append(append(append(f.buf, stamp...), line...), '\n')
+	}
+	if f.f != nil && f.size+int64(len(f.buf)) > maxLogFile {
+		f.close()
+		if err := os.Rename(f.path, f.path+".1"); err != nil {
+			return err
+		}
+	}
+	if f.f == nil {
+		if err := f.open(); err != nil {
+			return err
+		}
+	}
+	n, err := f.f.Write(f.buf)
+	f.size += int64(n)
+	if cap(f.buf) > 2*maxLine {
+		f.buf = nil
+	}
+	return err
+}
+
+func (f *logFile) open() error {
+	file, err := os.OpenFile(f.path, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	info, err := file.Stat()
+	if err != nil {
+		file.Close()
+		return err
+	}
+	f.f, f.size = file, info.Size()
+	return nil
+}
+
+func (f *logFile) close() {
+	f.f.Close() // every write has been checked
+	f.f = nil
+}
+
+// close closes the files. No lines come any more.
+func (l *logFiles) close() {
+	for _, f := range l.byID {
+		if f.f != nil {
+			f.close()
+		}
+	}
 }
 
 // part is what an overview has to say besides the counts.

@@ -1,0 +1,479 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"os/signal"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+	"unsafe"
+)
+
+// What Linux alone offers: flowctl adopts what its components orphan, so that
+// nothing can leave its tree of processes, and /proc shows that tree. The guard,
+// another process, ends the tree when flowctl itself has been killed.
+
+const (
+	prSetChildSubreaper = 36          // PR_SET_CHILD_SUBREAPER of prctl(2)
+	idTypeAll           = 0           // P_ALL of waitid(2)
+	guardLook           = time.Second // from one look of the guard at what flowctl has adopted to the next, when no component has started lately
+	guardTries          = 10          // scans in a row that find nothing before the guard believes it
+	guardStep           = 20 * time.Millisecond
+)
+
+// reaper starts flowctl's children and waits for them, and for those that flowctl
+// has adopted. There is one, as there is one flowctl.
+type reaper struct {
+	look    chan os.Signal // SIGCHLD, and nudges of wait
+	stop    chan struct{}  // closed to end the reaping of orphans
+	orphans sync.WaitGroup
+	adopted chan struct{} // gets a token when an orphan was reaped
+
+	mu    sync.Mutex // guards known; held over each fork and each look, so that no child is taken for an orphan
+	known map[int]bool
+}
+
+func newReaper() *reaper {
+	return &reaper{known: make(map[int]bool), look: make(chan os.Signal, 1), stop: make(chan struct{}), adopted: make(chan struct{}, 1)}
+}
+
+// adopt makes flowctl the parent of what its descendants orphan, and reaps that
+// until close.
+func (r *reaper) adopt() error {
+	if err := becomeSubreaper(); err != nil {
+		return err
+	}
+	signal.Notify(r.look, syscall.SIGCHLD)
+	r.orphans.Go(func() {
+		for {
+			select {
+			case <-r.look:
+				r.reapOrphans()
+			case <-r.stop:
+				return
+			}
+		}
+	})
+	return nil
+}
+
+func becomeSubreaper() error {
+	if _, _, errno := syscall.RawSyscall(syscall.SYS_PRCTL, prSetChildSubreaper, 1, 0); errno != 0 {
+		return fmt.Errorf("cannot become a subreaper: %v", errno)
+	}
+	return nil
+}
+
+func (r *reaper) close() {
+	signal.Stop(r.look)
+	close(r.stop)
+	r.orphans.Wait()
+}
+
+// start is cmd.Start for a child that wait is going to be called for.
+func (r *reaper) start(cmd *exec.Cmd) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	err := cmd.Start()
+	if err == nil {
+		r.known[cmd.Process.Pid] = true
+	}
+	return err
+}
+
+// wait is cmd.Wait. An orphan may have had to wait behind this child.
+func (r *reaper) wait(cmd *exec.Cmd) error {
+	err := cmd.Wait()
+	r.mu.Lock()
+	delete(r.known, cmd.Process.Pid)
+	r.mu.Unlock()
+	select {
+	case r.look <- syscall.SIGCHLD:
+	default:
+	}
+	return err
+}
+
+// reapOrphans reaps all zombies up to one that has its own waiter, who will nudge.
+func (r *reaper) reapOrphans() {
+	for {
+		r.mu.Lock()
+		pid := zombieChild()
+		orphan := pid > 0 && !r.known[pid]
+		if orphan {
+			_, _ = syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
+		}
+		r.mu.Unlock()
+		if !orphan {
+			return
+		}
+		select {
+		case r.adopted <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// zombieChild returns a child that has ended and leaves it so, 0 if there is none.
+func zombieChild() int {
+	var info [32]int32 // siginfo_t
+	for {
+		_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, idTypeAll, 0, uintptr(unsafe.Pointer(&info)), syscall.WEXITED|syscall.WNOHANG|syscall.WNOWAIT, 0, 0)
+		switch errno {
+		case syscall.EINTR:
+		case 0:
+			// si_pid follows three ints, at the alignment of a pointer.
+			return int(info[2+unsafe.Sizeof(uintptr(0))/4])
+		default:
+			return 0
+		}
+	}
+}
+
+// awaitGroup returns when nothing is left of the process group of c, whose leader
+// has been waited for: its members are flowctl's own children by then.
+func (c *child) awaitGroup() {
+	for {
+		if _, err := syscall.Wait4(-c.pid, nil, 0, nil); err != nil && err != syscall.EINTR {
+			return
+		}
+	}
+}
+
+// groupIsEmpty tells that of a group whose leader has been waited for.
+func (c *child) groupIsEmpty() bool {
+	for {
+		switch pid, err := syscall.Wait4(-c.pid, nil, syscall.WNOHANG, nil); {
+		case err == syscall.EINTR || pid > 0:
+		case err != nil:
+			return true
+		default:
+			return false
+		}
+	}
+}
+
+// procInfo is what /proc says of a process.
+type procInfo struct {
+	pid, parent, group int
+	zombie             bool
+	begun              uint64 // in clock ticks since boot: tells it from a later one with its pid
+	name               string
+}
+
+// readProcess is false for a process that is not there any more.
+func readProcess(pid int) (procInfo, bool) {
+	data, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	open, end := bytes.IndexByte(data, '('), bytes.LastIndexByte(data, ')')
+	if err != nil || open < 0 || end < open {
+		return procInfo{}, false
+	}
+	fields := strings.Fields(string(data[end+1:])) // from the third of proc(5) on
+	if len(fields) < 20 {
+		return procInfo{}, false
+	}
+	p := procInfo{pid: pid, name: string(data[open+1 : end]), zombie: fields[0] == "Z" || fields[0] == "X"}
+	p.parent, _ = strconv.Atoi(fields[1])
+	p.group, _ = strconv.Atoi(fields[2])
+	p.begun, _ = strconv.ParseUint(fields[19], 10, 64)
+	return p, true
+}
+
+// processes returns all that can be seen and are no zombies.
+func processes() []procInfo {
+	dir, err := os.Open("/proc")
+	if err != nil {
+		return nil
+	}
+	defer dir.Close()
+	names, _ := dir.Readdirnames(-1)
+	var all []procInfo
+	for _, name := range names {
+		pid, err := strconv.Atoi(name)
+		if err != nil {
+			continue
+		}
+		if p, ok := readProcess(pid); ok && !p.zombie {
+			all = append(all, p)
+		}
+	}
+	return all
+}
+
+// withDescendants adds to chosen, by pid, all descendants of those that are in it.
+func withDescendants(all []procInfo, chosen map[int]bool) {
+	for grew := true; grew; {
+		grew = false
+		for _, p := range all {
+			if chosen[p.parent] && !chosen[p.pid] {
+				chosen[p.pid] = true
+				grew = true
+			}
+		}
+	}
+}
+
+// hasEntries tells whether the environment that a process was started with has all of
+// the entries.
+func hasEntries(pid int, entries ...string) bool {
+	env, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/environ")
+	if err != nil {
+		return false
+	}
+	env = append([]byte{0}, env...)
+	for _, entry := range entries {
+		if !bytes.Contains(env, []byte("\x00"+entry+"\x00")) {
+			return false
+		}
+	}
+	return true
+}
+
+// send signals p if it still is the process that was seen.
+func (p procInfo) send(sig syscall.Signal) {
+	handle, err := os.FindProcess(p.pid) // by a pidfd, which cannot come to mean another process
+	if err != nil {
+		return
+	}
+	defer handle.Release()
+	if now, ok := readProcess(p.pid); ok && now.begun == p.begun {
+		_ = handle.Signal(sig)
+	}
+}
+
+// strays returns what component id of this run has started and what has left its
+// process group. Their environment tells.
+func (s *supervisor) strays(id string) []procInfo {
+	var out []procInfo
+	for _, p := range processes() {
+		if hasEntries(p.pid, runMark+"="+s.run, "FLOWCTL_COMPONENT_ID="+id) {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// descendants returns all that lives below flowctl, but for the guard.
+func (s *supervisor) descendants() []procInfo {
+	all := processes()
+	chosen := map[int]bool{os.Getpid(): true}
+	withDescendants(all, chosen)
+	return slices.DeleteFunc(all, func(p procInfo) bool {
+		return !chosen[p.pid] || p.pid == os.Getpid() || p.pid == s.guard.pid()
+	})
+}
+
+// sweep ends all that is left below flowctl when every component is over: first by
+// SIGTERM, after grace by SIGKILL. It gives up on what does not die of that.
+func (s *supervisor) sweep(grace time.Duration) {
+	sig, deadline := syscall.SIGTERM, time.Now().Add(grace)
+	told := make(map[int]bool)
+	for {
+		left := s.descendants()
+		if len(left) == 0 {
+			return
+		}
+		for _, p := range left {
+			if !told[p.pid] {
+				s.log.Warn("ending what left its component", "pid", p.pid, "name", p.name, "signal", sig.String())
+				told[p.pid] = true
+				p.send(sig)
+			}
+		}
+		timer := time.NewTimer(time.Until(deadline))
+		select {
+		case <-s.reaper.adopted:
+		case <-timer.C:
+			if sig == syscall.SIGKILL {
+				s.log.Error("still running after SIGKILL", "processes", len(left))
+				return
+			}
+			sig, deadline = syscall.SIGKILL, time.Now().Add(killPatience)
+			clear(told)
+		}
+		timer.Stop()
+	}
+}
+
+// guard is the process that ends a run whose flowctl was killed. It reads from a
+// pipe which leaders live; the end of that pipe, without a word, is the end of
+// flowctl.
+type guard struct {
+	cmd  *exec.Cmd
+	in   *os.File
+	gone chan struct{} // closed when it has ended
+}
+
+func (g *guard) pid() int { return g.cmd.Process.Pid }
+
+// startGuard starts the guard of run in a session of its own, where no terminal
+// reaches it, and without run's mark.
+func startGuard(run string, r *reaper) (*guard, error) {
+	theirs, ours, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer theirs.Close()
+	self, err := os.Executable()
+	if err != nil {
+		ours.Close()
+		return nil, err
+	}
+	cmd := exec.Command(self, "guard", run)
+	cmd.Stdin = theirs
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := r.start(cmd); err != nil {
+		ours.Close()
+		return nil, err
+	}
+	g := &guard{cmd: cmd, in: ours, gone: make(chan struct{})}
+	go func() {
+		_ = r.wait(cmd)
+		close(g.gone)
+	}()
+	return g, nil
+}
+
+// tell writes a line to the guard. A guard that does not read is as good as gone.
+func (g *guard) tell(format string, args ...any) {
+	_ = g.in.SetWriteDeadline(time.Now().Add(time.Second))
+	_, _ = fmt.Fprintf(g.in, format+"\n", args...)
+}
+
+// dismiss tells the guard that all is well and waits for its end.
+func (g *guard) dismiss() {
+	g.tell("end")
+	g.in.Close()
+	<-g.gone
+}
+
+// runGuard is the guard itself. It returns when it was dismissed, or when nothing of
+// the run is left.
+func runGuard(run string, in io.Reader, log *slog.Logger) error {
+	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE, syscall.SIGTSTP)
+	trimMemory()
+	w := &ward{run: run, flowctl: os.Getppid(), leaders: make(map[int]uint64)}
+	lines := make(chan string)
+	go func() {
+		defer close(lines)
+		for scanner := bufio.NewScanner(in); scanner.Scan(); {
+			lines <- scanner.Text()
+		}
+	}()
+	if w.watch(lines) {
+		return nil
+	}
+	log.Error("flowctl was killed, ending what it ran", "run", run)
+	for quiet := 0; quiet < guardTries; {
+		quiet++
+		for _, p := range w.processes() {
+			quiet = 0
+			p.send(syscall.SIGKILL)
+		}
+		time.Sleep(guardStep) // nothing tells of a process that is about to be forked
+	}
+	return nil
+}
+
+// ward is what the guard knows of its run. Processes are known by their pid and by
+// when they began.
+type ward struct {
+	run     string
+	flowctl int // its pid
+	leaders map[int]uint64
+	adopted map[int]uint64 // flowctl's children by adoption, which may have neither mark nor group
+}
+
+// watch follows the run until flowctl dismisses the guard, which is true, or dies.
+func (w *ward) watch(lines <-chan string) bool {
+	step := guardStep // programs that make daemons do it when they start
+	timer := time.NewTimer(step)
+	defer timer.Stop()
+	for {
+		select {
+		case <-timer.C:
+			w.lookAtAdopted()
+			step = min(2*step, guardLook)
+			timer.Reset(step)
+		case line, ok := <-lines:
+			word, arg, _ := strings.Cut(line, " ")
+			pid, _ := strconv.Atoi(arg)
+			switch {
+			case !ok:
+				return false
+			case word == "end":
+				return true
+			case word == "started":
+				p, _ := readProcess(pid)
+				w.leaders[pid] = p.begun
+				step = guardStep
+				timer.Reset(step)
+			case word == "ended":
+				delete(w.leaders, pid)
+			}
+		}
+	}
+}
+
+// lookAtAdopted notes the children of flowctl's main thread: the kernel makes them
+// that thread's when it gives flowctl an orphan (find_new_reaper in kernel/exit.c).
+func (w *ward) lookAtAdopted() {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", w.flowctl))
+	if err != nil {
+		return // flowctl is gone, and what is known of it is the last word
+	}
+	w.adopted = make(map[int]uint64)
+	for _, field := range strings.Fields(string(data)) {
+		pid, _ := strconv.Atoi(field)
+		if p, ok := readProcess(pid); ok {
+			w.adopted[pid] = p.begun
+		}
+	}
+}
+
+// processes finds what belongs to the run: what has its mark, the leaders and their
+// groups, what flowctl adopted, and all that descends from those.
+func (w *ward) processes() []procInfo {
+	all := processes()
+	chosen := make(map[int]bool)
+	foreign := make(map[int]bool) // was a leader's pid and is someone else's
+	for _, p := range all {
+		if begun, ok := w.leaders[p.pid]; ok && begun != p.begun {
+			foreign[p.pid] = true
+		}
+	}
+	for _, p := range all {
+		_, led := w.leaders[p.group]
+		begun, adopted := w.adopted[p.pid]
+		chosen[p.pid] = led && !foreign[p.group] || adopted && begun == p.begun || hasEntries(p.pid, runMark+"="+w.run)
+	}
+	withDescendants(all, chosen)
+	return slices.DeleteFunc(all, func(p procInfo) bool { return !chosen[p.pid] || p.pid == os.Getpid() })
+}
+
+// trimMemory gives back the pages of code that starting has touched: what is needed
+// again is read again. Code alone, because other pages that are mapped from a file
+// and cannot be written may have been, by the dynamic linker.
+func trimMemory() {
+	maps, err := os.ReadFile("/proc/self/maps")
+	if err != nil {
+		return
+	}
+	for line := range strings.Lines(string(maps)) {
+		var from, to uintptr
+		var mode string
+		if _, err := fmt.Sscanf(line, "%x-%x %s", &from, &to, &mode); err == nil && mode == "r-xp" && strings.Contains(line, " /") {
+			_, _, _ = syscall.Syscall(syscall.SYS_MADVISE, from, to-from, syscall.MADV_DONTNEED)
+		}
+	}
+}

@@ -1,0 +1,55 @@
+//go:build !linux
+
+package main
+
+import (
+	"errors"
+	"io"
+	"log/slog"
+	"os/exec"
+	"syscall"
+	"time"
+)
+
+// What this system's kernel lacks: no subreaper and no /proc, so a process that
+// left its component's process group is out of reach, and nothing ends the
+// components of a flowctl that was killed.
+
+type reaper struct{}
+
+func newReaper() *reaper                    { return &reaper{} }
+func (r *reaper) adopt() error              { return nil }
+func (r *reaper) close()                    {}
+func (r *reaper) start(cmd *exec.Cmd) error { return cmd.Start() }
+func (r *reaper) wait(cmd *exec.Cmd) error  { return cmd.Wait() }
+
+// awaitGroup returns when the output of the group is closed, or when it has been
+// killed: who is left in it cannot be known.
+func (c *child) awaitGroup() {
+	select {
+	case <-c.drained:
+	case <-c.expired:
+	}
+}
+
+func (c *child) groupIsEmpty() bool { return false }
+
+type procInfo struct {
+	pid  int
+	name string
+}
+
+func (p procInfo) send(syscall.Signal) {}
+
+func (s *supervisor) strays(string) []procInfo { return nil }
+func (s *supervisor) sweep(time.Duration)      {}
+
+type guard struct{ gone chan struct{} }
+
+func startGuard(string, *reaper) (*guard, error) { return &guard{}, nil }
+func (g *guard) tell(string, ...any)             {}
+func (g *guard) dismiss()                        {}
+
+func runGuard(string, io.Reader, *slog.Logger) error {
+	return errors.New("the guard needs Linux")
+}
