@@ -189,6 +189,9 @@ func (o *planeFlags) define(fs *flag.FlagSet) {
 
 func (o *planeFlags) check(fs *flag.FlagSet) error {
 	fs.Visit(func(f *flag.Flag) { o.portSet = o.portSet || f.Name == "control-plane-port" })
+	if o.address == "" || o.address == "unix:" {
+		return &usageError{fs.Name(), fmt.Errorf("-control-plane-address %q: it must be a host or unix:PATH; 0.0.0.0 is all interfaces", o.address)}
+	}
 	if o.port < 0 || o.port > 65535 {
 		return &usageError{fs.Name(), fmt.Errorf("-control-plane-port %d: it must be between 0 and 65535", o.port)}
 	}

@@ -950,7 +950,10 @@ func listenUnix(path string) (net.Listener, string, error) {
 	if len(path) > most {
 		return nil, "", fmt.Errorf("socket path %q has %d bytes: the kernel allows %d", path, len(path), most)
 	}
-	if info, err := os.Lstat(path); err == nil && info.Mode().Type() == os.ModeSocket {
+	if info, err := os.Lstat(path); err == nil {
+		if info.Mode().Type() != os.ModeSocket {
+			return nil, "", fmt.Errorf("%q exists and is no socket", path)
+		}
 		conn, err := net.Dial("unix", path)
 		if err == nil {
 			conn.Close()

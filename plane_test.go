@@ -1386,12 +1386,12 @@ func TestUnixSocket(t *testing.T) {
 			if err := os.WriteFile(path, []byte("precious"), 0o644); err != nil {
 				t.Fatal(err)
 			}
-		}, "in use"},
+		}, "is no socket"},
 		{"link to a socket's place is not followed", func(t *testing.T, path string) {
 			if err := os.Symlink(path+".elsewhere", path); err != nil {
 				t.Fatal(err)
 			}
-		}, "in use"},
+		}, "is no socket"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "s")

@@ -20,7 +20,9 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	grpcstatus "google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
@@ -69,7 +71,7 @@ type logWriter struct {
 
 const (
 	maxQueued = 1 << 20
-	flushTime = time.Second // for the last lines, when flowctl ends
+	flushTime = 5 * time.Second // for the last lines, when flowctl ends
 )
 
 func newLogWriter(w io.Writer) *logWriter {
@@ -466,15 +468,16 @@ func fetchListing(ctx context.Context, endpoint string, wait bool) ([]listing, e
 		rows = append(rows, legacyListing(s))
 		byID[s.GetServiceId()] = &rows[len(rows)-1]
 	}
-	// A plane without the v1 dialect has told all that it can.
-	if more, err := flowctlv1.NewControlPlaneServiceClient(conn).ListComponents(ctx, &flowctlv1.ListComponentsRequest{IncludeUnhealthy: true}); err == nil {
-		for _, c := range more.GetComponents() {
-			if row := byID[c.GetComponent().GetId()]; row != nil {
-				row.addV1(c)
-			}
+	more, err := flowctlv1.NewControlPlaneServiceClient(conn).ListComponents(ctx, &flowctlv1.ListComponentsRequest{IncludeUnhealthy: true})
+	if grpcstatus.Code(err) == codes.Unimplemented {
+		return rows, nil // a plane without the v1 dialect has told all that it can
+	}
+	for _, c := range more.GetComponents() {
+		if row := byID[c.GetComponent().GetId()]; row != nil {
+			row.addV1(c)
 		}
 	}
-	return rows, nil
+	return rows, err
 }
 
 func legacyListing(s *flowctlpb.ServiceStatus) listing {
