@@ -72,7 +72,7 @@ type command struct {
 // of them, needs them all.
 func commands() []command {
 	return []command{
-		{name: "run", args: "[flags] [pipeline.json]", summary: "start a pipeline and the control plane, until one ends or a signal comes", run: runCommand, examples: `
+		{name: "run", args: "[flags] [pipeline.json]", summary: "run a pipeline and its control plane until it has completed, failed or is stopped", run: runCommand, examples: `
   flowctl -f pipeline.json                       the same as: flowctl run pipeline.json
   flowctl run pipeline.json -until ready         a smoke test: ends with 0 once all are ready
   flowctl run pipeline.json -control-plane-port 0 -log-format json
@@ -87,7 +87,7 @@ func commands() []command {
 		{name: "server", args: "[flags]", summary: "run the control plane alone", hidden: true, run: serverCommand, examples: `
   flowctl server -control-plane-port 9090
 `},
-		{name: "guard", args: "RUN", summary: "end what is left of a run whose flowctl was killed", hidden: true, run: guardCommand},
+		{name: "guard", args: "RUN PID", summary: "end what is left of a run whose flowctl was killed", hidden: true, run: guardCommand},
 		{name: "version", summary: "print the version", run: versionCommand},
 		{name: "help", args: "[command]", summary: "explain flowctl, or one command", run: helpCommand},
 	}
@@ -123,8 +123,11 @@ func exitCode(err error) int {
 
 // dispatch runs the command that args name. Without a name it is run.
 func dispatch(args []string) error {
-	if len(args) > 0 && slices.Contains([]string{"-h", "-help", "--help"}, args[0]) {
+	switch {
+	case len(args) > 0 && slices.Contains([]string{"-h", "-help", "--help"}, args[0]):
 		return helpCommand(nil)
+	case len(args) > 0 && slices.Contains([]string{"-version", "--version"}, args[0]):
+		return versionCommand(nil)
 	}
 	if len(args) == 0 || strings.HasPrefix(args[0], "-") {
 		return runCommand(args)
@@ -367,10 +370,11 @@ func serverCommand(args []string) error {
 
 // guardCommand is what flowctl starts beside itself; it is not for people.
 func guardCommand(args []string) error {
-	if len(args) != 1 {
+	if len(args) != 2 {
 		return &usageError{err: errors.New("guard: flowctl starts it by itself")}
 	}
-	return runGuard(args[0], os.Stdin, slog.New(slog.DiscardHandler))
+	runGuard(args[0], args[1], os.Stdin)
+	return nil
 }
 
 func versionCommand(args []string) error {
@@ -394,12 +398,12 @@ func versionCommand(args []string) error {
 }
 
 func helpCommand(args []string) error {
-	if len(args) == 0 {
+	if len(args) == 0 || args[0] == "help" {
 		printOverview(os.Stdout)
 		return nil
 	}
 	for _, c := range commands() {
-		if c.name == args[0] && c.name != "help" {
+		if c.name == args[0] {
 			return c.run([]string{"-h"})
 		}
 	}
@@ -525,7 +529,7 @@ type run struct {
 
 // logFiles opens the folder for the components' lines, nil for none. That one which
 // nobody asked for cannot be opened is only a warning.
-func (o *runFlags) logFiles(log *slog.Logger) (*logFiles, error) {
+func (o *runFlags) logFiles(ids []string, log *slog.Logger) (*logFiles, error) {
 	dir := o.logDir
 	switch logs, _, _ := strings.Cut(os.Getenv("LOGS_DIRECTORY"), ":"); {
 	case o.logDirSet:
@@ -537,7 +541,7 @@ func (o *runFlags) logFiles(log *slog.Logger) (*logFiles, error) {
 	if dir == "" {
 		return nil, nil
 	}
-	files, err := openLogFiles(dir, log)
+	files, err := openLogFiles(dir, ids, log)
 	switch {
 	case err == nil:
 		return files, nil
@@ -574,7 +578,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	}
 	defer children.close()
 	emit := r.console.lines
-	files, err := o.logFiles(log)
+	files, err := o.logFiles(ids, log)
 	if err != nil {
 		lis.Close()
 		return &exitError{exitUsage, err}
@@ -606,7 +610,11 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	r.watching.Wait()
 	r.sup.close()
 	plane.stop()
-	reportFailures(stderr, log, o.format, r.sup.failures())
+	failures := r.sup.failures()
+	reportFailures(stderr, log, o.format, failures)
+	if len(failures) > 0 && r.code == exitOK {
+		r.code = exitFailed // found while stopping: a process that survived SIGKILL
+	}
 	if r.code != exitOK {
 		return &exitError{code: r.code}
 	}
@@ -617,7 +625,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 func (r *run) loop(signals <-chan os.Signal) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	broken, guardGone := r.console.broken, (<-chan struct{})(r.sup.guard.gone)
+	broken, guardGone := r.console.broken, r.sup.guard.ended()
 	var due time.Time // when there is something to do although nothing happens
 	for {
 		now := time.Now()

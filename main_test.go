@@ -1019,7 +1019,7 @@ func TestHelpTexts(t *testing.T) {
 	const overview = `flowctl runs a data pipeline: its programs, and the control plane that they register with.
 
 Usage:
-  flowctl run [flags] [pipeline.json]    start a pipeline and the control plane, until one ends or a signal comes
+  flowctl run [flags] [pipeline.json]    run a pipeline and its control plane until it has completed, failed or is stopped
   flowctl check [pipeline.json]          read and validate a pipeline file, start nothing
   flowctl list [flags]                   show what is registered, and how it is
   flowctl version                        print the version
@@ -1055,7 +1055,7 @@ Flags:
 		{"help list", list, true},
 		{"list -help", list, true},
 		{"help version", "version: print the version\n\nUsage:\n  flowctl version\n", false},
-		{"help run", "run: start a pipeline ", true},
+		{"help run", "run: run a pipeline ", true},
 		{"help server", "server: run the control plane alone\n", true},
 	} {
 		code, out, stderr := call(t, strings.Fields(tt.args)...)

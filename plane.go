@@ -629,9 +629,10 @@ func (r *registry) unregister(id string, now time.Time) error {
 		ended := s.ended
 		r.resetLocked(s)
 		s.ended = ended
-	}
-	for len(s.names) > 0 {
-		r.unnameLocked(s, s.names[0])
+	} else {
+		for len(s.names) > 0 {
+			r.unnameLocked(s, s.names[0])
+		}
 	}
 	r.noteLocked(s, now)
 	return nil

@@ -97,9 +97,11 @@ func probeExec(ctx context.Context, argv []string, ch *child) error {
 	if err := ch.reaper.start(cmd); err != nil {
 		return err
 	}
+	ch.guard.lead(cmd.Process.Pid)
 	awaitExit(cmd.Process.Pid)
 	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
 	err := ch.reaper.wait(cmd)
+	ch.guard.leave(cmd.Process.Pid)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}

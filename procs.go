@@ -116,7 +116,8 @@ type procSettings struct {
 }
 
 // runMark is the variable by which the guard, and flowctl itself, know the processes
-// of a run wherever they have gone. Its value is the run's.
+// of a run wherever they have gone. Its value is the run's; that of a flowctl which is
+// itself a component begins with the outer one's and a slash.
 const runMark = "FLOWCTL_RUN"
 
 // supervisor starts, restarts and stops the processes of a pipeline. One goroutine
@@ -151,7 +152,7 @@ type exit struct {
 func newSupervisor(p *Pipeline, settings procSettings, emit emitter, log *slog.Logger, r *reaper) (*supervisor, error) {
 	s := &supervisor{
 		reaper:   r,
-		settings: settings, log: log, emit: emit, run: rand.Text(),
+		settings: settings, log: log, emit: emit, run: strings.TrimPrefix(os.Getenv(runMark)+"/"+rand.Text(), "/"),
 		exits: make(chan exit), byID: make(map[string]*proc),
 		before: p.stopAfter(), ports: make(map[string]*reservedPort),
 	}
@@ -180,23 +181,15 @@ func (s *supervisor) close() {
 	s.guard.dismiss()
 }
 
-// replaceGuard starts another guard in place of one that was killed, and returns
-// what is closed when that ends too; nil where none can be started.
+// replaceGuard starts the guard again, which was killed, and returns what is closed
+// when it ends; nil where it cannot be started.
 func (s *supervisor) replaceGuard() <-chan struct{} {
-	s.log.Warn("the guard was killed, starting another")
-	s.guard.dismiss()
-	guard, err := startGuard(s.run, s.reaper)
-	if err != nil {
-		s.log.Error("without a guard, components outlive a flowctl that is killed", "err", err)
+	if err := s.guard.restart(); err != nil {
+		s.log.Error("no guard: components will outlive a flowctl that is killed", "err", err)
 		return nil
 	}
-	s.guard = guard
-	for _, p := range s.procs {
-		if p.child != nil {
-			s.guard.tell("started %d", p.child.pid)
-		}
-	}
-	return s.guard.gone
+	s.log.Warn("the guard was killed, another one guards now")
+	return s.guard.ended()
 }
 
 // transition is the one place that changes a component's state.
@@ -228,7 +221,7 @@ func (s *supervisor) start(p *proc, now time.Time) {
 	s.ports[p.ID].release()
 	env, err := s.environ(p.Component)
 	if err == nil {
-		p.child, err = spawn(p.Component, env, s.emit, s.reaper)
+		p.child, err = spawn(p.Component, env, s.emit, s.reaper, s.guard)
 	}
 	if err != nil {
 		p.last = nil // what is to be said is of this start
@@ -237,12 +230,10 @@ func (s *supervisor) start(p *proc, now time.Time) {
 		return
 	}
 	p.last, p.ended, p.registered = p.child, time.Time{}, false
-	s.guard.tell("started %d", p.child.pid)
 	s.transition(p, procStarting, p.readyBy)
 	p.log.Info("started", "pid", p.child.pid)
-	patience := s.stopTimeout(p)
 	go func(child *child) {
-		state, lost := child.reap(patience)
+		state, lost := child.reap()
 		s.exits <- exit{p, child, state, lost}
 	}(p.child)
 }
@@ -258,7 +249,6 @@ func (s *supervisor) ready(p *proc, now time.Time) {
 func (s *supervisor) exited(e exit, now time.Time) {
 	p := e.proc
 	p.child, p.ended = nil, now
-	s.guard.tell("ended %d", e.child.pid)
 	if !s.stopping { // else close sweeps
 		for _, stray := range s.strays(p.ID) {
 			p.log.Warn("ending what left its process group", "pid", stray.pid, "name", stray.name)
@@ -288,7 +278,7 @@ func (s *supervisor) exited(e exit, now time.Time) {
 
 func (s *supervisor) failEnded(p *proc, reason string, wasReady bool, now time.Time) {
 	switch {
-	case p.RestartPolicy != "" && p.RestartPolicy != "no" && p.MaxRestarts > 0:
+	case p.attempts > 0:
 		reason = fmt.Sprintf("%s, after %d restarts (max_restarts)", reason, p.attempts)
 	case !wasReady:
 		reason += " before it was ready"
@@ -302,7 +292,7 @@ func (s *supervisor) wantsRestart(p *proc, success bool) bool {
 	if p.MaxRestarts > 0 && p.attempts >= p.MaxRestarts {
 		return false
 	}
-	return p.RestartPolicy == "always" || p.RestartPolicy == "on-failure" && !success
+	return p.RestartPolicy == restartAlways || p.RestartPolicy == restartOnFailure && !success
 }
 
 // backOff plans the next start of p. Jitter of a tenth keeps components that failed
@@ -413,7 +403,9 @@ func (s *supervisor) expire(now time.Time) {
 		case p.state == procBackoff:
 			s.transition(p, procWaiting, time.Time{})
 		case p.state == procStopping:
-			p.log.Warn("still running, sending SIGKILL", "pid", p.child.pid, "stop_timeout", s.stopTimeout(p))
+			if !p.child.isReaped() {
+				p.log.Warn("still running, sending SIGKILL", "pid", p.child.pid, "stop_timeout", s.stopTimeout(p))
+			}
 			s.kill(p, now)
 		case p.state == procKilled:
 			s.fail(p, failEnded, fmt.Sprintf("pid %d is still running %s after SIGKILL", p.child.pid, killPatience), now)
@@ -431,8 +423,11 @@ func (s *supervisor) beginStop() {
 	s.stopping = true
 	s.releasePorts()
 	for _, p := range s.procs {
-		if p.state == procWaiting || p.state == procBackoff {
+		switch p.state {
+		case procWaiting, procBackoff:
 			s.transition(p, procStopped, time.Time{})
+		case procStarting:
+			p.deadline = time.Time{} // nobody waits for it to be ready any more
 		}
 	}
 }
@@ -526,6 +521,7 @@ func (s *supervisor) stopTimeout(p *proc) time.Duration {
 type child struct {
 	cmd     *exec.Cmd
 	reaper  *reaper
+	guard   *guard
 	pid     int
 	outputs []*os.File    // read ends of its output
 	drained chan struct{} // closed when no output will come any more
@@ -541,11 +537,11 @@ type child struct {
 
 // spawn starts c as the leader of a process group of its own, its output read by
 // pumps that hand it to emit.
-func spawn(c *Component, env []string, emit emitter, r *reaper) (*child, error) {
+func spawn(c *Component, env []string, emit emitter, r *reaper, g *guard) (*child, error) {
 	cmd := exec.Command(c.Command[0], slices.Concat(c.Command[1:], c.Args)...)
 	cmd.Dir, cmd.Env = c.WorkingDir, env
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	ch := &child{cmd: cmd, reaper: r, drained: make(chan struct{}), expired: make(chan struct{})}
+	ch := &child{cmd: cmd, reaper: r, guard: g, drained: make(chan struct{}), expired: make(chan struct{})}
 	var theirs []*os.File
 	defer func() {
 		for _, w := range theirs {
@@ -566,6 +562,7 @@ func spawn(c *Component, env []string, emit emitter, r *reaper) (*child, error) 
 		return nil, describeStart(c, err)
 	}
 	ch.pid = cmd.Process.Pid
+	g.lead(ch.pid)
 	ch.pumping.Store(2)
 	go ch.pump(c.ID, "stdout", ch.outputs[0], emit)
 	go ch.pump(c.ID, "stderr", ch.outputs[1], emit)
@@ -643,11 +640,11 @@ func (c *child) kill() {
 }
 
 // reap waits for the process and returns how it ended, once: then the group is
-// gone and its output has been handed on, or lost because nobody took it for as
-// long as patience. A process that ended unasked leaves a group that nobody wants. One
-// that was asked to end may have members that still write their last lines, so
+// gone and its output has been handed on, or is lost because nobody has taken it
+// when SIGKILL is due. A process that ended unasked leaves a group that nobody wants.
+// One that was asked to end may have members that still write their last lines, so
 // they get the time until SIGKILL is due.
-func (c *child) reap(patience time.Duration) (state *os.ProcessState, lost bool) {
+func (c *child) reap() (state *os.ProcessState, lost bool) {
 	awaitExit(c.pid)
 	c.mu.Lock()
 	if !c.asked {
@@ -663,20 +660,26 @@ func (c *child) reap(patience time.Duration) (state *os.ProcessState, lost bool)
 		c.reaped = true
 		c.mu.Unlock()
 	}
+	c.guard.leave(c.pid)
 
 	// A process that left the group may hold the pipes open: what is in them now is
 	// all that was written before the end, and nothing more is waited for.
 	for _, r := range c.outputs {
 		_ = r.SetReadDeadline(time.Unix(1, 0))
 	}
-	timer := time.NewTimer(patience)
-	defer timer.Stop()
 	select {
 	case <-c.drained:
-	case <-timer.C:
+	case <-c.expired:
 		lost = true
 	}
 	return c.cmd.ProcessState, lost
+}
+
+// isReaped tells whether nothing is left of the group.
+func (c *child) isReaped() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.reaped
 }
 
 // awaitExit returns when the process pid, a child, has ended, and leaves it a
@@ -731,8 +734,12 @@ func passLines(buf []byte, pass func([]byte)) []byte {
 	}
 	switch {
 	case len(buf) > maxLine:
-		pass(append(slices.Clip(buf[:maxLine]), '\n'))
-		buf = buf[:copy(buf, buf[maxLine:])]
+		n := maxLine
+		if buf[n-1] == '\r' { // which would be taken for the end of a line
+			n--
+		}
+		pass(append(slices.Clip(buf[:n]), '\n'))
+		buf = buf[:copy(buf, buf[n:])]
 	case len(buf) == cap(buf):
 		grown := make([]byte, len(buf), min(2*cap(buf), maxLine+1))
 		copy(grown, buf)
@@ -745,7 +752,7 @@ func passLines(buf []byte, pass func([]byte)) []byte {
 // reads no more than a pipe can hold, so that a writer that lives on cannot keep it.
 func leftover(r *os.File) func([]byte) (int, error) {
 	_ = r.SetReadDeadline(time.Time{})
-	left := maxLine // pipe(7): pipe-max-size is 1 MiB
+	left := 16 << 20 // pipe(7): a pipe holds 1 MiB at most, unless root has enlarged it
 	return func(p []byte) (n int, err error) {
 		raw, err := r.SyscallConn()
 		if err != nil || left <= 0 {

@@ -5,10 +5,11 @@ import (
 	"bytes"
 	"fmt"
 	"io"
-	"log/slog"
+	"maps"
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -181,7 +182,9 @@ func readProcess(pid int) (procInfo, bool) {
 	if len(fields) < 20 {
 		return procInfo{}, false
 	}
-	p := procInfo{pid: pid, name: string(data[open+1 : end]), zombie: fields[0] == "Z" || fields[0] == "X"}
+	p := procInfo{pid: pid, name: string(data[open+1 : end])}
+	// One whose main thread alone has ended looks like a zombie, and runs.
+	p.zombie = fields[0] == "X" || fields[0] == "Z" && fields[17] <= "1"
 	p.parent, _ = strconv.Atoi(fields[1])
 	p.group, _ = strconv.Atoi(fields[2])
 	p.begun, _ = strconv.ParseUint(fields[19], 10, 64)
@@ -222,20 +225,22 @@ func withDescendants(all []procInfo, chosen map[int]bool) {
 	}
 }
 
-// hasEntries tells whether the environment that a process was started with has all of
-// the entries.
-func hasEntries(pid int, entries ...string) bool {
+// hasMark tells whether a process was started with run in its environment, or with
+// that of a flowctl that itself belongs to run.
+func hasMark(pid int, run string) bool {
+	env := environ(pid)
+	mark := "\x00" + runMark + "=" + run
+	return bytes.Contains(env, []byte(mark+"\x00")) || bytes.Contains(env, []byte(mark+"/"))
+}
+
+// environ is the environment that a process was started with, each entry between
+// two NULs.
+func environ(pid int) []byte {
 	env, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/environ")
 	if err != nil {
-		return false
+		return nil
 	}
-	env = append([]byte{0}, env...)
-	for _, entry := range entries {
-		if !bytes.Contains(env, []byte("\x00"+entry+"\x00")) {
-			return false
-		}
-	}
-	return true
+	return append([]byte{0}, env...)
 }
 
 // send signals p if it still is the process that was seen.
@@ -255,7 +260,7 @@ func (p procInfo) send(sig syscall.Signal) {
 func (s *supervisor) strays(id string) []procInfo {
 	var out []procInfo
 	for _, p := range processes() {
-		if hasEntries(p.pid, runMark+"="+s.run, "FLOWCTL_COMPONENT_ID="+id) {
+		if hasMark(p.pid, s.run) && bytes.Contains(environ(p.pid), []byte("\x00FLOWCTL_COMPONENT_ID="+id+"\x00")) {
 			out = append(out, p)
 		}
 	}
@@ -265,11 +270,25 @@ func (s *supervisor) strays(id string) []procInfo {
 // descendants returns all that lives below flowctl, but for the guard.
 func (s *supervisor) descendants() []procInfo {
 	all := processes()
-	chosen := map[int]bool{os.Getpid(): true}
+	self, guard := os.Getpid(), s.guard.pid()
+	chosen := map[int]bool{self: true}
 	withDescendants(all, chosen)
-	return slices.DeleteFunc(all, func(p procInfo) bool {
-		return !chosen[p.pid] || p.pid == os.Getpid() || p.pid == s.guard.pid()
-	})
+	return slices.DeleteFunc(all, func(p procInfo) bool { return !chosen[p.pid] || p.pid == self || p.pid == guard })
+}
+
+// childless tells whether flowctl has no child but the guard. A scan of /proc can
+// miss a process whose parent ends while it looks; this cannot.
+func (s *supervisor) childless() bool {
+	lists, _ := filepath.Glob("/proc/self/task/*/children")
+	for _, list := range lists {
+		data, _ := os.ReadFile(list)
+		for _, pid := range strings.Fields(string(data)) {
+			if pid != strconv.Itoa(s.guard.pid()) {
+				return false
+			}
+		}
+	}
+	return true
 }
 
 // sweep ends all that is left below flowctl when every component is over: first by
@@ -279,7 +298,7 @@ func (s *supervisor) sweep(grace time.Duration) {
 	told := make(map[int]bool)
 	for {
 		left := s.descendants()
-		if len(left) == 0 {
+		if len(left) == 0 && s.childless() {
 			return
 		}
 		for _, p := range left {
@@ -289,80 +308,154 @@ func (s *supervisor) sweep(grace time.Duration) {
 				p.send(sig)
 			}
 		}
-		timer := time.NewTimer(time.Until(deadline))
+		wait := time.Until(deadline)
+		if len(left) == 0 {
+			wait = guardStep // a child that the scan missed, or a zombie that is being reaped
+		}
+		timer := time.NewTimer(wait)
 		select {
 		case <-s.reaper.adopted:
 		case <-timer.C:
-			if sig == syscall.SIGKILL {
-				s.log.Error("still running after SIGKILL", "processes", len(left))
-				return
-			}
-			sig, deadline = syscall.SIGKILL, time.Now().Add(killPatience)
-			clear(told)
 		}
 		timer.Stop()
+		if time.Now().Before(deadline) {
+			continue
+		}
+		if sig == syscall.SIGKILL {
+			s.log.Error("still running after SIGKILL", "processes", len(left))
+			return
+		}
+		sig, deadline = syscall.SIGKILL, time.Now().Add(killPatience)
+		clear(told)
 	}
 }
 
 // guard is the process that ends a run whose flowctl was killed. It reads from a
-// pipe which leaders live; the end of that pipe, without a word, is the end of
-// flowctl.
+// pipe which leaders of process groups live; the end of that pipe, without a word, is
+// the end of flowctl.
 type guard struct {
-	cmd  *exec.Cmd
-	in   *os.File
-	gone chan struct{} // closed when it has ended
+	run    string
+	reaper *reaper
+
+	mu      sync.Mutex // guards the fields below
+	cmd     *exec.Cmd
+	in      *os.File
+	gone    chan struct{} // closed when it has ended
+	begun   time.Time
+	leaders map[int]bool
 }
 
-func (g *guard) pid() int { return g.cmd.Process.Pid }
+// guardName is what the guard is called, so that who kills flowctl by its name, as
+// pkill does, does not kill the guard as well.
+const guardName = "run-guard"
 
-// startGuard starts the guard of run in a session of its own, where no terminal
-// reaches it, and without run's mark.
+// startGuard starts the guard of run.
 func startGuard(run string, r *reaper) (*guard, error) {
+	g := &guard{run: run, reaper: r, leaders: make(map[int]bool)}
+	return g, g.start()
+}
+
+// start starts the process, in a session of its own, where no terminal reaches it,
+// and without a mark in its environment, so that it is no part of a run, its own or
+// that which this flowctl may be a component of.
+func (g *guard) start() error {
 	theirs, ours, err := os.Pipe()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer theirs.Close()
-	self, err := os.Executable()
-	if err != nil {
-		ours.Close()
-		return nil, err
-	}
-	cmd := exec.Command(self, "guard", run)
-	cmd.Stdin = theirs
-	cmd.Dir = "/"
+	// The link stays good when the file that flowctl was started from is replaced.
+	cmd := exec.Command("/proc/self/exe", "guard", g.run, strconv.Itoa(os.Getpid()))
+	cmd.Args[0] = guardName
+	cmd.Stdin, cmd.Dir = theirs, "/"
+	cmd.Env = slices.DeleteFunc(os.Environ(), func(entry string) bool { return strings.HasPrefix(entry, runMark+"=") || hidden(entry) })
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := r.start(cmd); err != nil {
+	if err := g.reaper.start(cmd); err != nil {
 		ours.Close()
-		return nil, err
+		return err
 	}
-	g := &guard{cmd: cmd, in: ours, gone: make(chan struct{})}
+	gone := make(chan struct{})
+	g.cmd, g.in, g.gone, g.begun = cmd, ours, gone, time.Now()
 	go func() {
-		_ = r.wait(cmd)
-		close(g.gone)
+		_ = g.reaper.wait(cmd)
+		close(gone)
 	}()
-	return g, nil
+	return nil
 }
 
-// tell writes a line to the guard. A guard that does not read is as good as gone.
-func (g *guard) tell(format string, args ...any) {
-	_ = g.in.SetWriteDeadline(time.Now().Add(time.Second))
-	_, _ = fmt.Fprintf(g.in, format+"\n", args...)
+func (g *guard) pid() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.cmd.Process.Pid
 }
 
-// dismiss tells the guard that all is well and waits for its end.
-func (g *guard) dismiss() {
-	g.tell("end")
+// ended is closed when the guard has ended.
+func (g *guard) ended() <-chan struct{} {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.gone
+}
+
+// restart starts the guard again after its end. It fails where that came so soon
+// that it would again.
+func (g *guard) restart() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	g.in.Close()
+	if lived := time.Since(g.begun); lived < guardLook {
+		return fmt.Errorf("it ended after %s", lived.Round(time.Millisecond))
+	}
+	if err := g.start(); err != nil {
+		return err
+	}
+	for pid := range g.leaders {
+		g.writeLocked("started", pid)
+	}
+	return nil
+}
+
+// lead tells the guard that pid leads a process group from now on.
+func (g *guard) lead(pid int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.leaders[pid] = true
+	g.writeLocked("started", pid)
+}
+
+// leave tells the guard that nothing is left of the group of pid.
+func (g *guard) leave(pid int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.leaders, pid)
+	g.writeLocked("ended", pid)
+}
+
+// writeLocked sends a line. A guard that does not read is as good as gone.
+func (g *guard) writeLocked(word string, pid int) {
+	_ = g.in.SetWriteDeadline(time.Now().Add(time.Second))
+	_, _ = fmt.Fprintf(g.in, "%s %d\n", word, pid)
+}
+
+// dismiss tells the guard that all is well and waits for its end, which it is made
+// to come to.
+func (g *guard) dismiss() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.writeLocked("end", 0)
+	g.in.Close()
+	timer := time.AfterFunc(time.Second, func() { _ = g.cmd.Process.Kill() })
 	<-g.gone
+	timer.Stop()
 }
 
 // runGuard is the guard itself. It returns when it was dismissed, or when nothing of
-// the run is left.
-func runGuard(run string, in io.Reader, log *slog.Logger) error {
+// the run is left that can be killed.
+func runGuard(run, flowctl string, in io.Reader) {
 	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE, syscall.SIGTSTP)
+	_ = os.WriteFile("/proc/self/comm", []byte(guardName), 0)
 	trimMemory()
-	w := &ward{run: run, flowctl: os.Getppid(), leaders: make(map[int]uint64)}
+	w := &ward{run: run, leaders: make(map[int]uint64), adopted: make(map[int]uint64)}
+	w.flowctl, _ = strconv.Atoi(flowctl)
 	lines := make(chan string)
 	go func() {
 		defer close(lines)
@@ -371,10 +464,10 @@ func runGuard(run string, in io.Reader, log *slog.Logger) error {
 		}
 	}()
 	if w.watch(lines) {
-		return nil
+		return
 	}
-	log.Error("flowctl was killed, ending what it ran", "run", run)
-	for quiet := 0; quiet < guardTries; {
+	deadline := time.Now().Add(2 * killPatience)
+	for quiet := 0; quiet < guardTries && time.Now().Before(deadline); {
 		quiet++
 		for _, p := range w.processes() {
 			quiet = 0
@@ -382,7 +475,6 @@ func runGuard(run string, in io.Reader, log *slog.Logger) error {
 		}
 		time.Sleep(guardStep) // nothing tells of a process that is about to be forked
 	}
-	return nil
 }
 
 // ward is what the guard knows of its run. Processes are known by their pid and by
@@ -427,15 +519,20 @@ func (w *ward) watch(lines <-chan string) bool {
 
 // lookAtAdopted notes the children of flowctl's main thread: the kernel makes them
 // that thread's when it gives flowctl an orphan (find_new_reaper in kernel/exit.c).
+// What was seen once is kept until it ends, because a flowctl that is dying has no
+// children any more.
 func (w *ward) lookAtAdopted() {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", w.flowctl))
-	if err != nil {
-		return // flowctl is gone, and what is known of it is the last word
+	if os.Getppid() != w.flowctl {
+		return // it is gone, and its number could be another's
 	}
-	w.adopted = make(map[int]uint64)
+	maps.DeleteFunc(w.adopted, func(pid int, begun uint64) bool {
+		p, ok := readProcess(pid)
+		return !ok || p.begun != begun
+	})
+	data, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", w.flowctl))
 	for _, field := range strings.Fields(string(data)) {
 		pid, _ := strconv.Atoi(field)
-		if p, ok := readProcess(pid); ok {
+		if p, ok := readProcess(pid); ok && p.parent == w.flowctl && pid != os.Getpid() {
 			w.adopted[pid] = p.begun
 		}
 	}
@@ -455,7 +552,7 @@ func (w *ward) processes() []procInfo {
 	for _, p := range all {
 		_, led := w.leaders[p.group]
 		begun, adopted := w.adopted[p.pid]
-		chosen[p.pid] = led && !foreign[p.group] || adopted && begun == p.begun || hasEntries(p.pid, runMark+"="+w.run)
+		chosen[p.pid] = led && !foreign[p.group] || adopted && begun == p.begun || hasMark(p.pid, w.run)
 	}
 	withDescendants(all, chosen)
 	return slices.DeleteFunc(all, func(p procInfo) bool { return !chosen[p.pid] || p.pid == os.Getpid() })

@@ -251,11 +251,8 @@ type overview struct {
 // logFiles keeps the lines of each component in a file of its own below a folder,
 // written before they are shown, so that what is on the terminal is in the file.
 type logFiles struct {
-	dir string
-	log *slog.Logger
-
-	mu   sync.Mutex // guards byID
-	byID map[string]*logFile
+	log  *slog.Logger
+	byID map[string]*logFile // never changes
 }
 
 // logFile is DIR/ID.log. Past maxLogFile bytes it becomes DIR/ID.log.1 and a new one
@@ -264,43 +261,52 @@ type logFile struct {
 	path string
 
 	mu     sync.Mutex // guards the fields below
-	f      *os.File
+	f      *os.File   // nil when it could not be opened
 	size   int64
+	most   int64 // the size at which it is to be rotated
 	buf    []byte
 	broken bool // the last write failed, which has been said
+	closed bool
 }
 
 const maxLogFile = 10 << 20
 
-// openLogFiles makes the folder.
-func openLogFiles(dir string, log *slog.Logger) (*logFiles, error) {
+// openLogFiles makes the folder and opens a file for each of ids.
+func openLogFiles(dir string, ids []string, log *slog.Logger) (*logFiles, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	return &logFiles{dir: dir, log: log, byID: make(map[string]*logFile)}, nil
+	l := &logFiles{log: log, byID: make(map[string]*logFile)}
+	for _, id := range ids {
+		f := &logFile{path: filepath.Join(dir, id+".log")}
+		if err := f.open(); err != nil {
+			l.close()
+			return nil, err
+		}
+		l.byID[id] = f
+	}
+	return l, nil
 }
 
 // lines is an emitter. A file that cannot be written is reported once and tried
 // again with the next lines: a full disk must not stop a pipeline.
 func (l *logFiles) lines(id, _ string, lines []byte) {
-	l.mu.Lock()
 	file := l.byID[id]
-	if file == nil {
-		file = &logFile{path: filepath.Join(l.dir, id+".log")}
-		l.byID[id] = file
-	}
-	l.mu.Unlock()
-
 	file.mu.Lock()
 	defer file.mu.Unlock()
+	if file.closed {
+		return // the run is over, and these lines were given up
+	}
 	err := file.write(lines, time.Now())
 	if err != nil && !file.broken {
-		l.log.Error("lines are missing in a log file", "component", id, "err", err)
+		l.log.Error("trouble with a log file", "component", id, "err", err)
 	}
 	file.broken = err != nil
 }
 
-// write appends lines, each with the time.
+// write appends lines, each with the time. What could not be written whole is taken
+// back, so that no later line is glued to a part of it. That a file cannot be
+// rotated is an error, and the lines are in it all the same.
 func (f *logFile) write(lines []byte, now time.Time) error {
 	stamp := now.AppendFormat(make([]byte, 0, 32), "2006-01-02T15:04:05.000Z07:00 ")
 	f.buf = f.buf[:0]
@@ -309,23 +315,37 @@ func (f *logFile) write(lines []byte, now time.Time) error {
 		line, lines = cutLine(lines)
 		f.buf = append(append(append(f.buf, stamp...), line...), '\n')
 	}
-	if f.f != nil && f.size+int64(len(f.buf)) > maxLogFile {
-		f.close()
-		if err := os.Rename(f.path, f.path+".1"); err != nil {
-			return err
-		}
+	var rotated error
+	if f.f != nil && f.size > 0 && f.size+int64(len(f.buf)) > f.most {
+		rotated = f.rotate()
 	}
 	if f.f == nil {
 		if err := f.open(); err != nil {
 			return err
 		}
 	}
-	n, err := f.f.Write(f.buf)
-	f.size += int64(n)
+	if n, err := f.f.Write(f.buf); err != nil {
+		if n > 0 {
+			_ = f.f.Truncate(f.size)
+		}
+		return err
+	}
+	f.size += int64(len(f.buf))
 	if cap(f.buf) > 2*maxLine {
 		f.buf = nil
 	}
-	return err
+	return rotated
+}
+
+// rotate moves the file away. Where that fails it is tried again after as much more.
+func (f *logFile) rotate() error {
+	if err := os.Rename(f.path, f.path+".1"); err != nil {
+		f.most = f.size + maxLogFile
+		return err
+	}
+	f.f.Close() // every write has been checked
+	f.f = nil
+	return nil
 }
 
 func (f *logFile) open() error {
@@ -338,21 +358,18 @@ func (f *logFile) open() error {
 		file.Close()
 		return err
 	}
-	f.f, f.size = file, info.Size()
+	f.f, f.size, f.most = file, info.Size(), maxLogFile
 	return nil
 }
 
-func (f *logFile) close() {
-	f.f.Close() // every write has been checked
-	f.f = nil
-}
-
-// close closes the files. No lines come any more.
+// close closes the files.
 func (l *logFiles) close() {
 	for _, f := range l.byID {
-		if f.f != nil {
-			f.close()
+		f.mu.Lock()
+		if f.closed = true; f.f != nil {
+			f.f.Close()
 		}
+		f.mu.Unlock()
 	}
 }
 
