@@ -818,7 +818,7 @@ func (r *run) signalled(sig os.Signal, now time.Time) {
 		r.sup.killAll(now)
 		return
 	}
-	r.log.Info("stop requested", "signal", sig.String())
+	r.log.Info("stop requested", "signal", sig.String(), "at_most", r.sup.stopBound())
 	r.signal, r.signalAt = sig, now
 	r.stop(exitOK, now)
 }
@@ -833,9 +833,10 @@ func (r *run) stop(code int, now time.Time) {
 	notify(r.log, daemon.SdNotifyStopping, extendTimeout(r.sup.stopBound()))
 }
 
-// extendTimeout asks systemd for patience. The margin is for flowctl's own work.
+// extendTimeout asks systemd for patience. The margin is for flowctl's own work, of
+// which the longest is to write the last lines of its log to who reads them slowly.
 func extendTimeout(d time.Duration) string {
-	return fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", (d + 5*time.Second).Microseconds())
+	return fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", (d + 10*time.Second).Microseconds())
 }
 
 // patience is by when what keeps the pipeline from being ready has ended one way or

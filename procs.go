@@ -465,7 +465,7 @@ func (s *supervisor) nudge(p *proc) time.Time {
 }
 
 // stopBound is the longest that a stop can take from its beginning: the slowest
-// chain of those that have to stop one after the other.
+// chain of those that have to stop one after the other, and then what they left.
 func (s *supervisor) stopBound() time.Duration {
 	memo := make(map[string]time.Duration)
 	var bound func(id string) time.Duration
@@ -484,7 +484,7 @@ func (s *supervisor) stopBound() time.Duration {
 	for id := range s.byID {
 		longest = max(longest, bound(id))
 	}
-	return longest
+	return longest + sweepGrace + killPatience
 }
 
 // killAll sends SIGKILL to all that still run.

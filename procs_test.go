@@ -370,7 +370,7 @@ func TestStopBoundIsTheSlowestChain(t *testing.T) {
 	t.Parallel()
 	s, _ := supervise(t, []map[string]any{sh("a", forever, map[string]any{"stop_timeout": "1s"}), sh("x", forever, map[string]any{"stop_timeout": "4s"})},
 		[]map[string]any{sh("b", forever, map[string]any{"inputs": []string{"a"}, "stop_timeout": "2s"})})
-	if got, want := s.stopBound(), 3*time.Second+2*killPatience; got != want {
+	if got, want := s.stopBound(), 3*time.Second+2*killPatience+sweepGrace+killPatience; got != want {
 		t.Errorf("stopBound %s, want %s", got, want)
 	}
 }
