@@ -87,13 +87,16 @@ func commands() []command {
 		{name: "server", args: "[flags]", summary: "run the control plane alone", hidden: true, run: serverCommand, examples: `
   flowctl server -control-plane-port 9090
 `},
-		{name: "guard", args: "RUN PID", summary: "end what is left of a run whose flowctl was killed", hidden: true, run: guardCommand},
+		{name: "guard", args: "RUN PID CGROUP", summary: "end what is left of a run whose flowctl was killed", hidden: true, run: guardCommand},
 		{name: "version", summary: "print the version", run: versionCommand},
 		{name: "help", args: "[command]", summary: "explain flowctl, or one command", run: helpCommand},
 	}
 }
 
 func main() {
+	// A crash ends by SIGABRT: its usual exit status, 2, is that of a wrong command
+	// line, after which flowctl.service is not started again.
+	debug.SetTraceback("crash")
 	os.Exit(exitCode(dispatch(os.Args[1:])))
 }
 
@@ -370,10 +373,10 @@ func serverCommand(args []string) error {
 
 // guardCommand is what flowctl starts beside itself; it is not for people.
 func guardCommand(args []string) error {
-	if len(args) != 2 {
+	if len(args) != 3 {
 		return &usageError{err: errors.New("guard: flowctl starts it by itself")}
 	}
-	runGuard(args[0], args[1], os.Stdin)
+	runGuard(args[0], args[1], args[2], os.Stdin)
 	return nil
 }
 
@@ -625,7 +628,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 func (r *run) loop(signals <-chan os.Signal) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	broken, guardGone := r.console.broken, r.sup.guard.ended()
+	broken := r.console.broken
 	var due time.Time // when there is something to do although nothing happens
 	for {
 		now := time.Now()
@@ -648,8 +651,8 @@ func (r *run) loop(signals <-chan os.Signal) {
 		case <-r.registry.wake:
 		case e := <-r.sup.exits:
 			r.exited(e, time.Now())
-		case <-guardGone:
-			guardGone = r.sup.replaceGuard()
+		case <-r.sup.guardGone():
+			r.sup.guardLost(time.Now())
 		case v := <-r.verdicts:
 			r.checked(v, time.Now())
 		case <-broken:

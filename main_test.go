@@ -933,8 +933,8 @@ func TestRunCannotStart(t *testing.T) {
 	}{
 		{"not found", component("", "/no/such/program"), `cannot run "/no/such/program": no such file or directory`},
 		{"not in PATH", component("", "no-such-program"), `cannot run "no-such-program": executable file not found in $PATH`},
-		{"not executable", component("", program), `cannot run "` + program + `": permission denied`},
-		{"a folder", component("", dir), `cannot run "` + dir + `": permission denied`},
+		{"not executable", component("", program), `cannot run "` + program + `": it is not executable (chmod +x)`},
+		{"a folder", component("", dir), `cannot run "` + dir + `": it is a folder`},
 		{"no interpreter", component("", script), `cannot run "` + script + `": the interpreter that it names, or its loader, does not exist`},
 		{"no working_dir", component("/no/such/folder", "sleep", "300"), `cannot enter its working_dir "/no/such/folder": no such file or directory`},
 		{"working_dir is a file", component(program, "sleep", "300"), `cannot enter its working_dir "` + program + `": not a directory`},

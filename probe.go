@@ -93,6 +93,7 @@ func probeExec(ctx context.Context, argv []string, ch *child) error {
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.Env, cmd.Dir = ch.cmd.Env, ch.cmd.Dir
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	ch.cgroup.hold(cmd.SysProcAttr)
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	if err := ch.reaper.start(cmd); err != nil {
 		return err

@@ -24,11 +24,12 @@ import (
 )
 
 const (
-	minBackoff   = time.Second      // before the first restart
-	maxBackoff   = 30 * time.Second // restarts never wait longer, but for jitter
-	healthyReset = time.Minute      // a component that was ready this long starts over with minBackoff
-	sweepGrace   = time.Second      // from SIGTERM to SIGKILL for what has left its component when the run ends
-	killPatience = 5 * time.Second  // from SIGKILL until flowctl no longer waits: only a process stuck in the kernel lives that long
+	minBackoff   = time.Second             // before the first restart
+	maxBackoff   = 30 * time.Second        // restarts never wait longer, but for jitter
+	healthyReset = time.Minute             // a component that was ready this long starts over with minBackoff
+	sweepGrace   = time.Second             // from SIGTERM to SIGKILL for what has left its component when the run ends
+	outputGrace  = 1500 * time.Millisecond // for the output of a process that got SIGKILL to be taken
+	killPatience = 5 * time.Second         // from SIGKILL until flowctl no longer waits: only a process stuck in the kernel lives that long
 
 	minBuffer = 16 << 10 // of an output pump; it grows while a line does not fit
 	maxLine   = 1 << 20  // a longer line is passed on in pieces
@@ -79,7 +80,7 @@ type proc struct {
 	log      *slog.Logger
 	state    procState
 	deadline time.Time // when the state has lasted too long; zero: never
-	readyBy  time.Time // when it has to be ready, from the first start until it is
+	readyBy  time.Time // when it has to be ready: counted from its first start until it was ready once, then from each start
 	child    *child    // nil when none runs
 	last     *child    // its last process, that which runs now included; nil if none was started
 	started  time.Time
@@ -135,7 +136,12 @@ type supervisor struct {
 	stopping bool
 	run      string // unique: what runMark is set to
 	reaper   *reaper
-	guard    *guard
+	cgroup   *cgroup // nil for none
+
+	guard      *guard
+	guardBegun time.Time     // when it was started last
+	guardDue   time.Time     // when it is to be replaced, zero while it lives
+	guardWait  time.Duration // before it is replaced the next time
 }
 
 // exit is the end of one process: it was waited for, its group is gone and its
@@ -167,8 +173,10 @@ func newSupervisor(p *Pipeline, settings procSettings, emit emitter, log *slog.L
 		}
 		s.ports[c.ID] = port
 	}
+	s.cgroup = makeCgroup(s.run)
 	var err error
-	if s.guard, err = startGuard(s.run, r); err != nil {
+	if s.guard, err = startGuard(s.run, s.cgroup, r); err != nil {
+		s.cgroup.remove()
 		s.releasePorts()
 		return nil, fmt.Errorf("cannot start the guard, which ends the components of a flowctl that is killed: %v", err)
 	}
@@ -179,17 +187,36 @@ func newSupervisor(p *Pipeline, settings procSettings, emit emitter, log *slog.L
 func (s *supervisor) close() {
 	s.sweep(sweepGrace)
 	s.guard.dismiss()
+	s.cgroup.remove()
 }
 
-// replaceGuard starts the guard again, which was killed, and returns what is closed
-// when it ends; nil where it cannot be started.
-func (s *supervisor) replaceGuard() <-chan struct{} {
-	if err := s.guard.restart(); err != nil {
-		s.log.Error("no guard: components will outlive a flowctl that is killed", "err", err)
+// guardGone is closed when the guard has ended, and nil while it is to be replaced.
+func (s *supervisor) guardGone() <-chan struct{} {
+	if !s.guardDue.IsZero() {
 		return nil
 	}
-	s.log.Warn("the guard was killed, another one guards now")
 	return s.guard.ended()
+}
+
+// guardLost plans to replace the guard, which was killed: at once, or later and later
+// where that happens again and again.
+func (s *supervisor) guardLost(now time.Time) {
+	if now.Sub(s.guardBegun) > healthyReset {
+		s.guardWait = 0
+	}
+	s.guardDue = now.Add(s.guardWait)
+	s.log.Warn("the guard was killed: until there is another, a flowctl that is killed leaves components behind", "in", s.guardWait)
+	s.guardWait = min(max(2*s.guardWait, minBackoff/10), maxBackoff)
+}
+
+func (s *supervisor) replaceGuard(now time.Time) {
+	s.guardDue, s.guardBegun = time.Time{}, now
+	if err := s.guard.restart(); err != nil {
+		s.log.Error("cannot start the guard", "err", err)
+		s.guardDue = now.Add(s.guardWait)
+		return
+	}
+	s.log.Info("guarded again")
 }
 
 // transition is the one place that changes a component's state.
@@ -214,14 +241,14 @@ func (s *supervisor) startable() []*proc {
 
 // start starts the process of p. Where that fails, p has failed.
 func (s *supervisor) start(p *proc, now time.Time) {
-	if p.readyBy.IsZero() {
+	if p.readyBy.IsZero() || p.wasReady {
 		p.readyBy = now.Add(s.startTimeout(p))
 	}
 	p.started = now
 	s.ports[p.ID].release()
 	env, err := s.environ(p.Component)
 	if err == nil {
-		p.child, err = spawn(p.Component, env, s.emit, s.reaper, s.guard)
+		p.child, err = s.spawn(p.Component, env)
 	}
 	if err != nil {
 		p.last = nil // what is to be said is of this start
@@ -305,6 +332,9 @@ func (s *supervisor) backOff(p *proc, wasReady bool, now time.Time) {
 	wait += mathrand.N(wait / 10)
 	p.attempts++
 	p.restarts++
+	if p.wasReady {
+		p.readyBy = time.Time{}
+	}
 	s.transition(p, procBackoff, earliest(now.Add(wait), p.readyBy))
 	p.log.Warn("restarting", "in", wait.Round(time.Millisecond), "restarts", p.restarts)
 }
@@ -345,7 +375,7 @@ func (s *supervisor) over() bool {
 
 // next is the earliest moment at which expire has something to do, zero for none.
 func (s *supervisor) next(now time.Time) time.Time {
-	var next time.Time
+	next := s.guardDue
 	for _, p := range s.procs {
 		next = earliest(next, p.deadline)
 		if nudge := s.nudge(p); p.state == procStopping && nudge.After(now) {
@@ -390,6 +420,9 @@ func (s *supervisor) delay(d time.Duration) {
 // expire acts on the deadlines that are due. A deadline belongs to a state, so one
 // that comes late, when the state has changed, does not exist any more.
 func (s *supervisor) expire(now time.Time) {
+	if !s.guardDue.IsZero() && !now.Before(s.guardDue) {
+		s.replaceGuard(now)
+	}
 	for _, p := range s.procs {
 		due := !p.deadline.IsZero() && !now.Before(p.deadline)
 		switch {
@@ -522,6 +555,8 @@ type child struct {
 	cmd     *exec.Cmd
 	reaper  *reaper
 	guard   *guard
+	cgroup  *cgroup
+	pidfd   int // -1 for none; Linux
 	pid     int
 	outputs []*os.File    // read ends of its output
 	drained chan struct{} // closed when no output will come any more
@@ -536,12 +571,14 @@ type child struct {
 }
 
 // spawn starts c as the leader of a process group of its own, its output read by
-// pumps that hand it to emit.
-func spawn(c *Component, env []string, emit emitter, r *reaper, g *guard) (*child, error) {
+// pumps that hand it on.
+func (s *supervisor) spawn(c *Component, env []string) (*child, error) {
 	cmd := exec.Command(c.Command[0], slices.Concat(c.Command[1:], c.Args)...)
 	cmd.Dir, cmd.Env = c.WorkingDir, env
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	ch := &child{cmd: cmd, reaper: r, guard: g, drained: make(chan struct{}), expired: make(chan struct{})}
+	ch := &child{cmd: cmd, reaper: s.reaper, guard: s.guard, cgroup: s.cgroup, drained: make(chan struct{}), expired: make(chan struct{})}
+	ch.cgroup.hold(cmd.SysProcAttr)
+	ch.usePidfd()
 	var theirs []*os.File
 	defer func() {
 		for _, w := range theirs {
@@ -557,15 +594,15 @@ func spawn(c *Component, env []string, emit emitter, r *reaper, g *guard) (*chil
 		ch.outputs, theirs = append(ch.outputs, r), append(theirs, w)
 	}
 	cmd.Stdout, cmd.Stderr = theirs[0], theirs[1]
-	if err := r.start(cmd); err != nil {
+	if err := s.reaper.start(cmd); err != nil {
 		ch.closeOutputs()
 		return nil, describeStart(c, err)
 	}
 	ch.pid = cmd.Process.Pid
-	g.lead(ch.pid)
+	s.guard.lead(ch.pid)
 	ch.pumping.Store(2)
-	go ch.pump(c.ID, "stdout", ch.outputs[0], emit)
-	go ch.pump(c.ID, "stderr", ch.outputs[1], emit)
+	go ch.pump(c.ID, "stdout", ch.outputs[0], s.emit)
+	go ch.pump(c.ID, "stderr", ch.outputs[1], s.emit)
 	return ch, nil
 }
 
@@ -584,20 +621,29 @@ func describeStart(c *Component, err error) error {
 	if dirErr != nil {
 		return fmt.Errorf("cannot enter its working_dir %q: %v", c.WorkingDir, cause(dirErr))
 	}
+	if err := syscall.Access(cmp.Or(c.WorkingDir, "."), 1); err != nil { // X_OK
+		return fmt.Errorf("cannot enter its working_dir %q: %v", c.WorkingDir, err)
+	}
 	program := c.Command[0]
-	if _, statErr := os.Stat(program); errors.Is(err, fs.ErrNotExist) && statErr == nil {
-		return fmt.Errorf("cannot run %q: the interpreter that it names, or its loader, does not exist", program)
-	}
+	file, fileErr := os.Stat(program)
+	why := cause(err).Error()
 	switch err := cause(err); {
+	case errors.Is(err, fs.ErrNotExist) && fileErr == nil:
+		why = "the interpreter that it names, or its loader, does not exist"
+	case errors.Is(err, fs.ErrPermission) && fileErr == nil && file.IsDir():
+		why = "it is a folder"
+	case errors.Is(err, fs.ErrPermission) && fileErr == nil && file.Mode()&0o111 != 0:
+		why = "permission denied, to it or to the interpreter that it names"
+	case errors.Is(err, fs.ErrPermission) && fileErr == nil:
+		why = "it is not executable (chmod +x)"
 	case errors.Is(err, syscall.EAGAIN):
-		return fmt.Errorf("cannot run %q: the limit of processes is reached (ulimit -u, or TasksMax= of a unit)", program)
+		why = "the limit of processes is reached (ulimit -u, or TasksMax= of a unit)"
 	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
-		return fmt.Errorf("cannot run %q: the limit of open files is reached (ulimit -n, or LimitNOFILE= of a unit)", program)
+		why = "the limit of open files is reached (ulimit -n, or LimitNOFILE= of a unit)"
 	case errors.Is(err, syscall.ENOEXEC):
-		return fmt.Errorf("cannot run %q: it is no program of this machine, and has no #! line", program)
-	default:
-		return fmt.Errorf("cannot run %q: %v", program, err)
+		why = "it is no program of this machine, and has no #! line"
 	}
+	return fmt.Errorf("cannot run %q: %s", program, why)
 }
 
 // cause drops what os and exec put before the reason: the path is named already.
@@ -645,7 +691,7 @@ func (c *child) kill() {
 // One that was asked to end may have members that still write their last lines, so
 // they get the time until SIGKILL is due.
 func (c *child) reap() (state *os.ProcessState, lost bool) {
-	awaitExit(c.pid)
+	c.awaitExit()
 	c.mu.Lock()
 	if !c.asked {
 		_ = syscall.Kill(-c.pid, syscall.SIGKILL)
@@ -669,8 +715,14 @@ func (c *child) reap() (state *os.ProcessState, lost bool) {
 	}
 	select {
 	case <-c.drained:
-	case <-c.expired:
-		lost = true
+	case <-c.expired: // maybe a moment ago, by the SIGKILL that made this end
+		timer := time.NewTimer(outputGrace)
+		defer timer.Stop()
+		select {
+		case <-c.drained:
+		case <-timer.C:
+			lost = true
+		}
 	}
 	return c.cmd.ProcessState, lost
 }
@@ -683,7 +735,7 @@ func (c *child) isReaped() bool {
 }
 
 // awaitExit returns when the process pid, a child, has ended, and leaves it a
-// zombie: so its id, which is its group's too, stays taken until it is waited for.
+// zombie. It holds a thread.
 func awaitExit(pid int) {
 	const idTypePID = 1 // P_PID of waitid(2)
 	var info [128]byte  // siginfo_t, which the kernel insists on

@@ -3,13 +3,18 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"debug/elf"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,9 +30,10 @@ import (
 
 const (
 	prSetChildSubreaper = 36          // PR_SET_CHILD_SUBREAPER of prctl(2)
+	idTypePID           = 1           // P_PID of waitid(2)
 	idTypeAll           = 0           // P_ALL of waitid(2)
 	guardLook           = time.Second // from one look of the guard at what flowctl has adopted to the next, when no component has started lately
-	guardTries          = 10          // scans in a row that find nothing before the guard believes it
+	guardTries          = 5           // scans in a row that find nothing before the guard believes it
 	guardStep           = 20 * time.Millisecond
 )
 
@@ -39,12 +45,18 @@ type reaper struct {
 	orphans sync.WaitGroup
 	adopted chan struct{} // gets a token when an orphan was reaped
 
+	inherited map[int]bool // children that this process had before it became flowctl
+
 	mu    sync.Mutex // guards known; held over each fork and each look, so that no child is taken for an orphan
 	known map[int]bool
 }
 
 func newReaper() *reaper {
-	return &reaper{known: make(map[int]bool), look: make(chan os.Signal, 1), stop: make(chan struct{}), adopted: make(chan struct{}, 1)}
+	inherited := make(map[int]bool)
+	for _, pid := range children() {
+		inherited[pid] = true
+	}
+	return &reaper{inherited: inherited, known: make(map[int]bool), look: make(chan os.Signal, 1), stop: make(chan struct{}), adopted: make(chan struct{}, 1)}
 }
 
 // adopt makes flowctl the parent of what its descendants orphan, and reaps that
@@ -78,6 +90,28 @@ func (r *reaper) close() {
 	signal.Stop(r.look)
 	close(r.stop)
 	r.orphans.Wait()
+}
+
+// strangers tells whether flowctl has children that it has not started itself.
+func (r *reaper) strangers() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.ContainsFunc(children(), func(pid int) bool { return !r.known[pid] && !r.inherited[pid] })
+}
+
+// children are the children of this process, zombies too.
+func children() []int {
+	var pids []int
+	lists, _ := filepath.Glob("/proc/self/task/*/children")
+	for _, list := range lists {
+		data, _ := os.ReadFile(list)
+		for _, field := range strings.Fields(string(data)) {
+			if pid, err := strconv.Atoi(field); err == nil {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids
 }
 
 // start is cmd.Start for a child that wait is going to be called for.
@@ -140,6 +174,146 @@ func zombieChild() int {
 	}
 }
 
+// awaitExit returns when the process of c has ended, and leaves it a zombie: so its
+// id, which is its group's too, stays taken until it is waited for. It waits by a
+// pidfd, because a thread for each component would soon be a limit.
+func (c *child) awaitExit() {
+	defer c.closePidfd()
+	if c.pidfd < 0 || syscall.SetNonblock(c.pidfd, true) != nil {
+		awaitExit(c.pid)
+		return
+	}
+	f := os.NewFile(uintptr(c.pidfd), "pidfd")
+	c.pidfd = -1 // f's now
+	defer f.Close()
+	raw, err := f.SyscallConn()
+	if err == nil {
+		err = raw.Read(func(uintptr) bool { return hasExited(c.pid) })
+	}
+	if err != nil { // the poller does not take it
+		awaitExit(c.pid)
+	}
+}
+
+func (c *child) closePidfd() {
+	if c.pidfd >= 0 {
+		syscall.Close(c.pidfd)
+		c.pidfd = -1
+	}
+}
+
+// hasExited tells whether the child pid is a zombie.
+func hasExited(pid int) bool {
+	var info [32]int32 // siginfo_t, all zeros where nothing has ended
+	for {
+		_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, idTypePID, uintptr(pid), uintptr(unsafe.Pointer(&info)), syscall.WEXITED|syscall.WNOHANG|syscall.WNOWAIT, 0, 0)
+		if errno != syscall.EINTR {
+			return errno != 0 || info[2+unsafe.Sizeof(uintptr(0))/4] != 0
+		}
+	}
+}
+
+// usePidfd has the process of c start with a pidfd.
+func (c *child) usePidfd() {
+	c.pidfd = -1
+	c.cmd.SysProcAttr.PidFD = &c.pidfd
+}
+
+// cgroup is a control group of the run's own, where this system lets flowctl make
+// one: nothing that starts in it can leave it, so killing it misses nothing.
+type cgroup struct {
+	folder *os.File
+}
+
+// makeCgroup makes one below flowctl's own, nil where that is not possible or not
+// allowed: systemd owns the tree but for what it has delegated.
+func makeCgroup(run string) *cgroup {
+	own := ownCgroup()
+	if own == "" {
+		return nil
+	}
+	if _, err := os.Stat("/run/systemd/system"); err == nil && !delegated(own) {
+		return nil
+	}
+	path := filepath.Join(own, "flowctl-"+filepath.Base(run))
+	if err := os.Mkdir(path, 0o755); err != nil {
+		return nil
+	}
+	folder, err := os.Open(path)
+	if err != nil {
+		_ = syscall.Rmdir(path)
+		return nil
+	}
+	g := &cgroup{folder}
+	if _, err := os.Stat(filepath.Join(path, "cgroup.kill")); err != nil || !g.works() { // since Linux 5.14
+		g.remove()
+		return nil
+	}
+	return g
+}
+
+// hold has what starts with attr start in the cgroup.
+func (g *cgroup) hold(attr *syscall.SysProcAttr) {
+	if g != nil {
+		attr.UseCgroupFD, attr.CgroupFD = true, int(g.folder.Fd())
+	}
+}
+
+// works tries whether a process can be started in the cgroup, which a seccomp filter
+// can forbid: a program that does not exist is only missed after that.
+func (g *cgroup) works() bool {
+	cmd := exec.Command("/proc/self/no-such-program")
+	cmd.SysProcAttr = &syscall.SysProcAttr{}
+	g.hold(cmd.SysProcAttr)
+	return errors.Is(cmd.Start(), fs.ErrNotExist)
+}
+
+// ownCgroup is the folder of the cgroup that flowctl runs in, "" without cgroup v2.
+func ownCgroup() string {
+	mounts, _ := os.ReadFile("/proc/self/mountinfo")
+	groups, _ := os.ReadFile("/proc/self/cgroup")
+	path, found := "", false
+	for line := range strings.Lines(string(groups)) {
+		if path, found = strings.CutPrefix(strings.TrimSpace(line), "0::"); found {
+			break
+		}
+	}
+	for line := range strings.Lines(string(mounts)) {
+		mount, kind, _ := strings.Cut(line, " - ")
+		if fields := strings.Fields(mount); found && strings.HasPrefix(kind, "cgroup2 ") && len(fields) > 4 && fields[3] == "/" {
+			return filepath.Join(fields[4], path)
+		}
+	}
+	return ""
+}
+
+// delegated tells whether systemd has left this cgroup to its owner (systemd.resource-control(5)).
+func delegated(path string) bool {
+	value := make([]byte, 8)
+	for _, name := range []string{"trusted.delegate", "user.delegate"} {
+		if n, err := syscall.Getxattr(path, name, value); err == nil && n > 0 && value[0] == '1' {
+			return true
+		}
+	}
+	return false
+}
+
+// path is "" for no cgroup.
+func (g *cgroup) path() string {
+	if g == nil {
+		return ""
+	}
+	return g.folder.Name()
+}
+
+// remove takes the cgroup away, which is empty.
+func (g *cgroup) remove() {
+	if g != nil {
+		_ = syscall.Rmdir(g.folder.Name())
+		g.folder.Close()
+	}
+}
+
 // awaitGroup returns when nothing is left of the process group of c, whose leader
 // has been waited for: its members are flowctl's own children by then.
 func (c *child) awaitGroup() {
@@ -193,6 +367,9 @@ func readProcess(pid int) (procInfo, bool) {
 
 // processes returns all that can be seen and are no zombies.
 func processes() []procInfo {
+	if self, _ := os.Readlink("/proc/self"); self != strconv.Itoa(os.Getpid()) {
+		return nil // it is the /proc of another pid namespace: its numbers are not ours
+	}
 	dir, err := os.Open("/proc")
 	if err != nil {
 		return nil
@@ -258,9 +435,13 @@ func (p procInfo) send(sig syscall.Signal) {
 // strays returns what component id of this run has started and what has left its
 // process group. Their environment tells.
 func (s *supervisor) strays(id string) []procInfo {
+	if !s.reaper.strangers() {
+		return nil // what its leader has left is flowctl's child now
+	}
 	var out []procInfo
 	for _, p := range processes() {
-		if hasMark(p.pid, s.run) && bytes.Contains(environ(p.pid), []byte("\x00FLOWCTL_COMPONENT_ID="+id+"\x00")) {
+		env := environ(p.pid) // not those of a flowctl that is a component: they have a mark of their own
+		if bytes.Contains(env, []byte("\x00"+runMark+"="+s.run+"\x00")) && bytes.Contains(env, []byte("\x00FLOWCTL_COMPONENT_ID="+id+"\x00")) {
 			out = append(out, p)
 		}
 	}
@@ -269,26 +450,11 @@ func (s *supervisor) strays(id string) []procInfo {
 
 // descendants returns all that lives below flowctl, but for the guard.
 func (s *supervisor) descendants() []procInfo {
-	all := processes()
+	all := slices.DeleteFunc(processes(), func(p procInfo) bool { return s.reaper.inherited[p.pid] })
 	self, guard := os.Getpid(), s.guard.pid()
 	chosen := map[int]bool{self: true}
 	withDescendants(all, chosen)
 	return slices.DeleteFunc(all, func(p procInfo) bool { return !chosen[p.pid] || p.pid == self || p.pid == guard })
-}
-
-// childless tells whether flowctl has no child but the guard. A scan of /proc can
-// miss a process whose parent ends while it looks; this cannot.
-func (s *supervisor) childless() bool {
-	lists, _ := filepath.Glob("/proc/self/task/*/children")
-	for _, list := range lists {
-		data, _ := os.ReadFile(list)
-		for _, pid := range strings.Fields(string(data)) {
-			if pid != strconv.Itoa(s.guard.pid()) {
-				return false
-			}
-		}
-	}
-	return true
 }
 
 // sweep ends all that is left below flowctl when every component is over: first by
@@ -298,7 +464,9 @@ func (s *supervisor) sweep(grace time.Duration) {
 	told := make(map[int]bool)
 	for {
 		left := s.descendants()
-		if len(left) == 0 && s.childless() {
+		// A scan of /proc can miss a process whose parent ends meanwhile, but not the
+		// child of flowctl's that it becomes.
+		if len(left) == 0 && !s.reaper.strangers() {
 			return
 		}
 		for _, p := range left {
@@ -335,13 +503,13 @@ func (s *supervisor) sweep(grace time.Duration) {
 // the end of flowctl.
 type guard struct {
 	run    string
+	cgroup string // its path, "" for none
 	reaper *reaper
 
 	mu      sync.Mutex // guards the fields below
 	cmd     *exec.Cmd
 	in      *os.File
 	gone    chan struct{} // closed when it has ended
-	begun   time.Time
 	leaders map[int]bool
 }
 
@@ -350,8 +518,8 @@ type guard struct {
 const guardName = "run-guard"
 
 // startGuard starts the guard of run.
-func startGuard(run string, r *reaper) (*guard, error) {
-	g := &guard{run: run, reaper: r, leaders: make(map[int]bool)}
+func startGuard(run string, cg *cgroup, r *reaper) (*guard, error) {
+	g := &guard{run: run, cgroup: cg.path(), reaper: r, leaders: make(map[int]bool)}
 	return g, g.start()
 }
 
@@ -365,7 +533,7 @@ func (g *guard) start() error {
 	}
 	defer theirs.Close()
 	// The link stays good when the file that flowctl was started from is replaced.
-	cmd := exec.Command("/proc/self/exe", "guard", g.run, strconv.Itoa(os.Getpid()))
+	cmd := exec.Command("/proc/self/exe", "guard", g.run, strconv.Itoa(os.Getpid()), g.cgroup)
 	cmd.Args[0] = guardName
 	cmd.Stdin, cmd.Dir = theirs, "/"
 	cmd.Env = slices.DeleteFunc(os.Environ(), func(entry string) bool { return strings.HasPrefix(entry, runMark+"=") || hidden(entry) })
@@ -375,7 +543,10 @@ func (g *guard) start() error {
 		return err
 	}
 	gone := make(chan struct{})
-	g.cmd, g.in, g.gone, g.begun = cmd, ours, gone, time.Now()
+	g.cmd, g.in, g.gone = cmd, ours, gone
+	for pid := range g.reaper.inherited {
+		g.writeLocked("spare", pid)
+	}
 	go func() {
 		_ = g.reaper.wait(cmd)
 		close(gone)
@@ -396,15 +567,11 @@ func (g *guard) ended() <-chan struct{} {
 	return g.gone
 }
 
-// restart starts the guard again after its end. It fails where that came so soon
-// that it would again.
+// restart starts the guard again after its end.
 func (g *guard) restart() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.in.Close()
-	if lived := time.Since(g.begun); lived < guardLook {
-		return fmt.Errorf("it ended after %s", lived.Round(time.Millisecond))
-	}
 	if err := g.start(); err != nil {
 		return err
 	}
@@ -450,12 +617,17 @@ func (g *guard) dismiss() {
 
 // runGuard is the guard itself. It returns when it was dismissed, or when nothing of
 // the run is left that can be killed.
-func runGuard(run, flowctl string, in io.Reader) {
+func runGuard(run, flowctl, cgroup string, in io.Reader) {
 	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE, syscall.SIGTSTP)
 	_ = os.WriteFile("/proc/self/comm", []byte(guardName), 0)
+	runtime.GOMAXPROCS(1)
+	debug.SetGCPercent(10) // a few kilobytes live here, so collecting costs nothing
 	trimMemory()
-	w := &ward{run: run, leaders: make(map[int]uint64), adopted: make(map[int]uint64)}
+	w := &ward{run: run, leaders: make(map[int]uint64), adopted: make(map[int]uint64), spared: make(map[int]bool)}
 	w.flowctl, _ = strconv.Atoi(flowctl)
+	if p, ok := readProcess(w.flowctl); ok && w.flowctl == os.Getppid() {
+		w.begun = p.begun
+	}
 	lines := make(chan string)
 	go func() {
 		defer close(lines)
@@ -469,11 +641,20 @@ func runGuard(run, flowctl string, in io.Reader) {
 	deadline := time.Now().Add(2 * killPatience)
 	for quiet := 0; quiet < guardTries && time.Now().Before(deadline); {
 		quiet++
-		for _, p := range w.processes() {
+		// The tree first, while it stands: the kernel passes over a process whose main
+		// thread has ended when it kills a cgroup.
+		left := w.processes()
+		if cgroup != "" {
+			_ = os.WriteFile(filepath.Join(cgroup, "cgroup.kill"), []byte("1"), 0)
+		}
+		for _, p := range left {
 			quiet = 0
 			p.send(syscall.SIGKILL)
 		}
 		time.Sleep(guardStep) // nothing tells of a process that is about to be forked
+	}
+	if cgroup != "" {
+		_ = syscall.Rmdir(cgroup)
 	}
 }
 
@@ -481,13 +662,16 @@ func runGuard(run, flowctl string, in io.Reader) {
 // when they began.
 type ward struct {
 	run     string
-	flowctl int // its pid
+	flowctl int    // its pid
+	begun   uint64 // when flowctl began: nothing of the run did before
 	leaders map[int]uint64
 	adopted map[int]uint64 // flowctl's children by adoption, which may have neither mark nor group
+	spared  map[int]bool   // children that flowctl had before it was flowctl
 }
 
 // watch follows the run until flowctl dismisses the guard, which is true, or dies.
 func (w *ward) watch(lines <-chan string) bool {
+	trimmed := false
 	step := guardStep // programs that make daemons do it when they start
 	timer := time.NewTimer(step)
 	defer timer.Stop()
@@ -495,7 +679,13 @@ func (w *ward) watch(lines <-chan string) bool {
 		select {
 		case <-timer.C:
 			w.lookAtAdopted()
-			step = min(2*step, guardLook)
+			if step = min(2*step, guardLook); step < guardLook {
+				trimmed = false
+			} else if !trimmed {
+				debug.FreeOSMemory()
+				trimMemory()
+				trimmed = true
+			}
 			timer.Reset(step)
 		case line, ok := <-lines:
 			word, arg, _ := strings.Cut(line, " ")
@@ -512,6 +702,8 @@ func (w *ward) watch(lines <-chan string) bool {
 				timer.Reset(step)
 			case word == "ended":
 				delete(w.leaders, pid)
+			case word == "spare":
+				w.spared[pid] = true
 			}
 		}
 	}
@@ -532,7 +724,7 @@ func (w *ward) lookAtAdopted() {
 	data, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", w.flowctl))
 	for _, field := range strings.Fields(string(data)) {
 		pid, _ := strconv.Atoi(field)
-		if p, ok := readProcess(pid); ok && p.parent == w.flowctl && pid != os.Getpid() {
+		if p, ok := readProcess(pid); ok && p.parent == w.flowctl && pid != os.Getpid() && !w.spared[pid] {
 			w.adopted[pid] = p.begun
 		}
 	}
@@ -541,7 +733,7 @@ func (w *ward) lookAtAdopted() {
 // processes finds what belongs to the run: what has its mark, the leaders and their
 // groups, what flowctl adopted, and all that descends from those.
 func (w *ward) processes() []procInfo {
-	all := processes()
+	all := slices.DeleteFunc(processes(), func(p procInfo) bool { return p.begun < w.begun })
 	chosen := make(map[int]bool)
 	foreign := make(map[int]bool) // was a leader's pid and is someone else's
 	for _, p := range all {
@@ -558,19 +750,20 @@ func (w *ward) processes() []procInfo {
 	return slices.DeleteFunc(all, func(p procInfo) bool { return !chosen[p.pid] || p.pid == os.Getpid() })
 }
 
-// trimMemory gives back the pages of code that starting has touched: what is needed
-// again is read again. Code alone, because other pages that are mapped from a file
-// and cannot be written may have been, by the dynamic linker.
+// trimMemory gives back the pages of the program that starting has touched and that
+// nobody can have written to, which its ELF header tells: what is needed again is
+// read again.
 func trimMemory() {
-	maps, err := os.ReadFile("/proc/self/maps")
-	if err != nil {
+	exe, err := elf.Open("/proc/self/exe")
+	if err != nil || exe.Type != elf.ET_EXEC { // else the header does not tell the addresses
 		return
 	}
-	for line := range strings.Lines(string(maps)) {
-		var from, to uintptr
-		var mode string
-		if _, err := fmt.Sscanf(line, "%x-%x %s", &from, &to, &mode); err == nil && mode == "r-xp" && strings.Contains(line, " /") {
-			_, _, _ = syscall.Syscall(syscall.SYS_MADVISE, from, to-from, syscall.MADV_DONTNEED)
+	defer exe.Close()
+	page := uint64(os.Getpagesize())
+	for _, segment := range exe.Progs {
+		if segment.Type == elf.PT_LOAD && segment.Flags&elf.PF_W == 0 {
+			from := segment.Vaddr &^ (page - 1)
+			_, _, _ = syscall.Syscall(syscall.SYS_MADVISE, uintptr(from), uintptr(segment.Vaddr+segment.Filesz-from), syscall.MADV_DONTNEED)
 		}
 	}
 }

@@ -30,6 +30,18 @@ func (c *child) awaitGroup() {
 	}
 }
 
+// awaitExit returns when the process of c has ended, and leaves it a zombie: so its
+// id, which is its group's too, stays taken until it is waited for.
+func (c *child) awaitExit() { awaitExit(c.pid) }
+
+func (c *child) usePidfd() {}
+
+type cgroup struct{}
+
+func makeCgroup(string) *cgroup             { return nil }
+func (g *cgroup) hold(*syscall.SysProcAttr) {}
+func (g *cgroup) remove()                   {}
+
 func (c *child) groupIsEmpty() bool { return false }
 
 type procInfo struct {
@@ -44,11 +56,11 @@ func (s *supervisor) sweep(time.Duration)      {}
 
 type guard struct{}
 
-func startGuard(string, *reaper) (*guard, error) { return &guard{}, nil }
-func (g *guard) ended() <-chan struct{}          { return nil }
-func (g *guard) restart() error                  { return nil }
-func (g *guard) lead(int)                        {}
-func (g *guard) leave(int)                       {}
-func (g *guard) dismiss()                        {}
+func startGuard(string, *cgroup, *reaper) (*guard, error) { return &guard{}, nil }
+func (g *guard) ended() <-chan struct{}                   { return nil }
+func (g *guard) restart() error                           { return nil }
+func (g *guard) lead(int)                                 {}
+func (g *guard) leave(int)                                {}
+func (g *guard) dismiss()                                 {}
 
-func runGuard(string, string, io.Reader) {}
+func runGuard(string, string, string, io.Reader) {}

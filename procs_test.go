@@ -186,7 +186,7 @@ func TestEndsOfAProcess(t *testing.T) {
 		{"always, zero", "exit 0", true, map[string]any{"restart_policy": "always"}, procBackoff, ""},
 		{"no such program", "", true, map[string]any{"command": []string{"/does/not/exist"}}, procFailed, `cannot run "/does/not/exist": no such file or directory`},
 		{"no such bare name", "", true, map[string]any{"command": []string{"no-such-program"}}, procFailed, `cannot run "no-such-program": executable file not found in $PATH`},
-		{"not executable", "", true, map[string]any{"command": []string{"/etc/passwd"}}, procFailed, `cannot run "/etc/passwd": permission denied`},
+		{"not executable", "", true, map[string]any{"command": []string{"/etc/passwd"}}, procFailed, `cannot run "/etc/passwd": it is not executable (chmod +x)`},
 		{"working_dir", "", true, map[string]any{"working_dir": "/does/not/exist"}, procFailed, `cannot enter its working_dir "/does/not/exist": no such file or directory`},
 		{"env_files", "", true, map[string]any{"env_files": map[string]string{"KEY": "/does/not/exist"}}, procFailed, `env_files.KEY: open /does/not/exist: no such file or directory`},
 	} {

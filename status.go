@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"text/tabwriter"
 	"time"
 	"unicode"
@@ -267,6 +268,8 @@ type logFile struct {
 	buf    []byte
 	broken bool // the last write failed, which has been said
 	closed bool
+
+	missing int // lines that could not be written
 }
 
 const maxLogFile = 10 << 20
@@ -298,8 +301,12 @@ func (l *logFiles) lines(id, _ string, lines []byte) {
 		return // the run is over, and these lines were given up
 	}
 	err := file.write(lines, time.Now())
-	if err != nil && !file.broken {
+	switch {
+	case err != nil && !file.broken:
 		l.log.Error("trouble with a log file", "component", id, "err", err)
+	case err == nil && file.missing > 0:
+		l.log.Warn("log file is written again", "component", id, "missing_lines", file.missing)
+		file.missing = 0
 	}
 	file.broken = err != nil
 }
@@ -321,6 +328,7 @@ func (f *logFile) write(lines []byte, now time.Time) error {
 	}
 	if f.f == nil {
 		if err := f.open(); err != nil {
+			f.missing += bytes.Count(f.buf, []byte{'\n'})
 			return err
 		}
 	}
@@ -328,6 +336,7 @@ func (f *logFile) write(lines []byte, now time.Time) error {
 		if n > 0 {
 			_ = f.f.Truncate(f.size)
 		}
+		f.missing += bytes.Count(f.buf, []byte{'\n'})
 		return err
 	}
 	f.size += int64(len(f.buf))
@@ -349,7 +358,8 @@ func (f *logFile) rotate() error {
 }
 
 func (f *logFile) open() error {
-	file, err := os.OpenFile(f.path, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o644)
+	// Not to wait for the reader of a pipe that stands in its place.
+	file, err := os.OpenFile(f.path, os.O_APPEND|os.O_CREATE|os.O_WRONLY|syscall.O_NONBLOCK, 0o644)
 	if err != nil {
 		return err
 	}
