@@ -344,7 +344,7 @@ func serverCommand(args []string) error {
 	if err := o.check(fs); err != nil {
 		return err
 	}
-	stderr := newLogWriter(os.Stderr)
+	stderr := newLogWriter(patient{os.Stderr})
 	defer stderr.close()
 	log := newLogger(stderr, o.format, o.logLevel)
 	o.portSet = true // what components of other machines know must not wander
@@ -557,7 +557,7 @@ func (o *runFlags) logFiles(ids []string, log *slog.Logger) (*logFiles, error) {
 
 // runPipeline runs p and returns an *exitError for everything but success.
 func runPipeline(p *Pipeline, o runFlags) error {
-	stderr := newLogWriter(os.Stderr)
+	stderr := newLogWriter(patient{os.Stderr})
 	defer stderr.close()
 	log := newLogger(stderr, o.format, o.logLevel)
 	signals := catchSignals()
@@ -574,7 +574,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	for _, c := range p.components() {
 		ids = append(ids, c.ID)
 	}
-	r.console = newConsole(os.Stdout, o.format, useColours(os.Stdout), ids)
+	r.console = newConsole(patient{os.Stdout}, o.format, useColours(os.Stdout), ids)
 	children := newReaper()
 	if err := children.adopt(); err != nil {
 		log.Warn("processes that leave their process group cannot be ended", "err", err)

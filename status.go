@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -54,6 +55,23 @@ func newLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
 		return slog.New(slog.NewJSONHandler(w, options))
 	}
 	return slog.New(slog.NewTextHandler(w, options))
+}
+
+// patient writes to a file as if it had never been set to be non-blocking, which any
+// program can do to a terminal that it shares with flowctl (ssh and node are known to).
+type patient struct{ f *os.File }
+
+func (p patient) Write(b []byte) (written int, err error) {
+	for {
+		n, err := p.f.Write(b[written:])
+		written += n
+		if !errors.Is(err, syscall.EAGAIN) {
+			return written, err
+		}
+		if err := syscall.SetNonblock(int(p.f.Fd()), false); err != nil {
+			return written, err
+		}
+	}
 }
 
 // logWriter hands what it is given to another writer, in the background: whoever
