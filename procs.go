@@ -13,6 +13,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -153,6 +154,24 @@ type exit struct {
 	lost  bool // nobody took the rest of its output
 }
 
+// reserveThreads makes the runtime start threads before the components can use up
+// what the system allows: one that it cannot start later is the end of flowctl, and
+// not an error that could be told.
+func reserveThreads() {
+	const spare = 8
+	var ready, done sync.WaitGroup
+	ready.Add(spare)
+	for range spare {
+		done.Go(func() {
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			ready.Done()
+			ready.Wait() // each holds its thread until all have one
+		})
+	}
+	done.Wait()
+}
+
 // newSupervisor starts the guard and reserves a port for each component. The caller
 // runs it until over is true and then calls close.
 func newSupervisor(p *Pipeline, settings procSettings, emit emitter, log *slog.Logger, r *reaper) (*supervisor, error) {
@@ -173,6 +192,7 @@ func newSupervisor(p *Pipeline, settings procSettings, emit emitter, log *slog.L
 		}
 		s.ports[c.ID] = port
 	}
+	reserveThreads()
 	s.cgroup = makeCgroup(s.run)
 	var err error
 	if s.guard, err = startGuard(s.run, s.cgroup, r); err != nil {

@@ -306,12 +306,24 @@ func (g *cgroup) path() string {
 	return g.folder.Name()
 }
 
-// remove takes the cgroup away, which is empty.
+// remove takes the cgroup away, in which nothing lives any more.
 func (g *cgroup) remove() {
 	if g != nil {
-		_ = syscall.Rmdir(g.folder.Name())
+		removeCgroup(g.folder.Name())
 		g.folder.Close()
 	}
+}
+
+// removeCgroup takes an empty cgroup away with those below it, which a flowctl that
+// was a component of the run may have left.
+func removeCgroup(path string) {
+	below, _ := os.ReadDir(path)
+	for _, entry := range below {
+		if entry.IsDir() {
+			removeCgroup(filepath.Join(path, entry.Name()))
+		}
+	}
+	_ = syscall.Rmdir(path)
 }
 
 // awaitGroup returns when nothing is left of the process group of c, whose leader
@@ -654,7 +666,7 @@ func runGuard(run, flowctl, cgroup string, in io.Reader) {
 		time.Sleep(guardStep) // nothing tells of a process that is about to be forked
 	}
 	if cgroup != "" {
-		_ = syscall.Rmdir(cgroup)
+		removeCgroup(cgroup)
 	}
 }
 
@@ -679,13 +691,12 @@ func (w *ward) watch(lines <-chan string) bool {
 		select {
 		case <-timer.C:
 			w.lookAtAdopted()
-			if step = min(2*step, guardLook); step < guardLook {
-				trimmed = false
-			} else if !trimmed {
+			step = min(2*step, guardLook)
+			if !trimmed {
 				debug.FreeOSMemory()
 				trimMemory()
-				trimmed = true
 			}
+			trimmed = step == guardLook
 			timer.Reset(step)
 		case line, ok := <-lines:
 			word, arg, _ := strings.Cut(line, " ")

@@ -77,6 +77,7 @@ func supervise(t testing.TB, sources, sinks []map[string]any) (*supervisor, *rec
 			s.exited(<-s.exits, time.Now())
 		}
 		s.guard.dismiss() // not close, which ends all descendants, those of other tests too
+		s.cgroup.remove()
 	})
 	return s, rec
 }
