@@ -33,6 +33,7 @@ const (
 	killPatience = 5 * time.Second         // from SIGKILL until flowctl no longer waits: only a process stuck in the kernel lives that long
 
 	minBuffer = 16 << 10 // of an output pump; it grows while a line does not fit
+	pipeSize  = 64 << 10 // what a pipe holds, pipe(7): the pump of one that is found full grows to it
 	maxLine   = 1 << 20  // a longer line is passed on in pieces
 	tailSize  = 4 << 10  // bytes of a component's last output that are kept for a report
 )
@@ -783,8 +784,12 @@ func (c *child) pump(id, stream string, r *os.File, emit emitter) {
 	read := r.Read
 	buf := make([]byte, 0, minBuffer)
 	for {
+		room := cap(buf) - len(buf)
 		n, err := read(buf[len(buf):cap(buf)])
 		buf = passLines(buf[:len(buf)+n], pass)
+		if n == room && cap(buf) < pipeSize {
+			buf = slices.Grow(buf, pipeSize-len(buf))
+		}
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			read = leftover(r)
