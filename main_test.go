@@ -578,9 +578,10 @@ func (p *process) killLeft() {
 }
 
 // left returns what runs of the processes that flowctl started. One that was sent
-// SIGKILL has a moment to go.
+// SIGKILL has a moment to go, and the guard of a flowctl that was killed looks for a
+// while longer; survive_test.go is the one to time that.
 func (p *process) left() []string {
-	deadline := time.Now().Add(2 * time.Second)
+	deadline := time.Now().Add(10 * time.Second)
 	for {
 		pids := marked(p.mark)
 		if len(pids) == 0 || time.Now().After(deadline) {

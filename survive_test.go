@@ -98,6 +98,7 @@ func (h herd) gone(p *process, within time.Duration) {
 	for deadline := time.Now().Add(within); ; time.Sleep(5 * time.Millisecond) {
 		living := h.living()
 		if len(living) == 0 {
+			p.awaitGuard()
 			return
 		}
 		if time.Now().After(deadline) {
@@ -107,6 +108,13 @@ func (h herd) gone(p *process, within time.Duration) {
 			}
 			return
 		}
+	}
+}
+
+// awaitGuard gives the guard of a flowctl that was killed the time that it has to end;
+// that it has ended is checked at the end of each test.
+func (p *process) awaitGuard() {
+	for deadline := time.Now().Add(afterlife()); len(marked(p.mark)) > 0 && time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 	}
 }
 
@@ -713,6 +721,7 @@ func TestProcessWithoutMainThreadIsEnded(t *testing.T) {
 			case <-time.After(afterlife()):
 				t.Errorf("it lives\n%s", p)
 			}
+			p.awaitGuard()
 		})
 	}
 }
