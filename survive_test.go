@@ -448,8 +448,10 @@ func TestFloodWhileStopping(t *testing.T) {
 			t.Parallel()
 			h := newHerd()
 			line := strings.Repeat("0123456789", 10)
+			polite := shell("polite", h.script(`: T; stop=; trap stop=1 TERM; while [ -z "$stop" ]; do echo `+line+`; done; i=0; while [ $i -lt 2000 ]; do echo `+line+`; i=$((i+1)); done; echo last words`))
+			polite.StopTimeout = Duration(patience) // it needs none of that on an idle machine
 			p := start(t, runArgs(writePipeline(t,
-				shell("polite", h.script(`: T; stop=; trap stop=1 TERM; while [ -z "$stop" ]; do echo `+line+`; done; i=0; while [ $i -lt 2000 ]; do echo `+line+`; i=$((i+1)); done; echo last words`)),
+				polite,
 				shell("deaf", h.script(`: T; trap "" TERM; while :; do echo `+line+`; done`)),
 			), "-stop-timeout", "500ms"))
 			p.waitReady()
@@ -459,9 +461,8 @@ func TestFloodWhileStopping(t *testing.T) {
 				return
 			}
 			p.hasNot(p.stderr, "is lost") // everything was read
-			polite := p.lines("polite")
-			if polite[len(polite)-1] != "last words" {
-				t.Errorf("the last words are %q", polite[len(polite)-1])
+			if said := p.lines("polite"); said[len(said)-1] != "last words" {
+				t.Errorf("the last words are %q", said[len(said)-1])
 			}
 			for _, id := range []string{"polite", "deaf"} {
 				lines := p.lines(id)
