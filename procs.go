@@ -27,6 +27,7 @@ import (
 const (
 	minBackoff   = time.Second             // before the first restart
 	maxBackoff   = 30 * time.Second        // restarts never wait longer, but for jitter
+	maxGuardWait = 2 * time.Second         // before a guard that was killed is replaced: without one there is a risk
 	healthyReset = time.Minute             // a component that was ready this long starts over with minBackoff
 	sweepGrace   = time.Second             // from SIGTERM to SIGKILL for what has left its component when the run ends
 	outputGrace  = 1500 * time.Millisecond // for the output of a process that got SIGKILL to be taken
@@ -227,7 +228,7 @@ func (s *supervisor) guardLost(now time.Time) {
 	}
 	s.guardDue = now.Add(s.guardWait)
 	s.log.Warn("the guard was killed: until there is another, a flowctl that is killed leaves components behind", "in", s.guardWait)
-	s.guardWait = min(max(2*s.guardWait, minBackoff/10), maxBackoff)
+	s.guardWait = min(max(2*s.guardWait, minBackoff/10), maxGuardWait)
 }
 
 func (s *supervisor) replaceGuard(now time.Time) {

@@ -73,6 +73,18 @@ func (h herd) living() map[int]string {
 	return found
 }
 
+// signal signals a process if it still is one of the herd.
+func (h herd) signal(pid int, sig syscall.Signal) {
+	process, err := os.FindProcess(pid) // by a pidfd, which cannot come to mean another process
+	if err != nil {
+		return
+	}
+	defer process.Release()
+	if line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); bytes.Contains(line, []byte(h)) {
+		_ = process.Signal(sig)
+	}
+}
+
 // await waits until n processes of the herd live. Nobody tells us of those.
 func (h herd) await(p *process, n int) map[int]string {
 	p.tb.Helper()
@@ -104,7 +116,7 @@ func (h herd) gone(p *process, within time.Duration) {
 		if time.Now().After(deadline) {
 			p.tb.Errorf("%s after the end of flowctl these live: %v\n%s", within, living, p)
 			for pid := range living {
-				_ = syscall.Kill(pid, syscall.SIGKILL)
+				h.signal(pid, syscall.SIGKILL)
 			}
 			return
 		}
@@ -1756,7 +1768,7 @@ func TestChaos(t *testing.T) {
 		living := h.living()
 		if len(living) > 0 {
 			pids := slices.Sorted(maps.Keys(living))
-			_ = syscall.Kill(pids[random.IntN(len(pids))], deed[random.IntN(len(deed))])
+			h.signal(pids[random.IntN(len(pids))], deed[random.IntN(len(deed))])
 			deeds++
 		}
 		if random.IntN(100) == 0 {
