@@ -1605,7 +1605,7 @@ func TestTooManyOpenFiles(t *testing.T) {
 			t.Parallel()
 			h := newHerd()
 			var components []Component
-			for i := range 40 {
+			for i := range 100 { // more than the limit by far, whatever flowctl itself has open
 				c := Component{ID: fmt.Sprint("c", i), Command: []string{"sleep", string(h)}, Register: new(false)}
 				if tt.port != "" {
 					c.Env = map[string]string{"HEALTH_PORT": tt.port}
