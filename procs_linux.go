@@ -377,10 +377,17 @@ func readProcess(pid int) (procInfo, bool) {
 	return p, true
 }
 
+// procIsOurs tells whether /proc is that of this pid namespace: the numbers of
+// another are not ours.
+func procIsOurs() bool {
+	self, _ := os.Readlink("/proc/self")
+	return self == strconv.Itoa(os.Getpid())
+}
+
 // processes returns all that can be seen and are no zombies.
 func processes() []procInfo {
-	if self, _ := os.Readlink("/proc/self"); self != strconv.Itoa(os.Getpid()) {
-		return nil // it is the /proc of another pid namespace: its numbers are not ours
+	if !procIsOurs() {
+		return nil
 	}
 	dir, err := os.Open("/proc")
 	if err != nil {
