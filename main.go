@@ -464,12 +464,20 @@ func openPlane(o planeFlags, log *slog.Logger) (net.Listener, string, error) {
 	lis, endpoint, err := listenPlane(o.address, o.port)
 	tcp := !strings.HasPrefix(o.address, "unix:")
 	if errors.Is(err, syscall.EADDRINUSE) && !o.portSet && tcp {
-		log.Warn("the default port is taken, a free one serves", "port", o.port)
+		attrs := []any{"port", o.port}
+		if pid, name, ok := portHolder(o.address, o.port); ok {
+			attrs = append(attrs, "pid", pid, "name", name)
+		}
+		log.Warn("the default port is taken, a free one serves", attrs...)
 		lis, endpoint, err = listenPlane(o.address, 0)
 	}
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE) && tcp:
-		return nil, "", fmt.Errorf("the control plane cannot listen on %s: the address is in use; choose another with -control-plane-port (0 takes a free one)", net.JoinHostPort(o.address, strconv.Itoa(o.port)))
+		by := ""
+		if pid, name, ok := portHolder(o.address, o.port); ok {
+			by = fmt.Sprintf(" by process %d (%s)", pid, clean(name))
+		}
+		return nil, "", fmt.Errorf("the control plane cannot listen on %s: the address is in use%s; choose another with -control-plane-port (0 takes a free one)", net.JoinHostPort(o.address, strconv.Itoa(o.port)), by)
 	case err != nil:
 		return nil, "", fmt.Errorf("the control plane cannot listen: %v", err)
 	}
@@ -478,6 +486,20 @@ func openPlane(o planeFlags, log *slog.Logger) (net.Listener, string, error) {
 	}
 	log.Info("listening", "endpoint", endpoint)
 	return lis, endpoint, nil
+}
+
+// portHolder returns the process that keeps flowctl from listening, where it can be
+// known: that of another user cannot, but by root.
+func portHolder(address string, port int) (pid int, name string, ok bool) {
+	addr, err := net.ResolveTCPAddr("tcp", net.JoinHostPort(strings.Trim(address, "[]"), strconv.Itoa(port)))
+	if err != nil {
+		return 0, "", false
+	}
+	inode, ok := listenerInode(addr.AddrPort())
+	if !ok {
+		return 0, "", false
+	}
+	return socketHolder(inode)
 }
 
 // notify tells systemd, where it is there to listen.

@@ -1160,7 +1160,8 @@ func TestRunPortTaken(t *testing.T) {
 	}
 	defer lis.Close()
 	file := writePipeline(t, actor("ledgers", role{Dialect: "legacy"}))
-	const want = "flowctl: the control plane cannot listen on 127.0.0.1:8080: the address is in use; choose another with -control-plane-port (0 takes a free one)\n"
+	self, _ := readProcess(os.Getpid())
+	want := fmt.Sprintf("flowctl: the control plane cannot listen on 127.0.0.1:8080: the address is in use by process %d (%s); choose another with -control-plane-port (0 takes a free one)\n", self.pid, self.name)
 	for _, args := range [][]string{{"run", file, "-control-plane-port", "8080"}, {"server"}} {
 		p := start(t, args)
 		p.exit(exitPlane)
@@ -1169,7 +1170,7 @@ func TestRunPortTaken(t *testing.T) {
 	}
 	p := start(t, []string{"run", file})
 	p.waitReady()
-	p.has(p.stderr, `level=WARN msg="the default port is taken, a free one serves" port=8080`)
+	p.has(p.stderr, fmt.Sprintf(`level=WARN msg="the default port is taken, a free one serves" port=8080 pid=%d name=%s`, self.pid, self.name))
 	p.stop()
 }
 
