@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -34,7 +35,7 @@ const (
 	exitOK       = 0
 	exitFailed   = 1 // a component failed
 	exitUsage    = 2 // the command line or the pipeline file is wrong
-	exitPlane    = 3 // the control plane could not start, or for list: none answered
+	exitPlane    = 3 // the control plane could not start, the pipeline runs already, or for list: none answered
 	exitNotReady = 4 // a component was not ready within its start timeout
 )
 
@@ -305,33 +306,62 @@ func checkCommand(args []string) error {
 }
 
 func listCommand(args []string) error {
+	const listPatience = 2 * time.Second
 	fs := flag.NewFlagSet("list", flag.ContinueOnError)
 	var endpoint string
-	fs.StringVar(&endpoint, "endpoint", "127.0.0.1:8080", "`host:port` of the control plane, or unix:PATH")
-	fs.StringVar(&endpoint, "e", "127.0.0.1:8080", "short for -endpoint")
+	fs.StringVar(&endpoint, "endpoint", "", "`host:port` of the control plane, or unix:PATH (default: those of the pipelines that run here)")
+	fs.StringVar(&endpoint, "e", "", "short for -endpoint")
 	asJSON := fs.Bool("json", false, "print JSON")
 	wait := fs.Bool("wait", true, "give a control plane that is just starting up to 2s")
 	if _, err := parseFlags(fs, args, 0); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-	defer cancel()
-	rows, err := fetchListing(ctx, endpoint, *wait)
-	if err != nil {
-		return &exitError{exitPlane, fmt.Errorf("no control plane answers at %s: %v", endpoint, err)}
+	runs := []runInfo{{Endpoint: endpoint}}
+	if endpoint == "" {
+		ctx, cancel := context.WithTimeout(context.Background(), listPatience)
+		defer cancel()
+		var err error
+		if runs, err = awaitRuns(ctx, *wait); err != nil {
+			return &exitError{exitPlane, err}
+		}
+	}
+	var failed []error
+	healthy := true
+	for _, run := range runs {
+		ctx, cancel := context.WithTimeout(context.Background(), listPatience)
+		rows, err := fetchListing(ctx, run.Endpoint, *wait)
+		cancel()
+		if err != nil {
+			failed = append(failed, fmt.Errorf("no control plane answers at %s: %v", run.Endpoint, err))
+			continue
+		}
+		if err := printListing(run, len(runs) > 1, rows, *asJSON); err != nil {
+			return err
+		}
+		healthy = healthy && !slices.ContainsFunc(rows, func(l listing) bool { return !l.Healthy })
 	}
 	switch {
-	case *asJSON:
-		err = writeJSON(os.Stdout, rows)
-	case len(rows) == 0:
-		fmt.Fprintln(os.Stderr, "flowctl: nothing is registered")
-	default:
-		err = writeTable(os.Stdout, rows, time.Now())
-	}
-	if err == nil && slices.ContainsFunc(rows, func(l listing) bool { return !l.Healthy }) {
+	case failed != nil:
+		return &exitError{exitPlane, errors.Join(failed...)}
+	case !healthy:
 		return &exitError{code: exitFailed}
 	}
-	return err
+	return nil
+}
+
+// printListing prints what run has, which is one of several or the only one.
+func printListing(run runInfo, several bool, rows []listing, asJSON bool) error {
+	if asJSON {
+		return writeJSON(os.Stdout, rows)
+	}
+	if several {
+		fmt.Printf("%s at %s\n", cmp.Or(clean(run.Pipeline), "control plane"), clean(run.Endpoint))
+	}
+	if len(rows) == 0 {
+		fmt.Fprintln(os.Stderr, "flowctl: nothing is registered")
+		return nil
+	}
+	return writeTable(os.Stdout, rows, time.Now())
 }
 
 func serverCommand(args []string) error {
@@ -353,6 +383,13 @@ func serverCommand(args []string) error {
 	if err != nil {
 		return &exitError{exitPlane, err}
 	}
+	// Where another has its name, it listens elsewhere by the same name, as in a
+	// container: this one has the address.
+	file, err := claimRun(runInfo{Endpoint: endpoint})
+	if err != nil {
+		log.Warn("list cannot find this control plane by itself", "err", err)
+	}
+	defer file.release()
 	registry := newRegistry(o.ttl, o.interval, endpoint, nil)
 	plane := servePlane(lis, registry, log)
 	defer plane.stop()
@@ -583,9 +620,19 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	defer stderr.close()
 	log := newLogger(stderr, o.format, o.logLevel)
 	signals := catchSignals()
+	file, err := claimRun(runInfo{Pipeline: p.Metadata.Name})
+	if running := (*runningError)(nil); errors.As(err, &running) {
+		return &exitError{exitPlane, err}
+	} else if err != nil {
+		log.Warn("list cannot find this run by itself, and a second one would not be refused", "err", err)
+	}
+	defer file.release()
 	lis, endpoint, err := openPlane(o.planeFlags, log)
 	if err != nil {
 		return &exitError{exitPlane, err}
+	}
+	if err := file.publish(endpoint); err != nil {
+		log.Warn("list cannot find this run by itself", "err", err)
 	}
 	r := &run{
 		flags: o, log: log, begun: time.Now(),

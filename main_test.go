@@ -69,6 +69,9 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(r.play())
 	}
+	// Not those of the machine, for a flowctl that is told of no other.
+	os.Unsetenv("RUNTIME_DIRECTORY")
+	os.Setenv("XDG_RUNTIME_DIR", buildFolder())
 	// A signal that this program was started to ignore, as in the background of a
 	// script, would stay ignored in flowctl. One that is caught does not.
 	for _, sig := range []os.Signal{syscall.SIGINT, syscall.SIGHUP} {
@@ -530,7 +533,9 @@ func start(tb testing.TB, args []string, options ...option) *process {
 		stdout: newTranscript(), stderr: newTranscript(), notified: newTranscript(), done: make(chan struct{}),
 	}
 	p.cmd = exec.Command(binary(tb), args...)
-	p.cmd.Env = append(slices.DeleteFunc(os.Environ(), hidden), p.mark, "GORACE=atexit_sleep_ms=0") // else each process takes a second to end
+	p.cmd.Env = append(slices.DeleteFunc(os.Environ(), hidden), p.mark,
+		"GORACE=atexit_sleep_ms=0",      // else each process takes a second to end
+		"XDG_RUNTIME_DIR="+tb.TempDir()) // pipelines of the same name run side by side
 	p.cmd.Stdout, p.cmd.Stderr = p.stdout, p.stderr
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	p.cmd.WaitDelay = 5 * time.Second // where something that it started holds its output
@@ -1131,10 +1136,15 @@ func TestHelpExamples(t *testing.T) {
 	if len(examples) < 7 {
 		t.Fatalf("only %d examples: %q", len(examples), examples)
 	}
-	pipeline := start(t, strings.Fields(examples[0]), folder) // for those of list
+	runs := withEnv("XDG_RUNTIME_DIR=" + t.TempDir())
+	pipeline := start(t, strings.Fields(examples[0]), folder, runs) // for those of list
 	pipeline.waitReady()
 	for _, example := range examples[1:] {
-		p := start(t, strings.Fields(example), folder)
+		options := []option{folder}
+		if strings.HasPrefix(example, "list") {
+			options = append(options, runs)
+		}
+		p := start(t, strings.Fields(example), options...)
 		switch {
 		case strings.HasPrefix(example, "server"):
 			p.waitErr("msg=listening endpoint=127.0.0.1:9090\n")

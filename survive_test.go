@@ -606,6 +606,7 @@ func TestNestedRuns(t *testing.T) {
 		outer, inner = newHerd(), newHerd()
 		file := writePipeline(t, shell("leaf", inner.script(daemons+` & exec sleep T`)))
 		nested := Component{ID: "nested", Command: []string{binary(t), "run", file, "-control-plane-port", "0", "-stop-timeout", "500ms"}, Register: new(false), RestartPolicy: policy}
+		nested.Env = map[string]string{"XDG_RUNTIME_DIR": t.TempDir()} // the names are the same
 		p = launch(t, writePipeline(t, nested, shell("beside", outer.script(`exec sleep T`))))
 		p.waitReady()
 		inner.await(p, 3)

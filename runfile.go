@@ -1,0 +1,378 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/url"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Run files tell which pipelines run on this machine. Each run keeps one for as long
+// as it lives and holds a lock on it, which the kernel takes away however the process
+// ends: so a file that is left behind is known as such, whatever pid it names.
+//
+// The locks are those of fcntl(2) and not of flock(2): whether one is held can be
+// asked without taking it, so that a reader is never in the way, and who may only
+// read the file cannot hold it. They have one trap: a process loses its lock when it
+// closes any file of the same inode. A run opens its own file once, and no other
+// command has one.
+
+// runInfo is what a run file says.
+type runInfo struct {
+	PID      int       `json:"pid"`
+	Pipeline string    `json:"pipeline,omitempty"` // its name, "" for a control plane alone
+	Endpoint string    `json:"endpoint,omitempty"` // "" until the control plane listens
+	Started  time.Time `json:"started"`
+}
+
+// runFile is the run file of this process. A nil one does nothing.
+type runFile struct {
+	file *os.File
+	info runInfo
+}
+
+// runningError is that of a run that another process is already.
+type runningError struct {
+	wanted runInfo
+	by     runInfo // its PID is 0 where the file could not be read
+}
+
+func (e *runningError) Error() string {
+	text := fmt.Sprintf("pipeline %q is already running", e.wanted.Pipeline)
+	if e.wanted.Pipeline == "" {
+		text = fmt.Sprintf("a control plane at %s is already running", e.wanted.Endpoint)
+	}
+	switch {
+	case e.by.PID == 0:
+		return text
+	case e.by.Endpoint == "":
+		return fmt.Sprintf("%s (pid %d, starting)", text, e.by.PID)
+	}
+	return fmt.Sprintf("%s (pid %d, endpoint %s)", text, e.by.PID, e.by.Endpoint)
+}
+
+const (
+	folderLock = "lock"   // the lock that who adds or removes a run file holds
+	runSuffix  = ".json"  // of run files
+	maxRunName = 150      // bytes of a run file's name before the hash that stands for the rest
+	maxRunFile = 64 << 10 // more is none of ours
+	runsTick   = 20 * time.Millisecond
+)
+
+// claimRun makes this process the one that runs the pipeline that info names, or the
+// control plane at its endpoint, and tells others what info says. It fails with a
+// *runningError where another process is that already; any other error is one of the
+// folder. There is one run file in a process.
+func claimRun(info runInfo) (*runFile, error) {
+	folder := runFolder()
+	if err := makeRunFolder(folder); err != nil {
+		return nil, err
+	}
+	return claimRunIn(folder, info)
+}
+
+func claimRunIn(folder string, info runInfo) (*runFile, error) {
+	info.PID, info.Started = os.Getpid(), time.Now()
+	lock, err := lockRuns(folder)
+	if err != nil {
+		return nil, err
+	}
+	defer lock.Close()
+	path := filepath.Join(folder, info.fileName())
+	if by, live, err := readRun(path); live {
+		return nil, &runningError{info, by}
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	// What a dead process left goes, because someone may have it open.
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	r := &runFile{f, info}
+	err = lockFile(f, syscall.F_SETLK)
+	if err == nil {
+		err = r.write()
+	}
+	if err == nil {
+		err = f.Chmod(0o644) // others may read it where the folder lets them, now that it is locked
+	}
+	if err != nil {
+		os.Remove(path)
+		f.Close()
+		return nil, err
+	}
+	return r, nil
+}
+
+// publish tells others where the control plane listens.
+func (r *runFile) publish(endpoint string) error {
+	if r == nil {
+		return nil
+	}
+	r.info.Endpoint = endpoint
+	return r.write()
+}
+
+// write writes the file in place, as it is the file that is locked. Who reads half of
+// it takes it for one that is starting.
+func (r *runFile) write() error {
+	data, err := json.Marshal(r.info)
+	if err != nil {
+		return err
+	}
+	if _, err := r.file.WriteAt(append(data, '\n'), 0); err != nil {
+		return err
+	}
+	return r.file.Truncate(int64(len(data) + 1))
+}
+
+// release removes the file: the pipeline does not run any more.
+func (r *runFile) release() {
+	if r == nil {
+		return
+	}
+	defer r.file.Close()
+	lock, err := lockRuns(filepath.Dir(r.file.Name()))
+	if err != nil {
+		return // the folder is gone, and if not, the file is known to be stale
+	}
+	defer lock.Close()
+	ours, err := r.file.Stat()
+	if err != nil {
+		return
+	}
+	if there, err := os.Lstat(r.file.Name()); err == nil && os.SameFile(ours, there) {
+		os.Remove(r.file.Name())
+	}
+}
+
+// findRuns returns what runs, by name, and removes what dead processes have left in
+// this user's folders. It must not be called in a process that has a run file.
+func findRuns() ([]runInfo, error) {
+	var runs []runInfo
+	for _, folder := range runFolders() {
+		entries, err := os.ReadDir(folder)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
+			return nil, err
+		}
+		for _, entry := range entries {
+			if !strings.HasSuffix(entry.Name(), runSuffix) {
+				continue
+			}
+			info, live, err := readRun(filepath.Join(folder, entry.Name()))
+			switch {
+			case live:
+				runs = append(runs, info)
+			case err == nil:
+				removeStale(folder, entry.Name())
+			}
+		}
+	}
+	slices.SortStableFunc(runs, func(a, b runInfo) int {
+		return cmp.Or(cmp.Compare(a.Pipeline, b.Pipeline), cmp.Compare(a.Endpoint, b.Endpoint))
+	})
+	return runs, nil
+}
+
+// awaitRuns returns what runs and has a control plane. With wait it gives one that is
+// just starting until ctx ends.
+func awaitRuns(ctx context.Context, wait bool) ([]runInfo, error) {
+	ticker := time.NewTicker(runsTick)
+	defer ticker.Stop()
+	starting := func(r runInfo) bool { return r.Endpoint == "" }
+	for {
+		runs, err := findRuns()
+		if err != nil {
+			return nil, err
+		}
+		if wait && (len(runs) == 0 || slices.ContainsFunc(runs, starting)) {
+			select {
+			case <-ticker.C:
+				continue
+			case <-ctx.Done():
+			}
+		}
+		if len(runs) == 0 {
+			return nil, fmt.Errorf("no pipeline is running: there is none in %s; name a control plane with -endpoint host:port", strings.Join(runFolders(), ", "))
+		}
+		first := runs[0]
+		if runs = slices.DeleteFunc(runs, starting); len(runs) == 0 {
+			return nil, fmt.Errorf("pipeline %q (pid %d) is starting: its control plane does not listen yet", first.Pipeline, first.PID)
+		}
+		return runs, nil
+	}
+}
+
+// readRun reads a run file and tells whether its process lives. One that lives and
+// cannot be read is starting.
+func readRun(path string) (info runInfo, live bool, err error) {
+	// Not to wait for the writer of a pipe that stands in its place.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return runInfo{}, false, err
+	}
+	defer f.Close()
+	if stat, err := f.Stat(); err != nil || !stat.Mode().IsRegular() {
+		return runInfo{}, false, cmp.Or(err, fmt.Errorf("%s is no regular file", path))
+	}
+	if live, err = isLocked(f); err != nil || !live {
+		return runInfo{}, false, err
+	}
+	data, err := io.ReadAll(io.LimitReader(f, maxRunFile))
+	if err != nil || json.Unmarshal(data, &info) != nil {
+		return runInfo{}, true, err
+	}
+	return info, true, nil
+}
+
+// removeStale removes a file that a dead process has left, unless someone else is at
+// it. In a folder of another user it does nothing.
+func removeStale(folder, name string) {
+	if !owned(folder) {
+		return
+	}
+	lock, err := os.OpenFile(filepath.Join(folder, folderLock), os.O_RDWR|syscall.O_NOFOLLOW, 0)
+	if err != nil {
+		return
+	}
+	defer lock.Close()
+	if lockFile(lock, syscall.F_SETLK) != nil {
+		return
+	}
+	path := filepath.Join(folder, name)
+	if _, live, err := readRun(path); err == nil && !live { // it may have become another's meanwhile
+		os.Remove(path)
+	}
+}
+
+// lockRuns waits for the lock of a folder, which closing the file gives back. Nobody
+// holds it for longer than a few calls of the kernel.
+func lockRuns(folder string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(folder, folderLock), os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := lockFile(f, syscall.F_SETLKW); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("cannot lock %s: %v", f.Name(), err)
+	}
+	return f, nil
+}
+
+func lockFile(f *os.File, command int) error {
+	for {
+		err := syscall.FcntlFlock(f.Fd(), command, &syscall.Flock_t{Type: syscall.F_WRLCK})
+		if err != syscall.EINTR {
+			return err
+		}
+	}
+}
+
+// isLocked tells whether another process holds the lock of f.
+func isLocked(f *os.File) (bool, error) {
+	ask := syscall.Flock_t{Type: syscall.F_RDLCK} // would one for reading have to wait?
+	if err := syscall.FcntlFlock(f.Fd(), syscall.F_GETLK, &ask); err != nil {
+		return false, fmt.Errorf("cannot see whether %s is locked: %v", f.Name(), err)
+	}
+	return ask.Type != syscall.F_UNLCK, nil
+}
+
+// fileName is one that any name of a pipeline can have.
+func (i runInfo) fileName() string {
+	name := "pipeline-" + url.PathEscape(i.Pipeline)
+	if i.Pipeline == "" {
+		name = "server-" + url.PathEscape(i.Endpoint)
+	}
+	if len(name) > maxRunName {
+		name = fmt.Sprintf("%s-%x", name[:maxRunName-65], sha256.Sum256([]byte(name)))
+	}
+	return name + runSuffix
+}
+
+// runFolder is where this process keeps its run file.
+func runFolder() string {
+	if folder, _, _ := strings.Cut(os.Getenv("RUNTIME_DIRECTORY"), ":"); folder != "" {
+		return filepath.Clean(folder) // systemd has made it
+	}
+	if folder := os.Getenv("XDG_RUNTIME_DIR"); owned(folder) { // else it is of who became this user
+		return filepath.Join(folder, "flowctl")
+	}
+	shared := sharedRuns()
+	if _, err := os.Stat(shared); os.Geteuid() == 0 && (owned(shared) || errors.Is(err, fs.ErrNotExist)) {
+		return shared
+	}
+	return temporaryRuns()
+}
+
+// runFolders are where the run files of this user may be, and of the services that
+// everyone may see.
+func runFolders() []string {
+	var folders []string
+	for _, folder := range []string{runFolder(), sharedRuns(), temporaryRuns()} {
+		if !slices.Contains(folders, folder) && (folder != temporaryRuns() || checkPrivate(folder) == nil) {
+			folders = append(folders, folder)
+		}
+	}
+	return folders
+}
+
+// sharedRuns is root's folder, and that of a unit with RuntimeDirectory=flowctl.
+func sharedRuns() string {
+	if runtime.GOOS == "darwin" {
+		return "/var/run/flowctl" // there is no /run
+	}
+	return "/run/flowctl"
+}
+
+func temporaryRuns() string {
+	return filepath.Join(os.TempDir(), fmt.Sprintf("flowctl-%d", os.Geteuid()))
+}
+
+func makeRunFolder(folder string) error {
+	mode := fs.FileMode(0o700)
+	if folder == sharedRuns() {
+		mode = 0o755
+	}
+	if err := os.Mkdir(folder, mode); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	if folder == temporaryRuns() {
+		return checkPrivate(folder)
+	}
+	return nil
+}
+
+// checkPrivate fails for a folder that another user could have made or can write to:
+// anyone can make one in the temporary directory.
+func checkPrivate(folder string) error {
+	info, err := os.Lstat(folder)
+	if err != nil {
+		return err
+	}
+	if !info.IsDir() || info.Sys().(*syscall.Stat_t).Uid != uint32(os.Geteuid()) || info.Mode().Perm()&0o077 != 0 {
+		return fmt.Errorf("%s is not a folder of this user alone: its owner must be %d and its mode 0700, not %s", folder, os.Geteuid(), info.Mode())
+	}
+	return nil
+}
+
+// owned tells whether this user owns a folder.
+func owned(folder string) bool {
+	info, err := os.Stat(folder)
+	return err == nil && info.IsDir() && info.Sys().(*syscall.Stat_t).Uid == uint32(os.Geteuid())
+}
