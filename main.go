@@ -183,6 +183,7 @@ type planeFlags struct {
 	interval time.Duration
 	logLevel slog.Level
 	format   string
+	tls      tlsFlags
 }
 
 func (o *planeFlags) define(fs *flag.FlagSet) {
@@ -192,6 +193,7 @@ func (o *planeFlags) define(fs *flag.FlagSet) {
 	fs.DurationVar(&o.interval, "janitor-interval", 10*time.Second, "look for stale services at least this often")
 	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "`level` of flowctl's own log: debug, info, warn or error")
 	fs.StringVar(&o.format, "log-format", formatAuto, "`format` of the log: auto, text or json")
+	o.tls.define(fs, "serve TLS with the certificate in `file`, PEM", "require client certificates, by the CA in `file`")
 }
 
 func (o *planeFlags) check(fs *flag.FlagSet) error {
@@ -205,7 +207,7 @@ func (o *planeFlags) check(fs *flag.FlagSet) error {
 	if o.format != formatAuto && o.format != formatText && o.format != formatJSON {
 		return &usageError{fs.Name(), fmt.Errorf("-log-format %q: it must be auto, text or json", o.format)}
 	}
-	return positive(fs, "heartbeat-ttl", "janitor-interval")
+	return errors.Join(o.tls.checkPlane(fs, o.address), positive(fs, "heartbeat-ttl", "janitor-interval"))
 }
 
 // positive fails for the first of the duration flags that is below 10ms.
@@ -269,6 +271,9 @@ func runCommand(args []string) error {
 	pipeline, err := readPipeline(o.file, os.LookupEnv)
 	if err != nil {
 		return &exitError{exitUsage, err}
+	}
+	if err := o.tls.checkPipeline(pipeline); err != nil {
+		return &exitError{exitUsage, fmt.Errorf("%s: %w", o.file, err)}
 	}
 	return runPipeline(pipeline, o)
 }
@@ -379,6 +384,10 @@ func serverCommand(args []string) error {
 	log := newLogger(stderr, o.format, o.logLevel)
 	o.portSet = true // what components of other machines know must not wander
 	signals := catchSignals()
+	certs, err := openCertificates(o.tls, log)
+	if err != nil {
+		return &exitError{exitPlane, err}
+	}
 	lis, endpoint, err := openPlane(o, log)
 	if err != nil {
 		return &exitError{exitPlane, err}
@@ -391,7 +400,7 @@ func serverCommand(args []string) error {
 	}
 	defer file.release()
 	registry := newRegistry(o.ttl, o.interval, endpoint, nil)
-	plane := servePlane(lis, registry, log)
+	plane := servePlane(lis, registry, log, certs.credentials())
 	defer plane.stop()
 	notify(log, daemon.SdNotifyReady, "STATUS=listening on "+endpoint)
 	for {
@@ -518,7 +527,7 @@ func openPlane(o planeFlags, log *slog.Logger) (net.Listener, string, error) {
 	case err != nil:
 		return nil, "", fmt.Errorf("the control plane cannot listen: %v", err)
 	}
-	if tcp, ok := lis.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() {
+	if tcp, ok := lis.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() && o.tls.cert == "" {
 		log.Warn("the control plane listens off the loopback without TLS: who reaches it can register", "addr", lis.Addr().String())
 	}
 	log.Info("listening", "endpoint", endpoint)
@@ -627,12 +636,21 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		log.Warn("list cannot find this run by itself, and a second one would not be refused", "err", err)
 	}
 	defer file.release()
+	certs, err := openCertificates(o.tls, log)
+	if err != nil {
+		return &exitError{exitPlane, err}
+	}
 	lis, endpoint, err := openPlane(o.planeFlags, log)
 	if err != nil {
 		return &exitError{exitPlane, err}
 	}
 	if err := file.publish(endpoint); err != nil {
 		log.Warn("list cannot find this run by itself", "err", err)
+	}
+	way, err := openEntrance(p, certs, endpoint, log)
+	if err != nil {
+		lis.Close()
+		return &exitError{exitPlane, err}
 	}
 	r := &run{
 		flags: o, log: log, begun: time.Now(),
@@ -663,7 +681,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		}
 	}
 	r.sup, err = newSupervisor(p, procSettings{
-		startTimeout: o.startTimeout, stopTimeout: o.stopTimeout, heartbeat: o.ttl / 3, endpoint: endpoint,
+		startTimeout: o.startTimeout, stopTimeout: o.stopTimeout, heartbeat: o.ttl / 3, endpoint: way.endpoint, tlsEnv: way.tlsEnv,
 	}, emit, log, children)
 	if err != nil {
 		lis.Close()
@@ -674,7 +692,11 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		members = append(members, member{proc.Component, r.sup.ports[proc.ID].number})
 	}
 	r.registry = newRegistry(o.ttl, o.interval, endpoint, members)
-	plane := servePlane(lis, r.registry, log)
+	r.registry.given = way.endpoint
+	plane := servePlane(lis, r.registry, log, certs.credentials())
+	if way.private != nil {
+		plane.serve(way.private, log)
+	}
 	r.loop(signals)
 	for _, end := range r.watches {
 		end()

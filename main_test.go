@@ -378,9 +378,18 @@ func (r role) serveCheck() *checkServer {
 
 // register registers by r's dialect and returns what sends a heartbeat.
 func (r role) register() (func(flowctlv1.HealthStatus), error) {
-	conn, err := grpc.NewClient(os.Getenv("FLOWCTL_ENDPOINT"), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())
+	creds, err := componentCredentials()
 	if err != nil {
 		return nil, err
+	}
+	conn, err := grpc.NewClient(os.Getenv("FLOWCTL_ENDPOINT"), grpc.WithTransportCredentials(creds), grpc.WithNoProxy())
+	if err != nil {
+		return nil, err
+	}
+	told := func(info map[string]string) {
+		if r.Environ {
+			fmt.Println("control plane", info["control_plane_endpoint"])
+		}
 	}
 	id := r.id()
 	if r.Alias != "" {
@@ -395,6 +404,7 @@ func (r role) register() (func(flowctlv1.HealthStatus), error) {
 	if r.Dialect == "v1" {
 		client := flowctlv1.NewControlPlaneServiceClient(conn)
 		ack, err := client.RegisterComponent(ctx, &flowctlv1.RegisterRequest{Component: &flowctlv1.ComponentInfo{Id: id, Endpoint: endpoint}})
+		told(ack.GetConnectionInfo())
 		return func(status flowctlv1.HealthStatus) {
 			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 			defer cancel()
@@ -403,6 +413,7 @@ func (r role) register() (func(flowctlv1.HealthStatus), error) {
 	}
 	client := flowctlpb.NewControlPlaneClient(conn)
 	ack, err := client.Register(ctx, &flowctlpb.ServiceInfo{ServiceId: id, HealthEndpoint: endpoint})
+	told(ack.GetConnectionInfo())
 	return func(flowctlv1.HealthStatus) {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 		defer cancel()

@@ -73,6 +73,7 @@ type Component struct {
 	Inputs           []string          `json:"inputs,omitempty"`
 	DependsOn        []string          `json:"depends_on,omitempty"`
 	Register         *bool             `json:"register,omitempty"`
+	TLS              bool              `json:"tls,omitempty"`
 	HealthCheck      string            `json:"health_check,omitempty" check:"health"`
 	HealthInterval   Duration          `json:"health_interval,omitempty"`
 	HealthTimeout    Duration          `json:"health_timeout,omitempty"`
@@ -635,6 +636,8 @@ func (r *reader) bind(n *node, target any) {
 		*t = r.text(n)
 	case *int:
 		*t = r.number(n)
+	case *bool:
+		*t = r.want(n, kindBool) && n.text == "true"
 	case **bool:
 		if r.want(n, kindBool) {
 			*t = new(n.text == "true")

@@ -225,6 +225,9 @@ b"}`, []string{
 		`2:231: spec.processors[0].inputs: must be a list of strings, not an object`,
 		`2:253: spec.processors[0].restart_policy: must be a string, not null`,
 	}},
+	{"tls as a string", commandFile(`"tls": "true"`), []string{
+		`2:53: spec.processors[0].tls: must be true or false, not a string`,
+	}},
 	{"list as a string", componentFile(`"command": "./bin/source -v", "args": "", "inputs": "a"`), []string{
 		`2:39: spec.processors[0].command: must be a list of strings, such as ["./bin/source", "-v"]`,
 		`2:66: spec.processors[0].args: must be a list of strings, such as ["..."]`,
@@ -262,7 +265,7 @@ b"}`, []string{
 	{"all that can be given", specFile(`"description": "d", "sources": [{"id": "a.b_c-D", "command": ["x"], "args": [], "env": {"A": ""}, "register": false}],
 		"sinks": [{"id": "s", "type": "", "labels": {"": "x"}, "command": ["./x", ""], "args": ["-v", ""], "env": {"A": "1", "FLOWCTL_HEARTBEAT_INTERVAL": "5s", "NOTIFY_SOCKET": "@x"},
 		"env_files": {"B": "b"}, "config": {"a": 1, "b": true, "c": "x", "C2": [1, null, {"x y": {}}], "d": {}, "e": 1.50E+1}, "working_dir": "w", "inputs": ["a.b_c-D"], "depends_on": ["a.b_c-D"],
-		"register": true, "health_check": "http://localhost:8080/health", "health_interval": "1m30s", "health_timeout": "1ms", "health_retries": 1, "restart_policy": "on-failure", "max_restarts": 0,
+		"register": true, "tls": true, "health_check": "http://localhost:8080/health", "health_interval": "1m30s", "health_timeout": "1ms", "health_retries": 1, "restart_policy": "on-failure", "max_restarts": 0,
 		"start_timeout": "24h", "stop_timeout": "1.5s", "stop_signal": "SIGINT", "input_event_types": ["e"], "output_event_types": ["f"]}]`), nil},
 
 	// Values.
@@ -683,7 +686,7 @@ func TestModel(t *testing.T) {
 	t.Parallel()
 	p := mustParsePipeline(t, `{"apiVersion": "flowctl/v1", "kind": "Pipeline", "metadata": {"name": "ttp", "labels": {"team": "data"}}, "spec": {
 		"sinks": [{"id": "store", "command": ["./sink", "-v"], "register": false, "health_check": "tcp://db:5432", "stop_signal": "SIGINT",
-			"config": {"batch": 1.50, "Url": "http://a?b&c", "dry_run": true, "tables": ["<a>", {"z": 1, "b": null}]}}],
+			"tls": true, "config": {"batch": 1.50, "Url": "http://a?b&c", "dry_run": true, "tables": ["<a>", {"z": 1, "b": null}]}}],
 		"sources": [{"id": "ledgers", "command": ["source"], "start_timeout": "1m30s", "health_check": "exec:x", "health_interval": "1s",
 			"health_timeout": "100ms", "health_retries": 1}],
 		"processors": []}}`)
@@ -691,7 +694,7 @@ func TestModel(t *testing.T) {
 	want := &Pipeline{"flowctl/v1", "Pipeline", Metadata{"ttp", map[string]string{"team": "data"}}, Spec{
 		Sources: []Component{{ID: "ledgers", Command: []string{"source"}, StartTimeout: Duration(90 * time.Second), HealthCheck: "exec:x",
 			HealthInterval: Duration(time.Second), HealthTimeout: Duration(100 * time.Millisecond), HealthRetries: 1, Role: roleSource}},
-		Sinks: []Component{{ID: "store", Command: []string{"./sink", "-v"}, Register: new(false), HealthCheck: "tcp://db:5432", StopSignal: "SIGINT",
+		Sinks: []Component{{ID: "store", Command: []string{"./sink", "-v"}, Register: new(false), TLS: true, HealthCheck: "tcp://db:5432", StopSignal: "SIGINT",
 			Config: map[string]any{"batch": json.Number("1.50"), "Url": "http://a?b&c", "dry_run": true, "tables": []any{"<a>", map[string]any{"z": json.Number("1"), "b": nil}}}, Role: roleSink}},
 	}}
 	if !reflect.DeepEqual(p, want) {

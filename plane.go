@@ -21,6 +21,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
@@ -149,7 +150,8 @@ type change struct {
 type registry struct {
 	ttl      time.Duration
 	interval time.Duration // the janitor sleeps no longer
-	endpoint string        // what components were given as FLOWCTL_ENDPOINT
+	endpoint string        // where the plane listens
+	given    string        // FLOWCTL_ENDPOINT of components without "tls": true, "" for endpoint
 	wake     chan struct{} // gets a token when changes wait to be taken
 	ports    map[string]*service
 
@@ -551,6 +553,9 @@ func (r *registry) connectionInfoLocked(s *service) map[string]string {
 	info := map[string]string{"control_plane_endpoint": r.endpoint}
 	if s.member == nil {
 		return info
+	}
+	if !s.member.TLS {
+		info["control_plane_endpoint"] = cmp.Or(r.given, r.endpoint)
 	}
 	for _, id := range s.member.Inputs {
 		if in := r.services[id]; in.registered && in.endpoint != "" {
@@ -981,9 +986,11 @@ type plane struct {
 	done   sync.WaitGroup
 }
 
-// servePlane starts to answer on lis. It returns at once; stop ends what it began.
-func servePlane(lis net.Listener, r *registry, log *slog.Logger) *plane {
+// servePlane starts to answer on lis, by creds if there are any. It returns at once;
+// stop ends what it began.
+func servePlane(lis net.Listener, r *registry, log *slog.Logger, creds credentials.TransportCredentials) *plane {
 	p := &plane{health: health.NewServer(), server: grpc.NewServer(
+		grpc.Creds(creds),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxConcurrentStreams(1024),
 		grpc.ConnectionTimeout(10*time.Second),
@@ -1003,12 +1010,17 @@ func servePlane(lis net.Listener, r *registry, log *slog.Logger) *plane {
 	var ctx context.Context
 	ctx, p.cancel = context.WithCancel(context.Background())
 	p.done.Go(func() { r.runJanitor(ctx) })
+	p.serve(lis, log)
+	return p
+}
+
+// serve answers on lis, too, until stop.
+func (p *plane) serve(lis net.Listener, log *slog.Logger) {
 	p.done.Go(func() {
 		if err := p.server.Serve(lis); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
 			log.Error("control plane ended", "err", err)
 		}
 	})
-	return p
 }
 
 // stop answers what is being asked and then ends, within a second: a health watch

@@ -71,7 +71,7 @@ func startPlane(t testing.TB, r *registry) planeClient {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := servePlane(lis, r, slog.New(slog.DiscardHandler))
+	p := servePlane(lis, r, slog.New(slog.DiscardHandler), nil)
 	t.Cleanup(p.stop)
 	return dialPlane(t, endpoint)
 }
@@ -1274,7 +1274,7 @@ func TestStopEndsAnOpenStream(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := servePlane(lis, testRegistry(), slog.New(slog.DiscardHandler))
+	p := servePlane(lis, testRegistry(), slog.New(slog.DiscardHandler), nil)
 	watch, err := healthpb.NewHealthClient(dialPlane(t, endpoint).conn).Watch(t.Context(), &healthpb.HealthCheckRequest{})
 	if err != nil {
 		t.Fatal(err)
@@ -1313,7 +1313,7 @@ func TestStopIsNoError(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		servePlane(lis, testRegistry(), slog.New(slog.NewTextHandler(&log, nil))).stop()
+		servePlane(lis, testRegistry(), slog.New(slog.NewTextHandler(&log, nil)), nil).stop()
 	}
 	if got := log.out.String(); got != "" {
 		t.Errorf("logged: got %s, want nothing", got)
@@ -1416,7 +1416,7 @@ func TestUnixSocket(t *testing.T) {
 			if info, err := os.Stat(path); err != nil || info.Mode() != os.ModeSocket|0o600 {
 				t.Errorf("got mode %v, %v, want %v", info.Mode(), err, os.ModeSocket|0o600)
 			}
-			p := servePlane(lis, testRegistry(), slog.New(slog.DiscardHandler))
+			p := servePlane(lis, testRegistry(), slog.New(slog.DiscardHandler), nil)
 			defer p.stop()
 			dialPlane(t, endpoint).mustRegister(t, "legacy", registration{id: "store"})
 		})

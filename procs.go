@@ -117,6 +117,7 @@ type procSettings struct {
 	stopTimeout  time.Duration
 	heartbeat    time.Duration // FLOWCTL_HEARTBEAT_INTERVAL
 	endpoint     string        // FLOWCTL_ENDPOINT
+	tlsEnv       []string      // of components with "tls": true, that one included
 }
 
 // runMark is the variable by which the guard, and flowctl itself, know the processes
@@ -962,17 +963,21 @@ func (s *supervisor) environ(c *Component) ([]string, error) {
 	set("ENABLE_FLOWCTL", "true")
 	set("FLOWCTL_ENABLED", "true")
 	set("FLOWCTL_ENDPOINT", s.settings.endpoint)
+	if c.TLS {
+		env = append(env, s.settings.tlsEnv...)
+	}
 	set("FLOWCTL_COMPONENT_ID", c.ID)
 	set("FLOWCTL_SERVICE_ID", c.ID)
 	set(runMark, s.run)
 	return env, nil
 }
 
-// hidden tells whether a variable is systemd's word to flowctl alone: a child that
-// heard it would speak for flowctl (sd_notify(3), sd_listen_fds(3)).
+// hidden tells whether a variable is a word to flowctl alone: systemd's, as a child
+// that heard it would speak for flowctl (sd_notify(3), sd_listen_fds(3)), or that of
+// an outer flowctl, whose files of TLS are not this one's.
 func hidden(entry string) bool {
 	name, _, _ := strings.Cut(entry, "=")
-	return name == "NOTIFY_SOCKET" || strings.HasPrefix(name, "WATCHDOG_") || strings.HasPrefix(name, "LISTEN_")
+	return name == "NOTIFY_SOCKET" || strings.HasPrefix(name, "WATCHDOG_") || strings.HasPrefix(name, "LISTEN_") || strings.HasPrefix(name, "FLOWCTL_TLS_")
 }
 
 // readEnvFile returns the content of a file as the value of a variable, without the

@@ -1,0 +1,419 @@
+package main
+
+import (
+	"bytes"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+// maxPEMFile is far more than all the CAs of a system take.
+const maxPEMFile = 4 << 20
+
+// tlsFlags name the files of TLS, PEM each. Without any there is no TLS.
+type tlsFlags struct{ cert, key, ca string }
+
+// define defines the flags. What cert and ca are for depends on the command.
+func (f *tlsFlags) define(fs *flag.FlagSet, cert, ca string) {
+	fs.StringVar(&f.cert, "tls-cert", "", cert)
+	fs.StringVar(&f.key, "tls-key", "", "private key of -tls-cert, a PEM `file`")
+	fs.StringVar(&f.ca, "tls-ca-cert", "", ca)
+}
+
+// check looks at the flags alone. An empty one is refused, because a script whose
+// variable is not set must not get a control plane without TLS.
+func (f *tlsFlags) check(fs *flag.FlagSet) error {
+	var err error
+	fs.Visit(func(set *flag.Flag) {
+		if strings.HasPrefix(set.Name, "tls-") && set.Value.String() == "" {
+			err = fmt.Errorf("-%s \"\": it must be a file", set.Name)
+		}
+	})
+	switch {
+	case err != nil:
+	case f.cert != "" && f.key == "":
+		err = fmt.Errorf("-tls-cert %q: it needs -tls-key, the file of its private key", f.cert)
+	case f.key != "" && f.cert == "":
+		err = fmt.Errorf("-tls-key %q: it needs -tls-cert, the file of its certificate", f.key)
+	default:
+		return nil
+	}
+	return &usageError{fs.Name(), err}
+}
+
+// checkPlane is check for a control plane at address.
+func (f *tlsFlags) checkPlane(fs *flag.FlagSet, address string) error {
+	switch {
+	case f.ca != "" && f.cert == "" && f.key == "":
+		return &usageError{fs.Name(), fmt.Errorf("-tls-ca-cert %q: it needs -tls-cert and -tls-key, the control plane's own certificate", f.ca)}
+	case f.cert != "" && strings.HasPrefix(address, "unix:"):
+		// Beside TLS there is a listener for the components, which every user of the
+		// machine can reach, as none can a socket file of mode 0600.
+		return &usageError{fs.Name(), fmt.Errorf("-tls-cert %q: it must not be given with -control-plane-address %q, a socket file that is open to its user alone", f.cert, address)}
+	}
+	return f.check(fs)
+}
+
+// checkPipeline fails for components that are to speak TLS when there is none.
+func (f tlsFlags) checkPipeline(p *Pipeline) error {
+	if ids := p.speakTLS(true); len(ids) > 0 && f.cert == "" {
+		return fmt.Errorf("\"tls\": true of %s needs -tls-cert and -tls-key", enumerate(ids))
+	}
+	return nil
+}
+
+// speakTLS returns the ids of the components that have "tls": true, or of those that
+// have not.
+func (p *Pipeline) speakTLS(yes bool) []string {
+	var ids []string
+	for _, c := range p.components() {
+		if c.TLS == yes {
+			ids = append(ids, c.ID)
+		}
+	}
+	return ids
+}
+
+// tlsFiles is what the files hold.
+type tlsFiles struct {
+	cert  tls.Certificate
+	chain []*x509.Certificate // of cert, itself first; empty without one
+	ca    *x509.CertPool      // nil without one
+}
+
+// load reads the files and finds out whether they can be used at the time now. Its
+// error names the flag, the file and the reason.
+func (f tlsFlags) load(now time.Time) (files tlsFiles, err error) {
+	fail := func(name, file string, err error) (tlsFiles, error) {
+		if path := (*fs.PathError)(nil); errors.As(err, &path) {
+			err = path.Err // the file is named already
+		}
+		return tlsFiles{}, fmt.Errorf("%s %q: %w", name, file, err)
+	}
+	if f.cert != "" {
+		var cert, key []byte
+		if cert, files.chain, err = readCertificates(f.cert); err == nil {
+			err = checkValid(files.chain[0], now) // the rest of a chain may be there for old clients
+		}
+		if err != nil {
+			return fail("-tls-cert", f.cert, err)
+		}
+		if key, err = readKey(f.key); err != nil {
+			return fail("-tls-key", f.key, err)
+		}
+		if files.cert, err = tls.X509KeyPair(cert, key); err != nil {
+			return fail("-tls-key", f.key, fmt.Errorf("it cannot be used for -tls-cert %q: %w", f.cert, err))
+		}
+	}
+	if f.ca != "" {
+		_, list, err := readCertificates(f.ca)
+		if err == nil && !slices.ContainsFunc(list, func(c *x509.Certificate) bool { return checkValid(c, now) == nil }) {
+			err = checkValid(list[0], now)
+		}
+		if err != nil {
+			return fail("-tls-ca-cert", f.ca, err)
+		}
+		files.ca = x509.NewCertPool()
+		for _, c := range list {
+			files.ca.AddCert(c)
+		}
+	}
+	return files, nil
+}
+
+func checkValid(c *x509.Certificate, now time.Time) error {
+	switch {
+	case now.Before(c.NotBefore):
+		return fmt.Errorf("it is not valid before %s", c.NotBefore.Format(time.RFC3339))
+	case now.After(c.NotAfter):
+		return fmt.Errorf("it expired at %s", c.NotAfter.Format(time.RFC3339))
+	}
+	return nil
+}
+
+// readCertificates returns the content of a file and the certificates in it, one at
+// least. A part that is damaged is an error: the file may be half written.
+func readCertificates(file string) (data []byte, list []*x509.Certificate, err error) {
+	if data, err = readPEM(file); err != nil {
+		return nil, nil, err
+	}
+	blocks, other := 0, ""
+	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
+		blocks++
+		if block.Type != "CERTIFICATE" {
+			other = block.Type
+			continue
+		}
+		c, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, nil, fmt.Errorf("certificate %d in it is damaged: %w", len(list)+1, err)
+		}
+		list = append(list, c)
+	}
+	switch {
+	case blocks < bytes.Count(data, []byte("-----BEGIN ")):
+		return nil, nil, errors.New("it is damaged or not complete: not all of it is PEM")
+	case len(list) == 0 && other != "":
+		return nil, nil, fmt.Errorf("it must hold a certificate, not a %s", other)
+	case len(list) == 0:
+		return nil, nil, errors.New("it must hold a certificate in PEM")
+	}
+	return data, list, nil
+}
+
+func readKey(file string) ([]byte, error) {
+	data, err := readPEM(file)
+	if err != nil {
+		return nil, err
+	}
+	for block, rest := pem.Decode(data); block != nil; block, rest = pem.Decode(rest) {
+		if block.Type == "ENCRYPTED PRIVATE KEY" || block.Headers["DEK-Info"] != "" {
+			return nil, fmt.Errorf("it is encrypted, and nobody is there to enter a passphrase; this takes it off: openssl pkey -in %s -out NEW", file)
+		}
+	}
+	return data, nil
+}
+
+// readPEM takes nothing but plain files: another kind could not be read again when
+// it changes, or would not end.
+func readPEM(file string) ([]byte, error) {
+	info, err := os.Stat(file)
+	switch {
+	case err != nil:
+		return nil, err
+	case !info.Mode().IsRegular():
+		return nil, errors.New("it must be a plain file")
+	case info.Size() > maxPEMFile:
+		return nil, fmt.Errorf("it must have %d bytes at most, not %d", maxPEMFile, info.Size())
+	}
+	return os.ReadFile(file)
+}
+
+// certificates is the TLS of a control plane, by files that may be replaced while it
+// runs: each handshake looks whether they were. Connections that are open go on.
+type certificates struct {
+	flags tlsFlags
+	log   *slog.Logger
+
+	mu     sync.Mutex // guards the fields below
+	files  tlsFiles
+	config *tls.Config
+	read   fileStates // of the files as config has them
+	failed fileStates // of those that were found wrong and reported
+}
+
+// openCertificates reads the files for the first time, when what is wrong with them
+// is an error. It returns nil without TLS.
+func openCertificates(flags tlsFlags, log *slog.Logger) (*certificates, error) {
+	if flags.cert == "" {
+		return nil, nil
+	}
+	c := &certificates{flags: flags, log: log}
+	if err := c.readLocked(flags.states(), time.Now()); err != nil {
+		return nil, err
+	}
+	c.log.Info("TLS is on", c.attrsLocked()...)
+	return c, nil
+}
+
+// current returns the configuration for a handshake, by the files as they are now.
+// Those that are wrong, because only one of them has been replaced yet, are passed
+// over in favour of what they were, and read again at the next handshake.
+func (c *certificates) current(*tls.ClientHelloInfo) (*tls.Config, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := c.flags.states()
+	if !now.same(c.read) {
+		err := c.readLocked(now, time.Now())
+		switch {
+		case err == nil:
+			c.log.Info("TLS files have changed", c.attrsLocked()...)
+		case !now.same(c.failed):
+			c.failed = now
+			c.log.Error("TLS files have changed and are wrong, the former ones go on to serve", "err", err)
+		}
+	}
+	return c.config, nil
+}
+
+// readLocked reads the files, which were in the state of before.
+func (c *certificates) readLocked(before fileStates, now time.Time) error {
+	files, err := c.flags.load(now)
+	if err != nil {
+		return err
+	}
+	c.files, c.read, c.failed = files, before, nil
+	c.config = &tls.Config{
+		MinVersion:   tls.VersionTLS12,
+		NextProtos:   []string{"h2"},
+		Certificates: []tls.Certificate{files.cert},
+		// A ticket would outlive the CA that let its client in.
+		SessionTicketsDisabled: true,
+	}
+	if files.ca != nil {
+		c.config.ClientAuth, c.config.ClientCAs = tls.RequireAndVerifyClientCert, files.ca
+	}
+	return nil
+}
+
+func (c *certificates) attrsLocked() []any {
+	return []any{"cert", c.flags.cert, "expires", c.files.chain[0].NotAfter.Format(time.RFC3339), "client_certificates", c.files.ca != nil}
+}
+
+// fileStates tells whether the files of TLS are those that they were: nil for one
+// that is not there.
+type fileStates []os.FileInfo
+
+func (f tlsFlags) states() fileStates {
+	states := make(fileStates, 3)
+	for i, file := range []string{f.cert, f.key, f.ca} {
+		if info, err := os.Stat(file); err == nil {
+			states[i] = info
+		}
+	}
+	return states
+}
+
+func (s fileStates) same(other fileStates) bool {
+	return slices.EqualFunc(s, other, func(a, b os.FileInfo) bool {
+		if a == nil || b == nil {
+			return a == b
+		}
+		return os.SameFile(a, b) && a.Size() == b.Size() && a.ModTime().Equal(b.ModTime())
+	})
+}
+
+// credentials are those of the plane's gRPC server. Without TLS there are none.
+func (c *certificates) credentials() credentials.TransportCredentials {
+	if c == nil {
+		return nil
+	}
+	return planeCredentials{credentials.NewTLS(&tls.Config{GetConfigForClient: c.current, MinVersion: tls.VersionTLS12}), c.log}
+}
+
+// planeCredentials let one server answer on two listeners: by TLS, and on the
+// private one, which the components of a run are given, without.
+type planeCredentials struct {
+	credentials.TransportCredentials // TLS
+	log                              *slog.Logger
+}
+
+func (c planeCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	if private, ok := raw.(privateConn); ok {
+		if err := admitPrivate(private); err != nil {
+			return nil, nil, err
+		}
+		return insecure.NewCredentials().ServerHandshake(private.TCPConn)
+	}
+	conn, info, err := c.TransportCredentials.ServerHandshake(raw)
+	if err != nil {
+		c.log.Debug("TLS handshake failed", "addr", raw.RemoteAddr().String(), "err", err)
+	}
+	return conn, info, err
+}
+
+func (c planeCredentials) Clone() credentials.TransportCredentials {
+	return planeCredentials{c.TransportCredentials.Clone(), c.log}
+}
+
+// admitPrivate decides whether a connection to the private listener is served. Every
+// user of the machine can dial it, so here is the place to refuse one whose process
+// is not of this run.
+func admitPrivate(privateConn) error { return nil }
+
+// privateListener marks its connections for planeCredentials.
+type privateListener struct{ *net.TCPListener }
+
+type privateConn struct{ *net.TCPConn }
+
+func (l privateListener) Accept() (net.Conn, error) {
+	conn, err := l.AcceptTCP()
+	if err != nil {
+		return nil, err
+	}
+	return privateConn{conn}, nil
+}
+
+// entrance is how the components of a run reach the plane.
+type entrance struct {
+	endpoint string       // FLOWCTL_ENDPOINT of those without "tls": true
+	private  net.Listener // behind endpoint; nil where that is the plane's own
+	tlsEnv   []string     // what those with "tls": true get
+}
+
+// openEntrance opens the way in for the components of p: while there is TLS, a
+// listener without it for those that cannot speak it. endpoint is the plane's own.
+func openEntrance(p *Pipeline, c *certificates, endpoint string, log *slog.Logger) (entrance, error) {
+	e := entrance{endpoint: endpoint}
+	if c == nil {
+		return e, nil
+	}
+	e.tlsEnv = []string{"FLOWCTL_ENDPOINT=" + endpoint}
+	ca := c.flags.ca
+	if ca == "" {
+		ca = c.flags.cert // its own CA where it is self-signed
+	}
+	for _, v := range [][2]string{{"FLOWCTL_TLS_CA", ca}, {"FLOWCTL_TLS_CERT", c.flags.cert}, {"FLOWCTL_TLS_KEY", c.flags.key}} {
+		file, err := filepath.Abs(v[1])
+		if err != nil {
+			return e, fmt.Errorf("cannot find the folder of %s: %w", v[1], err)
+		}
+		e.tlsEnv = append(e.tlsEnv, v[0]+"="+file)
+	}
+	if ids := p.speakTLS(true); len(ids) > 0 {
+		c.warn(ids, endpoint)
+	}
+	if len(p.speakTLS(false)) == 0 {
+		return e, nil
+	}
+	lis, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		return e, fmt.Errorf("cannot listen for the components: %w", err)
+	}
+	e.endpoint, e.private = lis.Addr().String(), privateListener{lis}
+	log.Info("listening for components, without TLS", "endpoint", e.endpoint)
+	return e, nil
+}
+
+// warn says beforehand what those with "tls": true would fail by and could hardly
+// explain: that the certificate is not for the endpoint that they are given, or not
+// one that the plane takes from a client, as which they show it.
+func (c *certificates) warn(ids []string, endpoint string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	host, _, _ := net.SplitHostPort(endpoint)
+	chain := c.files.chain
+	options := x509.VerifyOptions{Roots: c.files.ca, Intermediates: x509.NewCertPool(), DNSName: host}
+	for _, other := range chain[1:] {
+		options.Intermediates.AddCert(other)
+	}
+	if options.Roots == nil {
+		options.Roots = x509.NewCertPool()
+		options.Roots.AddCert(chain[0])
+	}
+	if _, err := chain[0].Verify(options); err != nil {
+		c.log.Warn("components may refuse the certificate of the control plane", "components", enumerate(ids), "endpoint", endpoint, "cert", c.flags.cert, "err", err)
+	}
+	if c.files.ca == nil {
+		return
+	}
+	options.DNSName, options.KeyUsages = "", []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
+	if _, err := chain[0].Verify(options); err != nil {
+		c.log.Warn("components cannot use the certificate of the control plane as their own", "components", enumerate(ids), "cert", c.flags.cert, "ca", c.flags.ca, "err", err)
+	}
+}

@@ -1,0 +1,646 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"log/slog"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+
+	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
+)
+
+// testCert is a certificate, as a file would have it and as crypto/tls wants it.
+type testCert struct {
+	cert, key string // PEM
+	pair      tls.Certificate
+}
+
+var serials atomic.Int64
+
+// issue returns a certificate of parent, or one of its own with nil. It serves on
+// the loopback and for clients unless change, which may be nil, changes that.
+func issue(tb testing.TB, parent *testCert, change func(*x509.Certificate)) *testCert {
+	tb.Helper()
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(serials.Add(1)), Subject: pkix.Name{CommonName: fmt.Sprintf("test %d", serials.Load())},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+	if change != nil {
+		change(template)
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	signer, signed := any(key), template
+	if parent != nil {
+		signer, signed = parent.pair.PrivateKey, parent.pair.Leaf
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, signed, key.Public(), signer)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	c := &testCert{
+		cert: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})),
+		key:  string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})),
+	}
+	if c.pair, err = tls.X509KeyPair([]byte(c.cert), []byte(c.key)); err != nil {
+		tb.Fatal(err)
+	}
+	return c
+}
+
+func newCA(tb testing.TB) *testCert {
+	tb.Helper()
+	return issue(tb, nil, func(c *x509.Certificate) {
+		c.IsCA, c.BasicConstraintsValid, c.KeyUsage, c.ExtKeyUsage = true, true, x509.KeyUsageCertSign, nil
+	})
+}
+
+// trust is the configuration of a client that knows the CA, and shows certs.
+func trust(ca *testCert, certs ...*testCert) *tls.Config {
+	config := &tls.Config{RootCAs: x509.NewCertPool()}
+	config.RootCAs.AddCert(ca.pair.Leaf)
+	for _, c := range certs {
+		// Not by Certificates, of which a client shows none that it knows to be refused.
+		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &c.pair, nil }
+	}
+	return config
+}
+
+// pemFiles is a folder with the files of TLS.
+type pemFiles struct {
+	tb            testing.TB
+	dir           string
+	cert, key, ca string // their names
+}
+
+func newFiles(tb testing.TB, cert, ca *testCert) pemFiles {
+	tb.Helper()
+	dir := tb.TempDir()
+	f := pemFiles{tb, dir, filepath.Join(dir, "plane.pem"), filepath.Join(dir, "plane.key"), filepath.Join(dir, "ca.pem")}
+	f.put(f.cert, cert.cert)
+	f.put(f.key, cert.key)
+	f.put(f.ca, ca.cert)
+	return f
+}
+
+// put replaces a file as a careful program does.
+func (f pemFiles) put(name, text string) {
+	f.tb.Helper()
+	if err := os.Rename(writeFile(f.tb, name+".new", text), name); err != nil {
+		f.tb.Fatal(err)
+	}
+}
+
+func (f pemFiles) flags() []string { return []string{"-tls-cert", f.cert, "-tls-key", f.key} }
+
+func (f pemFiles) mutual() []string { return append(f.flags(), "-tls-ca-cert", f.ca) }
+
+// startServer starts a control plane alone on a free port.
+func startServer(tb testing.TB, args ...string) *process {
+	tb.Helper()
+	return start(tb, append([]string{"server", "-control-plane-port", "0", "-log-level", "debug"}, args...))
+}
+
+// dialTLS is dialPlane by config; dials counts the connections.
+func dialTLS(tb testing.TB, endpoint string, config *tls.Config) (client planeClient, dials *atomic.Int64) {
+	tb.Helper()
+	dials = new(atomic.Int64)
+	conn, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(credentials.NewTLS(config)),
+		grpc.WithContextDialer(func(ctx context.Context, address string) (net.Conn, error) {
+			dials.Add(1)
+			return new(net.Dialer).DialContext(ctx, "tcp", address)
+		}))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { conn.Close() })
+	return planeClient{conn, flowctlpb.NewControlPlaneClient(conn), flowctlv1.NewControlPlaneServiceClient(conn)}, dials
+}
+
+// registers tells whether client can register, in either dialect.
+func registers(tb testing.TB, client planeClient) error {
+	tb.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	for _, dialect := range dialects {
+		if _, err := client.register(ctx, dialect, registration{id: "outside"}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// serves returns what a new connection is told of the plane.
+func serves(tb testing.TB, endpoint string, config *tls.Config) (tls.ConnectionState, error) {
+	tb.Helper()
+	config = config.Clone()
+	config.NextProtos = []string{"h2"}
+	conn, err := tls.DialWithDialer(&net.Dialer{Timeout: patience}, "tcp", endpoint, config)
+	if err != nil {
+		return tls.ConnectionState{}, err
+	}
+	defer conn.Close()
+	return conn.ConnectionState(), nil
+}
+
+// componentCredentials are those of a component that plays a role.
+func componentCredentials() (credentials.TransportCredentials, error) {
+	ca := os.Getenv("FLOWCTL_TLS_CA")
+	if ca == "" {
+		return insecure.NewCredentials(), nil
+	}
+	roots := x509.NewCertPool()
+	if data, err := os.ReadFile(ca); err != nil || !roots.AppendCertsFromPEM(data) {
+		return nil, fmt.Errorf("FLOWCTL_TLS_CA: no CA in it: %v", err)
+	}
+	pair, err := tls.LoadX509KeyPair(os.Getenv("FLOWCTL_TLS_CERT"), os.Getenv("FLOWCTL_TLS_KEY"))
+	return credentials.NewTLS(&tls.Config{RootCAs: roots, Certificates: []tls.Certificate{pair}}), err
+}
+
+func TestTLSServer(t *testing.T) {
+	t.Parallel()
+	ca := newCA(t)
+	files := newFiles(t, issue(t, ca, nil), ca)
+	p := startServer(t, append(files.flags(), "-control-plane-address", "0.0.0.0")...)
+	client, _ := dialTLS(t, p.endpoint(), trust(ca))
+	if err := registers(t, client); err != nil {
+		t.Errorf("a client that knows the CA: %v", err)
+	}
+	for _, tt := range []struct {
+		name   string
+		most   uint16
+		want   uint16
+		refuse string
+	}{
+		{"the newest", 0, tls.VersionTLS13, ""},
+		{"TLS 1.2", tls.VersionTLS12, tls.VersionTLS12, ""},
+		{"TLS 1.1", tls.VersionTLS11, 0, "remote error: tls: protocol version not supported"},
+	} {
+		config := trust(ca)
+		config.MinVersion, config.MaxVersion = tls.VersionTLS10, tt.most
+		state, err := serves(t, p.endpoint(), config)
+		if got := fmt.Sprint(err); state.Version != tt.want || (tt.refuse != "" && got != tt.refuse) {
+			t.Errorf("%s: version %x, %v, want %x", tt.name, state.Version, err, tt.want)
+		}
+	}
+	stranger, _ := dialTLS(t, p.endpoint(), trust(newCA(t)))
+	if err := registers(t, stranger); err == nil || !strings.Contains(err.Error(), "certificate signed by unknown authority") {
+		t.Errorf("a client that does not know the CA: %v", err)
+	}
+	if err := registers(t, dialPlane(t, p.endpoint())); err == nil {
+		t.Error("a client without TLS can register")
+	}
+	p.stop()
+	p.has(p.stderr, `msg="TLS is on" cert=`+files.cert+" expires=20", "client_certificates=false")
+	p.has(p.stderr, `level=DEBUG msg="TLS handshake failed" addr=127.0.0.1:`, `err="tls: first record does not look like a TLS handshake"`)
+	p.hasNot(p.stderr, "without TLS", "level=WARN")
+}
+
+func TestTLSClientCertificates(t *testing.T) {
+	t.Parallel()
+	ca, foreign := newCA(t), newCA(t)
+	files := newFiles(t, issue(t, ca, nil), ca)
+	p := startServer(t, files.mutual()...)
+	for _, tt := range []struct {
+		name  string
+		certs []*testCert
+		why   string // in the log, when it is refused
+	}{
+		{"of the CA", []*testCert{issue(t, ca, nil)}, ""},
+		{"of the CA, for clients alone", []*testCert{issue(t, ca, func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[1:] })}, ""},
+		{"none", nil, "client didn't provide a certificate"},
+		{"of a foreign CA", []*testCert{issue(t, foreign, nil)}, "certificate signed by unknown authority"},
+		{"self-signed", []*testCert{issue(t, nil, nil)}, "certificate signed by unknown authority"},
+		{"expired", []*testCert{issue(t, ca, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) })}, "certificate has expired or is not yet valid"},
+		{"for servers alone", []*testCert{issue(t, ca, func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] })}, "certificate specifies an incompatible key usage"},
+	} {
+		for _, most := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+			config := trust(ca, tt.certs...)
+			config.MaxVersion = most
+			client, _ := dialTLS(t, p.endpoint(), config)
+			if err := registers(t, client); (err == nil) != (tt.why == "") {
+				t.Errorf("%s, %s: %v", tt.name, tls.VersionName(most), err)
+			}
+		}
+		if tt.why != "" {
+			p.waitErr(tt.why)
+		}
+	}
+	p.stop()
+	p.has(p.stderr, "client_certificates=true")
+}
+
+func TestTLSReload(t *testing.T) {
+	t.Parallel()
+	ca := newCA(t)
+	former, next := issue(t, ca, nil), issue(t, ca, nil)
+	files := newFiles(t, former, ca)
+	p := startServer(t, files.mutual()...)
+	own := issue(t, ca, nil)
+	client, dials := dialTLS(t, p.endpoint(), trust(ca, own))
+	want := func(when string, c *testCert) {
+		t.Helper()
+		for range 3 {
+			state, err := serves(t, p.endpoint(), trust(ca, own))
+			if err != nil || !state.PeerCertificates[0].Equal(c.pair.Leaf) {
+				t.Errorf("%s: got %v, want another certificate", when, err)
+			}
+		}
+		if err := registers(t, client); err != nil {
+			t.Errorf("%s: the open connection: %v", when, err)
+		}
+	}
+	want("at first", former)
+	const wrong = `level=ERROR msg="TLS files have changed and are wrong, the former ones go on to serve"`
+	failures := 0
+	for _, tt := range []struct {
+		name   string
+		change func()
+		why    string
+	}{
+		{"a certificate without its key", func() { files.put(files.cert, next.cert) }, "private key does not match public key"},
+		{"half a certificate", func() { files.put(files.cert, next.cert[:len(next.cert)/2]) }, "it is damaged or not complete: not all of it is PEM"},
+		{"an empty certificate", func() { files.put(files.cert, "") }, "it must hold a certificate in PEM"},
+		{"no certificate", func() { os.Remove(files.cert) }, "no such file or directory"},
+		{"no key", func() { files.put(files.cert, next.cert); os.Remove(files.key) }, "no such file or directory"},
+		{"half a CA", func() { files.put(files.key, next.key); files.put(files.ca, ca.cert+ca.cert[:100]) }, "it is damaged or not complete"},
+	} {
+		tt.change()
+		want(tt.name, former)
+		failures++
+		p.wait(p.stderr, wrong, failures)
+		p.waitErr(tt.why)
+	}
+	files.put(files.ca, ca.cert)
+	want("replaced", next)
+	p.waitErr(`level=INFO msg="TLS files have changed" cert=` + files.cert)
+
+	// The CA: who was let in by the former one stays and does not come again.
+	ca2 := newCA(t)
+	files.put(files.ca, ca2.cert)
+	friend, _ := dialTLS(t, p.endpoint(), trust(ca, issue(t, ca2, nil)))
+	if err := registers(t, friend); err != nil {
+		t.Errorf("a client of the new CA: %v", err)
+	}
+	late, _ := dialTLS(t, p.endpoint(), trust(ca, own))
+	if err := registers(t, late); err == nil {
+		t.Error("a client of the former CA can register")
+	}
+	if err := registers(t, client); err != nil {
+		t.Errorf("the open connection: %v", err)
+	}
+	if n := dials.Load(); n != 1 {
+		t.Errorf("the open connection was dialled %d times", n)
+	}
+	p.stop()
+	if n := strings.Count(p.stderr.String(), wrong); n != failures {
+		t.Errorf("%d errors, want one for each of %d changes\n%s", n, failures, p)
+	}
+}
+
+// What changes in a file that stays the same by its size and place shows by its time.
+func TestTLSReloadInPlace(t *testing.T) {
+	t.Parallel()
+	ca := newCA(t)
+	files := newFiles(t, issue(t, ca, nil), ca)
+	flags := tlsFlags{files.cert, files.key, files.ca}
+	was := flags.states()
+	if !was.same(flags.states()) {
+		t.Error("files that have not changed are told to have")
+	}
+	at := time.Now().Add(-time.Minute)
+	if err := os.Chtimes(files.key, at, at); err != nil {
+		t.Fatal(err)
+	}
+	if was.same(flags.states()) {
+		t.Error("a new time is not seen")
+	}
+	was = flags.states()
+	files.put(files.key, "") // the name alone stays
+	if err := os.Chtimes(files.key, at, at); err != nil {
+		t.Fatal(err)
+	}
+	if was.same(flags.states()) {
+		t.Error("another file is not seen")
+	}
+	os.Remove(files.key)
+	if gone := flags.states(); was.same(gone) || !gone.same(flags.states()) {
+		t.Error("a file that is gone is not seen, or not as that")
+	}
+}
+
+// Files that were wrong are tried at each handshake until they are right, whatever
+// their state: it may be a folder above them that has changed.
+func TestTLSReloadTriesAgain(t *testing.T) {
+	t.Parallel()
+	ca := newCA(t)
+	files := newFiles(t, issue(t, ca, nil), ca)
+	var log logRecorder
+	c, err := openCertificates(tlsFlags{files.cert, files.key, files.ca}, slog.New(slog.NewTextHandler(&log, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	next := issue(t, ca, nil)
+	files.put(files.cert, next.cert)
+	was := c.config
+	for range 3 {
+		if got, err := c.current(nil); got != was || err != nil {
+			t.Fatalf("got %p, %v, want the former %p", got, err, was)
+		}
+	}
+	info, err := os.Stat(files.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The key, in place, of the same size and time.
+	if err := os.WriteFile(files.key, []byte(next.key), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chtimes(files.key, time.Time{}, info.ModTime()); err != nil {
+		t.Fatal(err)
+	}
+	got, err := c.current(nil)
+	if err != nil || !got.Certificates[0].Leaf.Equal(next.pair.Leaf) {
+		t.Errorf("the new certificate does not serve: %v\n%s", err, log.out.String())
+	}
+	if n := strings.Count(log.out.String(), "level=ERROR"); n != 1 {
+		t.Errorf("%d errors, want 1:\n%s", n, log.out.String())
+	}
+}
+
+func TestTLSStartErrors(t *testing.T) {
+	t.Parallel()
+	ca := newCA(t)
+	good := issue(t, ca, nil)
+	hour := time.Hour
+	expired := issue(t, ca, func(c *x509.Certificate) { c.NotBefore, c.NotAfter = time.Now().Add(-2*hour), time.Now().Add(-hour) })
+	early := issue(t, ca, func(c *x509.Certificate) { c.NotBefore, c.NotAfter = time.Now().Add(hour), time.Now().Add(2*hour) })
+	expiredCA := issue(t, nil, func(c *x509.Certificate) { c.IsCA, c.NotAfter = true, time.Now().Add(-hour) })
+	stamp := func(at time.Time) string { return at.UTC().Format(time.RFC3339) }
+	encrypted := string(pem.EncodeToMemory(&pem.Block{Type: "ENCRYPTED PRIVATE KEY", Bytes: []byte("secret")}))
+	damaged := strings.Replace(good.cert, "\nMII", "\n?II", 1)
+	for _, tt := range []struct {
+		name          string
+		cert, key, ca string // the content, "" for no file, "/" for a folder
+		want          string // <cert>, <key> and <ca> are the files
+	}{
+		{"no certificate", "", good.key, ca.cert, `-tls-cert "<cert>": no such file or directory`},
+		{"no key", good.cert, "", ca.cert, `-tls-key "<key>": no such file or directory`},
+		{"no CA", good.cert, good.key, "", `-tls-ca-cert "<ca>": no such file or directory`},
+		{"a folder for a certificate", "/", good.key, ca.cert, `-tls-cert "<cert>": it must be a plain file`},
+		{"a folder for a key", good.cert, "/", ca.cert, `-tls-key "<key>": it must be a plain file`},
+		{"a folder for a CA", good.cert, good.key, "/", `-tls-ca-cert "<ca>": it must be a plain file`},
+		{"text for a certificate", "hello\n", good.key, ca.cert, `-tls-cert "<cert>": it must hold a certificate in PEM`},
+		{"text for a key", good.cert, "hello\n", ca.cert, `-tls-key "<key>": it cannot be used for -tls-cert "<cert>": tls: failed to find any PEM data in key input`},
+		{"text for a CA", good.cert, good.key, "hello\n", `-tls-ca-cert "<ca>": it must hold a certificate in PEM`},
+		{"a key for a certificate", good.key, good.key, ca.cert, `-tls-cert "<cert>": it must hold a certificate, not a PRIVATE KEY`},
+		{"a key for a CA", good.cert, good.key, good.key, `-tls-ca-cert "<ca>": it must hold a certificate, not a PRIVATE KEY`},
+		{"a damaged certificate", damaged, good.key, ca.cert, `-tls-cert "<cert>": it is damaged or not complete: not all of it is PEM`},
+		{"a damaged CA among others", good.cert, good.key, ca.cert + damaged + ca.cert, `-tls-ca-cert "<ca>": it is damaged or not complete: not all of it is PEM`},
+		{"PEM of something else", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte{1, 2}})), good.key, ca.cert,
+			`-tls-cert "<cert>": certificate 1 in it is damaged: x509: malformed certificate`},
+		{"large", strings.Repeat("x", maxPEMFile+1), good.key, ca.cert, `-tls-cert "<cert>": it must have 4194304 bytes at most, not 4194305`},
+		{"an encrypted key", good.cert, encrypted, ca.cert,
+			`-tls-key "<key>": it is encrypted, and nobody is there to enter a passphrase; this takes it off: openssl pkey -in <key> -out NEW`},
+		{"another's key", good.cert, expired.key, ca.cert, `-tls-key "<key>": it cannot be used for -tls-cert "<cert>": tls: private key does not match public key`},
+		{"expired", expired.cert, expired.key, ca.cert, `-tls-cert "<cert>": it expired at ` + stamp(expired.pair.Leaf.NotAfter)},
+		{"not yet valid", early.cert, early.key, ca.cert, `-tls-cert "<cert>": it is not valid before ` + stamp(early.pair.Leaf.NotBefore)},
+		{"an expired CA", good.cert, good.key, expiredCA.cert, `-tls-ca-cert "<ca>": it expired at ` + stamp(expiredCA.pair.Leaf.NotAfter)},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			files := newFiles(t, good, ca)
+			for file, text := range map[string]string{files.cert: tt.cert, files.key: tt.key, files.ca: tt.ca} {
+				files.put(file, text)
+				if text == "" || text == "/" {
+					os.Remove(file)
+				}
+				if text == "/" {
+					if err := os.Mkdir(file, 0o700); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			want := "flowctl: " + strings.NewReplacer("<cert>", files.cert, "<key>", files.key, "<ca>", files.ca).Replace(tt.want) + "\n"
+			pipeline := writePipeline(t, shell("a", "echo started"))
+			for _, command := range [][]string{{"server"}, {"run", pipeline}} {
+				p := start(t, append(append(command, "-control-plane-port", "0"), files.mutual()...))
+				p.exit(exitPlane)
+				if got := p.stderr.String() + p.stdout.String(); got != want {
+					t.Errorf("%s:\ngot  %swant %s", command[0], got, want)
+				}
+			}
+		})
+	}
+	t.Run("one expired CA beside a good one", func(t *testing.T) {
+		t.Parallel()
+		files := newFiles(t, good, ca)
+		files.put(files.ca, "the former one:\n"+expiredCA.cert+"\n"+ca.cert)
+		p := startServer(t, files.mutual()...)
+		client, _ := dialTLS(t, p.endpoint(), trust(ca, good))
+		if err := registers(t, client); err != nil {
+			t.Error(err)
+		}
+		p.stop()
+	})
+}
+
+func TestTLSCommandLine(t *testing.T) {
+	t.Parallel()
+	secure, plain := actor("a", role{}), actor("b", role{})
+	secure.TLS = true
+	file := writePipeline(t, secure, plain)
+	for _, tt := range []struct{ args, want string }{
+		{"run FILE -tls-cert x", "-tls-cert \"x\": it needs -tls-key, the file of its private key\nTry: flowctl help run"},
+		{"server -tls-key x", "-tls-key \"x\": it needs -tls-cert, the file of its certificate\nTry: flowctl help server"},
+		{"server -tls-ca-cert x", "-tls-ca-cert \"x\": it needs -tls-cert and -tls-key, the control plane's own certificate\nTry: flowctl help server"},
+		{"server -tls-ca-cert x -tls-cert y", "-tls-cert \"y\": it needs -tls-key, the file of its private key\nTry: flowctl help server"},
+		{"server -tls-cert= -tls-key=", "-tls-key \"\": it must be a file\nTry: flowctl help server"},
+		{"server -tls-cert x -tls-key y -control-plane-address unix:z",
+			"-tls-cert \"x\": it must not be given with -control-plane-address \"unix:z\", a socket file that is open to its user alone\nTry: flowctl help server"},
+		{"run FILE", "FILE: \"tls\": true of a needs -tls-cert and -tls-key"},
+	} {
+		t.Run(tt.args, func(t *testing.T) {
+			t.Parallel()
+			code, stdout, stderr := call(t, strings.Fields(strings.ReplaceAll(tt.args, "FILE", file))...)
+			want := "flowctl: " + strings.ReplaceAll(tt.want, "FILE", file) + "\n"
+			if code != exitUsage || stdout != "" || stderr != want {
+				t.Errorf("exit %d, %q, got\n%swant\n%s", code, stdout, stderr, want)
+			}
+		})
+	}
+}
+
+// told is what component id, once it has registered, was told of the control plane:
+// its variables, and the address that it got when it registered.
+func (p *process) told(id string) map[string]string {
+	p.tb.Helper()
+	told := make(map[string]string)
+	for _, line := range p.lines(id) {
+		if quoted, ok := strings.CutPrefix(line, "env "); ok {
+			entry, err := strconv.Unquote(quoted)
+			if err != nil {
+				p.tb.Error(err)
+			}
+			name, value, _ := strings.Cut(entry, "=")
+			told[name] = value
+		} else if address, ok := strings.CutPrefix(line, "control plane "); ok {
+			told["connection_info"] = address
+		}
+	}
+	return told
+}
+
+func TestTLSRun(t *testing.T) {
+	t.Parallel()
+	ca := newCA(t)
+	for _, tt := range []struct {
+		name string
+		cert *testCert
+		ca   bool
+	}{
+		{"mutual", issue(t, ca, nil), true},
+		{"self-signed", issue(t, nil, nil), false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			files := newFiles(t, tt.cert, ca)
+			secure, plain := actor("secure", role{Dialect: "v1", Environ: true}), actor("plain", role{Dialect: "legacy", Environ: true})
+			secure.TLS = true
+			args := []string{"run", writePipeline(t, secure, plain), "-control-plane-port", "0", "-tls-cert", "plane.pem", "-tls-key", "./plane.key"}
+			trusted := files.cert
+			config := trust(tt.cert)
+			if tt.ca {
+				args = append(args, "-tls-ca-cert", "../"+filepath.Base(files.dir)+"/ca.pem")
+				trusted, config = files.ca, trust(ca, tt.cert)
+			}
+			p := start(t, args, inFolder(files.dir), withEnv("FLOWCTL_TLS_CA=/outer/ca", "FLOWCTL_TLS_CERT=/outer/cert", "FLOWCTL_TLS_KEY=/outer/key"))
+			p.waitReady()
+			p.wait(p.stdout, "| registered\n", 2)
+			private := regexp.MustCompile(`msg="listening for components, without TLS" endpoint=(127\.0\.0\.1:\d+)\n`).FindStringSubmatch(p.stderr.String())
+			if private == nil {
+				t.Fatal(p)
+			}
+			for id, want := range map[string]map[string]string{
+				"secure": {"FLOWCTL_ENDPOINT": p.endpoint(), "FLOWCTL_TLS_CA": trusted, "FLOWCTL_TLS_CERT": files.cert, "FLOWCTL_TLS_KEY": files.key, "connection_info": p.endpoint()},
+				"plain":  {"FLOWCTL_ENDPOINT": private[1], "FLOWCTL_TLS_CA": "", "FLOWCTL_TLS_CERT": "", "FLOWCTL_TLS_KEY": "", "connection_info": private[1]},
+			} {
+				told := p.told(id)
+				for name, value := range want {
+					if got, set := told[name]; got != value || set != (value != "") {
+						t.Errorf("%s: %s is %q, want %q", id, name, got, value)
+					}
+				}
+			}
+			if err := registers(t, dialPlane(t, p.endpoint())); err == nil {
+				t.Error("a client without TLS can register where the control plane has TLS")
+			}
+			client, _ := dialTLS(t, p.endpoint(), config)
+			ack, err := client.register(t.Context(), "v1", registration{id: "outside"})
+			if err != nil || ack.info["control_plane_endpoint"] != p.endpoint() {
+				t.Errorf("a client from elsewhere: %v, %v", ack, err)
+			}
+			if _, err := serves(t, private[1], config); err == nil {
+				t.Error("the private listener speaks TLS")
+			}
+			p.stop()
+			p.hasNot(p.stderr, "level=WARN", "level=ERROR")
+		})
+	}
+}
+
+// Where every component speaks TLS nothing is served without it. What they could
+// not explain is said beforehand.
+func TestTLSRunAllSecure(t *testing.T) {
+	t.Parallel()
+	ca := newCA(t)
+	for _, tt := range []struct {
+		name   string
+		change func(*x509.Certificate)
+		ready  bool
+		want   string
+	}{
+		{"good", nil, true, ""},
+		{"another host", func(c *x509.Certificate) { c.DNSNames, c.IPAddresses = []string{"plane.example"}, nil }, false,
+			`msg="components may refuse the certificate of the control plane" components="a, b" endpoint=127.0.0.1:`},
+		{"for servers alone", func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] }, false,
+			`msg="components cannot use the certificate of the control plane as their own" components="a, b" cert=`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			files := newFiles(t, issue(t, ca, tt.change), ca)
+			a, b := actor("a", role{Dialect: "v1"}), actor("b", role{Dialect: "legacy"})
+			a.TLS, b.TLS = true, true
+			p := launch(t, writePipeline(t, a, b), append(files.mutual(), "-until", "ready")...)
+			if tt.ready {
+				p.exit(exitOK)
+				p.hasNot(p.stderr, "level=WARN")
+			} else {
+				p.exit(exitFailed)
+				p.has(p.stderr, tt.want)
+			}
+			p.hasNot(p.stderr, "without TLS")
+		})
+	}
+}
+
+// A connection to the private listener is known as such, and can be asked for the
+// process at its other end.
+func TestTLSPrivateConnections(t *testing.T) {
+	t.Parallel()
+	lis, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lis.Close()
+	client, err := net.Dial("tcp", lis.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	conn, err := privateListener{lis}.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, ok := conn.(syscall.Conn); !ok {
+		t.Errorf("a %T does not give its socket", conn)
+	}
+	var creds credentials.TransportCredentials = planeCredentials{insecure.NewCredentials(), slog.New(slog.DiscardHandler)}
+	plain, info, err := creds.Clone().ServerHandshake(conn)
+	if _, ok := plain.(*net.TCPConn); !ok || err != nil || info.AuthType() != "insecure" {
+		t.Errorf("got a %T, %v, %v, want the connection as it is", plain, info, err)
+	}
+}
