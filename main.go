@@ -318,14 +318,22 @@ func listCommand(args []string) error {
 	fs.StringVar(&endpoint, "e", "", "short for -endpoint")
 	asJSON := fs.Bool("json", false, "print JSON")
 	wait := fs.Bool("wait", true, "give a control plane that is just starting up to 2s")
+	var secure tlsFlags
+	secure.define(fs, "client certificate in `file`, PEM", "dial TLS, and trust the CA in `file`, PEM")
 	if _, err := parseFlags(fs, args, 0); err != nil {
 		return err
+	}
+	if err := secure.check(fs); err != nil {
+		return err
+	}
+	creds, err := secure.clientCredentials()
+	if err != nil {
+		return &exitError{exitPlane, err}
 	}
 	runs := []runInfo{{Endpoint: endpoint}}
 	if endpoint == "" {
 		ctx, cancel := context.WithTimeout(context.Background(), listPatience)
 		defer cancel()
-		var err error
 		if runs, err = awaitRuns(ctx, *wait); err != nil {
 			return &exitError{exitPlane, err}
 		}
@@ -334,10 +342,10 @@ func listCommand(args []string) error {
 	healthy := true
 	for _, run := range runs {
 		ctx, cancel := context.WithTimeout(context.Background(), listPatience)
-		rows, err := fetchListing(ctx, run.Endpoint, *wait)
+		rows, err := fetchListing(ctx, run.Endpoint, *wait, creds)
 		cancel()
 		if err != nil {
-			failed = append(failed, fmt.Errorf("no control plane answers at %s: %v", run.Endpoint, err))
+			failed = append(failed, fmt.Errorf("no control plane answers at %s: %v%s", run.Endpoint, err, secure.hint(run.Endpoint)))
 			continue
 		}
 		if err := printListing(run, len(runs) > 1, rows, *asJSON); err != nil {

@@ -417,3 +417,55 @@ func (c *certificates) warn(ids []string, endpoint string) {
 		c.log.Warn("components cannot use the certificate of the control plane as their own", "components", enumerate(ids), "cert", c.flags.cert, "ca", c.flags.ca, "err", err)
 	}
 }
+
+// clientCredentials are those by which to dial a control plane.
+func (f tlsFlags) clientCredentials() (credentials.TransportCredentials, error) {
+	if f == (tlsFlags{}) {
+		return insecure.NewCredentials(), nil
+	}
+	files, err := f.load(time.Now())
+	if err != nil {
+		return nil, err
+	}
+	config := &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: files.ca}
+	if f.cert != "" {
+		config.Certificates = []tls.Certificate{files.cert}
+	}
+	return credentials.NewTLS(config), nil
+}
+
+// hint is a line on the flags that may help where endpoint was dialled without
+// success: it speaks TLS and was not dialled so, or the reverse, or it wants a client
+// certificate. It is "" where none would.
+func (f tlsFlags) hint(endpoint string) string {
+	const most = time.Second
+	raw, err := net.DialTimeout("tcp", endpoint, most)
+	if err != nil {
+		return ""
+	}
+	defer raw.Close()
+	_ = raw.SetDeadline(time.Now().Add(most)) // that of a connection that is open works
+	wanted := false
+	conn := tls.Client(raw, &tls.Config{
+		InsecureSkipVerify: true, // nothing is sent, and nothing is believed
+		NextProtos:         []string{"h2"},
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			wanted = true
+			return new(tls.Certificate), nil
+		},
+	})
+	err = conn.Handshake()
+	plain, dialled := tls.RecordHeaderError{}, f != (tlsFlags{})
+	switch {
+	case errors.As(err, &plain) && dialled:
+		return "\nhint: it speaks no TLS: leave out the -tls flags"
+	case err != nil && !wanted: // before TLS 1.3 the handshake fails without what is wanted
+	case !dialled && wanted:
+		return "\nhint: it speaks TLS: name the CA of its certificate by -tls-ca-cert, and a certificate of yours by -tls-cert and -tls-key"
+	case !dialled:
+		return "\nhint: it speaks TLS: name the CA of its certificate by -tls-ca-cert"
+	case wanted && f.cert == "":
+		return "\nhint: it wants a certificate of yours: name it by -tls-cert and -tls-key"
+	}
+	return ""
+}

@@ -12,6 +12,7 @@ import (
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/big"
 	"net"
@@ -490,6 +491,7 @@ func TestTLSCommandLine(t *testing.T) {
 		{"server -tls-cert= -tls-key=", "-tls-key \"\": it must be a file\nTry: flowctl help server"},
 		{"server -tls-cert x -tls-key y -control-plane-address unix:z",
 			"-tls-cert \"x\": it must not be given with -control-plane-address \"unix:z\", a socket file that is open to its user alone\nTry: flowctl help server"},
+		{"list -tls-cert x", "-tls-cert \"x\": it needs -tls-key, the file of its private key\nTry: flowctl help list"},
 		{"run FILE", "FILE: \"tls\": true of a needs -tls-cert and -tls-key"},
 	} {
 		t.Run(tt.args, func(t *testing.T) {
@@ -642,5 +644,67 @@ func TestTLSPrivateConnections(t *testing.T) {
 	plain, info, err := creds.Clone().ServerHandshake(conn)
 	if _, ok := plain.(*net.TCPConn); !ok || err != nil || info.AuthType() != "insecure" {
 		t.Errorf("got a %T, %v, %v, want the connection as it is", plain, info, err)
+	}
+}
+
+func TestTLSList(t *testing.T) {
+	t.Parallel()
+	ca := newCA(t)
+	files, own := newFiles(t, issue(t, ca, nil), ca), newFiles(t, issue(t, ca, nil), newCA(t))
+	secure := launch(t, writePipeline(t, actor("a", role{Dialect: "v1"})), files.flags()...)
+	mutual := launch(t, writePipeline(t, actor("a", role{Dialect: "v1"})), files.mutual()...)
+	plain := launch(t, writePipeline(t, actor("a", role{Dialect: "v1"})))
+	for _, p := range []*process{secure, mutual, plain} {
+		p.waitReady()
+	}
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	go func() {
+		for conn, err := silent.Accept(); err == nil; conn, err = silent.Accept() {
+			go func() {
+				_, _ = io.Copy(io.Discard, conn)
+				conn.Close()
+			}()
+		}
+	}()
+	const (
+		needsCA   = "\nhint: it speaks TLS: name the CA of its certificate by -tls-ca-cert\n"
+		needsBoth = "\nhint: it speaks TLS: name the CA of its certificate by -tls-ca-cert, and a certificate of yours by -tls-cert and -tls-key\n"
+		needsCert = "\nhint: it wants a certificate of yours: name it by -tls-cert and -tls-key\n"
+		needsNone = "\nhint: it speaks no TLS: leave out the -tls flags\n"
+	)
+	for _, tt := range []struct {
+		name     string
+		endpoint string
+		flags    []string
+		code     int
+		want     string // in standard error, which else has no hint
+	}{
+		{"TLS", secure.endpoint(), []string{"-tls-ca-cert", files.ca}, exitOK, ""},
+		{"TLS and a certificate nobody wants", secure.endpoint(), append(own.flags(), "-tls-ca-cert", files.ca), exitOK, ""},
+		{"mutual TLS", mutual.endpoint(), append(own.flags(), "-tls-ca-cert", files.ca), exitOK, ""},
+		{"without flags", secure.endpoint(), nil, exitPlane, needsCA},
+		{"mutual, without flags", mutual.endpoint(), nil, exitPlane, needsBoth},
+		{"mutual, without a certificate", mutual.endpoint(), []string{"-tls-ca-cert", files.ca}, exitPlane, needsCert},
+		{"another CA", secure.endpoint(), []string{"-tls-ca-cert", own.ca}, exitPlane, "certificate signed by unknown authority"},
+		{"the system's CAs", secure.endpoint(), own.flags(), exitPlane, "certificate signed by unknown authority"},
+		{"TLS where there is none", plain.endpoint(), []string{"-tls-ca-cert", files.ca}, exitPlane, needsNone},
+		{"nobody listens", "127.0.0.1:1", nil, exitPlane, "connection refused"},
+		{"nobody answers", silent.Addr().String(), nil, exitPlane, "no control plane answers at " + silent.Addr().String()},
+		{"no such file", secure.endpoint(), []string{"-tls-ca-cert", "/no/such"}, exitPlane, "flowctl: -tls-ca-cert \"/no/such\": no such file or directory\n"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			code, stdout, stderr := call(t, append([]string{"list", "-e", tt.endpoint, "-wait=false"}, tt.flags...)...)
+			listed := strings.Contains(stdout, "\na   source  healthy ")
+			if code != tt.code || listed != (code == exitOK) || !strings.Contains(stderr, tt.want) || strings.Contains(stderr, "hint") != strings.Contains(tt.want, "hint") {
+				t.Errorf("exit %d\n%s%s", code, stdout, stderr)
+			}
+		})
+	}
+	for _, p := range []*process{secure, mutual, plain} {
+		p.stop()
 	}
 }
