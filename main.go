@@ -11,9 +11,11 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/url"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -183,6 +185,8 @@ type planeFlags struct {
 	interval time.Duration
 	logLevel slog.Level
 	format   string
+	dbPath   string
+	noState  bool
 	tls      tlsFlags
 }
 
@@ -193,7 +197,59 @@ func (o *planeFlags) define(fs *flag.FlagSet) {
 	fs.DurationVar(&o.interval, "janitor-interval", 10*time.Second, "look for stale services at least this often")
 	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "`level` of flowctl's own log: debug, info, warn or error")
 	fs.StringVar(&o.format, "log-format", formatAuto, "`format` of the log: auto, text or json")
+	fs.StringVar(&o.dbPath, "db-path", "", "keep the registry's state in `file` (default for run: in $STATE_DIRECTORY, if set)")
+	fs.BoolVar(&o.noState, "no-persistence", false, "keep the registry's state in memory only")
 	o.tls.define(fs, "serve TLS with the certificate in `file`, PEM", "require client certificates, by the CA in `file`")
+}
+
+// stateFile is where the registry's state is kept, "" for nowhere: the file that was
+// asked for, else name.json in the folder that systemd gives, else, for a control plane
+// alone, in the user's own.
+func (o *planeFlags) stateFile(name string, alone bool) (string, error) {
+	name += ".json"
+	given, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":")
+	switch {
+	case o.noState:
+		return "", nil
+	case o.dbPath != "":
+		return o.dbPath, nil
+	case given != "":
+		return filepath.Join(given, name), nil
+	case !alone:
+		return "", nil
+	}
+	base := os.Getenv("XDG_STATE_HOME")
+	if !filepath.IsAbs(base) { // the XDG base directory specification has others ignored
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return "", fmt.Errorf("no place for the registry's state: %v: name a file with -db-path, or choose -no-persistence", err)
+		}
+		base = filepath.Join(home, ".local", "state")
+	}
+	folder := filepath.Join(base, "flowctl")
+	if err := os.MkdirAll(folder, 0o700); err != nil {
+		return "", fmt.Errorf("no place for the registry's state: %v: name a file with -db-path, or choose -no-persistence", err)
+	}
+	return filepath.Join(folder, name), nil
+}
+
+// openState opens the state file, if there is to be one, and lets r take in what is
+// in it.
+func (o *planeFlags) openState(r *registry, about *about, alone bool, log *slog.Logger) (*store, error) {
+	file, err := o.stateFile(url.PathEscape(cmp.Or(about.name, "registry")), alone)
+	if err != nil || file == "" {
+		return nil, err
+	}
+	st, services, err := openStore(file, log)
+	if err != nil {
+		return nil, err
+	}
+	about.stateFile = st.path
+	if dropped := r.restore(services, time.Now()); dropped > 0 {
+		log.Info("services of an earlier run are not taken over", "services", dropped, "file", st.path)
+	}
+	log.Info("registry restored", "services", len(services), "file", st.path)
+	return st, nil
 }
 
 func (o *planeFlags) check(fs *flag.FlagSet) error {
@@ -206,6 +262,9 @@ func (o *planeFlags) check(fs *flag.FlagSet) error {
 	}
 	if o.format != formatAuto && o.format != formatText && o.format != formatJSON {
 		return &usageError{fs.Name(), fmt.Errorf("-log-format %q: it must be auto, text or json", o.format)}
+	}
+	if o.dbPath != "" && o.noState {
+		return &usageError{fs.Name(), errors.New("-db-path and -no-persistence contradict each other")}
 	}
 	return errors.Join(o.tls.checkPlane(fs, o.address), positive(fs, "heartbeat-ttl", "janitor-interval"))
 }
@@ -408,7 +467,15 @@ func serverCommand(args []string) error {
 	}
 	defer file.release()
 	registry := newRegistry(o.ttl, o.interval, endpoint, nil)
-	plane := servePlane(lis, registry, log, certs.credentials())
+	about := about{version: versionName(), started: time.Now(), status: "control plane alone", ready: true}
+	st, err := o.openState(registry, &about, true, log)
+	if err != nil {
+		lis.Close()
+		return &exitError{exitPlane, err}
+	}
+	defer st.close()
+	registry.report(about)
+	plane := servePlane(lis, registry, planeSettings{store: st, certs: certs}, log)
 	defer plane.stop()
 	notify(log, daemon.SdNotifyReady, "STATUS=listening on "+endpoint)
 	for {
@@ -438,20 +505,24 @@ func versionCommand(args []string) error {
 	if _, err := parseFlags(flag.NewFlagSet("version", flag.ContinueOnError), args, 0); err != nil {
 		return err
 	}
-	info, _ := debug.ReadBuildInfo()
-	v, commit := version, ""
-	if info != nil {
-		if v == "" {
-			v = info.Main.Version
-		}
+	commit := ""
+	if info, ok := debug.ReadBuildInfo(); ok {
 		for _, s := range info.Settings {
 			if s.Key == "vcs.revision" {
 				commit = ", commit " + s.Value[:min(12, len(s.Value))]
 			}
 		}
-		fmt.Printf("flowctl %s (%s%s)\n", v, info.GoVersion, commit)
 	}
+	fmt.Printf("flowctl %s (%s%s)\n", versionName(), runtime.Version(), commit)
 	return nil
+}
+
+// versionName is version, or what the Go command knows of this build.
+func versionName() string {
+	if info, ok := debug.ReadBuildInfo(); ok {
+		return cmp.Or(version, info.Main.Version)
+	}
+	return version
 }
 
 func helpCommand(args []string) error {
@@ -593,14 +664,13 @@ type run struct {
 	registry   *registry
 	sup        *supervisor
 	console    *console
-	begun      time.Time
+	about      about
 	conditions map[string]change    // by component: what the registry last told
 	unhealthy  map[string]time.Time // by component: since when
 	signal     os.Signal            // that began the stop, at signalAt
 	signalAt   time.Time
 	ready      bool // once and for all
 	code       int
-	status     string // that was last shown
 	verdicts   chan verdict
 	watches    map[string]context.CancelFunc // by component: ends its health checks
 	watching   sync.WaitGroup
@@ -661,7 +731,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		return &exitError{exitPlane, err}
 	}
 	r := &run{
-		flags: o, log: log, begun: time.Now(),
+		flags: o, log: log, about: about{name: p.Metadata.Name, version: versionName(), started: time.Now()},
 		conditions: make(map[string]change), unhealthy: make(map[string]time.Time),
 		verdicts: make(chan verdict), watches: make(map[string]context.CancelFunc),
 	}
@@ -700,11 +770,16 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		members = append(members, member{proc.Component, r.sup.ports[proc.ID].number})
 	}
 	r.registry = newRegistry(o.ttl, o.interval, endpoint, members)
-	r.registry.given = way.endpoint
-	plane := servePlane(lis, r.registry, log, certs.credentials())
-	if way.private != nil {
-		plane.serve(way.private, log)
+	st, err := o.openState(r.registry, &r.about, false, log)
+	if err != nil {
+		lis.Close()
+		r.sup.close()
+		return &exitError{exitPlane, err}
 	}
+	defer st.close()
+	r.registry.given = way.endpoint
+	r.registry.report(r.about)
+	plane := servePlane(lis, r.registry, planeSettings{store: st, trace: r.trace, certs: certs, private: way.private}, log)
 	r.loop(signals)
 	for _, end := range r.watches {
 		end()
@@ -723,6 +798,21 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	return nil
 }
 
+// trace tells the control plane of which component a caller is.
+func (r *run) trace(conn net.Conn, claim string) origin {
+	id, known := r.sup.componentAt(conn, claim)
+	return origin{id, known}
+}
+
+// report is what the registry passes on of a component's process.
+func (p *proc) report() processReport {
+	out := processReport{state: p.state.String(), restarts: p.restarts}
+	if p.child != nil {
+		out.pid, out.started = p.child.pid, p.started
+	}
+	return out
+}
+
 // loop runs until every component is over.
 func (r *run) loop(signals <-chan os.Signal) {
 	timer := time.NewTimer(0)
@@ -736,7 +826,7 @@ func (r *run) loop(signals <-chan os.Signal) {
 		}
 		r.advance(now)
 		if r.sup.over() {
-			r.log.Info("all components have ended", "after", now.Sub(r.begun).Round(time.Millisecond))
+			r.log.Info("all components have ended", "after", now.Sub(r.about.started).Round(time.Millisecond))
 			return
 		}
 		if due = r.next(now); due.IsZero() {
@@ -822,7 +912,7 @@ func (r *run) failed(failures []*failure, now time.Time) {
 // start starts p. The registry hears of it first, because a quick component could
 // register before start returns.
 func (r *run) start(p *proc) {
-	r.registry.starting(p.ID)
+	r.registry.starting(p.ID, time.Now())
 	delete(r.conditions, p.ID)
 	r.sup.start(p, time.Now())
 	switch {
@@ -958,8 +1048,8 @@ func (r *run) checkReady(now time.Time) {
 	if o := r.overview(); o.ready < o.total {
 		return
 	}
-	r.ready = true
-	r.log.Info("pipeline ready", "components", len(r.sup.procs), "endpoint", r.registry.endpoint, "after", now.Sub(r.begun).Round(time.Millisecond))
+	r.ready, r.about.ready = true, true
+	r.log.Info("pipeline ready", "components", len(r.sup.procs), "endpoint", r.registry.endpoint, "after", now.Sub(r.about.started).Round(time.Millisecond))
 	notify(r.log, daemon.SdNotifyReady)
 	if r.flags.until == untilReady {
 		r.stop(exitOK, now)
@@ -990,12 +1080,16 @@ func (r *run) overview() overview {
 
 // showStatus tells people and systemd how the run is, if that has changed.
 func (r *run) showStatus() {
+	for _, p := range r.sup.procs {
+		r.registry.reportProcess(p.ID, p.report())
+	}
 	o := r.overview()
 	status := o.String()
-	if status == r.status || len(o.left) == 0 {
+	if status == r.about.status || len(o.left) == 0 {
 		return
 	}
-	r.status = status
+	r.about.status = status
+	r.registry.report(r.about)
 	if r.flags.showStatus {
 		r.log.Info("status", o.attrs()...)
 	}

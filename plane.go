@@ -21,7 +21,6 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
@@ -31,6 +30,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
+	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 )
 
@@ -42,7 +42,13 @@ const (
 	maxID       = 256  // bytes of an id, and of a key of metrics and metadata
 	maxText     = 4096 // bytes of any other text
 	maxMessage  = 1 << 20
+	maxBytes    = 256 << 20 // of all texts of all services
+	maxHistory  = 32        // changes of health that are kept of one service
 )
+
+// batch is how many services are gone through while the registry is locked: a few
+// hundred microseconds of work, so that no heartbeat waits longer.
+const batch = 64
 
 // minStall is the shortest time that flowctl must not have run for to count as
 // stopped: less is a busy machine.
@@ -115,13 +121,35 @@ type registration struct {
 	metadata     map[string]string
 }
 
+// origin is who is at the other end of a connection, as far as the kernel tells.
+type origin struct {
+	component string // "" for a process that is of no component of the pipeline
+	known     bool   // false where the kernel cannot tell, as for another machine
+}
+
+// processReport is what a component's process does, in the words of who runs it. The
+// registry only passes it on.
+type processReport struct {
+	state    string
+	pid      int // 0 while there is none
+	started  time.Time
+	restarts int
+}
+
+// healthChange is one entry of a service's history.
+type healthChange struct {
+	at    time.Time
+	now   condition
+	cause string
+}
+
 // service is one record of the registry. registry.mu guards it.
 type service struct {
 	registration
 	member     *member // nil: not in the pipeline
-	order      int     // position in lists: the pipeline's own first, in file order
+	order      int     // tells it from others; also its place in lists: the pipeline's own first, in file order
 	registered bool
-	names      []string // ids under which the registry knows it, the latest last
+	names      []string // ids that it chose, the latest last; one may be another component's by now
 	declared   flowctlv1.HealthStatus
 	ended      string // how its process ended, "" while it lives
 	failing    string // why its health check fails, "" while it passes
@@ -129,10 +157,16 @@ type service struct {
 	lastSeen   time.Time
 	since      time.Time // registered at
 	metrics    map[string]metric
+	size       int           // bytes of its texts
 	expiry     *list.Element // its place in registry.live, nil when it has none
+	silent     *list.Element // its place in registry.stale, nil when it has none
+	process    processReport
 
-	told   condition // what the subscriber knows
-	queued bool      // waits in registry.changed
+	known    condition // of which the latest entry of history tells
+	history  []healthChange
+	told     condition // what the subscriber knows
+	queued   bool      // waits in registry.changed
+	standing           // in what is written and what is told
 }
 
 // change tells the subscriber how a service is now. Changes that follow each other
@@ -153,33 +187,41 @@ type registry struct {
 	endpoint string        // where the plane listens
 	given    string        // FLOWCTL_ENDPOINT of components without "tls": true, "" for endpoint
 	wake     chan struct{} // gets a token when changes wait to be taken
+	members  int
 	ports    map[string]*service
 
-	mu       sync.Mutex // guards the fields below and all services
-	services map[string]*service
-	next     int        // the next service's order
-	count    int        // services that are not in the pipeline
-	live     *list.List // services with a heartbeat to come, the longest silent first
+	mu       sync.Mutex          // guards the fields below and all services
+	services map[string]*service // by each id that one is known under
+	all      []*service          // by order; what is gone is taken out now and then
+	next     int                 // the next service's order
+	count    int                 // services that are not in the pipeline
+	bytes    int                 // the sizes of all services
+	live     *list.List          // services with a heartbeat to come, the longest silent first
+	stale    *list.List          // services without, the longest silent first; none of the pipeline's
 	changed  []*service
 	observed time.Time // the latest time that any method was given
 	grace    time.Time // silence before this moment is not held against anyone
+	feed     feed
+	journal  journal
 }
 
 // newRegistry returns a registry that knows members before they register.
 func newRegistry(ttl, interval time.Duration, endpoint string, members []member) *registry {
 	r := &registry{
-		ttl: ttl, interval: interval, endpoint: endpoint,
+		ttl: ttl, interval: interval, endpoint: endpoint, members: len(members),
 		wake:     make(chan struct{}, 1),
 		ports:    make(map[string]*service),
 		services: make(map[string]*service),
-		live:     list.New(),
+		live:     list.New(), stale: list.New(),
+		feed:    newFeed(),
+		journal: journal{written: make(chan struct{})},
 	}
 	for i := range members {
 		m := &members[i]
-		s := &service{member: m, order: r.next}
-		s.id = m.ID
-		r.next++
+		s := r.newServiceLocked()
+		s.member, s.id = m, m.ID
 		r.services[m.ID] = s
+		r.feed.touch(s)
 		if m.healthPort != "" {
 			r.ports[m.healthPort] = s
 		}
@@ -187,7 +229,15 @@ func newRegistry(ttl, interval time.Duration, endpoint string, members []member)
 	return r
 }
 
-// condition judges s at the time now; the text says why it is not healthy.
+// newServiceLocked returns a record that no id leads to yet.
+func (r *registry) newServiceLocked() *service {
+	s := &service{order: r.next}
+	r.next++
+	r.all = append(r.all, s)
+	return s
+}
+
+// conditionLocked judges s at the time now; the text says why it is not healthy.
 func (r *registry) conditionLocked(s *service, now time.Time) (condition, string) {
 	switch {
 	case s.ended != "":
@@ -234,29 +284,52 @@ func (r *registry) lockAt(now time.Time) time.Time {
 	return r.observed
 }
 
-// noteLocked queues s for the subscriber if it is not as it was told.
+// noteLocked writes a change of the health of s down, if there is one.
 func (r *registry) noteLocked(s *service, now time.Time) {
-	if s.queued {
-		return
+	if c, cause := r.conditionLocked(s, now); c != s.known {
+		s.known = c
+		if len(s.history) == maxHistory {
+			s.history = slices.Delete(s.history, 0, 1)
+		}
+		s.history = append(s.history, healthChange{now, c, clip(cause)})
+		r.changedLocked(s)
 	}
-	if c, _ := r.conditionLocked(s, now); c == s.told {
+}
+
+// changedLocked takes note that s is to be on disk, where there is a store, before
+// anyone is told of it as it is now.
+func (r *registry) changedLocked(s *service) {
+	if !r.journal.hold(s) {
+		r.tellLocked(s)
+	}
+}
+
+// tellLocked lets out that s has changed.
+func (r *registry) tellLocked(s *service) {
+	r.feed.touch(s)
+	if s.queued || s.known == s.told {
 		return
 	}
 	s.queued = true
 	r.changed = append(r.changed, s)
+	r.wakeLocked()
+}
+
+func (r *registry) wakeLocked() {
 	select {
 	case r.wake <- struct{}{}:
 	default:
 	}
 }
 
-// changes takes what has changed since it was last called. There is one caller:
-// it comes when wake has a token.
+// changes takes what has changed since it was last called, or a part of it and
+// leaves a token in wake. There is one caller: it comes when wake has a token.
 func (r *registry) changes(now time.Time) []change {
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
 	var out []change
-	for _, s := range r.changed {
+	n := min(len(r.changed), batch)
+	for _, s := range r.changed[:n] {
 		s.queued = false
 		c, cause := r.conditionLocked(s, now)
 		if c == s.told {
@@ -265,7 +338,11 @@ func (r *registry) changes(now time.Time) []change {
 		out = append(out, change{id: s.id, component: s.component(), now: c, was: s.told, cause: cause})
 		s.told = c
 	}
-	r.changed = r.changed[:0]
+	if r.changed = r.changed[n:]; len(r.changed) > 0 {
+		r.wakeLocked()
+	} else {
+		r.changed = nil
+	}
 	return out
 }
 
@@ -280,9 +357,30 @@ func (r *registry) condition(id string, now time.Time) (condition, string) {
 	return r.conditionLocked(s, now)
 }
 
+// report takes what is to be shown of the run as a whole.
+func (r *registry) report(about about) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.feed.report(about)
+}
+
+// reportProcess takes what the process of component id does.
+func (r *registry) reportProcess(id string, p processReport) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if s := r.services[id]; s.process != p {
+		s.process = p
+		r.feed.touch(s)
+	}
+}
+
 // seenLocked notes a sign of life.
 func (r *registry) seenLocked(s *service, now time.Time) {
 	s.lastSeen = now
+	if s.silent != nil {
+		r.stale.Remove(s.silent)
+		s.silent = nil
+	}
 	switch {
 	case s.timeless:
 		r.forgetExpiryLocked(s)
@@ -300,12 +398,20 @@ func (r *registry) forgetExpiryLocked(s *service) {
 	}
 }
 
-// sweep tells of the services that have become stale and returns when to come again.
+// sweep tells of the services that have become stale, or of a part of them, and
+// returns when to come again.
 func (r *registry) sweep(now time.Time) time.Time {
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
 	wake := now.Add(min(r.interval/2, r.ttl))
-	for e := r.live.Front(); e != nil; e = r.live.Front() {
+	for n := 0; ; n++ {
+		e := r.live.Front()
+		if e == nil {
+			break
+		}
+		if n == batch {
+			return now
+		}
 		s := e.Value.(*service)
 		if at := r.expiryLocked(s); !now.After(at) {
 			if at = at.Add(1); at.Before(wake) {
@@ -314,6 +420,9 @@ func (r *registry) sweep(now time.Time) time.Time {
 			break
 		}
 		r.forgetExpiryLocked(s)
+		if s.member == nil {
+			s.silent = r.stale.PushBack(s)
+		}
 		r.noteLocked(s, now)
 	}
 	return wake
@@ -336,12 +445,13 @@ func (r *registry) runJanitor(ctx context.Context) {
 
 // starting makes ready for a new process of component id: whatever an earlier one
 // registered no longer counts.
-func (r *registry) starting(id string) {
-	r.mu.Lock()
+func (r *registry) starting(id string, now time.Time) {
+	now = r.lockAt(now)
 	defer r.mu.Unlock()
 	s := r.services[id]
 	r.resetLocked(s)
 	s.told = unregistered
+	r.noteLocked(s, now)
 }
 
 func (r *registry) resetLocked(s *service) {
@@ -351,6 +461,7 @@ func (r *registry) resetLocked(s *service) {
 	r.forgetExpiryLocked(s)
 	s.registration = registration{id: s.member.ID}
 	s.metrics = nil
+	r.resizeLocked(s, 0)
 	s.registered, s.ended, s.failing, s.timeless = false, "", "", false
 	s.declared = flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN
 }
@@ -417,18 +528,35 @@ func (s *service) fillLocked() {
 }
 
 // identifyLocked finds the component of the pipeline that reg comes from, or nil.
-func (r *registry) identifyLocked(reg *registration) *service {
+// It fails with PERMISSION_DENIED for one that the kernel knows it is not from.
+func (r *registry) identifyLocked(reg *registration, from origin) (*service, error) {
 	for _, id := range []string{reg.componentID, reg.metadata[metadataComponentID], reg.id} {
 		if s := r.services[id]; s != nil && id != "" && s.component() == id {
-			return s
+			return s, s.refuse(from)
 		}
+	}
+	if from.component != "" {
+		return r.services[from.component], nil
 	}
 	for _, endpoint := range []string{reg.endpoint, reg.metadata["health_endpoint"]} {
 		if s := r.ports[portOf(endpoint)]; s != nil {
-			return s
+			return s, s.refuse(from)
 		}
 	}
-	return nil
+	return nil, nil
+}
+
+// refuse fails where s is a component that flowctl started and the kernel knows
+// that the caller is not of its process tree.
+func (s *service) refuse(from origin) error {
+	if s.member == nil || !from.known || from.component == s.member.ID {
+		return nil
+	}
+	who := "a process that is no component of this pipeline"
+	if from.component != "" {
+		who = "component " + from.component
+	}
+	return status.Errorf(codes.PermissionDenied, "%s cannot speak for component %s: only its own processes can", who, s.member.ID)
 }
 
 // portOf returns the port in a URL or a host:port with or without a path, "" if
@@ -446,9 +574,9 @@ func portOf(endpoint string) string {
 }
 
 // recordLocked finds the record for reg, or makes one.
-func (r *registry) recordLocked(reg *registration) (*service, error) {
-	if s := r.identifyLocked(reg); s != nil {
-		return s, nil
+func (r *registry) recordLocked(reg *registration, from origin, now time.Time) (*service, error) {
+	if s, err := r.identifyLocked(reg, from); s != nil || err != nil {
+		return s, err
 	}
 	reg.id = cmp.Or(reg.id, reg.componentID, reg.metadata[metadataComponentID])
 	if reg.id == "" {
@@ -456,82 +584,135 @@ func (r *registry) recordLocked(reg *registration) (*service, error) {
 		reg.id = strings.ToLower(kind + "-" + rand.Text()[:10])
 	}
 	if s := r.services[reg.id]; s != nil {
-		return s, nil
+		return s, s.refuse(from)
 	}
-	if r.count >= maxServices {
-		return nil, status.Errorf(codes.ResourceExhausted, "the registry is full: it holds %d services", maxServices)
+	if r.count >= maxServices && !r.evictLocked(now) {
+		return nil, status.Errorf(codes.ResourceExhausted, "the registry is full: it holds %d services, and none of them is stale", maxServices)
 	}
 	r.count++
-	r.next++
-	return &service{order: r.next}, nil
+	return r.newServiceLocked(), nil
+}
+
+// evictLocked makes room: it forgets the service that has been silent for the
+// longest time, if one is stale.
+func (r *registry) evictLocked(now time.Time) bool {
+	e := r.stale.Front()
+	if e == nil {
+		return false
+	}
+	r.removeLocked(e.Value.(*service), now)
+	return true
+}
+
+// resizeLocked takes note of how much the texts of s hold.
+func (r *registry) resizeLocked(s *service, size int) {
+	r.bytes += size - s.size
+	s.size = size
+}
+
+// fitLocked makes room for more bytes, or fails with RESOURCE_EXHAUSTED.
+func (r *registry) fitLocked(more int, now time.Time) error {
+	for r.bytes+more > maxBytes {
+		if !r.evictLocked(now) {
+			return status.Errorf(codes.ResourceExhausted, "the registry is full: its services hold %d bytes, and none of them is stale", r.bytes)
+		}
+	}
+	return nil
 }
 
 // register takes a service in, or in again, and builds the answer by ack while
 // nothing can change. The answer's id is the one that the service chose, if it did.
-// It fails with RESOURCE_EXHAUSTED past a bound.
-func (r *registry) register(reg registration, now time.Time, ack func(id string, topics []string, info map[string]string)) error {
+// It returns what durable is to wait for. It fails with PERMISSION_DENIED for one
+// that poses as a component of the pipeline, and with RESOURCE_EXHAUSTED past a bound.
+func (r *registry) register(reg registration, from origin, now time.Time, ack func(id string, topics []string, info map[string]string)) (uint64, error) {
 	if err := reg.check(); err != nil {
-		return err
+		return 0, err
 	}
 	reg.cleanKind()
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
-	s, err := r.recordLocked(&reg)
+	size := reg.size()
+	if err := r.fitLocked(size, now); err != nil {
+		return 0, err
+	}
+	s, err := r.recordLocked(&reg, from, now)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	reg.id = cmp.Or(reg.id, s.component())
 	s.registration = reg
 	s.fillLocked()
-	r.nameLocked(s, reg.id, reg.componentID)
+	r.nameLocked(s, now, reg.id, reg.componentID)
 	if r.services[s.id] != s { // it calls itself by another component's id
 		s.id = s.key()
 	}
 	s.registered, s.since = true, now // one that has ended stays so until starting
 	s.declared, s.metrics = flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, nil
+	r.resizeLocked(s, size)
 	r.seenLocked(s, now)
 	r.noteLocked(s, now)
+	r.changedLocked(s)
 	ack(reg.id, s.topics(), r.connectionInfoLocked(s))
-	return nil
+	return s.durable, nil
 }
 
 // nameLocked makes s known under ids. An id of another component of the pipeline
-// stays that component's, any other goes to who registered last.
-func (r *registry) nameLocked(s *service, ids ...string) {
+// stays that component's, any other goes to who registered last; a component that
+// chose it too is still found by it through its own connections.
+func (r *registry) nameLocked(s *service, now time.Time, ids ...string) {
 	for _, id := range ids {
 		known := r.services[id]
 		if id == "" || known != nil && known.component() == id {
 			continue
 		}
-		if known == s {
-			s.names = slices.DeleteFunc(s.names, func(name string) bool { return name == id })
-			s.names = append(s.names, id)
-			continue
-		}
-		if known != nil {
-			r.unnameLocked(known, id)
-			r.noteLocked(known, r.observed)
-		}
+		s.names = slices.DeleteFunc(s.names, func(name string) bool { return name == id })
 		if len(s.names) == maxIDs {
 			r.unnameLocked(s, s.names[0])
 		}
-		r.services[id] = s
 		s.names = append(s.names, id)
+		r.services[id] = s
+		if known == nil || known == s {
+			continue
+		}
+		switch {
+		case known.member == nil:
+			if r.unnameLocked(known, id); len(known.names) == 0 {
+				r.removeLocked(known, now)
+			}
+		case known.id == id:
+			known.id = known.key()
+		}
 	}
 }
 
-// unnameLocked takes a name from s. A service that has none left is gone, unless it
-// is a component of the pipeline.
+// unnameLocked takes a name from s.
 func (r *registry) unnameLocked(s *service, id string) {
-	delete(r.services, id)
+	if r.services[id] == s {
+		delete(r.services, id)
+	}
 	s.names = slices.DeleteFunc(s.names, func(name string) bool { return name == id })
-	switch {
-	case len(s.names) == 0 && s.member == nil:
-		r.forgetExpiryLocked(s)
-		s.registered = false
-		r.count--
-	case s.id == id:
+	if s.id == id && len(s.names) > 0 {
 		s.id = s.key()
+	}
+}
+
+// removeLocked takes a service that is not in the pipeline out.
+func (r *registry) removeLocked(s *service, now time.Time) {
+	for len(s.names) > 0 {
+		r.unnameLocked(s, s.names[0])
+	}
+	r.forgetExpiryLocked(s)
+	if s.silent != nil {
+		r.stale.Remove(s.silent)
+		s.silent = nil
+	}
+	s.registered = false
+	r.resizeLocked(s, 0)
+	r.count--
+	r.noteLocked(s, now)
+	r.changedLocked(s)
+	if len(r.all) > 2*(r.count+r.members)+batch {
+		r.all = slices.DeleteFunc(r.all, func(s *service) bool { return s.member == nil && !s.registered })
 	}
 }
 
@@ -569,13 +750,14 @@ func (r *registry) connectionInfoLocked(s *service) map[string]string {
 // where it brings some. A declared status other than UNKNOWN is kept until the
 // next. The sign of life counts even where a metric is past its bound, and so do
 // the other metrics.
-func (r *registry) heartbeat(id string, declared flowctlv1.HealthStatus, now time.Time, merge func(*service) error) error {
+// It fails as callerLocked does.
+func (r *registry) heartbeat(id string, from origin, declared flowctlv1.HealthStatus, now time.Time, merge func(*service) error) error {
 	if id == "" {
 		return status.Error(codes.InvalidArgument, "service_id is empty")
 	}
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
-	s, err := r.findLocked(id)
+	s, err := r.callerLocked(id, from)
 	if err != nil {
 		return err
 	}
@@ -584,7 +766,28 @@ func (r *registry) heartbeat(id string, declared flowctlv1.HealthStatus, now tim
 	}
 	r.seenLocked(s, now)
 	r.noteLocked(s, now)
-	return merge(s)
+	if err := r.fitLocked(0, now); err != nil {
+		return err
+	}
+	size := s.size
+	err = merge(s)
+	r.bytes += s.size - size
+	return err
+}
+
+// callerLocked finds the service that calls itself id. Where two components of the
+// pipeline do, the one from which the call comes is meant. It fails with NOT_FOUND for
+// an id that nobody is registered under and with PERMISSION_DENIED for who is not it.
+func (r *registry) callerLocked(id string, from origin) (*service, error) {
+	if own := r.services[from.component]; from.component != "" && own.registered && slices.Contains(own.names, id) {
+		return own, nil
+	}
+	if s := r.services[id]; s != nil {
+		if err := s.refuse(from); err != nil {
+			return nil, err
+		}
+	}
+	return r.findLocked(id)
 }
 
 // findLocked fails with NOT_FOUND for an id that nobody is registered under.
@@ -608,10 +811,12 @@ func (s *service) setMetric(name string, m metric) error {
 		if err := checkLength("the name of a metric", name, maxID); err != nil {
 			return err
 		}
+		s.size += len(name) + entrySize
 	}
 	if err := checkLength("the value of a metric", m.text, maxText); err != nil {
 		return err
 	}
+	s.size += len(m.text) - len(s.metrics[name].text)
 	if s.metrics == nil {
 		s.metrics = make(map[string]metric)
 	}
@@ -619,28 +824,28 @@ func (s *service) setMetric(name string, m metric) error {
 	return nil
 }
 
-// unregister takes a service out.
-func (r *registry) unregister(id string, now time.Time) error {
+// unregister takes a service out and returns what durable is to wait for. It fails as
+// callerLocked does.
+func (r *registry) unregister(id string, from origin, now time.Time) (uint64, error) {
 	if id == "" {
-		return status.Error(codes.InvalidArgument, "service_id is empty")
+		return 0, status.Error(codes.InvalidArgument, "service_id is empty")
 	}
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
-	s, err := r.findLocked(id)
+	s, err := r.callerLocked(id, from)
 	if err != nil {
-		return err
+		return 0, err
 	}
-	if s.member != nil {
-		ended := s.ended
-		r.resetLocked(s)
-		s.ended = ended
-	} else {
-		for len(s.names) > 0 {
-			r.unnameLocked(s, s.names[0])
-		}
+	if s.member == nil {
+		r.removeLocked(s, now)
+		return s.durable, nil
 	}
+	ended := s.ended
+	r.resetLocked(s)
+	s.ended = ended
 	r.noteLocked(s, now)
-	return nil
+	r.changedLocked(s)
+	return s.durable, nil
 }
 
 // view calls f with the service id, or fails with NOT_FOUND. f must not keep it.
@@ -661,17 +866,17 @@ func (r *registry) view(id string, now time.Time, f func(*service)) error {
 // each calls f with every registered service, the pipeline's own first and then
 // in the order of first registration. f must not keep them.
 func (r *registry) each(now time.Time, f func(*service)) {
-	r.lockAt(now)
-	defer r.mu.Unlock()
-	all := make([]*service, 0, len(r.services))
-	for id, s := range r.services {
-		if s.registered && id == s.key() {
-			all = append(all, s)
+	r.mu.Lock()
+	all := slices.Clone(r.all)
+	r.mu.Unlock()
+	for some := range slices.Chunk(all, batch) {
+		r.lockAt(now)
+		for _, s := range some {
+			if s.registered {
+				f(s)
+			}
 		}
-	}
-	slices.SortFunc(all, func(a, b *service) int { return a.order - b.order })
-	for _, s := range all {
-		f(s)
+		r.mu.Unlock()
 	}
 }
 
@@ -716,6 +921,22 @@ func (reg *registration) check() error {
 	return nil
 }
 
+// entrySize is what an entry of a map costs besides its texts, about.
+const entrySize = 32
+
+// size is how many bytes the texts of reg hold, about. Its metrics' is kept up to
+// date by setMetric.
+func (reg *registration) size() int {
+	n := 0
+	for _, text := range slices.Concat([]string{reg.id, reg.componentID, reg.name, reg.description, reg.version, reg.endpoint}, reg.inputEvents, reg.outputEvents) {
+		n += len(text) + entrySize/2
+	}
+	for k, v := range reg.metadata {
+		n += len(k) + len(v) + entrySize
+	}
+	return n
+}
+
 func checkLength(what, text string, most int) error {
 	if len(text) > most {
 		return status.Errorf(codes.ResourceExhausted, "%s has %d bytes: at most %d are allowed", clip(what), len(text), most)
@@ -736,20 +957,23 @@ type legacyServer struct {
 	*registry
 }
 
-func (l legacyServer) Register(_ context.Context, in *flowctlpb.ServiceInfo) (*flowctlpb.RegistrationAck, error) {
+func (l legacyServer) Register(ctx context.Context, in *flowctlpb.ServiceInfo) (*flowctlpb.RegistrationAck, error) {
 	out := &flowctlpb.RegistrationAck{}
-	err := l.register(registration{
+	change, err := l.register(registration{
 		id: in.GetServiceId(), componentID: in.GetComponentId(), kind: in.GetServiceType(),
 		inputEvents: in.GetInputEventTypes(), outputEvents: in.GetOutputEventTypes(),
 		endpoint: in.GetHealthEndpoint(), maxInflight: in.GetMaxInflight(), metadata: in.GetMetadata(),
-	}, time.Now(), func(id string, topics []string, info map[string]string) {
+	}, originOf(ctx, cmp.Or(in.GetComponentId(), in.GetServiceId())), time.Now(), func(id string, topics []string, info map[string]string) {
 		out.ServiceId, out.TopicNames, out.ConnectionInfo = id, topics, info
 	})
-	return out, err
+	if err != nil {
+		return nil, err
+	}
+	return out, l.durable(ctx, change)
 }
 
-func (l legacyServer) Heartbeat(_ context.Context, in *flowctlpb.ServiceHeartbeat) (*emptypb.Empty, error) {
-	err := l.heartbeat(in.GetServiceId(), flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, time.Now(), func(s *service) (err error) {
+func (l legacyServer) Heartbeat(ctx context.Context, in *flowctlpb.ServiceHeartbeat) (*emptypb.Empty, error) {
+	err := l.heartbeat(in.GetServiceId(), originOf(ctx, in.GetServiceId()), flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, time.Now(), func(s *service) (err error) {
 		for name, number := range in.GetMetrics() {
 			err = cmp.Or(s.setMetric(name, metric{number: number}), err)
 		}
@@ -795,25 +1019,32 @@ type v1Server struct {
 	*registry
 }
 
-func (v v1Server) RegisterComponent(_ context.Context, in *flowctlv1.RegisterRequest) (*flowctlv1.RegisterResponse, error) {
+func (v v1Server) RegisterComponent(ctx context.Context, in *flowctlv1.RegisterRequest) (*flowctlv1.RegisterResponse, error) {
 	c := in.GetComponent()
 	if c == nil {
 		return nil, status.Error(codes.InvalidArgument, "component is missing")
 	}
 	out := &flowctlv1.RegisterResponse{}
-	err := v.register(registration{
+	change, err := v.register(registration{
 		id: c.GetId(), componentID: in.GetComponentId(), kind: flowctlpb.ServiceType(c.GetType()),
 		name: c.GetName(), description: c.GetDescription(), version: c.GetVersion(),
 		inputEvents: c.GetInputEventTypes(), outputEvents: c.GetOutputEventTypes(),
 		endpoint: c.GetEndpoint(), metadata: c.GetMetadata(),
-	}, time.Now(), func(id string, topics []string, info map[string]string) {
+	}, originOf(ctx, cmp.Or(in.GetComponentId(), c.GetId())), time.Now(), func(id string, topics []string, info map[string]string) {
 		out.ServiceId, out.AssignedTopics, out.ConnectionInfo = id, topics, info
 	})
-	return out, err
+	if err != nil {
+		return nil, err
+	}
+	return out, v.durable(ctx, change)
 }
 
-func (v v1Server) UnregisterComponent(_ context.Context, in *flowctlv1.UnregisterRequest) (*emptypb.Empty, error) {
-	return &emptypb.Empty{}, v.unregister(in.GetServiceId(), time.Now())
+func (v v1Server) UnregisterComponent(ctx context.Context, in *flowctlv1.UnregisterRequest) (*emptypb.Empty, error) {
+	change, err := v.unregister(in.GetServiceId(), originOf(ctx, in.GetServiceId()), time.Now())
+	if err != nil {
+		return nil, err
+	}
+	return &emptypb.Empty{}, v.durable(ctx, change)
 }
 
 // DiscoverComponents returns what matches, in whatever health: who wants to know
@@ -842,8 +1073,8 @@ func (s *service) matches(in *flowctlv1.DiscoveryRequest) bool {
 	})
 }
 
-func (v v1Server) Heartbeat(_ context.Context, in *flowctlv1.HeartbeatRequest) (*emptypb.Empty, error) {
-	err := v.heartbeat(in.GetServiceId(), in.GetStatus(), time.Now(), func(s *service) (err error) {
+func (v v1Server) Heartbeat(ctx context.Context, in *flowctlv1.HeartbeatRequest) (*emptypb.Empty, error) {
+	err := v.heartbeat(in.GetServiceId(), originOf(ctx, in.GetServiceId()), in.GetStatus(), time.Now(), func(s *service) (err error) {
 		for name, text := range in.GetMetrics() {
 			err = cmp.Or(s.setMetric(name, metric{text: text, isText: true}), err)
 		}
@@ -980,18 +1211,38 @@ func listenUnix(path string) (net.Listener, string, error) {
 
 // plane serves a registry over gRPC and runs its janitor.
 type plane struct {
-	server *grpc.Server
-	health *health.Server
-	cancel context.CancelFunc // ends the janitor
-	done   sync.WaitGroup
+	server  *grpc.Server
+	health  *health.Server
+	ended   chan struct{}      // closed when stop begins
+	janitor context.CancelFunc // ends the janitor and the keeper
+	done    sync.WaitGroup
 }
 
-// servePlane starts to answer on lis, by creds if there are any. It returns at once;
-// stop ends what it began.
-func servePlane(lis net.Listener, r *registry, log *slog.Logger, creds credentials.TransportCredentials) *plane {
-	p := &plane{health: health.NewServer(), server: grpc.NewServer(
+// durableService is the name under which grpc.health.v1 tells whether the state file
+// is up to date. That it is not does not make the control plane less fit to serve.
+const durableService = "flowctl.durable"
+
+// planeSettings are what a control plane may have. Without any it serves without TLS,
+// from memory, and asks nobody who calls.
+type planeSettings struct {
+	store   *store
+	trace   tracer
+	certs   *certificates
+	private net.Listener // for the components that do not speak TLS
+}
+
+// servePlane starts to answer on lis. It returns at once; stop ends what it began.
+func servePlane(lis net.Listener, r *registry, o planeSettings, log *slog.Logger) *plane {
+	creds := o.certs.credentials()
+	if o.trace != nil {
+		creds = tracing{creds, o.trace}
+	}
+	p := &plane{health: health.NewServer(), ended: make(chan struct{}), server: grpc.NewServer(
 		grpc.Creds(creds),
 		grpc.MaxRecvMsgSize(maxMessage),
+		// Ten thousand idle connections must not cost a gigabyte.
+		grpc.ReadBufferSize(4<<10),
+		grpc.WriteBufferSize(4<<10),
 		grpc.MaxConcurrentStreams(1024),
 		grpc.ConnectionTimeout(10*time.Second),
 		// A client that pings more often than this is cut off, so it is low: a
@@ -1001,6 +1252,7 @@ func servePlane(lis net.Listener, r *registry, log *slog.Logger, creds credentia
 	)}
 	flowctlpb.RegisterControlPlaneServer(p.server, legacyServer{registry: r})
 	flowctlv1.RegisterControlPlaneServiceServer(p.server, v1Server{registry: r})
+	operatorv1.RegisterOperatorServer(p.server, operatorServer{registry: r, ended: p.ended})
 	healthpb.RegisterHealthServer(p.server, p.health)
 	for name := range p.server.GetServiceInfo() {
 		p.health.SetServingStatus(name, healthpb.HealthCheckResponse_SERVING)
@@ -1008,9 +1260,23 @@ func servePlane(lis net.Listener, r *registry, log *slog.Logger, creds credentia
 	reflection.Register(p.server)
 
 	var ctx context.Context
-	ctx, p.cancel = context.WithCancel(context.Background())
+	ctx, p.janitor = context.WithCancel(context.Background())
 	p.done.Go(func() { r.runJanitor(ctx) })
+	if o.store != nil {
+		durable := func(is bool) {
+			status := healthpb.HealthCheckResponse_NOT_SERVING
+			if is {
+				status = healthpb.HealthCheckResponse_SERVING
+			}
+			p.health.SetServingStatus(durableService, status)
+		}
+		durable(true)
+		p.done.Go(func() { r.keep(ctx, o.store, durable) })
+	}
 	p.serve(lis, log)
+	if o.private != nil {
+		p.serve(o.private, log)
+	}
 	return p
 }
 
@@ -1026,10 +1292,11 @@ func (p *plane) serve(lis net.Listener, log *slog.Logger) {
 // stop answers what is being asked and then ends, within a second: a health watch
 // or an idle client would keep it forever.
 func (p *plane) stop() {
+	close(p.ended)
 	p.health.Shutdown()
 	hurry := time.AfterFunc(time.Second, p.server.Stop)
 	p.server.GracefulStop()
 	hurry.Stop()
-	p.cancel()
+	p.janitor()
 	p.done.Wait()
 }

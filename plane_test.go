@@ -71,7 +71,7 @@ func startPlane(t testing.TB, r *registry) planeClient {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := servePlane(lis, r, slog.New(slog.DiscardHandler), nil)
+	p := servePlane(lis, r, planeSettings{}, slog.New(slog.DiscardHandler))
 	t.Cleanup(p.stop)
 	return dialPlane(t, endpoint)
 }
@@ -148,7 +148,7 @@ func (c planeClient) mustStatus(t testing.TB, id string) (*flowctlpb.ServiceStat
 func mustRegister(t testing.TB, r *registry, reg registration, now time.Time) string {
 	t.Helper()
 	var got string
-	if err := r.register(reg, now, func(id string, _ []string, _ map[string]string) { got = id }); err != nil {
+	if _, err := r.register(reg, origin{}, now, func(id string, _ []string, _ map[string]string) { got = id }); err != nil {
 		t.Fatalf("registration %+v: %v", reg, err)
 	}
 	return got
@@ -156,7 +156,7 @@ func mustRegister(t testing.TB, r *registry, reg registration, now time.Time) st
 
 // beat is a heartbeat without a status and metrics.
 func beat(r *registry, id string, now time.Time) error {
-	return r.heartbeat(id, flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, now, func(*service) error { return nil })
+	return r.heartbeat(id, origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, now, func(*service) error { return nil })
 }
 
 // takeChanges returns what changes tells as "id: was > now".
@@ -721,19 +721,19 @@ func TestChanges(t *testing.T) {
 	t.Parallel()
 	reg := func(id, componentID string) func(*registry, time.Time) {
 		return func(r *registry, now time.Time) {
-			r.register(registration{id: id, componentID: componentID}, now, func(string, []string, map[string]string) {})
+			r.register(registration{id: id, componentID: componentID}, origin{}, now, func(string, []string, map[string]string) {})
 		}
 	}
 	beats := func(id string, declared flowctlv1.HealthStatus) func(*registry, time.Time) {
 		return func(r *registry, now time.Time) {
-			r.heartbeat(id, declared, now, func(*service) error { return nil })
+			r.heartbeat(id, origin{}, declared, now, func(*service) error { return nil })
 		}
 	}
 	alive := beats("store", flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN)
 	both := func(first, second func(*registry, time.Time)) func(*registry, time.Time) {
 		return func(r *registry, now time.Time) { first(r, now); second(r, now) }
 	}
-	starting := func(r *registry, _ time.Time) { r.starting("store") }
+	starting := func(r *registry, now time.Time) { r.starting("store", now) }
 	admit := func(r *registry, now time.Time) { r.admit("store", now) }
 	finished := func(cause string) func(*registry, time.Time) {
 		return func(r *registry, now time.Time) { r.finished("store", cause, now) }
@@ -742,7 +742,7 @@ func TestChanges(t *testing.T) {
 		return func(r *registry, now time.Time) { r.checked("store", failing, now) }
 	}
 	unregister := func(id string) func(*registry, time.Time) {
-		return func(r *registry, now time.Time) { r.unregister(id, now) }
+		return func(r *registry, now time.Time) { r.unregister(id, origin{}, now) }
 	}
 	const ttl = testTTL
 	var (
@@ -838,13 +838,13 @@ func TestNewProcessInheritsNothing(t *testing.T) {
 	t.Parallel()
 	r, now := testRegistry(), time.Now()
 	mustRegister(t, r, registration{id: "ledgers", endpoint: "h:1", version: "1", outputEvents: []string{"a"}}, now)
-	err := r.heartbeat("ledgers", flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, now, func(s *service) error {
+	err := r.heartbeat("ledgers", origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, now, func(s *service) error {
 		return s.setMetric("events", metric{number: 1})
 	})
 	wantCode(t, "heartbeat", err, codes.OK)
 	r.checked("ledgers", "connection refused", now)
-	r.starting("ledgers")
-	if err := r.register(registration{id: "transfers"}, now, func(_ string, _ []string, info map[string]string) {
+	r.starting("ledgers", now)
+	if _, err := r.register(registration{id: "transfers"}, origin{}, now, func(_ string, _ []string, info map[string]string) {
 		if info["ledgers"] != "" {
 			t.Errorf("connection_info: got %q, the endpoint of the old process", info)
 		}
@@ -900,7 +900,7 @@ func TestCauseNamesWhatHappened(t *testing.T) {
 	t.Parallel()
 	declare := func(declared flowctlv1.HealthStatus) func(*registry, time.Time) {
 		return func(r *registry, now time.Time) {
-			r.heartbeat("store", declared, now, func(*service) error { return nil })
+			r.heartbeat("store", origin{}, declared, now, func(*service) error { return nil })
 		}
 	}
 	for _, test := range []struct {
@@ -917,7 +917,7 @@ func TestCauseNamesWhatHappened(t *testing.T) {
 		{"unhealthy", declare(flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY), 0, unhealthy, "it declared itself UNHEALTHY"},
 		{"stopping", declare(flowctlv1.HealthStatus_HEALTH_STATUS_STOPPING), 0, unhealthy, "it declared itself STOPPING"},
 		{"degraded", declare(flowctlv1.HealthStatus_HEALTH_STATUS_DEGRADED), 0, degraded, "it declared itself DEGRADED"},
-		{"unregistered", func(r *registry, now time.Time) { r.unregister("store", now) }, 0, unregistered, "not registered"},
+		{"unregistered", func(r *registry, now time.Time) { r.unregister("store", origin{}, now) }, 0, unregistered, "not registered"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -1049,13 +1049,14 @@ func TestFullRegistryTakesOnlyWhatItKnows(t *testing.T) {
 	r, now := testRegistry(), testEpoch
 	mustRegister(t, r, registration{id: "x"}, now)
 	r.count = maxServices // as if there were as many others
-	err := r.register(registration{id: "y"}, now, func(string, []string, map[string]string) {})
+	_, err := r.register(registration{id: "y"}, origin{}, now, func(string, []string, map[string]string) {})
 	wantCode(t, "one too many", err, codes.ResourceExhausted)
 	wantCode(t, "heartbeat of the one refused", beat(r, "y", now), codes.NotFound)
 	mustRegister(t, r, registration{id: "x"}, now)
 	mustRegister(t, r, registration{id: "own", componentID: "store"}, now)
 	wantCode(t, "heartbeat", beat(r, "x", now), codes.OK)
-	wantCode(t, "deregistration", r.unregister("x", now), codes.OK)
+	_, err = r.unregister("x", origin{}, now)
+	wantCode(t, "deregistration", err, codes.OK)
 	mustRegister(t, r, registration{id: "y"}, now)
 }
 
@@ -1274,7 +1275,7 @@ func TestStopEndsAnOpenStream(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := servePlane(lis, testRegistry(), slog.New(slog.DiscardHandler), nil)
+	p := servePlane(lis, testRegistry(), planeSettings{}, slog.New(slog.DiscardHandler))
 	watch, err := healthpb.NewHealthClient(dialPlane(t, endpoint).conn).Watch(t.Context(), &healthpb.HealthCheckRequest{})
 	if err != nil {
 		t.Fatal(err)
@@ -1313,7 +1314,7 @@ func TestStopIsNoError(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		servePlane(lis, testRegistry(), slog.New(slog.NewTextHandler(&log, nil)), nil).stop()
+		servePlane(lis, testRegistry(), planeSettings{}, slog.New(slog.NewTextHandler(&log, nil))).stop()
 	}
 	if got := log.out.String(); got != "" {
 		t.Errorf("logged: got %s, want nothing", got)
@@ -1416,7 +1417,7 @@ func TestUnixSocket(t *testing.T) {
 			if info, err := os.Stat(path); err != nil || info.Mode() != os.ModeSocket|0o600 {
 				t.Errorf("got mode %v, %v, want %v", info.Mode(), err, os.ModeSocket|0o600)
 			}
-			p := servePlane(lis, testRegistry(), slog.New(slog.DiscardHandler), nil)
+			p := servePlane(lis, testRegistry(), planeSettings{}, slog.New(slog.DiscardHandler))
 			defer p.stop()
 			dialPlane(t, endpoint).mustRegister(t, "legacy", registration{id: "store"})
 		})
@@ -1463,10 +1464,10 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 			t.Errorf("id %q leads to a service that does not have it among %q", id, s.names)
 		}
 	}
-	foreign, expiring, registered := 0, 0, 0
+	foreign, expiring, registered, silent, bytes := 0, 0, 0, 0, 0
 	for s := range known {
 		for i, id := range s.names {
-			if r.services[id] != s || slices.Contains(s.names[:i], id) {
+			if s.member == nil && r.services[id] != s || r.services[id] == nil || slices.Contains(s.names[:i], id) {
 				t.Errorf("service %q has the name %q, which is another's or doubled", s.id, id)
 			}
 		}
@@ -1482,6 +1483,16 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 		if s.expiry != nil {
 			expiring++
 		}
+		if s.silent != nil {
+			silent++
+		}
+		bytes += s.size
+		if len(s.history) > maxHistory || len(s.history) > 0 && s.history[len(s.history)-1].now != s.known {
+			t.Errorf("service %q is known as %v, its history is %v", s.id, s.known, s.history)
+		}
+		if s.place == nil || s.revision > r.feed.revision || !slices.Contains(r.all, s) {
+			t.Errorf("service %q is not in the feed or in the list of all", s.id)
+		}
 		if s.registered {
 			registered++
 		}
@@ -1492,6 +1503,9 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 	}
 	if r.count != foreign {
 		t.Errorf("the count of foreign services is %d, there are %d", r.count, foreign)
+	}
+	if r.stale.Len() != silent || r.feed.recent.Len() != len(known) || r.bytes != bytes {
+		t.Errorf("%d of %d stale, %d of %d in the feed, %d of %d bytes", r.stale.Len(), silent, r.feed.recent.Len(), len(known), r.bytes, bytes)
 	}
 	if r.live.Len() != expiring {
 		t.Errorf("%d services wait for their expiry, %d have one", r.live.Len(), expiring)
@@ -1572,14 +1586,14 @@ func FuzzRegistry(f *testing.F) {
 					t.Errorf("registration %+v: got id %q", reg, got)
 				}
 			case 2, 3:
-				err := r.heartbeat(id, flowctlv1.HealthStatus(b%7), at, func(s *service) error { return s.setMetric(other, metric{number: 1}) })
+				err := r.heartbeat(id, origin{}, flowctlv1.HealthStatus(b%7), at, func(s *service) error { return s.setMetric(other, metric{number: 1}) })
 				if code := status.Code(err); code != codes.OK && code != codes.NotFound && (code != codes.InvalidArgument || id != "") {
 					t.Errorf("heartbeat as %q: %v", id, err)
 				}
 			case 4:
-				r.unregister(id, at)
+				r.unregister(id, origin{}, at)
 			case 5:
-				r.starting(component)
+				r.starting(component, at)
 				told[component] = unregistered
 			case 6:
 				r.finished(component, causes[b%2], at)
@@ -1672,7 +1686,7 @@ func hammer(t *testing.T, ctx context.Context, c planeClient, r *registry, i int
 		case 0:
 			c.v1.UnregisterComponent(ctx, &flowctlv1.UnregisterRequest{ServiceId: id})
 		case 1:
-			r.starting(component)
+			r.starting(component, time.Now())
 		case 2:
 			r.finished(component, "exit status 1", time.Now())
 		case 3:

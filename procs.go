@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	mathrand "math/rand/v2"
 	"net"
 	"os"
@@ -141,11 +142,43 @@ type supervisor struct {
 	run      string // unique: what runMark is set to
 	reaper   *reaper
 	cgroup   *cgroup // nil for none
+	leaders  leaders
 
 	guard      *guard
 	guardBegun time.Time     // when it was started last
 	guardDue   time.Time     // when it is to be replaced, zero while it lives
 	guardWait  time.Duration // before it is replaced the next time
+}
+
+// leaders are the processes that supervisor has started and that lead a group now,
+// for who asks from elsewhere which component a process is of.
+type leaders struct {
+	mu    sync.RWMutex // guards byPID; held over each start, so that no process can ask before it is known
+	byPID map[int]string
+}
+
+// start runs start, which returns the pid of a new leader of component id.
+func (l *leaders) start(id string, start func() (pid int, err error)) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	pid, err := start()
+	if err == nil {
+		l.byPID[pid] = id
+	}
+	return err
+}
+
+func (l *leaders) ended(pid int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.byPID, pid)
+}
+
+// now returns a copy.
+func (l *leaders) now() map[int]string {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	return maps.Clone(l.byPID)
 }
 
 // exit is the end of one process: it was waited for, its group is gone and its
@@ -183,6 +216,7 @@ func newSupervisor(p *Pipeline, settings procSettings, emit emitter, log *slog.L
 		settings: settings, log: log, emit: emit, run: strings.TrimPrefix(os.Getenv(runMark)+"/"+rand.Text(), "/"),
 		exits: make(chan exit), byID: make(map[string]*proc),
 		before: p.stopAfter(), ports: make(map[string]*reservedPort),
+		leaders: leaders{byPID: make(map[int]string)},
 	}
 	for _, c := range p.components() {
 		proc := &proc{Component: c, log: log.With("component", c.ID)}
@@ -299,6 +333,7 @@ func (s *supervisor) ready(p *proc, now time.Time) {
 func (s *supervisor) exited(e exit, now time.Time) {
 	p := e.proc
 	p.child, p.ended = nil, now
+	s.leaders.ended(e.child.pid)
 	if !s.stopping { // else close sweeps
 		for _, stray := range s.strays(p.ID) {
 			p.log.Warn("ending what left its process group", "pid", stray.pid, "name", stray.name)
@@ -617,7 +652,12 @@ func (s *supervisor) spawn(c *Component, env []string) (*child, error) {
 		ch.outputs, theirs = append(ch.outputs, r), append(theirs, w)
 	}
 	cmd.Stdout, cmd.Stderr = theirs[0], theirs[1]
-	if err := s.reaper.start(cmd); err != nil {
+	if err := s.leaders.start(c.ID, func() (int, error) {
+		if err := s.reaper.start(cmd); err != nil {
+			return 0, err
+		}
+		return cmd.Process.Pid, nil
+	}); err != nil {
 		ch.closeOutputs()
 		return nil, describeStart(c, err)
 	}

@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -465,6 +466,122 @@ func (s *supervisor) strays(id string) []procInfo {
 		}
 	}
 	return out
+}
+
+// componentAt tells which component holds the other end of a connection to flowctl:
+// it, or what it has started. claim is the one to begin with. known is false where
+// the kernel cannot tell: for another machine, another network or pid namespace, or a
+// process that flowctl may not look into. With an id of "" it is known that the other
+// end is of no component.
+func (s *supervisor) componentAt(conn net.Conn, claim string) (id string, known bool) {
+	switch conn := conn.(type) {
+	case *net.UnixConn:
+		return s.componentOf(peerPID(conn))
+	default:
+		local, ok := conn.LocalAddr().(*net.TCPAddr)
+		remote, alsoOK := conn.RemoteAddr().(*net.TCPAddr)
+		if !ok || !alsoOK {
+			return "", false
+		}
+		inode, ok := socketInode(remote.AddrPort(), local.AddrPort())
+		if !ok {
+			return "", false
+		}
+		return s.componentHolding(inode, claim)
+	}
+}
+
+// peerPID is the process that connected to a unix socket (SO_PEERCRED of unix(7)), 0
+// for one of another pid namespace.
+func peerPID(conn *net.UnixConn) int {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	pid := 0
+	_ = raw.Control(func(fd uintptr) {
+		if cred, err := syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED); err == nil {
+			pid = int(cred.Pid)
+		}
+	})
+	return pid
+}
+
+// componentHolding is componentAt for a TCP socket.
+func (s *supervisor) componentHolding(inode uint64, claim string) (id string, known bool) {
+	leaders := s.leaders.now()
+	for pid, id := range leaders {
+		if id != claim {
+			continue
+		}
+		if held, _ := holdsSocket(pid, inode); held {
+			return id, true
+		}
+	}
+	for range 2 { // a process can hand its socket on and end while /proc is read
+		blind := false
+		for pid, id := range leaders {
+			held, readable := holdsSocket(pid, inode)
+			if held {
+				return id, true
+			}
+			blind = blind || !readable
+		}
+		below := s.descendants()
+		for _, p := range below {
+			if leaders[p.pid] != "" {
+				continue
+			}
+			held, readable := holdsSocket(p.pid, inode)
+			if held {
+				return s.componentOf(p.pid)
+			}
+			blind = blind || !readable
+		}
+		if blind || len(below) == 0 && len(leaders) > 0 { // of which the second is a /proc that does not show them
+			return "", false
+		}
+	}
+	return "", true
+}
+
+// componentOf tells which component process pid is of, as componentAt does. One that
+// has left the tree of its leader is known by its environment.
+func (s *supervisor) componentOf(pid int) (id string, known bool) {
+	leaders := s.leaders.now()
+	self := os.Getpid()
+	for at := pid; at != self; {
+		p, ok := readProcess(at)
+		if !ok || !procIsOurs() {
+			return "", false
+		}
+		if id, ok := leaders[p.pid]; ok {
+			return id, true
+		}
+		if id, ok := leaders[p.group]; ok {
+			return id, true
+		}
+		if p.parent == self { // adopted
+			return s.markedComponent(pid)
+		}
+		if p.parent <= 1 {
+			return "", true
+		}
+		at = p.parent
+	}
+	return "", true
+}
+
+// markedComponent is the component of this run that the environment of a process
+// names.
+func (s *supervisor) markedComponent(pid int) (id string, known bool) {
+	env := environ(pid)
+	_, rest, ok := bytes.Cut(env, []byte("\x00FLOWCTL_COMPONENT_ID="))
+	name, _, _ := bytes.Cut(rest, []byte{0})
+	if !ok || !hasMark(pid, s.run) || s.byID[string(name)] == nil {
+		return "", false
+	}
+	return string(name), true
 }
 
 // descendants returns all that lives below flowctl, but for the guard.

@@ -4,6 +4,7 @@ package main
 
 import (
 	"io"
+	"net"
 	"os/exec"
 	"syscall"
 	"time"
@@ -50,6 +51,8 @@ type procInfo struct {
 }
 
 func (p procInfo) send(syscall.Signal) {}
+
+func (s *supervisor) componentAt(net.Conn, string) (string, bool) { return "", false }
 
 func (s *supervisor) strays(string) []procInfo { return nil }
 func (s *supervisor) sweep(time.Duration)      {}

@@ -298,10 +298,10 @@ func (s fileStates) same(other fileStates) bool {
 	})
 }
 
-// credentials are those of the plane's gRPC server. Without TLS there are none.
+// credentials are those of the plane's gRPC server. There may be no certificates.
 func (c *certificates) credentials() credentials.TransportCredentials {
 	if c == nil {
-		return nil
+		return insecure.NewCredentials()
 	}
 	return planeCredentials{credentials.NewTLS(&tls.Config{GetConfigForClient: c.current, MinVersion: tls.VersionTLS12}), c.log}
 }
@@ -315,9 +315,6 @@ type planeCredentials struct {
 
 func (c planeCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	if private, ok := raw.(privateConn); ok {
-		if err := admitPrivate(private); err != nil {
-			return nil, nil, err
-		}
 		return insecure.NewCredentials().ServerHandshake(private.TCPConn)
 	}
 	conn, info, err := c.TransportCredentials.ServerHandshake(raw)
@@ -330,11 +327,6 @@ func (c planeCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.A
 func (c planeCredentials) Clone() credentials.TransportCredentials {
 	return planeCredentials{c.TransportCredentials.Clone(), c.log}
 }
-
-// admitPrivate decides whether a connection to the private listener is served. Every
-// user of the machine can dial it, so here is the place to refuse one whose process
-// is not of this run.
-func admitPrivate(privateConn) error { return nil }
 
 // privateListener marks its connections for planeCredentials.
 type privateListener struct{ *net.TCPListener }

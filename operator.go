@@ -1,0 +1,355 @@
+package main
+
+import (
+	"container/list"
+	"context"
+	"os"
+	"slices"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
+)
+
+const (
+	maxFollowers = 256                       // streams of changes at a time
+	maxRemoved   = 4096                      // removals that are remembered for streams that are behind
+	planeStops   = "the control plane stops" // by which a client knows it from a lost connection
+	maxAtOnce    = 1 << 14                   // components in one message of GetPipeline
+)
+
+// about is what the operator service tells of the pipeline as a whole.
+type about struct {
+	name      string // "" for a control plane alone
+	version   string
+	started   time.Time
+	stateFile string // "" for none
+	status    string // in one line
+	ready     bool
+}
+
+// standing is where a service stands in what is written and what is told.
+type standing struct {
+	durable  uint64        // journal.count at its last change
+	held     bool          // is in journal.held
+	revision uint64        // feed.revision when its last change was let out
+	place    *list.Element // in feed.recent
+}
+
+// feed is what has changed, in order, so that any number of streams can each go on
+// from where it stands: what one misses costs no memory, because a service stands in
+// it once, at its last change. registry.mu guards it.
+type feed struct {
+	about     about
+	revision  uint64
+	stirred   uint64     // revision of about, and of whether the registry is durable
+	recent    *list.List // of *service, the one that changed last at the end
+	removed   []removal  // the last at the end
+	lost      uint64     // removals up to this revision are forgotten
+	news      chan struct{}
+	followers int
+}
+
+type removal struct {
+	record   int
+	revision uint64
+}
+
+func newFeed() feed { return feed{recent: list.New()} }
+
+// touch lets out that s has changed.
+func (f *feed) touch(s *service) {
+	f.announce()
+	s.revision = f.revision
+	switch {
+	case s.member == nil && !s.registered:
+		if s.place != nil {
+			f.recent.Remove(s.place)
+			s.place = nil
+			f.remove(removal{s.order, f.revision})
+		}
+	case s.place == nil:
+		s.place = f.recent.PushBack(s)
+	default:
+		f.recent.MoveToBack(s.place)
+	}
+}
+
+func (f *feed) remove(r removal) {
+	if len(f.removed) == maxRemoved {
+		f.lost = f.removed[0].revision
+		f.removed = slices.Delete(f.removed, 0, 1)
+	}
+	f.removed = append(f.removed, r)
+}
+
+// report lets out that what is said of the pipeline as a whole has changed.
+func (f *feed) report(a about) {
+	if a != f.about {
+		f.about = a
+		f.stir()
+	}
+}
+
+func (f *feed) stir() {
+	f.announce()
+	f.stirred = f.revision
+}
+
+// announce wakes the streams that wait.
+func (f *feed) announce() {
+	f.revision++
+	if f.news != nil {
+		close(f.news)
+		f.news = nil
+	}
+}
+
+// wait returns what is closed at the next change.
+func (f *feed) wait() <-chan struct{} {
+	if f.news == nil {
+		f.news = make(chan struct{})
+	}
+	return f.news
+}
+
+// since returns some of the services that have changed after a revision, the first
+// to change first, and the records that were removed; with them the revision that
+// was reached. It is false where removals have been forgotten.
+func (f *feed) since(revision uint64) (changed []*service, removed []int64, reached uint64, ok bool) {
+	if revision < f.lost {
+		return nil, nil, 0, false
+	}
+	first := f.recent.Back()
+	for first != nil && first.Value.(*service).revision > revision {
+		first = first.Prev()
+	}
+	if first == nil {
+		first = f.recent.Front()
+	} else {
+		first = first.Next()
+	}
+	reached = f.revision
+	for e := first; e != nil; e = e.Next() {
+		if len(changed) == batch {
+			reached = changed[batch-1].revision
+			break
+		}
+		changed = append(changed, e.Value.(*service))
+	}
+	for i := len(f.removed) - 1; i >= 0 && f.removed[i].revision > revision; i-- {
+		if f.removed[i].revision <= reached {
+			removed = append(removed, int64(f.removed[i].record))
+		}
+	}
+	return changed, removed, reached, true
+}
+
+// operatorServer speaks flowctl.operator.v1.
+type operatorServer struct {
+	operatorv1.UnimplementedOperatorServer
+	*registry
+	ended <-chan struct{} // closed when the control plane stops
+}
+
+func (o operatorServer) GetPipeline(context.Context, *operatorv1.GetPipelineRequest) (*operatorv1.Pipeline, error) {
+	now := time.Now()
+	o.mu.Lock()
+	out := o.pipelineLocked()
+	all := slices.Clone(o.all)
+	o.mu.Unlock()
+	if len(all) > maxAtOnce {
+		return nil, status.Errorf(codes.ResourceExhausted, "%d components are too many for one message, of which %d fit: call Watch", len(all), maxAtOnce)
+	}
+	for some := range slices.Chunk(all, batch) {
+		out.Components = append(out.Components, o.components(some, now)...)
+	}
+	return out, nil
+}
+
+func (r *registry) pipelineLocked() *operatorv1.Pipeline {
+	a := &r.feed.about
+	out := &operatorv1.Pipeline{
+		Name: a.name, Version: a.version, Pid: int64(os.Getpid()), Started: timestamppb.New(a.started),
+		Endpoint: r.endpoint, Status: a.status, Ready: a.ready, StateFile: a.stateFile,
+	}
+	if r.journal.broken != nil {
+		out.NotDurable = r.journal.broken.Error()
+	}
+	return out
+}
+
+// components is what some have to show, without those that are gone.
+func (r *registry) components(some []*service, now time.Time) []*operatorv1.Component {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	out := make([]*operatorv1.Component, 0, len(some))
+	for _, s := range some {
+		if s.registered || s.member != nil {
+			out = append(out, r.componentLocked(s, now))
+		}
+	}
+	return out
+}
+
+func (r *registry) componentLocked(s *service, now time.Time) *operatorv1.Component {
+	c, cause := r.conditionLocked(s, now)
+	out := &operatorv1.Component{
+		Record: int64(s.order), Id: s.key(), InPipeline: s.member != nil, Type: typeName(s.kind),
+		Name: s.name, Description: s.description, Version: s.version,
+		InputEventTypes: s.inputEvents, OutputEventTypes: s.outputEvents,
+		Endpoint: s.endpoint, Metadata: s.metadata,
+		Health: c.String(), Cause: cause, Declared: statusName(s.declared),
+	}
+	if s.id != out.Id {
+		out.ServiceId = s.id
+	}
+	if s.registered {
+		out.RegisteredAt, out.LastSeen = timestamppb.New(s.since), timestamppb.New(s.lastSeen)
+	}
+	for name, m := range s.metrics {
+		if f, ok := m.float(); ok {
+			if out.Metrics == nil {
+				out.Metrics = make(map[string]float64, len(s.metrics))
+			}
+			out.Metrics[name] = f
+			continue
+		}
+		if out.TextMetrics == nil {
+			out.TextMetrics = make(map[string]string)
+		}
+		out.TextMetrics[name] = m.text
+	}
+	for _, h := range s.history {
+		out.History = append(out.History, &operatorv1.Change{Time: timestamppb.New(h.at), Health: h.now.String(), Cause: h.cause})
+	}
+	if p := s.process; p.state != "" {
+		out.Process = &operatorv1.Process{State: p.state, Pid: int64(p.pid), Restarts: int64(p.restarts)}
+		if !p.started.IsZero() {
+			out.Process.Started = timestamppb.New(p.started)
+		}
+	}
+	return out
+}
+
+// Watch holds at most one message for each stream, and what a slow reader misses is
+// not kept: it gets the services that have changed as they are when it gets to them.
+func (o operatorServer) Watch(in *operatorv1.WatchRequest, stream grpc.ServerStreamingServer[operatorv1.WatchResponse]) error {
+	o.mu.Lock()
+	full := o.feed.followers >= maxFollowers
+	if !full {
+		o.feed.followers++
+	}
+	o.mu.Unlock()
+	if full {
+		return status.Errorf(codes.ResourceExhausted, "%d streams of changes are open, the most that there can be", maxFollowers)
+	}
+	defer func() {
+		o.mu.Lock()
+		o.feed.followers--
+		o.mu.Unlock()
+	}()
+	w := &follower{registry: o.registry, send: stream.Send}
+	if err := w.snapshot(); err != nil || !in.GetFollow() {
+		return err
+	}
+	var beat <-chan time.Time
+	if in.GetHeartbeats() {
+		ticker := time.NewTicker(time.Second)
+		defer ticker.Stop()
+		beat = ticker.C
+	}
+	for {
+		news, err := w.catchUp()
+		if err != nil {
+			return err
+		}
+		select {
+		case <-news:
+		case now := <-beat:
+			if err := w.heard(now); err != nil {
+				return err
+			}
+		case <-o.ended:
+			return status.Error(codes.Unavailable, planeStops)
+		case <-stream.Context().Done():
+			return nil
+		}
+	}
+}
+
+// follower is one stream of changes.
+type follower struct {
+	*registry
+	send     func(*operatorv1.WatchResponse) error
+	revision uint64    // what it has told of
+	beat     time.Time // when heartbeats were told last
+}
+
+// snapshot sends everything.
+func (w *follower) snapshot() error {
+	w.mu.Lock()
+	w.revision, w.beat = w.feed.revision, w.observed
+	out := &operatorv1.WatchResponse{Pipeline: w.pipelineLocked(), Reset_: true}
+	all := slices.Clone(w.all)
+	w.mu.Unlock()
+	for some := range slices.Chunk(all, batch) {
+		out.Components = w.components(some, time.Now())
+		if err := w.send(out); err != nil {
+			return err
+		}
+		out = &operatorv1.WatchResponse{}
+	}
+	out.Complete = true
+	return w.send(out)
+}
+
+// catchUp sends what has changed, and returns what is closed at the next change.
+func (w *follower) catchUp() (<-chan struct{}, error) {
+	for {
+		w.mu.Lock()
+		if w.revision == w.feed.revision {
+			defer w.mu.Unlock()
+			return w.feed.wait(), nil
+		}
+		changed, removed, reached, ok := w.feed.since(w.revision)
+		out := &operatorv1.WatchResponse{Removed: removed}
+		if w.feed.stirred > w.revision {
+			out.Pipeline = w.pipelineLocked()
+		}
+		w.mu.Unlock()
+		if !ok {
+			if err := w.snapshot(); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		w.revision = reached
+		out.Components = w.components(changed, time.Now())
+		if err := w.send(out); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// heard sends the services that were heard of since it last did. They stand at the
+// end of live.
+func (w *follower) heard(now time.Time) error {
+	w.mu.Lock()
+	var heard []*service
+	for e := w.live.Back(); e != nil && e.Value.(*service).lastSeen.After(w.beat); e = e.Prev() {
+		heard = append(heard, e.Value.(*service))
+	}
+	w.beat = now
+	w.mu.Unlock()
+	for some := range slices.Chunk(heard, batch) {
+		if err := w.send(&operatorv1.WatchResponse{Components: w.components(some, now)}); err != nil {
+			return err
+		}
+	}
+	return nil
+}

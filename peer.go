@@ -1,0 +1,80 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync"
+	"sync/atomic"
+
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+)
+
+// tracer finds the process at the other end of a connection. claim is the component
+// that it says it is, with which to begin.
+type tracer func(conn net.Conn, claim string) origin
+
+// tracing are transport credentials under which each call knows the connection that
+// it came by, and so whose it is.
+type tracing struct {
+	credentials.TransportCredentials
+	trace tracer
+}
+
+// ServerHandshake refuses a process that is of no component on the listener that is
+// there for components alone: it would go round TLS.
+func (t tracing) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	secured, info, err := t.TransportCredentials.ServerHandshake(conn)
+	if err != nil {
+		return nil, nil, err
+	}
+	r := &remote{AuthInfo: info, conn: conn, trace: t.trace}
+	if _, private := conn.(privateConn); private {
+		if from := r.origin(""); from.known && from.component == "" {
+			return nil, nil, errors.New("a process that is no component of this pipeline is to use TLS")
+		}
+	}
+	return secured, r, nil
+}
+
+func (t tracing) Clone() credentials.TransportCredentials {
+	return tracing{t.TransportCredentials.Clone(), t.trace}
+}
+
+// remote is the other end of one connection. Whose it is is looked up once, when it
+// is first asked for, so that a connection on which nothing is said costs nothing.
+type remote struct {
+	credentials.AuthInfo
+	conn  net.Conn
+	trace tracer
+	found atomic.Pointer[origin]
+	mu    sync.Mutex // held while it is looked up
+}
+
+// originOf tells who makes the call of ctx. claim is who the caller says it is.
+func originOf(ctx context.Context, claim string) origin {
+	caller, ok := peer.FromContext(ctx)
+	if !ok {
+		return origin{}
+	}
+	r, ok := caller.AuthInfo.(*remote)
+	if !ok {
+		return origin{}
+	}
+	return r.origin(claim)
+}
+
+func (r *remote) origin(claim string) origin {
+	if found := r.found.Load(); found != nil {
+		return *found
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if found := r.found.Load(); found != nil {
+		return *found
+	}
+	found := r.trace(r.conn, claim)
+	r.found.Store(&found)
+	return found
+}

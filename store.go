@@ -1,0 +1,499 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"google.golang.org/grpc/status"
+
+	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
+)
+
+// stateFormat is the first field of a state file. Another number is for a change
+// that this version could not read.
+const stateFormat = "flowctl-registry/1"
+
+// maxWrite is how long a disk may take for the state file before the registry goes
+// on without it.
+const maxWrite = 5 * time.Second
+
+// journal tells how far the registry is on disk. What changes is held back until
+// it is, unless there is no store or the disk does not take it.
+type journal struct {
+	on      bool
+	count   uint64        // of all changes
+	done    uint64        // so many are on disk
+	held    []*service    // changed since, and nobody was told
+	dirty   chan struct{} // gets a token when there is something to write
+	written chan struct{} // closed and replaced when done or broken have changed
+	broken  error         // why the last write failed
+}
+
+// hold counts a change of s and tells whether it is to be kept from others for now.
+func (j *journal) hold(s *service) bool {
+	if !j.on {
+		return false
+	}
+	j.count++
+	s.durable = j.count
+	select {
+	case j.dirty <- struct{}{}:
+	default:
+	}
+	if j.broken != nil {
+		return false
+	}
+	if !s.held {
+		s.held = true
+		j.held = append(j.held, s)
+	}
+	return true
+}
+
+// durable returns when so many changes are on disk, or cannot be brought there.
+func (r *registry) durable(ctx context.Context, count uint64) error {
+	for {
+		r.mu.Lock()
+		over := !r.journal.on || r.journal.broken != nil || r.journal.done >= count
+		written := r.journal.written
+		r.mu.Unlock()
+		if over {
+			return nil
+		}
+		select {
+		case <-written:
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		}
+	}
+}
+
+// settle takes the outcome of a write of all changes up to count, lets out what
+// waited for it and tells whether the registry has become durable, or ceased to be.
+func (r *registry) settle(count uint64, err error) (turned bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	j := &r.journal
+	turned = (err == nil) != (j.broken == nil)
+	j.broken = err
+	if err == nil {
+		j.done = max(j.done, count)
+	}
+	if turned {
+		r.feed.stir()
+	}
+	held := j.held
+	j.held = nil
+	for _, s := range held {
+		if err == nil && s.durable > j.done {
+			j.held = append(j.held, s)
+			continue
+		}
+		s.held = false
+		r.tellLocked(s)
+	}
+	close(j.written)
+	j.written = make(chan struct{})
+	return turned
+}
+
+// keep writes the registry to st whenever it has changed, and every interval for the
+// sake of what was seen last, until ctx ends, and then a last time. Changes that come
+// while it writes share the next write. told hears whether the registry is durable,
+// when that has changed.
+func (r *registry) keep(ctx context.Context, st *store, told func(durable bool)) {
+	ticker := time.NewTicker(r.interval)
+	defer ticker.Stop()
+	settle := func(count uint64, err error) {
+		if !r.settle(count, err) {
+			return
+		}
+		if told(err == nil); err != nil {
+			st.log.Error("the registry's state is not durable, flowctl goes on without", "err", err)
+		} else {
+			st.log.Info("the registry's state is durable again", "file", st.path)
+		}
+	}
+	for last := false; !last; {
+		select {
+		case <-ctx.Done():
+			last = true
+		case <-r.journal.dirty:
+		case <-ticker.C:
+		}
+		var count uint64
+		var mu sync.Mutex // guards over
+		over := false
+		slow := time.AfterFunc(maxWrite, func() {
+			mu.Lock()
+			defer mu.Unlock()
+			if !over {
+				settle(0, fmt.Errorf("%s: writing takes longer than %s", st.path, maxWrite))
+			}
+		})
+		err := st.write(func(w io.Writer) (err error) {
+			count, err = r.save(w)
+			return err
+		})
+		slow.Stop()
+		mu.Lock()
+		over = true
+		mu.Unlock()
+		settle(count, err)
+	}
+}
+
+// savedState is the state file.
+type savedState struct {
+	Format   string         `json:"format"`
+	Services []savedService `json:"services"`
+}
+
+// savedService is a service in the state file: one line of it.
+type savedService struct {
+	ID           string            `json:"id"`
+	Component    string            `json:"component,omitempty"` // of the pipeline
+	Names        []string          `json:"names,omitempty"`
+	Type         string            `json:"type,omitempty"`
+	Name         string            `json:"name,omitempty"`
+	Description  string            `json:"description,omitempty"`
+	Version      string            `json:"version,omitempty"`
+	InputEvents  []string          `json:"input_event_types,omitempty"`
+	OutputEvents []string          `json:"output_event_types,omitempty"`
+	Endpoint     string            `json:"endpoint,omitempty"`
+	MaxInflight  int32             `json:"max_inflight,omitempty"`
+	Metadata     map[string]string `json:"metadata,omitempty"`
+	Registered   time.Time         `json:"registered_at,omitzero"` // zero: it is not
+	LastSeen     time.Time         `json:"last_seen,omitzero"`
+	Declared     string            `json:"declared,omitempty"`
+	Metrics      map[string]metric `json:"metrics,omitempty"`
+	Health       condition         `json:"health"`
+	History      []savedChange     `json:"history,omitempty"`
+}
+
+type savedChange struct {
+	Time   time.Time `json:"time"`
+	Health condition `json:"health"`
+	Cause  string    `json:"cause,omitempty"`
+}
+
+// MarshalText and UnmarshalText write a condition as String does.
+func (c condition) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
+
+func (c *condition) UnmarshalText(text []byte) error {
+	for *c = unregistered; *c <= unhealthy; *c++ {
+		if c.String() == string(text) {
+			return nil
+		}
+	}
+	return fmt.Errorf("health %q: it must be unregistered, healthy, degraded or unhealthy", clip(string(text)))
+}
+
+// MarshalJSON writes a number as a number, unless JSON has none such.
+func (m metric) MarshalJSON() ([]byte, error) {
+	if !m.isText {
+		if text, err := json.Marshal(m.number); err == nil {
+			return text, nil
+		}
+	}
+	return json.Marshal(m.String())
+}
+
+// UnmarshalJSON reads what MarshalJSON wrote. An infinite number comes back as a
+// text, of which both dialects make the same.
+func (m *metric) UnmarshalJSON(data []byte) error {
+	if m.isText = len(data) > 0 && data[0] == '"'; m.isText {
+		return json.Unmarshal(data, &m.text)
+	}
+	return json.Unmarshal(data, &m.number)
+}
+
+// typeName and statusName are the enums in the words of list and of the state file.
+func typeName(t flowctlpb.ServiceType) string {
+	return strings.ToLower(strings.TrimPrefix(t.String(), "SERVICE_TYPE_"))
+}
+
+func statusName(s flowctlv1.HealthStatus) string {
+	return strings.ToLower(strings.TrimPrefix(s.String(), "HEALTH_STATUS_"))
+}
+
+// savedLocked is s for the state file.
+func (s *service) savedLocked() savedService {
+	out := savedService{
+		ID: s.id, Component: s.component(), Names: s.names, Type: typeName(s.kind), Name: s.name,
+		Description: s.description, Version: s.version, InputEvents: s.inputEvents, OutputEvents: s.outputEvents,
+		Endpoint: s.endpoint, MaxInflight: s.maxInflight, Metadata: s.metadata,
+		LastSeen: s.lastSeen.UTC(), Declared: statusName(s.declared), Metrics: s.metrics, Health: s.known,
+		History: make([]savedChange, len(s.history)),
+	}
+	if s.registered {
+		out.Registered = s.since.UTC()
+	}
+	for i, h := range s.history {
+		out.History[i] = savedChange{h.at.UTC(), h.now, h.cause}
+	}
+	return out
+}
+
+// save writes the state file's text and returns how many changes are in it.
+func (r *registry) save(w io.Writer) (uint64, error) {
+	r.mu.Lock()
+	count := r.journal.count
+	all := slices.Clone(r.all)
+	r.mu.Unlock()
+	if _, err := fmt.Fprintf(w, "{\"format\": %q, \"services\": [", stateFormat); err != nil {
+		return 0, err
+	}
+	var text bytes.Buffer
+	enc := json.NewEncoder(&text)
+	enc.SetEscapeHTML(false)
+	separator := "\n"
+	for some := range slices.Chunk(all, batch) {
+		text.Reset()
+		r.mu.Lock()
+		for _, s := range some {
+			if s.registered || s.member != nil && len(s.history) > 0 {
+				text.WriteString(separator)
+				if err := enc.Encode(s.savedLocked()); err != nil {
+					r.mu.Unlock()
+					return 0, err
+				}
+				text.Truncate(text.Len() - 1) // its newline
+				separator = ",\n"
+			}
+		}
+		r.mu.Unlock()
+		if _, err := w.Write(text.Bytes()); err != nil {
+			return 0, err
+		}
+	}
+	_, err := io.WriteString(w, "\n]}\n")
+	return count, err
+}
+
+// restore takes in what an earlier flowctl knew, and from now on holds changes back
+// until they are on disk. Everyone gets one TTL to be heard of again. Of a pipeline's
+// run only the history goes on: what registered with an earlier one does not count,
+// and how many services that concerns is returned.
+func (r *registry) restore(state []savedService, now time.Time) (dropped int) {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	r.journal.on, r.journal.dirty = true, make(chan struct{}, 1)
+	r.journal.dirty <- struct{}{} // whether the disk takes it is to be known early
+	r.grace = now
+	slices.SortStableFunc(state, func(a, b savedService) int { return a.LastSeen.Compare(b.LastSeen) })
+	for _, in := range state {
+		member := r.services[in.Component]
+		switch {
+		case in.Component != "" && member != nil && member.member != nil:
+			member.history = in.changes()
+			r.noteLocked(member, now)
+		case r.members > 0:
+			dropped++
+		case !in.Registered.IsZero():
+			r.restoreLocked(in)
+		}
+	}
+	return dropped
+}
+
+func (in *savedService) changes() []healthChange {
+	var out []healthChange
+	for _, h := range in.History[max(0, len(in.History)-maxHistory):] {
+		out = append(out, healthChange{h.Time, h.Health, h.Cause})
+	}
+	return out
+}
+
+func (r *registry) restoreLocked(in savedService) {
+	var names []string
+	for _, name := range append(in.Names, in.ID) {
+		if r.services[name] == nil && name != "" {
+			names = append(names, name)
+		}
+	}
+	if len(names) == 0 {
+		return
+	}
+	s := r.newServiceLocked()
+	s.registration = registration{
+		id: in.ID, kind: flowctlpb.ServiceType(flowctlpb.ServiceType_value["SERVICE_TYPE_"+strings.ToUpper(in.Type)]),
+		name: in.Name, description: in.Description, version: in.Version,
+		inputEvents: in.InputEvents, outputEvents: in.OutputEvents,
+		endpoint: in.Endpoint, maxInflight: in.MaxInflight, metadata: in.Metadata,
+	}
+	for _, name := range names {
+		if r.services[name] == nil {
+			r.services[name] = s
+			s.names = append(s.names, name)
+		}
+	}
+	s.id = s.names[len(s.names)-1]
+	s.registered, s.since, s.lastSeen = true, in.Registered, in.LastSeen
+	s.declared = flowctlv1.HealthStatus(flowctlv1.HealthStatus_value["HEALTH_STATUS_"+strings.ToUpper(in.Declared)])
+	s.metrics = in.Metrics
+	s.known, s.told, s.history = in.Health, in.Health, in.changes()
+	size := s.registration.size()
+	for name, m := range s.metrics {
+		size += len(name) + len(m.text) + entrySize
+	}
+	r.resizeLocked(s, size)
+	r.count++
+	if in.Health.ok() || in.LastSeen.Add(r.ttl).After(r.observed) {
+		s.expiry = r.live.PushBack(s)
+	} else {
+		s.silent = r.stale.PushBack(s)
+	}
+	r.feed.touch(s)
+}
+
+// store is the state file. It is locked by a file beside it, because it is itself
+// replaced at each write.
+type store struct {
+	path string
+	log  *slog.Logger
+	lock *os.File // nil until it could be had
+}
+
+// openStore locks the state file at path and reads it. It fails where another process
+// has it, or where it is no state file that this version can read, which is never
+// overwritten. A disk that cannot be written is not a reason to fail: write says so.
+func openStore(path string, log *slog.Logger) (*store, []savedService, error) {
+	if target, err := filepath.EvalSymlinks(path); err == nil {
+		path = target // not to replace the link
+	}
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, nil, err
+	}
+	st := &store{path: path, log: log}
+	var locked *lockedError
+	if err := st.acquire(); errors.As(err, &locked) || errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, err
+	}
+	services, err := readState(path)
+	if err != nil {
+		st.close()
+		return nil, nil, err
+	}
+	return st, services, nil
+}
+
+// lockedError says that another process holds the state file.
+type lockedError struct{ path, pid string }
+
+func (e *lockedError) Error() string {
+	return fmt.Sprintf("state file %s is in use by process %s: choose another with -db-path, or -no-persistence", e.path, e.pid)
+}
+
+// acquire locks the state file, if that has not been done. It fails with a
+// *lockedError where another process has locked it.
+func (st *store) acquire() error {
+	if st.lock != nil {
+		return nil
+	}
+	f, err := os.OpenFile(st.path+".lock", os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		pid, _ := io.ReadAll(io.LimitReader(f, 20))
+		f.Close()
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			return &lockedError{st.path, strings.TrimSpace(string(pid))}
+		}
+		return fmt.Errorf("cannot lock %s: %v", f.Name(), err)
+	}
+	st.lock = f
+	if err := f.Truncate(0); err == nil {
+		_, _ = fmt.Fprintln(f, os.Getpid()) // only for the message above
+	}
+	return nil
+}
+
+// close unlocks the file. There may be no store.
+func (st *store) close() {
+	if st != nil && st.lock != nil {
+		st.lock.Close()
+	}
+}
+
+// readState reads a state file; one that does not exist is empty.
+func readState(path string) ([]savedService, error) {
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("state file: %v", err)
+	}
+	var state savedState
+	err = json.Unmarshal(data, &state)
+	version, ours := strings.CutPrefix(state.Format, "flowctl-registry/")
+	switch {
+	case ours && state.Format != stateFormat:
+		return nil, fmt.Errorf("state file %s has format %q, this version reads %q: it is kept as it is", path, clip(version), strings.TrimPrefix(stateFormat, "flowctl-registry/"))
+	case err != nil:
+		return nil, fmt.Errorf("state file %s is damaged and kept as it is: %v; move it away to begin anew", path, err)
+	case !ours:
+		return nil, fmt.Errorf("file %s is no state file of flowctl and kept as it is: its \"format\" is %q and not %q", path, clip(state.Format), stateFormat)
+	}
+	return state.Services, nil
+}
+
+// write replaces the state file by what save writes. When it returns without an
+// error that is what will be read, whatever happens to the machine.
+func (st *store) write(save func(io.Writer) error) error {
+	if err := st.acquire(); err != nil {
+		return err
+	}
+	tmp := st.path + ".tmp"
+	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	w := bufio.NewWriterSize(f, 256<<10)
+	err = save(w)
+	if err == nil {
+		err = w.Flush()
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	if closed := f.Close(); err == nil {
+		err = closed
+	}
+	if err == nil {
+		err = os.Rename(tmp, st.path)
+	}
+	if err != nil {
+		os.Remove(tmp)
+		return err
+	}
+	return syncFolder(filepath.Dir(st.path))
+}
+
+// syncFolder makes a rename in a folder last.
+func syncFolder(path string) error {
+	dir, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync()
+}
