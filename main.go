@@ -83,9 +83,10 @@ func commands() []command {
 		{name: "check", args: "[pipeline.json]", summary: "read and validate a pipeline file, start nothing", run: checkCommand, examples: `
   flowctl check pipeline.json
 `},
-		{name: "list", args: "[flags]", summary: "show what is registered, and how it is", run: listCommand, examples: `
+		{name: "list", args: "[flags] [id]", summary: "show what is registered, and how it is", run: listCommand, examples: `
   flowctl list
-  flowctl list -e 127.0.0.1:8080 -json
+  flowctl list store -json                       one component, with the history of its health
+  flowctl list -watch -e 127.0.0.1:8080
 `},
 		{name: "server", args: "[flags]", summary: "run the control plane alone", hidden: true, run: serverCommand, examples: `
   flowctl server -control-plane-port 9090
@@ -369,71 +370,67 @@ func checkCommand(args []string) error {
 	return nil
 }
 
+// listPatience is how long list waits for an answer, and for a pipeline that is just
+// starting.
+const listPatience = 2 * time.Second
+
 func listCommand(args []string) error {
-	const listPatience = 2 * time.Second
+	var o listOptions
 	fs := flag.NewFlagSet("list", flag.ContinueOnError)
-	var endpoint string
-	fs.StringVar(&endpoint, "endpoint", "", "`host:port` of the control plane, or unix:PATH (default: those of the pipelines that run here)")
-	fs.StringVar(&endpoint, "e", "", "short for -endpoint")
-	asJSON := fs.Bool("json", false, "print JSON")
-	wait := fs.Bool("wait", true, "give a control plane that is just starting up to 2s")
-	var secure tlsFlags
-	secure.define(fs, "client certificate in `file`, PEM", "dial TLS, and trust the CA in `file`, PEM")
-	if _, err := parseFlags(fs, args, 0); err != nil {
+	fs.StringVar(&o.endpoint, "endpoint", "", "`host:port` of the control plane, or unix:PATH (default: those of the pipelines that run here)")
+	fs.StringVar(&o.endpoint, "e", "", "short for -endpoint")
+	fs.BoolVar(&o.json, "json", false, "print JSON")
+	fs.BoolVar(&o.watch, "watch", false, "go on, and show each change")
+	fs.BoolVar(&o.wait, "wait", true, "give a control plane that is just starting up to 2s")
+	o.tls.define(fs, "client certificate in `file`, PEM", "dial TLS, and trust the CA in `file`, PEM")
+	rest, err := parseFlags(fs, args, 1)
+	if err != nil {
 		return err
 	}
-	if err := secure.check(fs); err != nil {
+	if err := o.tls.check(fs); err != nil {
 		return err
 	}
-	creds, err := secure.clientCredentials()
+	if len(rest) > 0 {
+		o.id = rest[0]
+	}
+	clients, err := o.connect()
 	if err != nil {
 		return &exitError{exitPlane, err}
 	}
-	runs := []runInfo{{Endpoint: endpoint}}
-	if endpoint == "" {
-		ctx, cancel := context.WithTimeout(context.Background(), listPatience)
-		defer cancel()
-		if runs, err = awaitRuns(ctx, *wait); err != nil {
-			return &exitError{exitPlane, err}
+	defer func() {
+		for _, c := range clients {
+			c.close()
 		}
+	}()
+	if o.watch {
+		return watchPlanes(clients, o, catchSignals())
 	}
-	var failed []error
-	healthy := true
-	for _, run := range runs {
-		ctx, cancel := context.WithTimeout(context.Background(), listPatience)
-		rows, err := fetchListing(ctx, run.Endpoint, *wait, creds)
-		cancel()
-		if err != nil {
-			failed = append(failed, fmt.Errorf("no control plane answers at %s: %v%s", run.Endpoint, err, secure.hint(run.Endpoint)))
-			continue
-		}
-		if err := printListing(run, len(runs) > 1, rows, *asJSON); err != nil {
-			return err
-		}
-		healthy = healthy && !slices.ContainsFunc(rows, func(l listing) bool { return !l.Healthy })
-	}
-	switch {
-	case failed != nil:
-		return &exitError{exitPlane, errors.Join(failed...)}
-	case !healthy:
-		return &exitError{code: exitFailed}
-	}
-	return nil
+	return listPlanes(clients, o)
 }
 
-// printListing prints what run has, which is one of several or the only one.
-func printListing(run runInfo, several bool, rows []listing, asJSON bool) error {
-	if asJSON {
-		return writeJSON(os.Stdout, rows)
+// connect returns a client for each control plane that is to be asked.
+func (o *listOptions) connect() ([]*listClient, error) {
+	creds, err := o.tls.clientCredentials()
+	if err != nil {
+		return nil, err
 	}
-	if several {
-		fmt.Printf("%s at %s\n", cmp.Or(clean(run.Pipeline), "control plane"), clean(run.Endpoint))
+	ctx, cancel := context.WithTimeout(context.Background(), listPatience)
+	defer cancel()
+	runs := []runInfo{{Endpoint: o.endpoint}}
+	if o.endpoint == "" {
+		if runs, err = awaitRuns(ctx, o.wait); err != nil {
+			return nil, err
+		}
 	}
-	if len(rows) == 0 {
-		fmt.Fprintln(os.Stderr, "flowctl: nothing is registered")
-		return nil
+	var clients []*listClient
+	for _, run := range runs {
+		c, err := newListClient(run.Endpoint, creds, o.wait)
+		if err != nil {
+			return nil, fmt.Errorf("-endpoint %q: %v", run.Endpoint, err)
+		}
+		clients = append(clients, c)
 	}
-	return writeTable(os.Stdout, rows, time.Now())
+	return clients, nil
 }
 
 func serverCommand(args []string) error {

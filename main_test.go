@@ -922,7 +922,7 @@ func TestRunHealsInTime(t *testing.T) {
 	p.waitReady()
 	p.tell("store", syscall.SIGUSR1)
 	p.waitErr(`msg=status ready=0 total=1 unhealthy="store (it declared itself UNHEALTHY)"`)
-	if code, out, _ := call(t, "list", "-e", p.endpoint()); code != exitFailed || !regexp.MustCompile(`\nstore +source +unhealthy `).MatchString(out) {
+	if code, out, _ := call(t, "list", "-e", p.endpoint()); code != exitFailed || !regexp.MustCompile(`\nstore +source +ready +\d+ +0 +unhealthy `).MatchString(out) {
 		t.Errorf("list: exit %d, want 1\n%s", code, out)
 	}
 	p.tell("store", syscall.SIGUSR2)
@@ -997,7 +997,7 @@ func TestCommandLine(t *testing.T) {
 		{"flow.json", "flowctl: unknown command \"flow.json\": to run a file, write: flowctl run flow.json\nTry: flowctl help\n"},
 		{"help nosuch", "flowctl: there is no help for \"nosuch\"\nTry: flowctl help\n"},
 		{"version 2", "flowctl: version: unexpected argument \"2\"\nTry: flowctl help version\n"},
-		{"list nosuch", "flowctl: list: unexpected argument \"nosuch\"\nTry: flowctl help list\n"},
+		{"list store nosuch", "flowctl: list: unexpected argument \"nosuch\"\nTry: flowctl help list\n"},
 		{"server nosuch", "flowctl: server: unexpected argument \"nosuch\"\nTry: flowctl help server\n"},
 		{"server -heartbeat-ttl 1ms", "flowctl: -heartbeat-ttl 1ms: it must be 10ms at least\nTry: flowctl help server\n"},
 	} {
@@ -1579,32 +1579,33 @@ func TestListBothDialects(t *testing.T) {
 	register(t, endpoint, "elsewhere")
 
 	code, out, stderr := call(t, "list", "-e", endpoint)
-	want := regexp.MustCompile(`^ID +TYPE +HEALTH +LAST SEEN +ENDPOINT +METRICS
-ledgers +source +healthy +\S+ ago +http://localhost:\d+/health +\S.*
-transfers +processor +healthy +\S+ ago +http://localhost:\d+/health +\S.*
-store +processor +healthy +\S+ ago +http://localhost:\d+/health +\S.*
-sink-2 +processor +healthy +\S+ ago +http://localhost:\d+/health +\S.*
-elsewhere \(not in the pipeline\) +unspecified +healthy +\S+ ago +- +-
+	want := regexp.MustCompile(`^test: 4 of 4 ready \(pid \d+, ` + regexp.QuoteMeta(endpoint) + `\)
+ID +TYPE +STATE +PID +RESTARTS +HEALTH +LAST SEEN +ENDPOINT +METRICS
+ledgers +source +ready +\d+ +0 +healthy +\S+ ago +http://localhost:\d+/health +\S.*
+transfers +processor +ready +\d+ +0 +healthy +\S+ ago +http://localhost:\d+/health +\S.*
+store +processor +ready +\d+ +0 +healthy +\S+ ago +http://localhost:\d+/health +\S.*
+sink-2 +processor +ready +\d+ +0 +healthy +\S+ ago +http://localhost:\d+/health +\S.*
+elsewhere \(not in the pipeline\) +unspecified +- +- +- +healthy +\S+ ago +- +-
 $`)
 	if code != exitOK || stderr != "" || !want.MatchString(out) {
 		t.Errorf("list: exit %d\n%s%s", code, stderr, out)
 	}
 
 	code, out, stderr = call(t, "list", "-endpoint", endpoint, "-json")
-	var rows []listing
-	if err := json.Unmarshal([]byte(out), &rows); err != nil || code != exitOK || stderr != "" {
+	var pipelines []listedPipeline
+	if err := json.Unmarshal([]byte(out), &pipelines); err != nil || len(pipelines) != 1 || code != exitOK || stderr != "" {
 		t.Fatalf("list -json: exit %d, %v\n%s%s", code, err, stderr, out)
 	}
 	var got []string
-	for _, r := range rows {
-		got = append(got, fmt.Sprintf("%s %s %s %s %t", r.ID, r.Component, r.Type, r.Health, r.Healthy))
+	for _, r := range pipelines[0].Components {
+		got = append(got, fmt.Sprintf("%s %t %s %s %t", r.ID, r.InPipeline, r.Type, r.Health, r.Healthy))
 		if r.LastSeen.IsZero() || r.Registered.IsZero() {
 			t.Errorf("%s: seen %v, registered %v", r.ID, r.LastSeen, r.Registered)
 		}
 	}
 	if want := []string{
-		"ledgers ledgers source healthy true", "transfers transfers processor healthy true", "store store processor healthy true",
-		"sink-2 sink-2 processor healthy true", "elsewhere  unspecified healthy true",
+		"ledgers true source healthy true", "transfers true processor healthy true", "store true processor healthy true",
+		"sink-2 true processor healthy true", "elsewhere false unspecified healthy true",
 	}; !slices.Equal(got, want) {
 		t.Errorf("got  %q\nwant %q", got, want)
 	}
@@ -1643,7 +1644,7 @@ func TestRunStale(t *testing.T) {
 			p.waitErr("msg=unhealthy id=store component=store cause=\"no heartbeat for 2")
 			p.waitErr(`msg=status ready=1 total=2 unhealthy="store (no heartbeat for 2`)
 			code, out, _ := call(t, "list", "-e", p.endpoint())
-			if code != exitFailed || !regexp.MustCompile(`\nstore +source +unhealthy `).MatchString(out) {
+			if code != exitFailed || !regexp.MustCompile(`\nstore +source +ready +\d+ +0 +unhealthy `).MatchString(out) {
 				t.Errorf("list: exit %d, want 1\n%s", code, out)
 			}
 			p.tell("store", tt.wake)
@@ -1679,10 +1680,10 @@ func TestListEmpty(t *testing.T) {
 	t.Parallel()
 	p := start(t, []string{"server", "-control-plane-port", "0"})
 	endpoint := p.endpoint()
-	if code, out, stderr := call(t, "list", "-e", endpoint); code != exitOK || out != "" || stderr != "flowctl: nothing is registered\n" {
+	if code, out, stderr := call(t, "list", "-e", endpoint); code != exitOK || !strings.HasSuffix(out, "\nnothing is registered\n") || stderr != "" {
 		t.Errorf("list: exit %d\n%s%s", code, out, stderr)
 	}
-	if code, out, stderr := call(t, "list", "-e", endpoint, "-json"); code != exitOK || out != "[]\n" || stderr != "" {
+	if code, out, stderr := call(t, "list", "-e", endpoint, "-json"); code != exitOK || !strings.Contains(out, `"components": []`) || stderr != "" {
 		t.Errorf("list -json: exit %d\n%s%s", code, out, stderr)
 	}
 	p.stop()
@@ -1940,7 +1941,7 @@ func TestRunHealthCheckInsteadOfHeartbeats(t *testing.T) {
 	p := launch(t, writePipeline(t, c, never), "-heartbeat-ttl", "1500ms")
 	p.waitErr("msg=ready component=a ")
 	// Whether it was ready before depends on how quick it was to register.
-	unhealthy := regexp.MustCompile(`(?m)^never +source +unhealthy `)
+	unhealthy := regexp.MustCompile(`(?m)^never +source +ready +\d+ +0 +unhealthy `)
 	for deadline := time.Now().Add(patience); ; {
 		code, out, _ := call(t, "list", "-e", p.endpoint())
 		if unhealthy.MatchString(out) && code == exitFailed {

@@ -220,15 +220,14 @@ func TestListFinds(t *testing.T) {
 	one.waitReady()
 	p := list()
 	p.exit(exitOK)
-	p.has(p.stdout, "ID ", "ledgers ")
-	p.hasNot(p.stdout, "test")
+	p.has(p.stdout, "test: 1 of 1 ready (pid ", ", "+one.endpoint()+")\nID ", "ledgers ")
 
 	two := start(t, []string{"server", "-control-plane-port", "0"}, runsIn(dir))
 	two.waitErr("msg=listening")
 	eventually(t, "two run files", func() bool { return len(runFiles(t, filepath.Join(dir, "flowctl"))) == 2 })
 	p = list()
 	p.exit(exitOK)
-	p.has(p.stdout, "control plane at "+two.endpoint()+"\n", "test at "+one.endpoint()+"\n", "ledgers ")
+	p.has(p.stdout, "control plane alone (pid ", ", "+two.endpoint()+")\n", "\n\ntest: 1 of 1 ready (pid ", ", "+one.endpoint()+")\n", "ledgers ")
 	two.signal(syscall.SIGKILL)
 	<-two.done
 	p = list("-json")
@@ -274,7 +273,7 @@ func TestListWaitsForEndpoint(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.exit(exitOK)
-	p.has(p.stderr, "nothing is registered")
+	p.has(p.stdout, "nothing is registered")
 	run.release()
 	if left := runFiles(t, folder); len(left) != 2 {
 		t.Errorf("left: %q", left)

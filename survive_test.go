@@ -809,11 +809,11 @@ func TestReaderOfARestartedComponentGoesOn(t *testing.T) {
 	p.waitReady()
 	health := func() (string, time.Time) {
 		_, out, _ := call(t, "list", "-e", p.endpoint(), "-json")
-		var rows []listing
-		if err := json.Unmarshal([]byte(out), &rows); err != nil {
+		var pipelines []listedPipeline
+		if err := json.Unmarshal([]byte(out), &pipelines); err != nil || len(pipelines) != 1 {
 			t.Fatalf("%v: %s", err, out)
 		}
-		for _, r := range rows {
+		for _, r := range pipelines[0].Components {
 			if r.ID == "a" && r.Registered != nil {
 				return r.Health, *r.Registered
 			}

@@ -698,7 +698,7 @@ func TestTLSList(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			code, stdout, stderr := call(t, append([]string{"list", "-e", tt.endpoint, "-wait=false"}, tt.flags...)...)
-			listed := strings.Contains(stdout, "\na   source  healthy ")
+			listed := regexp.MustCompile(`\na +source +ready .* healthy `).MatchString(stdout)
 			if code != tt.code || listed != (code == exitOK) || !strings.Contains(stderr, tt.want) || strings.Contains(stderr, "hint") != strings.Contains(tt.want, "hint") {
 				t.Errorf("exit %d\n%s%s", code, stdout, stderr)
 			}

@@ -1,0 +1,685 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"text/tabwriter"
+	"time"
+	"unsafe"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
+	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
+)
+
+// listedPipeline is one element of what list -json prints. README documents it.
+type listedPipeline struct {
+	Pipeline   string            `json:"pipeline"` // "" for a control plane alone
+	Endpoint   string            `json:"endpoint"`
+	PID        int64             `json:"pid,omitempty"`
+	Version    string            `json:"version,omitempty"`
+	Started    *time.Time        `json:"started,omitempty"`
+	Status     string            `json:"status,omitempty"`
+	Ready      bool              `json:"ready"`
+	StateFile  string            `json:"state_file,omitempty"`
+	NotDurable string            `json:"not_durable,omitempty"`
+	Components []listedComponent `json:"components"`
+}
+
+// listedComponent is one component in what list prints.
+type listedComponent struct {
+	record       int64
+	ID           string            `json:"id"`
+	InPipeline   bool              `json:"in_pipeline"`
+	ServiceID    string            `json:"service_id,omitempty"`
+	Type         string            `json:"type"`
+	Name         string            `json:"name,omitempty"`
+	Description  string            `json:"description,omitempty"`
+	Version      string            `json:"version,omitempty"`
+	InputEvents  []string          `json:"input_event_types,omitempty"`
+	OutputEvents []string          `json:"output_event_types,omitempty"`
+	Endpoint     string            `json:"endpoint,omitempty"`
+	Metadata     map[string]string `json:"metadata,omitempty"`
+	Health       string            `json:"health"`
+	Healthy      bool              `json:"healthy"`
+	Cause        string            `json:"cause,omitempty"`
+	Declared     string            `json:"declared,omitempty"`
+	Registered   *time.Time        `json:"registered_at,omitempty"`
+	LastSeen     *time.Time        `json:"last_seen,omitempty"`
+	State        string            `json:"state,omitempty"`
+	PID          int64             `json:"pid,omitempty"`
+	Started      *time.Time        `json:"started,omitempty"`
+	Restarts     int64             `json:"restarts"`
+	Metrics      map[string]any    `json:"metrics,omitempty"`
+	History      []listedChange    `json:"history,omitempty"`
+}
+
+// listedChange is one change of health.
+type listedChange struct {
+	Time   time.Time `json:"time"`
+	Health string    `json:"health"`
+	Cause  string    `json:"cause,omitempty"`
+}
+
+// listedEvent is what list -watch -json prints for each change: one of the last
+// three is there.
+type listedEvent struct {
+	Time      time.Time        `json:"time"`
+	Pipeline  string           `json:"pipeline"`
+	Endpoint  string           `json:"endpoint"`
+	Component *listedComponent `json:"component,omitempty"`
+	Removed   string           `json:"removed,omitempty"`
+	Status    string           `json:"status,omitempty"`
+}
+
+// listOptions are the flags of list, and its argument.
+type listOptions struct {
+	endpoint string // "" for those of the pipelines that run here
+	json     bool
+	watch    bool
+	wait     bool
+	tls      tlsFlags
+	id       string // of the one component to show, "" for all
+}
+
+// errLegacy says that a control plane has no operator service.
+var errLegacy = errors.New("no operator service")
+
+// listClient asks one control plane.
+type listClient struct {
+	endpoint string
+	conn     *grpc.ClientConn
+	pipeline listedPipeline            // as it was told last, without its components
+	records  map[int64]listedComponent // as they were told last
+}
+
+// newListClient makes a client of the control plane at endpoint. With wait its calls
+// go on trying to connect until their context ends.
+func newListClient(endpoint string, creds credentials.TransportCredentials, wait bool) (*listClient, error) {
+	conn, err := grpc.NewClient(endpoint,
+		grpc.WithTransportCredentials(creds),
+		grpc.WithNoProxy(),
+		grpc.WithDefaultCallOptions(grpc.WaitForReady(wait), grpc.MaxCallRecvMsgSize(1<<30)),
+		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second, Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond}}))
+	if err != nil {
+		return nil, err
+	}
+	return &listClient{endpoint: endpoint, conn: conn, records: make(map[int64]listedComponent)}, nil
+}
+
+func (c *listClient) close() { c.conn.Close() }
+
+// follow hands each message of a stream of changes to told until the stream ends:
+// after the first snapshot, unless it is to go on. Of a plane without an operator
+// service the legacy dialect gives what it can, once.
+func (c *listClient) follow(ctx context.Context, in *operatorv1.WatchRequest, told func(*operatorv1.WatchResponse)) error {
+	stream, err := operatorv1.NewOperatorClient(c.conn).Watch(ctx, in)
+	if err != nil {
+		return err
+	}
+	for {
+		out, err := stream.Recv()
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil
+		case status.Code(err) == codes.Unimplemented && in.GetFollow():
+			return errLegacy
+		case status.Code(err) == codes.Unimplemented:
+			return c.fetchLegacy(ctx)
+		case err != nil:
+			return err
+		}
+		told(out)
+	}
+}
+
+// take takes a message in and returns what is new in it.
+func (c *listClient) take(out *operatorv1.WatchResponse) []listedEvent {
+	var events []listedEvent
+	event := func() *listedEvent {
+		events = append(events, listedEvent{Time: time.Now(), Pipeline: c.pipeline.Pipeline, Endpoint: c.pipeline.Endpoint})
+		return &events[len(events)-1]
+	}
+	if out.GetReset_() {
+		clear(c.records)
+	}
+	if p := out.GetPipeline(); p != nil {
+		c.pipeline = listPipeline(p)
+		event().Status = c.pipeline.Status
+	}
+	for _, in := range out.GetComponents() {
+		component := listComponent(in)
+		c.records[component.record] = component
+		event().Component = &component
+	}
+	for _, record := range out.GetRemoved() {
+		event().Removed = c.records[record].ID
+		delete(c.records, record)
+	}
+	return events
+}
+
+// fetchLegacy asks a control plane that has no operator service.
+func (c *listClient) fetchLegacy(ctx context.Context) error {
+	services, err := flowctlpb.NewControlPlaneClient(c.conn).ListServices(ctx, &emptypb.Empty{})
+	if err != nil {
+		return err
+	}
+	c.pipeline = listedPipeline{Endpoint: c.endpoint}
+	for i, s := range services.GetServices() {
+		component := listedComponent{
+			record: int64(i), ID: s.GetServiceId(), InPipeline: s.GetComponentId() != "",
+			Type: typeName(s.GetServiceType()), Health: map[bool]string{true: "healthy", false: "unhealthy"}[s.GetIsHealthy()],
+			Healthy: s.GetIsHealthy(), LastSeen: listTime(s.GetLastHeartbeat()),
+		}
+		if id := s.GetComponentId(); id != "" && id != component.ID {
+			component.ID, component.ServiceID = id, component.ID
+		}
+		for name, f := range s.GetMetrics() {
+			component.setMetric(name, f)
+		}
+		c.records[component.record] = component
+	}
+	return nil
+}
+
+// listed is the pipeline as it was told last, its components in order; with an id,
+// only those that have it. It is false where that id was asked for and is not there.
+func (c *listClient) listed(id string) (listedPipeline, bool) {
+	out := c.pipeline
+	out.Components = make([]listedComponent, 0, len(c.records))
+	for _, record := range slices.Sorted(maps.Keys(c.records)) {
+		if l := c.records[record]; id == "" || l.is(id) {
+			out.Components = append(out.Components, l)
+		}
+	}
+	return out, id == "" || len(out.Components) > 0
+}
+
+func (l *listedComponent) is(id string) bool { return l.ID == id || l.ServiceID == id }
+
+func listPipeline(p *operatorv1.Pipeline) listedPipeline {
+	return listedPipeline{
+		Pipeline: p.GetName(), Endpoint: p.GetEndpoint(), PID: p.GetPid(), Version: p.GetVersion(), Started: listTime(p.GetStarted()),
+		Status: p.GetStatus(), Ready: p.GetReady(), StateFile: p.GetStateFile(), NotDurable: p.GetNotDurable(),
+	}
+}
+
+func listComponent(c *operatorv1.Component) listedComponent {
+	p := c.GetProcess()
+	l := listedComponent{
+		record: c.GetRecord(), ID: c.GetId(), InPipeline: c.GetInPipeline(), ServiceID: c.GetServiceId(), Type: c.GetType(),
+		Name: c.GetName(), Description: c.GetDescription(), Version: c.GetVersion(),
+		InputEvents: c.GetInputEventTypes(), OutputEvents: c.GetOutputEventTypes(),
+		Endpoint: c.GetEndpoint(), Metadata: c.GetMetadata(), Health: c.GetHealth(), Cause: c.GetCause(), Declared: c.GetDeclared(),
+		Healthy:    c.GetHealth() == healthy.String() || c.GetHealth() == degraded.String() || p.GetState() == procCompleted.String(),
+		Registered: listTime(c.GetRegisteredAt()), LastSeen: listTime(c.GetLastSeen()),
+		State: p.GetState(), PID: p.GetPid(), Started: listTime(p.GetStarted()), Restarts: p.GetRestarts(),
+	}
+	for name, f := range c.GetMetrics() {
+		l.setMetric(name, f)
+	}
+	for name, text := range c.GetTextMetrics() {
+		l.setMetric(name, text)
+	}
+	for _, h := range c.GetHistory() {
+		l.History = append(l.History, listedChange{h.GetTime().AsTime(), h.GetHealth(), h.GetCause()})
+	}
+	return l
+}
+
+// listTime is nil for a time that was not sent.
+func listTime(t *timestamppb.Timestamp) *time.Time {
+	if t == nil {
+		return nil
+	}
+	return new(t.AsTime())
+}
+
+// setMetric keeps a number as a number unless JSON has none such, as for infinity.
+func (l *listedComponent) setMetric(name string, value any) {
+	if l.Metrics == nil {
+		l.Metrics = make(map[string]any)
+	}
+	if _, err := json.Marshal(value); err != nil {
+		value = fmt.Sprint(value)
+	}
+	l.Metrics[name] = value
+}
+
+// writeTable shows a pipeline to a person.
+func (p *listedPipeline) writeTable(w io.Writer, now time.Time) error {
+	if p.Status != "" {
+		fmt.Fprintf(w, "%s (pid %d, %s)\n", strings.TrimPrefix(clean(p.Pipeline)+": "+printable(p.Status), ": "), p.PID, clean(p.Endpoint))
+	}
+	if p.NotDurable != "" {
+		fmt.Fprintf(w, "what is registered would not survive a restart: %s\n", printable(p.NotDurable))
+	}
+	if len(p.Components) == 0 {
+		fmt.Fprintln(w, "nothing is registered")
+		return nil
+	}
+	starts := slices.ContainsFunc(p.Components, func(l listedComponent) bool { return l.State != "" })
+	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	columns := []string{"ID", "TYPE", "STATE", "PID", "RESTARTS", "HEALTH", "LAST SEEN", "ENDPOINT", "METRICS"}
+	row := func(cells []string) {
+		if !starts {
+			cells = slices.Delete(cells, 2, 5)
+		}
+		fmt.Fprintln(tw, strings.Join(cells, "\t"))
+	}
+	row(columns)
+	for _, l := range p.Components {
+		row([]string{
+			l.title(starts), clean(l.Type), cmp.Or(clean(l.State), "-"), dash(l.PID != 0, l.PID), dash(l.State != "", l.Restarts),
+			clean(l.Health), dash(l.LastSeen != nil, l.age(now)), cmp.Or(clean(l.Endpoint), "-"), l.metricsText(),
+		})
+	}
+	if err := tw.Flush(); err != nil {
+		return err
+	}
+	for _, l := range p.Components {
+		if l.Cause != "" && !l.Healthy {
+			fmt.Fprintf(w, "%s: %s\n", clean(l.ID), printable(l.Cause))
+		}
+	}
+	return nil
+}
+
+// title is the id with what else there is to know of it: starts tells that the list
+// is of a pipeline.
+func (l *listedComponent) title(starts bool) string {
+	switch {
+	case starts && !l.InPipeline:
+		return clean(l.ID) + " (not in the pipeline)"
+	case l.ServiceID != "":
+		return clean(l.ID) + " (" + clean(l.ServiceID) + ")"
+	}
+	return clean(l.ID)
+}
+
+func dash(ok bool, value any) string {
+	if !ok {
+		return "-"
+	}
+	return fmt.Sprint(value)
+}
+
+func (l *listedComponent) age(now time.Time) string {
+	if l.LastSeen == nil {
+		return ""
+	}
+	return ago(now.Sub(*l.LastSeen))
+}
+
+func ago(d time.Duration) string {
+	if d < 10*time.Second {
+		return max(d, 0).Round(100*time.Millisecond).String() + " ago"
+	}
+	return d.Round(time.Second).String() + " ago"
+}
+
+// metricsText shows the first few metrics by name.
+func (l *listedComponent) metricsText() string {
+	return cmp.Or(enumerate(l.metricTexts()), "-")
+}
+
+func (l *listedComponent) metricTexts() []string {
+	var parts []string
+	for name, value := range l.Metrics {
+		if f, ok := value.(float64); ok {
+			value = fmt.Sprintf("%.6g", f)
+		}
+		parts = append(parts, clean(fmt.Sprintf("%s=%v", name, value)))
+	}
+	slices.Sort(parts)
+	return parts
+}
+
+// writeDetails shows all that is known of a component to a person.
+func (l *listedComponent) writeDetails(w io.Writer, p *listedPipeline, now time.Time) error {
+	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	line := func(name, value string) {
+		if value != "" {
+			fmt.Fprintf(tw, "%s:\t%s\n", name, value)
+		}
+	}
+	list := func(values []string) string {
+		for i := range values {
+			values[i] = printable(values[i])
+		}
+		return strings.Join(values, ", ")
+	}
+	line("id", clean(l.ID))
+	line("service id", clean(l.ServiceID))
+	line("pipeline", clean(p.Pipeline)+map[bool]string{false: " (not in its file)"}[l.InPipeline || p.Pipeline == ""])
+	line("type", clean(l.Type))
+	line("name", clean(l.Name))
+	line("description", printable(l.Description))
+	line("version", clean(l.Version))
+	if l.State != "" {
+		text := fmt.Sprintf("%s, restarts %d", clean(l.State), l.Restarts)
+		if l.Started != nil {
+			text += fmt.Sprintf(", pid %d, started %s", l.PID, ago(now.Sub(*l.Started)))
+		}
+		line("state", text)
+	}
+	line("health", strings.TrimSuffix(clean(l.Health)+": "+printable(l.Cause), ": "))
+	line("declared", clean(l.Declared))
+	if l.Registered != nil {
+		line("registered", ago(now.Sub(*l.Registered)))
+	}
+	line("last seen", l.age(now))
+	line("endpoint", printable(l.Endpoint))
+	line("reads", list(l.InputEvents))
+	line("writes", list(l.OutputEvents))
+	var metadata []string
+	for _, key := range slices.Sorted(maps.Keys(l.Metadata)) {
+		metadata = append(metadata, key+"="+l.Metadata[key])
+	}
+	line("metadata", list(metadata))
+	line("metrics", strings.Join(l.metricTexts(), ", "))
+	if err := tw.Flush(); err != nil {
+		return err
+	}
+	if len(l.History) > 0 {
+		fmt.Fprintln(w, "history:")
+	}
+	for _, h := range l.History {
+		fmt.Fprintf(w, "  %s  %s\n", h.Time.Local().Format(time.DateTime), strings.TrimSuffix(clean(h.Health)+": "+printable(h.Cause), ": "))
+	}
+	return nil
+}
+
+// writeJSON shows pipelines to a program: one array.
+func writeJSON(w io.Writer, pipelines []listedPipeline) error {
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", "  ")
+	return enc.Encode(pipelines)
+}
+
+// listPlanes asks all at once and shows what they answer. It returns an *exitError
+// where something is not healthy or one does not answer.
+func listPlanes(clients []*listClient, o listOptions) error {
+	ctx, cancel := context.WithTimeout(context.Background(), listPatience)
+	defer cancel()
+	errs := make([]error, len(clients))
+	var asked sync.WaitGroup
+	for i, c := range clients {
+		asked.Go(func() {
+			errs[i] = c.follow(ctx, &operatorv1.WatchRequest{}, func(out *operatorv1.WatchResponse) { c.take(out) })
+		})
+	}
+	asked.Wait()
+	var pipelines []listedPipeline
+	var failed []error
+	for i, c := range clients {
+		if errs[i] != nil {
+			failed = append(failed, o.noAnswer(c.endpoint, errs[i]))
+		} else if p, ok := c.listed(o.id); ok {
+			pipelines = append(pipelines, p)
+		}
+	}
+	if len(failed) == len(clients) {
+		return &exitError{exitPlane, errors.Join(failed...)}
+	}
+	if o.id != "" && len(pipelines) == 0 {
+		return &exitError{exitFailed, errors.Join(append(failed, fmt.Errorf("no component %q is in what runs here", clip(o.id)))...)}
+	}
+	if err := showPipelines(os.Stdout, pipelines, o); err != nil {
+		return err
+	}
+	unhealthy := func(p listedPipeline) bool {
+		return slices.ContainsFunc(p.Components, func(l listedComponent) bool { return !l.Healthy })
+	}
+	if len(failed) > 0 || slices.ContainsFunc(pipelines, unhealthy) {
+		return &exitError{exitFailed, errors.Join(failed...)}
+	}
+	return nil
+}
+
+// noAnswer says that no control plane answers, in the words of who typed the address.
+func (o *listOptions) noAnswer(endpoint string, err error) error {
+	return fmt.Errorf("no control plane answers at %s: %s%s", endpoint, status.Convert(err).Message(), o.tls.hint(endpoint))
+}
+
+// showPipelines prints them as o wants it.
+func showPipelines(w io.Writer, pipelines []listedPipeline, o listOptions) error {
+	if o.json {
+		return writeJSON(w, pipelines)
+	}
+	now := time.Now()
+	for i, p := range pipelines {
+		if i > 0 {
+			fmt.Fprintln(w)
+		}
+		if o.id == "" {
+			if err := p.writeTable(w, now); err != nil {
+				return err
+			}
+			continue
+		}
+		for _, l := range p.Components {
+			if err := l.writeDetails(w, &p, now); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// redrawTime is how often list -watch draws at most.
+const redrawTime = 250 * time.Millisecond
+
+const (
+	enterScreen = "\x1b[?1049h\x1b[?25l" // the alternate screen, without a cursor
+	leaveScreen = "\x1b[?25h\x1b[?1049l"
+)
+
+// news is what one control plane has sent, or the end of its stream.
+type news struct {
+	client *listClient
+	out    *operatorv1.WatchResponse // nil at the end
+	err    error                     // why it ended
+}
+
+// watchPlanes shows the changes of all clients until a signal comes, or until all
+// streams have ended, which is an *exitError.
+func watchPlanes(clients []*listClient, o listOptions, signals <-chan os.Signal) error {
+	ctx, cancel := context.WithCancel(context.Background())
+	screen := !o.json && isTerminal(os.Stdout)
+	arrived := make(chan news)
+	var streams sync.WaitGroup
+	defer streams.Wait()
+	defer cancel()
+	for _, c := range clients {
+		streams.Go(func() {
+			send := func(n news) {
+				select {
+				case arrived <- n:
+				case <-ctx.Done():
+				}
+			}
+			err := c.follow(ctx, &operatorv1.WatchRequest{Follow: true, Heartbeats: screen}, func(out *operatorv1.WatchResponse) { send(news{c, out, nil}) })
+			send(news{c, nil, o.watchEnd(c.endpoint, err)})
+		})
+	}
+	v := &watchView{clients: clients, options: o, screen: screen, out: os.Stdout}
+	if err := v.begin(); err != nil {
+		return err
+	}
+	defer v.end()
+	ticker := time.NewTicker(redrawTime)
+	defer ticker.Stop()
+	var ends []error
+	for {
+		var err error
+		select {
+		case <-signals:
+			return nil
+		case n := <-arrived:
+			if n.out != nil {
+				err = v.show(n.client.take(n.out))
+				break
+			}
+			if ends = append(ends, n.err); len(ends) == len(clients) {
+				return &exitError{exitPlane, errors.Join(ends...)}
+			}
+		case now := <-ticker.C:
+			err = v.draw(now)
+		}
+		if err != nil {
+			return &exitError{exitFailed, err}
+		}
+	}
+}
+
+// watchEnd says why a stream of changes has ended.
+func (o *listOptions) watchEnd(endpoint string, err error) error {
+	switch {
+	case errors.Is(err, errLegacy):
+		return fmt.Errorf("the control plane at %s has no operator service, which -watch needs", endpoint)
+	case err == nil || status.Convert(err).Message() == planeStops:
+		return fmt.Errorf("the control plane at %s has stopped", endpoint)
+	}
+	return o.noAnswer(endpoint, err)
+}
+
+// watchView is what list -watch shows: on a terminal the tables, redrawn in place,
+// elsewhere each change.
+type watchView struct {
+	clients []*listClient
+	options listOptions
+	screen  bool
+	out     *os.File
+	changed bool
+	drawn   time.Time
+}
+
+func (v *watchView) begin() error {
+	if !v.screen {
+		return nil
+	}
+	_, err := io.WriteString(v.out, enterScreen)
+	return err
+}
+
+// end leaves the last state on the terminal.
+func (v *watchView) end() {
+	if v.screen {
+		_, _ = io.WriteString(v.out, leaveScreen)
+		_ = showPipelines(v.out, v.pipelines(), v.options)
+	}
+}
+
+func (v *watchView) pipelines() []listedPipeline {
+	var out []listedPipeline
+	for _, c := range v.clients {
+		if p, ok := c.listed(v.options.id); ok {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// show takes in what has changed.
+func (v *watchView) show(events []listedEvent) error {
+	v.changed = true
+	if v.screen {
+		return nil
+	}
+	for i := range events {
+		e := &events[i]
+		if id := v.options.id; id != "" && e.Removed != id && (e.Component == nil || !e.Component.is(id)) {
+			continue
+		}
+		if err := e.write(v.out, v.options.json); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// write prints one line.
+func (e *listedEvent) write(w io.Writer, asJSON bool) error {
+	if asJSON {
+		enc := json.NewEncoder(w)
+		enc.SetEscapeHTML(false)
+		return enc.Encode(e)
+	}
+	what := clean(e.Removed) + " removed"
+	switch c := e.Component; {
+	case c != nil:
+		what = strings.TrimSuffix(strings.Join(strings.Fields(fmt.Sprintf("%s %s %s: %s", clean(c.ID), clean(c.State), clean(c.Health), printable(c.Cause))), " "), ":")
+	case e.Status != "":
+		what = printable(e.Status)
+	}
+	_, err := fmt.Fprintf(w, "%s %s | %s\n", e.Time.Format(time.TimeOnly), clean(cmp.Or(e.Pipeline, e.Endpoint)), what)
+	return err
+}
+
+// draw draws what has changed, or after a second how old it is by now. What does not
+// fit on the terminal is left out.
+func (v *watchView) draw(now time.Time) error {
+	if !v.screen || !v.changed && now.Sub(v.drawn) < time.Second {
+		return nil
+	}
+	v.changed, v.drawn = false, now
+	var text strings.Builder
+	if err := showPipelines(&text, v.pipelines(), v.options); err != nil {
+		return err
+	}
+	width, height := terminalSize(v.out)
+	frame := "\x1b[H"
+	for i, line := range strings.Split(strings.TrimSuffix(text.String(), "\n"), "\n") {
+		if i == height {
+			break
+		}
+		if i > 0 {
+			frame += "\r\n"
+		}
+		frame += cut(line, width) + "\x1b[K"
+	}
+	_, err := io.WriteString(v.out, frame+"\x1b[J")
+	return err
+}
+
+// cut shortens a line to width characters.
+func cut(line string, width int) string {
+	count := 0
+	for i := range line {
+		if count == width {
+			return line[:i]
+		}
+		count++
+	}
+	return line
+}
+
+// terminalSize is 80 by 24 where the terminal does not tell.
+func terminalSize(f *os.File) (width, height int) {
+	var size struct{ Rows, Columns, X, Y uint16 }
+	_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, f.Fd(), syscall.TIOCGWINSZ, uintptr(unsafe.Pointer(&size)))
+	if errno != 0 || size.Rows == 0 || size.Columns == 0 {
+		return 80, 24
+	}
+	return int(size.Columns), int(size.Rows)
+}
