@@ -123,7 +123,7 @@ type registration struct {
 
 // origin is who is at the other end of a connection, as far as the kernel tells.
 type origin struct {
-	component string // "" for a process that is of no component of the pipeline
+	component string // its id in the pipeline, "" for a process that is of none
 	known     bool   // false where the kernel cannot tell, as for another machine
 }
 
@@ -535,8 +535,8 @@ func (r *registry) identifyLocked(reg *registration, from origin) (*service, err
 			return s, s.refuse(from)
 		}
 	}
-	if from.component != "" {
-		return r.services[from.component], nil
+	if s := r.services[from.component]; s != nil && s.component() == from.component {
+		return s, nil
 	}
 	for _, endpoint := range []string{reg.endpoint, reg.metadata["health_endpoint"]} {
 		if s := r.ports[portOf(endpoint)]; s != nil {
@@ -779,7 +779,7 @@ func (r *registry) heartbeat(id string, from origin, declared flowctlv1.HealthSt
 // pipeline do, the one from which the call comes is meant. It fails with NOT_FOUND for
 // an id that nobody is registered under and with PERMISSION_DENIED for who is not it.
 func (r *registry) callerLocked(id string, from origin) (*service, error) {
-	if own := r.services[from.component]; from.component != "" && own.registered && slices.Contains(own.names, id) {
+	if own := r.services[from.component]; own != nil && own.registered && slices.Contains(own.names, id) {
 		return own, nil
 	}
 	if s := r.services[id]; s != nil {

@@ -470,9 +470,9 @@ func (s *supervisor) strays(id string) []procInfo {
 
 // componentAt tells which component holds the other end of a connection to flowctl:
 // it, or what it has started. claim is the one to begin with. known is false where
-// the kernel cannot tell: for another machine, another network or pid namespace, or a
-// process that flowctl may not look into. With an id of "" it is known that the other
-// end is of no component.
+// the kernel cannot tell: for another machine, a container, which a component may be
+// the client of, or a process that flowctl may not look into. With an id of "" it is
+// known that the other end is of no component.
 func (s *supervisor) componentAt(conn net.Conn, claim string) (id string, known bool) {
 	switch conn := conn.(type) {
 	case *net.UnixConn:
@@ -542,7 +542,16 @@ func (s *supervisor) componentHolding(inode uint64, claim string) (id string, kn
 			return "", false
 		}
 	}
-	return "", true
+	pid, _, ok := socketHolder(inode)
+	return "", ok && inPIDNamespace(pid)
+}
+
+// inPIDNamespace tells whether a process is in flowctl's own pid namespace, and not in
+// a container.
+func inPIDNamespace(pid int) bool {
+	own, err := os.Readlink("/proc/self/ns/pid")
+	its, itsErr := os.Readlink("/proc/" + strconv.Itoa(pid) + "/ns/pid")
+	return err == nil && itsErr == nil && own == its
 }
 
 // componentOf tells which component process pid is of, as componentAt does. One that
@@ -565,11 +574,11 @@ func (s *supervisor) componentOf(pid int) (id string, known bool) {
 			return s.markedComponent(pid)
 		}
 		if p.parent <= 1 {
-			return "", true
+			break
 		}
 		at = p.parent
 	}
-	return "", true
+	return "", inPIDNamespace(pid)
 }
 
 // markedComponent is the component of this run that the environment of a process
@@ -578,7 +587,7 @@ func (s *supervisor) markedComponent(pid int) (id string, known bool) {
 	env := environ(pid)
 	_, rest, ok := bytes.Cut(env, []byte("\x00FLOWCTL_COMPONENT_ID="))
 	name, _, _ := bytes.Cut(rest, []byte{0})
-	if !ok || !hasMark(pid, s.run) || s.byID[string(name)] == nil {
+	if !ok || !bytes.Contains(env, []byte("\x00"+runMark+"="+s.run+"\x00")) { // also that of a flowctl that was a component
 		return "", false
 	}
 	return string(name), true
