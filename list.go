@@ -108,6 +108,7 @@ type listClient struct {
 	conn     *grpc.ClientConn
 	pipeline listedPipeline            // as it was told last, without its components
 	records  map[int64]listedComponent // as they were told last
+	order    []int64                   // of records, as they were told first
 }
 
 // newListClient makes a client of the control plane at endpoint. With wait its calls
@@ -159,6 +160,7 @@ func (c *listClient) take(out *operatorv1.WatchResponse) []listedEvent {
 	}
 	if out.GetReset_() {
 		clear(c.records)
+		c.order = nil
 	}
 	if p := out.GetPipeline(); p != nil {
 		c.pipeline = listPipeline(p)
@@ -166,14 +168,22 @@ func (c *listClient) take(out *operatorv1.WatchResponse) []listedEvent {
 	}
 	for _, in := range out.GetComponents() {
 		component := listComponent(in)
-		c.records[component.record] = component
+		c.put(component)
 		event().Component = &component
 	}
 	for _, record := range out.GetRemoved() {
 		event().Removed = c.records[record].ID
 		delete(c.records, record)
+		c.order = slices.DeleteFunc(c.order, func(r int64) bool { return r == record })
 	}
 	return events
+}
+
+func (c *listClient) put(l listedComponent) {
+	if _, known := c.records[l.record]; !known {
+		c.order = append(c.order, l.record)
+	}
+	c.records[l.record] = l
 }
 
 // fetchLegacy asks a control plane that has no operator service.
@@ -195,22 +205,31 @@ func (c *listClient) fetchLegacy(ctx context.Context) error {
 		for name, f := range s.GetMetrics() {
 			component.setMetric(name, f)
 		}
-		c.records[component.record] = component
+		c.put(component)
 	}
 	return nil
 }
 
-// listed is the pipeline as it was told last, its components in order; with an id,
+// listed is the pipeline as it was told last, what is in its file first; with an id,
 // only those that have it. It is false where that id was asked for and is not there.
 func (c *listClient) listed(id string) (listedPipeline, bool) {
 	out := c.pipeline
 	out.Components = make([]listedComponent, 0, len(c.records))
-	for _, record := range slices.Sorted(maps.Keys(c.records)) {
+	for _, record := range c.order {
 		if l := c.records[record]; id == "" || l.is(id) {
 			out.Components = append(out.Components, l)
 		}
 	}
+	slices.SortStableFunc(out.Components, func(a, b listedComponent) int { return a.rank() - b.rank() })
 	return out, id == "" || len(out.Components) > 0
+}
+
+// rank puts what is in the pipeline first.
+func (l *listedComponent) rank() int {
+	if l.InPipeline {
+		return 0
+	}
+	return 1
 }
 
 func (l *listedComponent) is(id string) bool { return l.ID == id || l.ServiceID == id }

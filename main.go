@@ -85,8 +85,11 @@ func commands() []command {
 `},
 		{name: "list", args: "[flags] [id]", summary: "show what is registered, and how it is", run: listCommand, examples: `
   flowctl list
-  flowctl list store -json                       one component, with the history of its health
+  flowctl list ledgers -json                     one component, with the history of its health
   flowctl list -watch -e 127.0.0.1:8080
+`},
+		{name: "reload", args: "[flags] [pipeline]", summary: "have a running pipeline take over its changed file", run: reloadCommand, examples: `
+  flowctl reload
 `},
 		{name: "server", args: "[flags]", summary: "run the control plane alone", hidden: true, run: serverCommand, examples: `
   flowctl server -control-plane-port 9090
@@ -198,7 +201,7 @@ func (o *planeFlags) define(fs *flag.FlagSet) {
 	fs.DurationVar(&o.interval, "janitor-interval", 10*time.Second, "look for stale services at least this often")
 	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "`level` of flowctl's own log: debug, info, warn or error")
 	fs.StringVar(&o.format, "log-format", formatAuto, "`format` of the log: auto, text or json")
-	fs.StringVar(&o.dbPath, "db-path", "", "keep the registry's state in `file` (default for run: in $STATE_DIRECTORY, if set)")
+	fs.StringVar(&o.dbPath, "db-path", "", "keep the registry's state in `file` (default: in $STATE_DIRECTORY, if set; for server, else in the user's own folder for state)")
 	fs.BoolVar(&o.noState, "no-persistence", false, "keep the registry's state in memory only")
 	o.tls.define(fs, "serve TLS with the certificate in `file`, PEM", "require client certificates, by the CA in `file`")
 }
@@ -377,12 +380,10 @@ const listPatience = 2 * time.Second
 func listCommand(args []string) error {
 	var o listOptions
 	fs := flag.NewFlagSet("list", flag.ContinueOnError)
-	fs.StringVar(&o.endpoint, "endpoint", "", "`host:port` of the control plane, or unix:PATH (default: those of the pipelines that run here)")
-	fs.StringVar(&o.endpoint, "e", "", "short for -endpoint")
+	o.define(fs)
 	fs.BoolVar(&o.json, "json", false, "print JSON")
 	fs.BoolVar(&o.watch, "watch", false, "go on, and show each change")
 	fs.BoolVar(&o.wait, "wait", true, "give a control plane that is just starting up to 2s")
-	o.tls.define(fs, "client certificate in `file`, PEM", "dial TLS, and trust the CA in `file`, PEM")
 	rest, err := parseFlags(fs, args, 1)
 	if err != nil {
 		return err
@@ -406,6 +407,13 @@ func listCommand(args []string) error {
 		return watchPlanes(clients, o, catchSignals())
 	}
 	return listPlanes(clients, o)
+}
+
+// define defines the flags that say which control plane to ask, and how.
+func (o *listOptions) define(fs *flag.FlagSet) {
+	fs.StringVar(&o.endpoint, "endpoint", "", "`host:port` of the control plane, or unix:PATH (default: those of the pipelines that run here)")
+	fs.StringVar(&o.endpoint, "e", "", "short for -endpoint")
+	o.tls.define(fs, "client certificate in `file`, PEM", "dial TLS, and trust the CA in `file`, PEM")
 }
 
 // connect returns a client for each control plane that is to be asked.
@@ -475,12 +483,21 @@ func serverCommand(args []string) error {
 	plane := servePlane(lis, registry, planeSettings{store: st, certs: certs}, log)
 	defer plane.stop()
 	notify(log, daemon.SdNotifyReady, "STATUS=listening on "+endpoint)
+	var bark <-chan time.Time
+	if interval := watchdogInterval(log); interval > 0 {
+		ticker := time.NewTicker(interval / 2)
+		defer ticker.Stop()
+		bark = ticker.C
+	}
 	for {
 		select {
 		case <-registry.wake:
 			for _, c := range registry.changes(time.Now()) {
 				logChange(log, c)
 			}
+		case now := <-bark:
+			registry.condition("", now) // if the registry hangs, systemd hears no more
+			notify(log, daemon.SdNotifyWatchdog)
 		case sig := <-signals:
 			log.Info("stopping", "signal", sig.String())
 			notify(log, daemon.SdNotifyStopping)
@@ -631,6 +648,16 @@ func notify(log *slog.Logger, states ...string) {
 	}
 }
 
+// watchdogInterval is how often systemd wants to hear from flowctl (WatchdogSec= of
+// the unit), 0 for never.
+func watchdogInterval(log *slog.Logger) time.Duration {
+	interval, err := daemon.SdWatchdogEnabled(false)
+	if err != nil {
+		log.Warn("the watchdog of systemd is not fed", "err", err)
+	}
+	return interval
+}
+
 func logChange(log *slog.Logger, c change) {
 	attrs := []any{"id", c.id}
 	if c.component != "" {
@@ -662,6 +689,13 @@ type run struct {
 	sup        *supervisor
 	console    *console
 	about      about
+	files      *logFiles // nil for none
+	entrance   bool      // there is a listener without TLS, or no TLS
+	edition    int       // of sup, which the registry knows
+	reloads    chan reloadRequest
+	over       chan struct{}        // closed when loop has returned
+	watchdog   time.Duration        // how often systemd wants to hear that flowctl turns, 0 for never
+	barked     time.Time            // when it was told last
 	conditions map[string]change    // by component: what the registry last told
 	unhealthy  map[string]time.Time // by component: since when
 	signal     os.Signal            // that began the stop, at signalAt
@@ -731,6 +765,8 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		flags: o, log: log, about: about{name: p.Metadata.Name, version: versionName(), started: time.Now()},
 		conditions: make(map[string]change), unhealthy: make(map[string]time.Time),
 		verdicts: make(chan verdict), watches: make(map[string]context.CancelFunc),
+		reloads: make(chan reloadRequest), over: make(chan struct{}), watchdog: watchdogInterval(log),
+		entrance: certs == nil || way.private != nil,
 	}
 	var ids []string
 	for _, c := range p.components() {
@@ -743,15 +779,14 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	}
 	defer children.close()
 	emit := r.console.lines
-	files, err := o.logFiles(ids, log)
-	if err != nil {
+	if r.files, err = o.logFiles(ids, log); err != nil {
 		lis.Close()
 		return &exitError{exitUsage, err}
 	}
-	if files != nil {
-		defer files.close()
+	if r.files != nil {
+		defer r.files.close()
 		emit = func(id, stream string, lines []byte) {
-			files.lines(id, stream, lines)
+			r.files.lines(id, stream, lines)
 			r.console.lines(id, stream, lines)
 		}
 	}
@@ -762,11 +797,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		lis.Close()
 		return &exitError{exitFailed, err}
 	}
-	var members []member
-	for _, proc := range r.sup.procs {
-		members = append(members, member{proc.Component, r.sup.ports[proc.ID].number})
-	}
-	r.registry = newRegistry(o.ttl, o.interval, endpoint, members)
+	r.registry, r.edition = newRegistry(o.ttl, o.interval, endpoint, r.sup.members()), r.sup.edition
 	st, err := o.openState(r.registry, &r.about, false, log)
 	if err != nil {
 		lis.Close()
@@ -776,8 +807,9 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	defer st.close()
 	r.registry.given = way.endpoint
 	r.registry.report(r.about)
-	plane := servePlane(lis, r.registry, planeSettings{store: st, trace: r.trace, certs: certs, private: way.private}, log)
+	plane := servePlane(lis, r.registry, planeSettings{store: st, trace: r.trace, certs: certs, private: way.private, reload: r.requestReload}, log)
 	r.loop(signals)
+	close(r.over)
 	for _, end := range r.watches {
 		end()
 	}
@@ -841,6 +873,9 @@ func (r *run) loop(signals <-chan os.Signal) {
 			r.sup.guardLost(time.Now())
 		case v := <-r.verdicts:
 			r.checked(v, time.Now())
+		case request := <-r.reloads:
+			out, err := r.reload()
+			request.answer <- reloadAnswer{out, err}
 		case <-broken:
 			broken = nil
 			r.log.Error("standard output is closed, stopping", "err", r.console.err)
@@ -862,6 +897,9 @@ func (r *run) delay(d time.Duration) {
 // next is when loop has to look again although nothing happens.
 func (r *run) next(now time.Time) time.Time {
 	next := r.sup.next(now)
+	if r.watchdog > 0 {
+		next = earliest(next, r.barked.Add(r.watchdog/2))
+	}
 	if r.sup.stopping {
 		return next
 	}
@@ -873,8 +911,14 @@ func (r *run) next(now time.Time) time.Time {
 
 // advance does all that the state of things asks for at the time now.
 func (r *run) advance(now time.Time) {
-	r.takeChanges(now)
+	r.takeChanges(now) // which needs the registry: if that hangs, systemd hears no more
+	if r.watchdog > 0 && now.Sub(r.barked) >= r.watchdog/2 {
+		r.barked = now
+		notify(r.log, daemon.SdNotifyWatchdog)
+	}
 	r.sup.expire(now)
+	r.sup.advanceLeave(now)
+	r.syncMembers(now)
 	r.expireUnhealthy(now)
 	for _, p := range r.sup.startable() {
 		r.start(p)
@@ -927,7 +971,7 @@ func (r *run) start(p *proc) {
 // checked takes the verdict of a component's health check in.
 func (r *run) checked(v verdict, now time.Time) {
 	p := r.sup.byID[v.id]
-	if p.child != v.child {
+	if p == nil || p.child != v.child {
 		return
 	}
 	if !p.registers() && p.state == procStarting && v.failing == "" {
@@ -954,7 +998,7 @@ func (r *run) changed(c change, now time.Time) {
 	switch {
 	case p.state == procStarting && c.now.ok():
 		r.sup.ready(p, now)
-	case p.state != procReady:
+	case p.state != procReady || p.leaving:
 	case c.now.ok():
 		delete(r.unhealthy, p.ID)
 		logChange(r.log, c)
@@ -999,6 +1043,10 @@ func (r *run) exited(e exit, now time.Time) {
 // after the first is the same request by another way: a shell and the kernel both
 // tell of a terminal that is closed, timeout(1) tells the group and its child.
 func (r *run) signalled(sig os.Signal, now time.Time) {
+	if reloads(sig) {
+		_, _ = r.reload() // has said what is wrong
+		return
+	}
 	if r.sup.stopping {
 		if sig == syscall.SIGHUP || sig == r.signal && now.Sub(r.signalAt) < echoTime {
 			return

@@ -993,7 +993,7 @@ func TestCommandLine(t *testing.T) {
 		{"run " + bad, bad + ":2:35: spec.sources[0].comand: unknown field \"comand\", did you mean \"command\"?\n"},
 		{"check " + bad, bad + ":2:35: spec.sources[0].comand: unknown field \"comand\", did you mean \"command\"?\n"},
 		{"run " + yaml, "flowctl: " + yaml + ": a pipeline file is JSON; this turns YAML into it: " + yamlCommand(yaml, filepath.Join(dir, "flow.json")) + "\n"},
-		{"start", "flowctl: unknown command \"start\": it must be one of run, check, list, version, help\nTry: flowctl help\n"},
+		{"start", "flowctl: unknown command \"start\": it must be one of run, check, list, reload, version, help\nTry: flowctl help\n"},
 		{"flow.json", "flowctl: unknown command \"flow.json\": to run a file, write: flowctl run flow.json\nTry: flowctl help\n"},
 		{"help nosuch", "flowctl: there is no help for \"nosuch\"\nTry: flowctl help\n"},
 		{"version 2", "flowctl: version: unexpected argument \"2\"\nTry: flowctl help version\n"},
@@ -1039,7 +1039,8 @@ func TestHelpTexts(t *testing.T) {
 Usage:
   flowctl run [flags] [pipeline.json]    run a pipeline and its control plane until it has completed, failed or is stopped
   flowctl check [pipeline.json]          read and validate a pipeline file, start nothing
-  flowctl list [flags]                   show what is registered, and how it is
+  flowctl list [flags] [id]              show what is registered, and how it is
+  flowctl reload [flags] [pipeline]      have a running pipeline take over its changed file
   flowctl version                        print the version
   flowctl help [command]                 explain flowctl, or one command
 
@@ -1054,11 +1055,12 @@ flowctl help run lists the flags. The pipeline file is explained in README.md.
 	const list = `list: show what is registered, and how it is
 
 Usage:
-  flowctl list [flags]
+  flowctl list [flags] [id]
 
 Examples:
   flowctl list
-  flowctl list -e 127.0.0.1:8080 -json
+  flowctl list ledgers -json                     one component, with the history of its health
+  flowctl list -watch -e 127.0.0.1:8080
 
 Flags:
 `
@@ -1153,13 +1155,16 @@ func TestHelpExamples(t *testing.T) {
 	pipeline.waitReady()
 	for _, example := range examples[1:] {
 		options := []option{folder}
-		if strings.HasPrefix(example, "list") {
+		if strings.HasPrefix(example, "list") || strings.HasPrefix(example, "reload") {
 			options = append(options, runs)
 		}
 		p := start(t, strings.Fields(example), options...)
 		switch {
 		case strings.HasPrefix(example, "server"):
 			p.waitErr("msg=listening endpoint=127.0.0.1:9090\n")
+			p.stop()
+		case strings.Contains(example, "-watch"):
+			p.waitOut("ledgers ready healthy")
 			p.stop()
 		case strings.HasPrefix(example, "run") && !strings.Contains(example, "-until"):
 			p.waitErr("pipeline ready")
@@ -1941,7 +1946,7 @@ func TestRunHealthCheckInsteadOfHeartbeats(t *testing.T) {
 	p := launch(t, writePipeline(t, c, never), "-heartbeat-ttl", "1500ms")
 	p.waitErr("msg=ready component=a ")
 	// Whether it was ready before depends on how quick it was to register.
-	unhealthy := regexp.MustCompile(`(?m)^never +source +ready +\d+ +0 +unhealthy `)
+	unhealthy := regexp.MustCompile(`(?m)^never +source +(ready|starting) +\d+ +0 +unhealthy `)
 	for deadline := time.Now().Add(patience); ; {
 		code, out, _ := call(t, "list", "-e", p.endpoint())
 		if unhealthy.MatchString(out) && code == exitFailed {

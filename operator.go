@@ -70,7 +70,7 @@ func (f *feed) touch(s *service) {
 		if s.place != nil {
 			f.recent.Remove(s.place)
 			s.place = nil
-			f.remove(removal{s.order, f.revision})
+			f.remove(removal{s.record, f.revision})
 		}
 	case s.place == nil:
 		s.place = f.recent.PushBack(s)
@@ -153,7 +153,8 @@ func (f *feed) since(revision uint64) (changed []*service, removed []int64, reac
 type operatorServer struct {
 	operatorv1.UnimplementedOperatorServer
 	*registry
-	ended <-chan struct{} // closed when the control plane stops
+	ended  <-chan struct{}                         // closed when the control plane stops
+	reload func(context.Context) (reloaded, error) // nil where nothing can be
 }
 
 func (o operatorServer) GetPipeline(context.Context, *operatorv1.GetPipelineRequest) (*operatorv1.Pipeline, error) {
@@ -169,6 +170,17 @@ func (o operatorServer) GetPipeline(context.Context, *operatorv1.GetPipelineRequ
 		out.Components = append(out.Components, o.components(some, now)...)
 	}
 	return out, nil
+}
+
+func (o operatorServer) Reload(ctx context.Context, _ *operatorv1.ReloadRequest) (*operatorv1.ReloadResponse, error) {
+	if o.reload == nil {
+		return nil, status.Error(codes.Unimplemented, "a control plane alone has no pipeline file")
+	}
+	out, err := o.reload(ctx)
+	if err != nil {
+		return nil, status.Error(codes.FailedPrecondition, err.Error())
+	}
+	return &operatorv1.ReloadResponse{Added: out.added, Removed: out.removed, Restarted: out.restarted, Unchanged: int64(out.unchanged)}, nil
 }
 
 func (r *registry) pipelineLocked() *operatorv1.Pipeline {
@@ -199,7 +211,7 @@ func (r *registry) components(some []*service, now time.Time) []*operatorv1.Comp
 func (r *registry) componentLocked(s *service, now time.Time) *operatorv1.Component {
 	c, cause := r.conditionLocked(s, now)
 	out := &operatorv1.Component{
-		Record: int64(s.order), Id: s.key(), InPipeline: s.member != nil, Type: typeName(s.kind),
+		Record: int64(s.record), Id: s.key(), InPipeline: s.member != nil, Type: typeName(s.kind),
 		Name: s.name, Description: s.description, Version: s.version,
 		InputEventTypes: s.inputEvents, OutputEventTypes: s.outputEvents,
 		Endpoint: s.endpoint, Metadata: s.metadata,

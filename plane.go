@@ -147,7 +147,7 @@ type healthChange struct {
 type service struct {
 	registration
 	member     *member // nil: not in the pipeline
-	order      int     // tells it from others; also its place in lists: the pipeline's own first, in file order
+	record     int     // tells it from others
 	registered bool
 	names      []string // ids that it chose, the latest last; one may be another component's by now
 	declared   flowctlv1.HealthStatus
@@ -192,8 +192,8 @@ type registry struct {
 
 	mu       sync.Mutex          // guards the fields below and all services
 	services map[string]*service // by each id that one is known under
-	all      []*service          // by order; what is gone is taken out now and then
-	next     int                 // the next service's order
+	all      []*service          // the pipeline's own first, in file order; what is gone is taken out now and then
+	next     int                 // record of the next service
 	count    int                 // services that are not in the pipeline
 	bytes    int                 // the sizes of all services
 	live     *list.List          // services with a heartbeat to come, the longest silent first
@@ -216,22 +216,66 @@ func newRegistry(ttl, interval time.Duration, endpoint string, members []member)
 		feed:    newFeed(),
 		journal: journal{written: make(chan struct{})},
 	}
+	r.setMembersLocked(members)
+	return r
+}
+
+// setMembers takes over how the pipeline is now. What is new has not registered, and
+// what is not in it any more is gone.
+func (r *registry) setMembers(members []member, now time.Time) {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	for _, gone := range r.setMembersLocked(members) {
+		gone.names = append(gone.names, gone.key())
+		gone.member, gone.ended = nil, ""
+		r.count++ // which removeLocked takes back
+		r.removeLocked(gone, now)
+	}
+}
+
+// setMembersLocked returns the services that were members and are none any more.
+func (r *registry) setMembersLocked(members []member) (gone []*service) {
+	before := r.all
+	r.all, r.members = nil, len(members)
+	clear(r.ports)
+	listed := make(map[*service]bool)
 	for i := range members {
 		m := &members[i]
-		s := r.newServiceLocked()
-		s.member, s.id = m, m.ID
-		r.services[m.ID] = s
+		s := r.services[m.ID]
+		if s == nil || s.component() != m.ID {
+			if s != nil { // what has this id has another from now on, or none
+				r.unnameLocked(s, m.ID)
+				if len(s.names) == 0 {
+					r.removeLocked(s, r.observed)
+				}
+			}
+			s = &service{record: r.next}
+			s.id = m.ID
+			r.next++
+			r.services[m.ID] = s
+		}
+		s.member = m
+		listed[s] = true
+		r.all = append(r.all, s)
 		r.feed.touch(s)
 		if m.healthPort != "" {
 			r.ports[m.healthPort] = s
 		}
 	}
-	return r
+	for _, s := range before {
+		switch {
+		case s.member == nil:
+			r.all = append(r.all, s)
+		case !listed[s]:
+			gone = append(gone, s)
+		}
+	}
+	return gone
 }
 
 // newServiceLocked returns a record that no id leads to yet.
 func (r *registry) newServiceLocked() *service {
-	s := &service{order: r.next}
+	s := &service{record: r.next}
 	r.next++
 	r.all = append(r.all, s)
 	return s
@@ -1229,6 +1273,7 @@ type planeSettings struct {
 	trace   tracer
 	certs   *certificates
 	private net.Listener // for the components that do not speak TLS
+	reload  func(context.Context) (reloaded, error)
 }
 
 // servePlane starts to answer on lis. It returns at once; stop ends what it began.
@@ -1252,7 +1297,7 @@ func servePlane(lis net.Listener, r *registry, o planeSettings, log *slog.Logger
 	)}
 	flowctlpb.RegisterControlPlaneServer(p.server, legacyServer{registry: r})
 	flowctlv1.RegisterControlPlaneServiceServer(p.server, v1Server{registry: r})
-	operatorv1.RegisterOperatorServer(p.server, operatorServer{registry: r, ended: p.ended})
+	operatorv1.RegisterOperatorServer(p.server, operatorServer{registry: r, ended: p.ended, reload: o.reload})
 	healthpb.RegisterHealthServer(p.server, p.health)
 	for name := range p.server.GetServiceInfo() {
 		p.health.SetServingStatus(name, healthpb.HealthCheckResponse_SERVING)

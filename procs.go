@@ -14,6 +14,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"reflect"
 	"runtime"
 	"slices"
 	"strconv"
@@ -97,6 +98,9 @@ type proc struct {
 	failure  *failure
 
 	registered bool // its last process has; who owns the supervisor notes it
+
+	leaving   bool       // the file has changed: it is to be stopped, and then is gone
+	successor *Component // takes its place then, nil for none
 }
 
 // over tells whether no process runs and none will.
@@ -139,7 +143,9 @@ type supervisor struct {
 	before   map[string][]stopEdge // by id: what has to stop before it
 	ports    map[string]*reservedPort
 	stopping bool
-	run      string // unique: what runMark is set to
+	target   *Pipeline // what is to be when all that leaves has gone, nil otherwise
+	edition  int       // counts the changes of procs
+	run      string    // unique: what runMark is set to
 	reaper   *reaper
 	cgroup   *cgroup // nil for none
 	leaders  leaders
@@ -219,9 +225,7 @@ func newSupervisor(p *Pipeline, settings procSettings, emit emitter, log *slog.L
 		leaders: leaders{byPID: make(map[int]string)},
 	}
 	for _, c := range p.components() {
-		proc := &proc{Component: c, log: log.With("component", c.ID)}
-		s.procs = append(s.procs, proc)
-		s.byID[c.ID] = proc
+		s.procs = append(s.procs, s.newProc(c))
 		port, err := reservePort(c)
 		if err != nil {
 			s.releasePorts()
@@ -289,7 +293,7 @@ func (s *supervisor) startable() []*proc {
 	}
 	var out []*proc
 	for _, p := range s.procs {
-		if p.state == procWaiting && !slices.ContainsFunc(p.waitsFor(), func(id string) bool { return !s.byID[id].wasReady }) {
+		if p.state == procWaiting && !p.leaving && !slices.ContainsFunc(p.waitsFor(), func(id string) bool { return !s.byID[id].wasReady }) {
 			out = append(out, p)
 		}
 	}
@@ -341,7 +345,7 @@ func (s *supervisor) exited(e exit, now time.Time) {
 		}
 	}
 	reason := describeExit(e.state)
-	asked := p.state == procStopping || p.state == procKilled || s.stopping
+	asked := p.state == procStopping || p.state == procKilled || s.stopping || p.leaving
 	wasReady := p.state == procReady
 	p.log.Info("ended", "pid", e.child.pid, "reason", reason, "lived", now.Sub(p.started).Round(time.Millisecond))
 	if e.lost {
@@ -531,16 +535,21 @@ func (s *supervisor) advanceStop(now time.Time) {
 		if !p.runs() || slices.ContainsFunc(s.before[p.ID], func(e stopEdge) bool { return s.holds(e, now) }) {
 			continue
 		}
-		p.log.Info("stopping", "pid", p.child.pid, "signal", p.stopSignal().String())
-		p.stopSent = now
-		p.child.signal(p.stopSignal())
-		s.transition(p, procStopping, now.Add(s.stopTimeout(p)))
+		s.stop(p, now)
 	}
 }
 
+func (s *supervisor) stop(p *proc, now time.Time) {
+	p.log.Info("stopping", "pid", p.child.pid, "signal", p.stopSignal().String())
+	p.stopSent = now
+	p.child.signal(p.stopSignal())
+	s.transition(p, procStopping, now.Add(s.stopTimeout(p)))
+}
+
+// holds tells whether one that is to stop, too, keeps another from being stopped.
 func (s *supervisor) holds(e stopEdge, now time.Time) bool {
 	first := s.byID[e.id]
-	if first.over() {
+	if first == nil || first.over() || !first.leaving && !s.stopping {
 		return false
 	}
 	nudge := s.nudge(first)
@@ -561,7 +570,7 @@ func (s *supervisor) stopBound() time.Duration {
 	memo := make(map[string]time.Duration)
 	var bound func(id string) time.Duration
 	bound = func(id string) time.Duration {
-		if d, ok := memo[id]; ok {
+		if d, ok := memo[id]; ok || s.byID[id] == nil {
 			return d
 		}
 		var longest time.Duration
@@ -576,6 +585,126 @@ func (s *supervisor) stopBound() time.Duration {
 		longest = max(longest, bound(id))
 	}
 	return longest + sweepGrace + killPatience
+}
+
+// reloaded is what a change of the pipeline file comes to, by id.
+type reloaded struct {
+	added, removed, restarted []string
+	unchanged                 int
+}
+
+// reload takes over the pipeline file as it is now: what is new in it starts, what
+// has changed is stopped and then started anew, what is not in it any more is
+// stopped, and the rest is left alone. It fails, and changes nothing, where no port
+// can be found for what is new. A reload before all that leaves has gone is added to
+// the one before.
+func (s *supervisor) reload(next *Pipeline) (reloaded, error) {
+	var out reloaded
+	listed := make(map[string]bool)
+	ports := make(map[string]*reservedPort)
+	for _, c := range next.components() {
+		listed[c.ID] = true
+		if s.byID[c.ID] != nil {
+			continue
+		}
+		port, err := reservePort(c)
+		if err != nil {
+			for _, port := range ports {
+				port.release()
+			}
+			return out, fmt.Errorf("component %s: cannot find a free port for its HEALTH_PORT: %v", c.ID, err)
+		}
+		ports[c.ID] = port
+	}
+	for _, c := range next.components() {
+		switch p := s.byID[c.ID]; {
+		case p == nil:
+			out.added = append(out.added, c.ID)
+			s.procs = append(s.procs, s.newProc(c))
+			s.ports[c.ID] = ports[c.ID]
+		case !p.leaving && reflect.DeepEqual(p.Component, c):
+			out.unchanged++
+		default:
+			out.restarted = append(out.restarted, c.ID)
+			s.leave(p, c)
+		}
+	}
+	for _, p := range s.procs {
+		if !listed[p.ID] {
+			out.removed = append(out.removed, p.ID)
+			s.leave(p, nil)
+		}
+	}
+	s.target = next
+	s.settle()
+	return out, nil
+}
+
+func (s *supervisor) newProc(c *Component) *proc {
+	p := &proc{Component: c, log: s.log.With("component", c.ID)}
+	s.byID[c.ID] = p
+	s.edition++
+	return p
+}
+
+// leave has p stopped, and successor take its place. What waits for it waits for that.
+func (s *supervisor) leave(p *proc, successor *Component) {
+	p.leaving, p.successor, p.wasReady = true, successor, false
+	switch p.state {
+	case procWaiting, procBackoff:
+		s.transition(p, procStopped, time.Time{})
+	case procStarting:
+		p.deadline = time.Time{} // nobody waits for it to be ready any more
+	}
+}
+
+// advanceLeave sends their stop signal to those that leave and whose turn it is, in
+// the order of a stop.
+func (s *supervisor) advanceLeave(now time.Time) {
+	if s.target == nil || s.stopping {
+		return
+	}
+	for _, p := range s.procs {
+		if p.leaving && p.runs() && !slices.ContainsFunc(s.before[p.ID], func(e stopEdge) bool { return s.holds(e, now) }) {
+			s.stop(p, now)
+		}
+	}
+	s.settle()
+}
+
+// settle lets those that leave and are over go. After the last of them, everything is
+// as the file has it.
+func (s *supervisor) settle() {
+	for i, p := range s.procs {
+		if !p.leaving || !p.over() || p.failure != nil {
+			continue
+		}
+		s.ports[p.ID].release()
+		delete(s.ports, p.ID)
+		delete(s.byID, p.ID)
+		s.edition++
+		if s.procs[i] = nil; p.successor != nil {
+			s.procs[i] = s.newProc(p.successor)
+			port, err := reservePort(p.successor)
+			if err != nil {
+				s.fail(s.procs[i], failEnded, fmt.Sprintf("cannot find a free port for its HEALTH_PORT: %v", err), time.Time{})
+				s.transition(s.procs[i], procFailed, time.Time{})
+				port = new(reservedPort)
+			}
+			s.ports[p.ID] = port
+		}
+	}
+	s.procs = slices.DeleteFunc(s.procs, func(p *proc) bool { return p == nil })
+	if slices.ContainsFunc(s.procs, func(p *proc) bool { return p.leaving }) {
+		return
+	}
+	s.before = s.target.stopAfter()
+	order := make(map[string]int)
+	for i, c := range s.target.components() {
+		order[c.ID] = i
+	}
+	slices.SortFunc(s.procs, func(a, b *proc) int { return order[a.ID] - order[b.ID] })
+	s.target = nil
 }
 
 // killAll sends SIGKILL to all that still run.

@@ -143,31 +143,43 @@ var palette = []string{"36", "33", "32", "35", "34", "96", "93", "92", "95", "94
 // at a time. Its first error is kept: from then on it drops what it gets, so that
 // components can be stopped, and broken is closed.
 type console struct {
-	json   bool
+	json    bool
+	colours bool
+	broken  chan struct{}
+
+	mu     sync.Mutex        // guards the fields below; held while w is written, so that a slow reader slows components
 	heads  map[string]string // by id: what stands between the time and the line
 	colour map[string]string // by id: the escape code, empty without colours
-	broken chan struct{}
-
-	mu  sync.Mutex // guards the fields below; held while w is written, so that a slow reader slows components
-	w   io.Writer
-	buf []byte
-	err error
+	width  int               // of the longest id
+	w      io.Writer
+	buf    []byte
+	err    error
 }
 
 // newConsole returns a console for the components ids.
 func newConsole(w io.Writer, format string, colours bool, ids []string) *console {
-	c := &console{w: w, json: format == formatJSON, heads: make(map[string]string), colour: make(map[string]string), broken: make(chan struct{})}
-	width := 0
+	c := &console{w: w, json: format == formatJSON, colours: colours, heads: make(map[string]string), colour: make(map[string]string), broken: make(chan struct{})}
 	for _, id := range ids {
-		width = max(width, len(id))
+		c.width = max(c.width, len(id))
 	}
-	for i, id := range ids {
-		c.heads[id] = fmt.Sprintf(" %-*s | ", width, id)
-		if colours {
-			c.colour[id] = "\x1b[" + palette[i%len(palette)] + "m"
-		}
+	for _, id := range ids {
+		c.add(id)
 	}
 	return c
+}
+
+// add makes id known, in the next colour. The lines of one that is longer than those
+// before stand out to the right.
+func (c *console) add(id string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.heads[id] != "" {
+		return
+	}
+	if c.colours {
+		c.colour[id] = "\x1b[" + palette[len(c.heads)%len(palette)] + "m"
+	}
+	c.heads[id] = fmt.Sprintf(" %-*s | ", c.width, id)
 }
 
 // isTerminal takes any character device but /dev/null for one.
@@ -257,8 +269,11 @@ type overview struct {
 // logFiles keeps the lines of each component in a file of its own below a folder,
 // written before they are shown, so that what is on the terminal is in the file.
 type logFiles struct {
-	log  *slog.Logger
-	byID map[string]*logFile // never changes
+	dir string
+	log *slog.Logger
+
+	mu   sync.RWMutex // guards byID
+	byID map[string]*logFile
 }
 
 // logFile is DIR/ID.log. Past maxLogFile bytes it becomes DIR/ID.log.1 and a new one
@@ -284,22 +299,37 @@ func openLogFiles(dir string, ids []string, log *slog.Logger) (*logFiles, error)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	l := &logFiles{log: log, byID: make(map[string]*logFile)}
+	l := &logFiles{dir: dir, log: log, byID: make(map[string]*logFile)}
 	for _, id := range ids {
-		f := &logFile{path: filepath.Join(dir, id+".log")}
-		if err := f.open(); err != nil {
+		if err := l.add(id); err != nil {
 			l.close()
 			return nil, err
 		}
-		l.byID[id] = f
 	}
 	return l, nil
+}
+
+// add opens the file of id, if that has not been done.
+func (l *logFiles) add(id string) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.byID[id] != nil {
+		return nil
+	}
+	f := &logFile{path: filepath.Join(l.dir, id+".log")}
+	if err := f.open(); err != nil {
+		return err
+	}
+	l.byID[id] = f
+	return nil
 }
 
 // lines is an emitter. A file that cannot be written is reported once and tried
 // again with the next lines: a full disk must not stop a pipeline.
 func (l *logFiles) lines(id, _ string, lines []byte) {
+	l.mu.RLock()
 	file := l.byID[id]
+	l.mu.RUnlock()
 	file.mu.Lock()
 	defer file.mu.Unlock()
 	if file.closed {
@@ -379,6 +409,8 @@ func (f *logFile) open() error {
 
 // close closes the files.
 func (l *logFiles) close() {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
 	for _, f := range l.byID {
 		f.mu.Lock()
 		if f.closed = true; f.f != nil {

@@ -22,6 +22,112 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type ReloadRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReloadRequest) Reset() {
+	*x = ReloadRequest{}
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReloadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReloadRequest) ProtoMessage() {}
+
+func (x *ReloadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReloadRequest.ProtoReflect.Descriptor instead.
+func (*ReloadRequest) Descriptor() ([]byte, []int) {
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{0}
+}
+
+// What a reload comes to, by id. It answers once that has begun.
+type ReloadResponse struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Added   []string               `protobuf:"bytes,1,rep,name=added,proto3" json:"added,omitempty"`
+	Removed []string               `protobuf:"bytes,2,rep,name=removed,proto3" json:"removed,omitempty"`
+	// They have changed.
+	Restarted     []string `protobuf:"bytes,3,rep,name=restarted,proto3" json:"restarted,omitempty"`
+	Unchanged     int64    `protobuf:"varint,4,opt,name=unchanged,proto3" json:"unchanged,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReloadResponse) Reset() {
+	*x = ReloadResponse{}
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReloadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReloadResponse) ProtoMessage() {}
+
+func (x *ReloadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReloadResponse.ProtoReflect.Descriptor instead.
+func (*ReloadResponse) Descriptor() ([]byte, []int) {
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ReloadResponse) GetAdded() []string {
+	if x != nil {
+		return x.Added
+	}
+	return nil
+}
+
+func (x *ReloadResponse) GetRemoved() []string {
+	if x != nil {
+		return x.Removed
+	}
+	return nil
+}
+
+func (x *ReloadResponse) GetRestarted() []string {
+	if x != nil {
+		return x.Restarted
+	}
+	return nil
+}
+
+func (x *ReloadResponse) GetUnchanged() int64 {
+	if x != nil {
+		return x.Unchanged
+	}
+	return 0
+}
+
 type GetPipelineRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -30,7 +136,7 @@ type GetPipelineRequest struct {
 
 func (x *GetPipelineRequest) Reset() {
 	*x = GetPipelineRequest{}
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[0]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -42,7 +148,7 @@ func (x *GetPipelineRequest) String() string {
 func (*GetPipelineRequest) ProtoMessage() {}
 
 func (x *GetPipelineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[0]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -55,7 +161,7 @@ func (x *GetPipelineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPipelineRequest.ProtoReflect.Descriptor instead.
 func (*GetPipelineRequest) Descriptor() ([]byte, []int) {
-	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{0}
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{2}
 }
 
 type WatchRequest struct {
@@ -70,7 +176,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[1]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -82,7 +188,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[1]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -95,7 +201,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{1}
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *WatchRequest) GetFollow() bool {
@@ -130,7 +236,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[2]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -142,7 +248,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[2]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -155,7 +261,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{2}
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *WatchResponse) GetPipeline() *Pipeline {
@@ -217,7 +323,7 @@ type Pipeline struct {
 
 func (x *Pipeline) Reset() {
 	*x = Pipeline{}
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[3]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -229,7 +335,7 @@ func (x *Pipeline) String() string {
 func (*Pipeline) ProtoMessage() {}
 
 func (x *Pipeline) ProtoReflect() protoreflect.Message {
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[3]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -242,7 +348,7 @@ func (x *Pipeline) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pipeline.ProtoReflect.Descriptor instead.
 func (*Pipeline) Descriptor() ([]byte, []int) {
-	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{3}
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Pipeline) GetName() string {
@@ -354,7 +460,7 @@ type Component struct {
 
 func (x *Component) Reset() {
 	*x = Component{}
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[4]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -366,7 +472,7 @@ func (x *Component) String() string {
 func (*Component) ProtoMessage() {}
 
 func (x *Component) ProtoReflect() protoreflect.Message {
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[4]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -379,7 +485,7 @@ func (x *Component) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Component.ProtoReflect.Descriptor instead.
 func (*Component) Descriptor() ([]byte, []int) {
-	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{4}
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Component) GetRecord() int64 {
@@ -540,7 +646,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[5]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -552,7 +658,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[5]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -565,7 +671,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{5}
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Change) GetTime() *timestamppb.Timestamp {
@@ -603,7 +709,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[6]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -615,7 +721,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[6]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -628,7 +734,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{6}
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Process) GetState() string {
@@ -663,7 +769,13 @@ var File_flowctl_operator_v1_operator_proto protoreflect.FileDescriptor
 
 const file_flowctl_operator_v1_operator_proto_rawDesc = "" +
 	"\n" +
-	"\"flowctl/operator/v1/operator.proto\x12\x13flowctl.operator.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x14\n" +
+	"\"flowctl/operator/v1/operator.proto\x12\x13flowctl.operator.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n" +
+	"\rReloadRequest\"|\n" +
+	"\x0eReloadResponse\x12\x14\n" +
+	"\x05added\x18\x01 \x03(\tR\x05added\x12\x18\n" +
+	"\aremoved\x18\x02 \x03(\tR\aremoved\x12\x1c\n" +
+	"\trestarted\x18\x03 \x03(\tR\trestarted\x12\x1c\n" +
+	"\tunchanged\x18\x04 \x01(\x03R\tunchanged\"\x14\n" +
 	"\x12GetPipelineRequest\"F\n" +
 	"\fWatchRequest\x12\x16\n" +
 	"\x06follow\x18\x01 \x01(\bR\x06follow\x12\x1e\n" +
@@ -736,10 +848,11 @@ const file_flowctl_operator_v1_operator_proto_rawDesc = "" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\x03R\x03pid\x124\n" +
 	"\astarted\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x12\x1a\n" +
-	"\brestarts\x18\x04 \x01(\x03R\brestarts2\xb3\x01\n" +
+	"\brestarts\x18\x04 \x01(\x03R\brestarts2\x86\x02\n" +
 	"\bOperator\x12U\n" +
 	"\vGetPipeline\x12'.flowctl.operator.v1.GetPipelineRequest\x1a\x1d.flowctl.operator.v1.Pipeline\x12P\n" +
-	"\x05Watch\x12!.flowctl.operator.v1.WatchRequest\x1a\".flowctl.operator.v1.WatchResponse0\x01BDZBgithub.com/withobsrvr/flowctl/proto/flowctl/operator/v1;operatorv1b\x06proto3"
+	"\x05Watch\x12!.flowctl.operator.v1.WatchRequest\x1a\".flowctl.operator.v1.WatchResponse0\x01\x12Q\n" +
+	"\x06Reload\x12\".flowctl.operator.v1.ReloadRequest\x1a#.flowctl.operator.v1.ReloadResponseBDZBgithub.com/withobsrvr/flowctl/proto/flowctl/operator/v1;operatorv1b\x06proto3"
 
 var (
 	file_flowctl_operator_v1_operator_proto_rawDescOnce sync.Once
@@ -753,40 +866,44 @@ func file_flowctl_operator_v1_operator_proto_rawDescGZIP() []byte {
 	return file_flowctl_operator_v1_operator_proto_rawDescData
 }
 
-var file_flowctl_operator_v1_operator_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_flowctl_operator_v1_operator_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_flowctl_operator_v1_operator_proto_goTypes = []any{
-	(*GetPipelineRequest)(nil),    // 0: flowctl.operator.v1.GetPipelineRequest
-	(*WatchRequest)(nil),          // 1: flowctl.operator.v1.WatchRequest
-	(*WatchResponse)(nil),         // 2: flowctl.operator.v1.WatchResponse
-	(*Pipeline)(nil),              // 3: flowctl.operator.v1.Pipeline
-	(*Component)(nil),             // 4: flowctl.operator.v1.Component
-	(*Change)(nil),                // 5: flowctl.operator.v1.Change
-	(*Process)(nil),               // 6: flowctl.operator.v1.Process
-	nil,                           // 7: flowctl.operator.v1.Component.MetadataEntry
-	nil,                           // 8: flowctl.operator.v1.Component.MetricsEntry
-	nil,                           // 9: flowctl.operator.v1.Component.TextMetricsEntry
-	(*timestamppb.Timestamp)(nil), // 10: google.protobuf.Timestamp
+	(*ReloadRequest)(nil),         // 0: flowctl.operator.v1.ReloadRequest
+	(*ReloadResponse)(nil),        // 1: flowctl.operator.v1.ReloadResponse
+	(*GetPipelineRequest)(nil),    // 2: flowctl.operator.v1.GetPipelineRequest
+	(*WatchRequest)(nil),          // 3: flowctl.operator.v1.WatchRequest
+	(*WatchResponse)(nil),         // 4: flowctl.operator.v1.WatchResponse
+	(*Pipeline)(nil),              // 5: flowctl.operator.v1.Pipeline
+	(*Component)(nil),             // 6: flowctl.operator.v1.Component
+	(*Change)(nil),                // 7: flowctl.operator.v1.Change
+	(*Process)(nil),               // 8: flowctl.operator.v1.Process
+	nil,                           // 9: flowctl.operator.v1.Component.MetadataEntry
+	nil,                           // 10: flowctl.operator.v1.Component.MetricsEntry
+	nil,                           // 11: flowctl.operator.v1.Component.TextMetricsEntry
+	(*timestamppb.Timestamp)(nil), // 12: google.protobuf.Timestamp
 }
 var file_flowctl_operator_v1_operator_proto_depIdxs = []int32{
-	3,  // 0: flowctl.operator.v1.WatchResponse.pipeline:type_name -> flowctl.operator.v1.Pipeline
-	4,  // 1: flowctl.operator.v1.WatchResponse.components:type_name -> flowctl.operator.v1.Component
-	10, // 2: flowctl.operator.v1.Pipeline.started:type_name -> google.protobuf.Timestamp
-	4,  // 3: flowctl.operator.v1.Pipeline.components:type_name -> flowctl.operator.v1.Component
-	7,  // 4: flowctl.operator.v1.Component.metadata:type_name -> flowctl.operator.v1.Component.MetadataEntry
-	10, // 5: flowctl.operator.v1.Component.registered_at:type_name -> google.protobuf.Timestamp
-	10, // 6: flowctl.operator.v1.Component.last_seen:type_name -> google.protobuf.Timestamp
-	8,  // 7: flowctl.operator.v1.Component.metrics:type_name -> flowctl.operator.v1.Component.MetricsEntry
-	9,  // 8: flowctl.operator.v1.Component.text_metrics:type_name -> flowctl.operator.v1.Component.TextMetricsEntry
-	5,  // 9: flowctl.operator.v1.Component.history:type_name -> flowctl.operator.v1.Change
-	6,  // 10: flowctl.operator.v1.Component.process:type_name -> flowctl.operator.v1.Process
-	10, // 11: flowctl.operator.v1.Change.time:type_name -> google.protobuf.Timestamp
-	10, // 12: flowctl.operator.v1.Process.started:type_name -> google.protobuf.Timestamp
-	0,  // 13: flowctl.operator.v1.Operator.GetPipeline:input_type -> flowctl.operator.v1.GetPipelineRequest
-	1,  // 14: flowctl.operator.v1.Operator.Watch:input_type -> flowctl.operator.v1.WatchRequest
-	3,  // 15: flowctl.operator.v1.Operator.GetPipeline:output_type -> flowctl.operator.v1.Pipeline
-	2,  // 16: flowctl.operator.v1.Operator.Watch:output_type -> flowctl.operator.v1.WatchResponse
-	15, // [15:17] is the sub-list for method output_type
-	13, // [13:15] is the sub-list for method input_type
+	5,  // 0: flowctl.operator.v1.WatchResponse.pipeline:type_name -> flowctl.operator.v1.Pipeline
+	6,  // 1: flowctl.operator.v1.WatchResponse.components:type_name -> flowctl.operator.v1.Component
+	12, // 2: flowctl.operator.v1.Pipeline.started:type_name -> google.protobuf.Timestamp
+	6,  // 3: flowctl.operator.v1.Pipeline.components:type_name -> flowctl.operator.v1.Component
+	9,  // 4: flowctl.operator.v1.Component.metadata:type_name -> flowctl.operator.v1.Component.MetadataEntry
+	12, // 5: flowctl.operator.v1.Component.registered_at:type_name -> google.protobuf.Timestamp
+	12, // 6: flowctl.operator.v1.Component.last_seen:type_name -> google.protobuf.Timestamp
+	10, // 7: flowctl.operator.v1.Component.metrics:type_name -> flowctl.operator.v1.Component.MetricsEntry
+	11, // 8: flowctl.operator.v1.Component.text_metrics:type_name -> flowctl.operator.v1.Component.TextMetricsEntry
+	7,  // 9: flowctl.operator.v1.Component.history:type_name -> flowctl.operator.v1.Change
+	8,  // 10: flowctl.operator.v1.Component.process:type_name -> flowctl.operator.v1.Process
+	12, // 11: flowctl.operator.v1.Change.time:type_name -> google.protobuf.Timestamp
+	12, // 12: flowctl.operator.v1.Process.started:type_name -> google.protobuf.Timestamp
+	2,  // 13: flowctl.operator.v1.Operator.GetPipeline:input_type -> flowctl.operator.v1.GetPipelineRequest
+	3,  // 14: flowctl.operator.v1.Operator.Watch:input_type -> flowctl.operator.v1.WatchRequest
+	0,  // 15: flowctl.operator.v1.Operator.Reload:input_type -> flowctl.operator.v1.ReloadRequest
+	5,  // 16: flowctl.operator.v1.Operator.GetPipeline:output_type -> flowctl.operator.v1.Pipeline
+	4,  // 17: flowctl.operator.v1.Operator.Watch:output_type -> flowctl.operator.v1.WatchResponse
+	1,  // 18: flowctl.operator.v1.Operator.Reload:output_type -> flowctl.operator.v1.ReloadResponse
+	16, // [16:19] is the sub-list for method output_type
+	13, // [13:16] is the sub-list for method input_type
 	13, // [13:13] is the sub-list for extension type_name
 	13, // [13:13] is the sub-list for extension extendee
 	0,  // [0:13] is the sub-list for field type_name
@@ -803,7 +920,7 @@ func file_flowctl_operator_v1_operator_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flowctl_operator_v1_operator_proto_rawDesc), len(file_flowctl_operator_v1_operator_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   10,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -21,6 +21,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Operator_GetPipeline_FullMethodName = "/flowctl.operator.v1.Operator/GetPipeline"
 	Operator_Watch_FullMethodName       = "/flowctl.operator.v1.Operator/Watch"
+	Operator_Reload_FullMethodName      = "/flowctl.operator.v1.Operator/Reload"
 )
 
 // OperatorClient is the client API for Operator service.
@@ -34,6 +35,9 @@ type OperatorClient interface {
 	// Watch gives the same in pieces, and then, if it is to follow, what changes. Who
 	// reads slowly misses states in between and never the last.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchResponse], error)
+	// Reload reads the pipeline file again and applies what has changed in it, or fails
+	// with FAILED_PRECONDITION and changes nothing.
+	Reload(ctx context.Context, in *ReloadRequest, opts ...grpc.CallOption) (*ReloadResponse, error)
 }
 
 type operatorClient struct {
@@ -73,6 +77,16 @@ func (c *operatorClient) Watch(ctx context.Context, in *WatchRequest, opts ...gr
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Operator_WatchClient = grpc.ServerStreamingClient[WatchResponse]
 
+func (c *operatorClient) Reload(ctx context.Context, in *ReloadRequest, opts ...grpc.CallOption) (*ReloadResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReloadResponse)
+	err := c.cc.Invoke(ctx, Operator_Reload_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // OperatorServer is the server API for Operator service.
 // All implementations must embed UnimplementedOperatorServer
 // for forward compatibility.
@@ -84,6 +98,9 @@ type OperatorServer interface {
 	// Watch gives the same in pieces, and then, if it is to follow, what changes. Who
 	// reads slowly misses states in between and never the last.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error
+	// Reload reads the pipeline file again and applies what has changed in it, or fails
+	// with FAILED_PRECONDITION and changes nothing.
+	Reload(context.Context, *ReloadRequest) (*ReloadResponse, error)
 	mustEmbedUnimplementedOperatorServer()
 }
 
@@ -99,6 +116,9 @@ func (UnimplementedOperatorServer) GetPipeline(context.Context, *GetPipelineRequ
 }
 func (UnimplementedOperatorServer) Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error {
 	return status.Error(codes.Unimplemented, "method Watch not implemented")
+}
+func (UnimplementedOperatorServer) Reload(context.Context, *ReloadRequest) (*ReloadResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Reload not implemented")
 }
 func (UnimplementedOperatorServer) mustEmbedUnimplementedOperatorServer() {}
 func (UnimplementedOperatorServer) testEmbeddedByValue()                  {}
@@ -150,6 +170,24 @@ func _Operator_Watch_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Operator_WatchServer = grpc.ServerStreamingServer[WatchResponse]
 
+func _Operator_Reload_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReloadRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(OperatorServer).Reload(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Operator_Reload_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(OperatorServer).Reload(ctx, req.(*ReloadRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Operator_ServiceDesc is the grpc.ServiceDesc for Operator service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -160,6 +198,10 @@ var Operator_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetPipeline",
 			Handler:    _Operator_GetPipeline_Handler,
+		},
+		{
+			MethodName: "Reload",
+			Handler:    _Operator_Reload_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

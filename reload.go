@@ -1,0 +1,233 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
+)
+
+// reloadPatience is how long the command reload waits for an answer. flowctl reads a
+// file and answers, so more is a disk or a control plane that hangs.
+const reloadPatience = 30 * time.Second
+
+// reloadRequest asks the loop for a reload.
+type reloadRequest struct {
+	answer chan reloadAnswer // holds one, so that the loop never waits
+}
+
+type reloadAnswer struct {
+	reloaded reloaded
+	err      error
+}
+
+// requestReload has the loop reload the pipeline file. It is called by the operator
+// service.
+func (r *run) requestReload(ctx context.Context) (reloaded, error) {
+	request := reloadRequest{make(chan reloadAnswer, 1)}
+	select {
+	case r.reloads <- request:
+	case <-r.over:
+		return reloaded{}, errStopping
+	case <-ctx.Done():
+		return reloaded{}, ctx.Err()
+	}
+	answer := <-request.answer
+	return answer.reloaded, answer.err
+}
+
+var errStopping = errors.New("the pipeline is stopping")
+
+// reload reads the pipeline file again and begins what has changed in it. What is
+// wrong is an error, after which everything is as before.
+func (r *run) reload() (reloaded, error) {
+	if r.ready { // before that systemd waits for READY=1 alone
+		notify(r.log, daemon.SdNotifyReloading, daemon.SdNotifyMonotonicUsec())
+		defer notify(r.log, daemon.SdNotifyReady)
+	}
+	out, err := r.applyFile()
+	if err != nil {
+		for line := range strings.Lines(err.Error()) {
+			r.log.Error("cannot reload", "err", strings.TrimSuffix(line, "\n"))
+		}
+		return out, err
+	}
+	r.log.Info("reloaded", "file", r.flags.file, "added", enumerate(out.added), "removed", enumerate(out.removed), "restarted", enumerate(out.restarted), "unchanged", out.unchanged)
+	return out, nil
+}
+
+func (r *run) applyFile() (reloaded, error) {
+	if r.sup.stopping {
+		return reloaded{}, errStopping
+	}
+	p, err := readPipeline(r.flags.file, os.LookupEnv)
+	if err != nil {
+		return reloaded{}, err
+	}
+	if p.Metadata.Name != r.about.name {
+		return reloaded{}, fmt.Errorf("%s: metadata.name is %q now: a pipeline keeps its name, %q, while it runs", r.flags.file, p.Metadata.Name, r.about.name)
+	}
+	if err := r.flags.tls.checkPipeline(p); err != nil {
+		return reloaded{}, err
+	}
+	if ids := p.speakTLS(false); r.flags.tls.cert != "" && !r.entrance && len(ids) > 0 {
+		return reloaded{}, fmt.Errorf("%s: %s would need a listener without TLS, which there is not: restart flowctl, or set \"tls\": true", r.flags.file, enumerate(ids))
+	}
+	if r.files != nil {
+		for _, c := range p.components() {
+			if err := r.files.add(c.ID); err != nil {
+				return reloaded{}, err
+			}
+		}
+	}
+	for _, c := range p.components() {
+		r.console.add(c.ID)
+	}
+	out, err := r.sup.reload(p)
+	for _, p := range r.sup.procs {
+		if p.leaving {
+			delete(r.unhealthy, p.ID)
+		}
+	}
+	return out, err
+}
+
+// syncMembers tells the registry which components there are, when that has changed.
+func (r *run) syncMembers(now time.Time) {
+	if r.edition == r.sup.edition {
+		return
+	}
+	r.edition = r.sup.edition
+	r.registry.setMembers(r.sup.members(), now)
+	for id := range r.conditions {
+		if r.sup.byID[id] == nil {
+			delete(r.conditions, id)
+			delete(r.unhealthy, id)
+		}
+	}
+}
+
+// members is what the registry is to know of the components.
+func (s *supervisor) members() []member {
+	var out []member
+	for _, p := range s.procs {
+		out = append(out, member{p.Component, s.ports[p.ID].number})
+	}
+	return out
+}
+
+// reloads tells whether sig asks for a reload: SIGHUP does under systemd, while that
+// of a terminal that closes ends a run.
+func reloads(sig os.Signal) bool {
+	return sig == syscall.SIGHUP && os.Getenv("NOTIFY_SOCKET") != ""
+}
+
+func reloadCommand(args []string) error {
+	var o listOptions
+	fs := flag.NewFlagSet("reload", flag.ContinueOnError)
+	o.define(fs)
+	rest, err := parseFlags(fs, args, 1)
+	if err != nil {
+		return err
+	}
+	if err := o.tls.check(fs); err != nil {
+		return err
+	}
+	o.wait = true
+	name := ""
+	if len(rest) > 0 {
+		name = rest[0]
+	}
+	client, err := o.connectOne(name)
+	if err != nil {
+		return &exitError{exitPlane, err}
+	}
+	defer client.close()
+	ctx, cancel := context.WithTimeout(context.Background(), reloadPatience)
+	defer cancel()
+	out, err := operatorv1.NewOperatorClient(client.conn).Reload(ctx, &operatorv1.ReloadRequest{}, grpc.WaitForReady(false))
+	switch status.Code(err) {
+	case codes.OK:
+	case codes.FailedPrecondition:
+		return &exitError{exitUsage, errors.New(status.Convert(err).Message())}
+	case codes.Unimplemented:
+		return &exitError{exitPlane, fmt.Errorf("the control plane at %s has no pipeline to reload", client.endpoint)}
+	default:
+		return &exitError{exitPlane, o.noAnswer(client.endpoint, err)}
+	}
+	fmt.Println(reloadText(out))
+	return nil
+}
+
+// connectOne is connect for one pipeline: that of the endpoint, or of the name, or,
+// in ExecReload= of a unit, of its main process (systemd.exec(5)), or the only one.
+func (o *listOptions) connectOne(name string) (*listClient, error) {
+	if o.endpoint == "" {
+		ctx, cancel := context.WithTimeout(context.Background(), listPatience)
+		defer cancel()
+		runs, err := awaitRuns(ctx, o.wait)
+		if err != nil {
+			return nil, err
+		}
+		main, _ := strconv.Atoi(os.Getenv("MAINPID"))
+		var names []string
+		for _, run := range runs {
+			if run.Pipeline == "" {
+				continue
+			}
+			names = append(names, run.Pipeline)
+			if name == run.Pipeline || name == "" && run.PID == main {
+				o.endpoint = run.Endpoint
+			}
+		}
+		switch {
+		case o.endpoint != "":
+		case name == "" && len(names) == 1:
+			for _, run := range runs {
+				if run.Pipeline != "" {
+					o.endpoint = run.Endpoint
+				}
+			}
+		case len(names) == 0:
+			return nil, errors.New("no pipeline is running here")
+		case name == "":
+			return nil, fmt.Errorf("%d pipelines are running: name one of %s", len(names), enumerate(names))
+		default:
+			return nil, fmt.Errorf("no pipeline %q is running, only %s", name, enumerate(names))
+		}
+	}
+	clients, err := o.connect()
+	if err != nil {
+		return nil, err
+	}
+	return clients[0], nil
+}
+
+// reloadText says what a reload has come to.
+func reloadText(out *operatorv1.ReloadResponse) string {
+	var parts []string
+	for _, p := range []struct {
+		what string
+		ids  []string
+	}{{"added", out.GetAdded()}, {"removed", out.GetRemoved()}, {"restarted", out.GetRestarted()}} {
+		if len(p.ids) > 0 {
+			parts = append(parts, p.what+" "+clean(enumerate(p.ids)))
+		}
+	}
+	if len(parts) == 0 {
+		return "reloaded: nothing has changed"
+	}
+	return fmt.Sprintf("reloaded: %s; %d unchanged", strings.Join(parts, ", "), out.GetUnchanged())
+}

@@ -1,0 +1,245 @@
+//go:build linux
+
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// rewrite replaces the pipeline file of a run by one with other components.
+func rewrite(tb testing.TB, file string, components ...Component) {
+	tb.Helper()
+	data, err := os.ReadFile(writePipeline(tb, components...))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	writeFile(tb, file, string(data))
+}
+
+// listed returns the components of the one pipeline at endpoint, by id, and their ids
+// in order.
+func listed(tb testing.TB, endpoint string) (map[string]listedComponent, []string) {
+	tb.Helper()
+	_, out, stderr := call(tb, "list", "-e", endpoint, "-json")
+	var pipelines []listedPipeline
+	if err := json.Unmarshal([]byte(out), &pipelines); err != nil || len(pipelines) != 1 {
+		tb.Fatalf("list: %v\n%s%s", err, out, stderr)
+	}
+	byID, ids := make(map[string]listedComponent), []string(nil)
+	for _, c := range pipelines[0].Components {
+		byID[c.ID] = c
+		ids = append(ids, c.ID)
+	}
+	return byID, ids
+}
+
+func TestReload(t *testing.T) {
+	t.Parallel()
+	kept, changed, gone := actor("kept", role{Dialect: "v1"}), actor("changed", role{Dialect: "legacy"}), actor("gone", role{Dialect: "v1"})
+	changed.Inputs, gone.Inputs = []string{"kept"}, []string{"changed"}
+	file := writePipeline(t, kept, changed, gone)
+	p := launch(t, file)
+	p.waitReady()
+	before, _ := listed(t, p.endpoint())
+
+	if code, out, stderr := call(t, "reload", "-e", p.endpoint()); code != exitOK || out != "reloaded: nothing has changed\n" || stderr != "" {
+		t.Errorf("reload of the same file: exit %d\n%s%s", code, out, stderr)
+	}
+	changed.Env["HEALTH_PORT"] = freePort(t)
+	fresh := actor("fresh-and-longer", role{Dialect: "v1", Anonymous: true})
+	fresh.Inputs = []string{"changed"}
+	rewrite(t, file, kept, fresh, changed)
+	code, out, stderr := call(t, "reload", "-e", p.endpoint())
+	if want := "reloaded: added fresh-and-longer, removed gone, restarted changed; 1 unchanged\n"; code != exitOK || out != want || stderr != "" {
+		t.Fatalf("reload: exit %d, want %q\n%s%s", code, want, out, stderr)
+	}
+	p.waitErr("msg=ready component=fresh-and-longer ")
+	p.wait(p.stderr, "msg=status ready=3 total=3", 2)
+	after, ids := listed(t, p.endpoint())
+	if want := []string{"kept", "fresh-and-longer", "changed"}; !slices.Equal(ids, want) {
+		t.Errorf("listed: %q, want %q", ids, want)
+	}
+	if b, a := before["kept"], after["kept"]; a.PID != b.PID || !a.Registered.Equal(*b.Registered) || a.Restarts != 0 {
+		t.Errorf("what has not changed was touched: before %+v, after %+v", b, a)
+	}
+	if b, a := before["changed"], after["changed"]; a.PID == b.PID || a.Registered.Equal(*b.Registered) || !strings.HasSuffix(a.Endpoint, ":"+changed.Env["HEALTH_PORT"]+"/health") {
+		t.Errorf("what has changed was not restarted: before %+v, after %+v", b, a)
+	}
+	// What read from the changed one is stopped after it, what is new starts after it.
+	p.has(p.stderr,
+		"msg=stopping component=changed ", "msg=ended component=changed ", "msg=stopping component=gone ",
+		"msg=ready component=changed ", "msg=started component=fresh-and-longer ")
+	p.hasNot(p.stderr, "component failed")
+	p.stop()
+}
+
+func TestReloadRefused(t *testing.T) {
+	t.Parallel()
+	a, b := actor("a", role{Dialect: "v1"}), shell("b", "exec sleep 300")
+	file := writePipeline(t, a, b)
+	good, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := launch(t, file)
+	p.waitReady()
+	for _, tt := range []struct{ name, text, want string }{
+		{"broken", "{", "flowctl: " + file + ":1:"},
+		{"wrong", strings.Replace(string(good), `"command"`, `"comand"`, 1), `did you mean "command"?`},
+		{"renamed", strings.Replace(string(good), `"name":"test"`, `"name":"other"`, 1), `metadata.name is "other" now: a pipeline keeps its name, "test", while it runs`},
+		{"TLS", strings.Replace(string(good), `"command"`, `"tls": true, "command"`, 1), `"tls": true of a needs -tls-cert and -tls-key`},
+	} {
+		writeFile(t, file, tt.text)
+		if code, out, stderr := call(t, "reload", "-e", p.endpoint()); code != exitUsage || out != "" || !strings.Contains(stderr, tt.want) {
+			t.Errorf("%s: exit %d, want %q\n%s%s", tt.name, code, tt.want, out, stderr)
+		}
+	}
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, stderr := call(t, "reload", "-e", p.endpoint()); code != exitUsage || !strings.Contains(stderr, "no such file or directory") {
+		t.Errorf("no file: exit %d\n%s", code, stderr)
+	}
+	p.has(p.stderr, "level=ERROR msg=\"cannot reload\"")
+	p.hasNot(p.stderr, "msg=stopping")
+	p.stop()
+}
+
+// Without -endpoint the one pipeline is meant that runs here, or that is named, or
+// whose process systemd names.
+func TestReloadFinds(t *testing.T) {
+	t.Parallel()
+	here := runsIn(t.TempDir())
+	reload := func(want int, args ...string) *process {
+		p := start(t, append([]string{"reload"}, args...), here)
+		p.exit(want)
+		return p
+	}
+	p := reload(exitPlane)
+	p.has(p.stderr, "flowctl: no pipeline is running: ")
+	server := start(t, []string{"server", "-control-plane-port", "0"}, here)
+	server.waitErr("msg=listening")
+	p = reload(exitPlane)
+	p.has(p.stderr, "flowctl: no pipeline is running here\n")
+	p = reload(exitPlane, "-e", server.endpoint())
+	p.has(p.stderr, "has no pipeline to reload\n")
+	one := start(t, runOf(writePipeline(t, shell("a", "exec sleep 300"))), here)
+	one.waitReady()
+	p = reload(exitOK)
+	p.has(p.stdout, "reloaded: nothing has changed\n")
+	text, err := os.ReadFile(writePipeline(t, shell("a", "exec sleep 300")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	two := start(t, runOf(writeFile(t, filepath.Join(t.TempDir(), "two.json"), strings.Replace(string(text), `"name":"test"`, `"name":"two"`, 1))), here)
+	two.waitReady()
+	p = reload(exitPlane)
+	p.has(p.stderr, "flowctl: 2 pipelines are running: name one of test, two\n")
+	p = reload(exitPlane, "three")
+	p.has(p.stderr, "flowctl: no pipeline \"three\" is running, only test, two\n")
+	reload(exitOK, "two")
+	two.waitErr("msg=reloaded ")
+	p = start(t, []string{"reload"}, here, withEnv(fmt.Sprintf("MAINPID=%d", two.cmd.Process.Pid)))
+	p.exit(exitOK)
+	two.wait(two.stderr, "msg=reloaded ", 2)
+	one.stop()
+	two.stop()
+	server.stop()
+}
+
+// SIGHUP reloads under systemd, which is told, and ends a run elsewhere.
+func TestReloadBySignal(t *testing.T) {
+	t.Parallel()
+	a, b := shell("a", "exec sleep 300"), shell("b", "exec sleep 300")
+	file := writePipeline(t, a)
+	p := start(t, runOf(file), notifySocket(t, filepath.Join(shortDir(t), "notify")))
+	p.waitReady()
+	rewrite(t, file, a, b)
+	p.signal(syscall.SIGHUP)
+	p.waitErr("msg=ready component=b ")
+	p.wait(p.notified, "STATUS=2 of 2 ready", 1)
+	p.has(p.notified, "READY=1\n", "RELOADING=1\nMONOTONIC_USEC=", "READY=1\n")
+	writeFile(t, file, "{}")
+	p.signal(syscall.SIGHUP)
+	p.waitErr("msg=\"cannot reload\"")
+	p.wait(p.notified, "READY=1\n", 3)
+	p.stop()
+
+	p = launch(t, writePipeline(t, a))
+	p.waitReady()
+	p.signal(syscall.SIGHUP)
+	p.exit(exitOK)
+}
+
+// What is asked to stop while a reload is under way stops as a whole.
+func TestStopWhileReloading(t *testing.T) {
+	t.Parallel()
+	stubborn := shell("stubborn", `trap "" TERM; echo up; while :; do sleep 1; done`)
+	reader := shell("reader", "exec sleep 300")
+	reader.DependsOn = []string{"stubborn"}
+	file := writePipeline(t, stubborn, reader)
+	p := launch(t, file, "-stop-timeout", "1s")
+	p.waitReady()
+	p.waitOut("up")
+	rewrite(t, file, shell("new", "exec sleep 300"))
+	if code, out, stderr := call(t, "reload", "-e", p.endpoint()); code != exitOK {
+		t.Fatalf("exit %d\n%s%s", code, out, stderr)
+	}
+	p.waitErr("msg=stopping component=stubborn ")
+	p.signal(syscall.SIGTERM)
+	p.exit(exitOK)
+	p.has(p.stderr, "still running, sending SIGKILL", "component=stubborn")
+}
+
+// A second reload before the first is done changes where that leads to.
+func TestReloadTwice(t *testing.T) {
+	t.Parallel()
+	slow := shell("slow", `trap "sleep 0.5; exit 0" TERM; echo up; while :; do sleep 0.05; done`)
+	stay := shell("stay", "exec sleep 300")
+	file := writePipeline(t, slow, stay)
+	p := launch(t, file)
+	p.waitReady()
+	p.waitOut("up")
+	reload := func(want string) {
+		t.Helper()
+		if code, out, stderr := call(t, "reload", "-e", p.endpoint()); code != exitOK || out != want {
+			t.Fatalf("exit %d\n%s%s", code, out, stderr)
+		}
+	}
+	rewrite(t, file, stay)
+	reload("reloaded: removed slow; 1 unchanged\n")
+	rewrite(t, file, slow, stay)
+	reload("reloaded: restarted slow; 1 unchanged\n")
+	p.wait(p.stderr, "msg=started component=slow ", 2)
+	p.wait(p.stdout, "up", 2)
+	_, ids := listed(t, p.endpoint())
+	if want := []string{"slow", "stay"}; !slices.Equal(ids, want) {
+		t.Errorf("listed: %q, want %q", ids, want)
+	}
+	p.stop()
+}
+
+// systemd hears twice in each interval that flowctl turns.
+func TestWatchdog(t *testing.T) {
+	t.Parallel()
+	for _, args := range [][]string{runOf(writePipeline(t, shell("a", "exec sleep 300"))), {"server", "-control-plane-port", "0"}} {
+		t.Run(args[0], func(t *testing.T) {
+			t.Parallel()
+			begun := time.Now()
+			p := start(t, args, notifySocket(t, filepath.Join(shortDir(t), "notify")), withEnv("WATCHDOG_USEC=200000"))
+			p.wait(p.notified, "WATCHDOG=1\n", 10)
+			if took := time.Since(begun); took < 800*time.Millisecond {
+				t.Errorf("ten within %s, which is too often", took)
+			}
+			p.stop()
+		})
+	}
+}
