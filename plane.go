@@ -627,8 +627,15 @@ func (r *registry) recordLocked(reg *registration, from origin, now time.Time) (
 		kind := strings.TrimPrefix(reg.kind.String(), "SERVICE_TYPE_")
 		reg.id = strings.ToLower(kind + "-" + rand.Text()[:10])
 	}
+	for _, id := range []string{reg.id, reg.componentID} { // nameLocked would take both from who has them
+		if s := r.services[id]; s != nil {
+			if err := s.refuse(from); err != nil {
+				return nil, err
+			}
+		}
+	}
 	if s := r.services[reg.id]; s != nil {
-		return s, s.refuse(from)
+		return s, nil
 	}
 	if r.count >= maxServices && !r.evictLocked(now) {
 		return nil, status.Errorf(codes.ResourceExhausted, "the registry is full: it holds %d services, and none of them is stale", maxServices)
