@@ -143,6 +143,7 @@ func raceEnabled() bool {
 type role struct {
 	Dialect   string `json:",omitempty"` // "legacy" or "v1"; without one it does not register
 	Anonymous bool   `json:",omitempty"` // it sends no id
+	Nameless  bool   `json:",omitempty"` // it sends nothing to know it by, and cannot register unless it is known
 	Alias     string `json:",omitempty"` // it registers as this service
 	Gate      bool   `json:",omitempty"` // before it registers or passes a check, it waits for SIGUSR2
 	Mute      bool   `json:",omitempty"` // it never heartbeats
@@ -399,6 +400,15 @@ func (r role) register() (func(flowctlv1.HealthStatus), error) {
 	if r.Anonymous {
 		id, endpoint = "", "http://localhost:"+os.Getenv("HEALTH_PORT")+"/health"
 	}
+	if r.Nameless {
+		id, endpoint = "", ""
+	}
+	known := func(id string, err error) error {
+		if r.Nameless && err == nil && id != r.id() {
+			return fmt.Errorf("it is taken for %q", id)
+		}
+		return err
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	if r.Dialect == "v1" {
@@ -409,7 +419,7 @@ func (r role) register() (func(flowctlv1.HealthStatus), error) {
 			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 			defer cancel()
 			_, _ = client.Heartbeat(ctx, &flowctlv1.HeartbeatRequest{ServiceId: ack.GetServiceId(), Status: status, Metrics: map[string]string{"lag": "3"}})
-		}, err
+		}, known(ack.GetServiceId(), err)
 	}
 	client := flowctlpb.NewControlPlaneClient(conn)
 	ack, err := client.Register(ctx, &flowctlpb.ServiceInfo{ServiceId: id, HealthEndpoint: endpoint})
@@ -418,7 +428,7 @@ func (r role) register() (func(flowctlv1.HealthStatus), error) {
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 		defer cancel()
 		_, _ = client.Heartbeat(ctx, &flowctlpb.ServiceHeartbeat{ServiceId: ack.GetServiceId(), Metrics: map[string]float64{"records": 7}})
-	}, err
+	}, known(ack.GetServiceId(), err)
 }
 
 // actor returns a component that plays r. The caller sets what else it is to have.

@@ -1,0 +1,309 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+
+	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
+)
+
+// The tests of this file are about who is at the other end of a connection.
+
+// planeAddresses calls test for each kind of address that a control plane can have.
+func planeAddresses(t *testing.T, test func(t *testing.T, address string)) {
+	for _, kind := range []string{"IPv4", "IPv6", "unix"} {
+		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
+			switch kind {
+			case "IPv4":
+				test(t, "127.0.0.1")
+			case "IPv6":
+				lis, err := net.Listen("tcp", "[::1]:0")
+				if err != nil {
+					t.Skip("this system has no IPv6: ", err)
+				}
+				lis.Close()
+				test(t, "::1")
+			default:
+				test(t, "unix:"+filepath.Join(shortDir(t), "plane"))
+			}
+		})
+	}
+}
+
+// listed returns what the control plane has to show of its components, in its order.
+func (c planeClient) listed(tb testing.TB) []*operatorv1.Component {
+	tb.Helper()
+	out, err := operatorv1.NewOperatorClient(c.conn).GetPipeline(tb.Context(), &operatorv1.GetPipelineRequest{})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return out.GetComponents()
+}
+
+// one returns the component id as it is listed, nil where it is not.
+func (c planeClient) one(tb testing.TB, id string) *operatorv1.Component {
+	tb.Helper()
+	for _, l := range c.listed(tb) {
+		if l.GetId() == id {
+			return l
+		}
+	}
+	return nil
+}
+
+// Copies of one program that send nothing of themselves are told apart by their
+// processes, however these came to be and whichever registers first. A component
+// that is taken for another does not register, and there would be no pipeline ready.
+func TestNamelessComponents(t *testing.T) {
+	t.Parallel()
+	const each = 6 // of two dialects and three ways to be started, on each of three addresses: 108
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	planeAddresses(t, func(t *testing.T, address string) {
+		var components []Component
+		for _, dialect := range dialects {
+			for i := range each {
+				for way, script := range map[string]string{
+					"itself":     "",
+					"grandchild": "sh -c '" + program + "; true'; true",
+					"orphan":     "(setsid " + program + " &); exec sleep 300",
+				} {
+					c := actor(fmt.Sprint(dialect, "-", way, "-", i), role{Dialect: dialect, Nameless: true})
+					if script != "" {
+						c.Command = []string{"sh", "-c", script}
+					}
+					components = append(components, c)
+				}
+			}
+		}
+		rand.Shuffle(len(components), func(i, j int) { components[i], components[j] = components[j], components[i] })
+		p := launch(t, writePipeline(t, components...), "-control-plane-address", address, "-start-timeout", "1m")
+		p.waitReady()
+		matched := 0
+		for _, c := range dialPlane(t, p.endpoint()).listed(t) {
+			if !c.GetInPipeline() || c.GetHealth() != "healthy" || c.GetServiceId() != "" {
+				t.Errorf("%s: in the pipeline %t, %s, as service %q", c.GetId(), c.GetInPipeline(), c.GetHealth(), c.GetServiceId())
+				continue
+			}
+			matched++
+		}
+		t.Logf("%d of %d matched", matched, len(components))
+		if matched != len(components) {
+			t.Errorf("not all are matched\n%s", p)
+		}
+		p.stop()
+	})
+}
+
+// claims are all the ways to pass oneself off as component id, which is also known
+// as alias, if it has one, and has this HEALTH_PORT.
+func claims(id, alias, healthPort string) map[string]func(ctx context.Context, c planeClient) error {
+	out := make(map[string]func(ctx context.Context, c planeClient) error)
+	poses := map[string]registration{
+		"component_id":                {id: "intruder", componentID: id},
+		"component_id, all the same":  {id: id, componentID: id},
+		"metadata":                    {id: "intruder", metadata: map[string]string{metadataComponentID: id}},
+		"own id":                      {id: id},
+		"own id, another's component": {id: id, componentID: "nobody"},
+		"health port":                 {id: "intruder", endpoint: "http://localhost:" + healthPort + "/health"},
+		"health port in metadata":     {id: "intruder", metadata: map[string]string{"health_endpoint": "http://127.0.0.1:" + healthPort}},
+	}
+	if alias != "" {
+		poses["alias"] = registration{id: alias}
+		poses["alias as component_id"] = registration{id: "intruder", componentID: alias}
+	}
+	for _, dialect := range dialects {
+		for what, reg := range poses {
+			out[dialect+" registration by "+what] = func(ctx context.Context, c planeClient) error {
+				_, err := c.register(ctx, dialect, reg)
+				return err
+			}
+		}
+		for _, name := range []string{id, alias} {
+			if name != "" {
+				out[dialect+" heartbeat as "+name] = func(ctx context.Context, c planeClient) error { return c.heartbeat(ctx, dialect, name) }
+				out["unregister "+name] = func(ctx context.Context, c planeClient) error {
+					_, err := c.v1.UnregisterComponent(ctx, &flowctlv1.UnregisterRequest{ServiceId: name})
+					return err
+				}
+			}
+		}
+	}
+	return out
+}
+
+// This process is no component, and none suffers from what it says. Each of its
+// connections is looked up on its own.
+func TestForeignProcessIsNoComponent(t *testing.T) {
+	t.Parallel()
+	const connections = 34 // on each of three addresses, before and after the component has registered
+	planeAddresses(t, func(t *testing.T, address string) {
+		p := launch(t, writePipeline(t, actor("store", role{Dialect: "v1", Alias: "hard-coded", Gate: true, Environ: true})),
+			"-control-plane-address", address, "-heartbeat-ttl", "1m", "-start-timeout", "2m")
+		p.waitOut("waiting")
+		port := regexp.MustCompile(`env "HEALTH_PORT=(\d+)"`).FindStringSubmatch(p.stdout.String())
+		if port == nil {
+			t.Fatalf("no HEALTH_PORT\n%s", p)
+		}
+		endpoint, calls, refused := p.endpoint(), 0, 0
+		pose := func(alias string) {
+			for range connections {
+				c := dialPlane(t, endpoint)
+				for what, claim := range claims("store", alias, port[1]) {
+					calls++
+					err := claim(t.Context(), c)
+					wantCode(t, what, err, codes.PermissionDenied)
+					if status.Code(err) == codes.PermissionDenied {
+						refused++
+					}
+				}
+				c.conn.Close()
+			}
+		}
+		pose("")
+		if got := dialPlane(t, endpoint).listed(t); len(got) != 1 || got[0].GetHealth() != "unregistered" {
+			t.Errorf("listed before it registered: %v", got)
+		}
+		p.tell("store", syscall.SIGUSR2)
+		p.waitReady()
+		c := dialPlane(t, endpoint)
+		bare := func(l *operatorv1.Component) *operatorv1.Component {
+			l.LastSeen, l.Metrics, l.TextMetrics = nil, nil, nil
+			return l
+		}
+		before := bare(c.one(t, "store"))
+		pose("hard-coded")
+		if after := c.listed(t); len(after) != 1 || !proto.Equal(bare(after[0]), before) {
+			t.Errorf("listed before %v\nand after %v", before, after)
+		}
+		t.Logf("%d of %d calls refused", refused, calls)
+
+		for _, dialect := range dialects {
+			if got := c.mustRegister(t, dialect, registration{id: "elsewhere-" + dialect}).id; got != "elsewhere-"+dialect {
+				t.Errorf("registered as %q", got)
+			}
+			if l := c.one(t, "elsewhere-"+dialect); l == nil || l.GetInPipeline() {
+				t.Errorf("a service of its own: %v", l)
+			}
+			if got := c.mustRegister(t, dialect, registration{}).id; got == "store" || got == "" {
+				t.Errorf("who says nothing is %q", got)
+			}
+		}
+		p.stop()
+	})
+}
+
+func TestComponentIsNoOtherComponent(t *testing.T) {
+	t.Parallel()
+	for _, dialect := range dialects {
+		t.Run(dialect, func(t *testing.T) {
+			t.Parallel()
+			liar := actor("store", role{Dialect: dialect, Alias: "ledgers"})
+			liar.Inputs = []string{"ledgers"}
+			p := launch(t, writePipeline(t, actor("ledgers", role{Dialect: dialect}), liar))
+			p.exit(exitFailed)
+			p.has(p.stdout, "component store cannot speak for component ledgers")
+			p.hasNot(p.stderr, "pipeline ready")
+		})
+	}
+}
+
+// Of two components with the same hard-coded service_id the one goes stale that is
+// mute, be it the first or the last to have registered.
+func TestSharedServiceID(t *testing.T) {
+	t.Parallel()
+	for _, dialect := range dialects {
+		for _, mute := range []string{"first", "last"} {
+			t.Run(dialect+" "+mute, func(t *testing.T) {
+				t.Parallel()
+				other := map[string]string{"first": "last", "last": "first"}[mute]
+				first, last := actor("first", role{Dialect: dialect, Alias: "stellar", OnUSR1: "mute"}), actor("last", role{Dialect: dialect, Alias: "stellar", OnUSR1: "mute"})
+				last.DependsOn = []string{"first"}
+				p := launch(t, writePipeline(t, first, last), "-heartbeat-ttl", "3s", "-unhealthy-timeout", "1m")
+				p.waitReady()
+				p.tell(mute, syscall.SIGUSR1)
+				p.waitErr("component=" + mute + ` cause="no heartbeat for `)
+				p.tell(mute, syscall.SIGUSR2)
+				p.waitErr("component=" + mute + "\n")
+				p.hasNot(p.stderr, "component="+other+" cause=")
+				p.stop()
+			})
+		}
+	}
+}
+
+// What is said on a connection is not looked up again.
+func TestOneLookupForEachConnection(t *testing.T) {
+	t.Parallel()
+	lis, endpoint, err := listenPlane("127.0.0.1", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var lookups atomic.Int64
+	trace := func(net.Conn, string) origin {
+		lookups.Add(1)
+		return origin{"store", true}
+	}
+	p := servePlane(lis, testRegistry(), planeSettings{trace: trace}, slog.New(slog.DiscardHandler))
+	t.Cleanup(p.stop)
+	for n := range int64(3) {
+		c := dialPlane(t, endpoint)
+		if _, err := c.legacy.ListServices(t.Context(), nil); err != nil || lookups.Load() != n {
+			t.Errorf("%d lookups for %d connections and one on which nothing was said: %v", lookups.Load(), n, err)
+		}
+		if got := c.mustRegister(t, "legacy", registration{}).id; got != "store" {
+			t.Errorf("registered as %q", got)
+		}
+		var calls sync.WaitGroup
+		for i := range 10 {
+			calls.Go(func() {
+				for range 100 {
+					wantCode(t, "heartbeat", c.heartbeat(t.Context(), dialects[i%2], "store"), codes.OK)
+				}
+			})
+		}
+		calls.Wait()
+		if lookups.Load() != n+1 {
+			t.Errorf("%d lookups for %d connections", lookups.Load(), n+1)
+		}
+	}
+}
+
+// A control plane alone has no components and refuses nobody.
+func TestServerRefusesNobody(t *testing.T) {
+	t.Parallel()
+	planeAddresses(t, func(t *testing.T, address string) {
+		p := start(t, []string{"server", "-control-plane-port", "0", "-control-plane-address", address})
+		endpoint := p.endpoint()
+		dialPlane(t, endpoint).mustRegister(t, "v1", registration{id: "store", endpoint: "http://localhost:9001/health"})
+		for what, claim := range claims("store", "", "9001") {
+			if err := claim(t.Context(), dialPlane(t, endpoint)); err != nil && !strings.HasPrefix(what, "unregister") && !strings.Contains(err.Error(), "NotFound") {
+				t.Errorf("%s: %v", what, err)
+			} else if err != nil {
+				dialPlane(t, endpoint).mustRegister(t, "v1", registration{id: "store"})
+			}
+		}
+		p.stop()
+	})
+}
