@@ -800,30 +800,34 @@ func (r *registry) connectionInfoLocked(s *service) map[string]string {
 // heartbeat notes that the service id lives and runs merge to take in its metrics,
 // where it brings some. A declared status other than UNKNOWN is kept until the
 // next. The sign of life counts even where a metric is past its bound, and so do
-// the other metrics.
-// It fails as callerLocked does.
-func (r *registry) heartbeat(id string, from origin, declared flowctlv1.HealthStatus, now time.Time, merge func(*service) error) error {
+// the other metrics. Where the health of the service changes, it returns what durable
+// is to wait for, else 0. It fails as callerLocked does.
+func (r *registry) heartbeat(id string, from origin, declared flowctlv1.HealthStatus, now time.Time, merge func(*service) error) (change uint64, err error) {
 	if id == "" {
-		return status.Error(codes.InvalidArgument, "service_id is empty")
+		return 0, status.Error(codes.InvalidArgument, "service_id is empty")
 	}
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
 	s, err := r.callerLocked(id, from)
 	if err != nil {
-		return err
+		return 0, err
 	}
+	known := s.known
 	if declared != flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN && flowctlv1.HealthStatus_name[int32(declared)] != "" {
 		s.declared = declared
 	}
 	r.seenLocked(s, now)
 	r.noteLocked(s, now)
+	if s.known != known {
+		change = s.durable
+	}
 	if err := r.fitLocked(0, now); err != nil {
-		return err
+		return change, err
 	}
 	size := s.size
 	err = merge(s)
 	r.bytes += s.size - size
-	return err
+	return change, err
 }
 
 // callerLocked finds the service that calls itself id. Where two components of the
@@ -1024,12 +1028,15 @@ func (l legacyServer) Register(ctx context.Context, in *flowctlpb.ServiceInfo) (
 }
 
 func (l legacyServer) Heartbeat(ctx context.Context, in *flowctlpb.ServiceHeartbeat) (*emptypb.Empty, error) {
-	err := l.heartbeat(in.GetServiceId(), originOf(ctx, in.GetServiceId()), flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, time.Now(), func(s *service) (err error) {
+	change, err := l.heartbeat(in.GetServiceId(), originOf(ctx, in.GetServiceId()), flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, time.Now(), func(s *service) (err error) {
 		for name, number := range in.GetMetrics() {
 			err = cmp.Or(s.setMetric(name, metric{number: number}), err)
 		}
 		return err
 	})
+	if change > 0 && err == nil {
+		err = l.durable(ctx, change)
+	}
 	return &emptypb.Empty{}, err
 }
 
@@ -1125,12 +1132,15 @@ func (s *service) matches(in *flowctlv1.DiscoveryRequest) bool {
 }
 
 func (v v1Server) Heartbeat(ctx context.Context, in *flowctlv1.HeartbeatRequest) (*emptypb.Empty, error) {
-	err := v.heartbeat(in.GetServiceId(), originOf(ctx, in.GetServiceId()), in.GetStatus(), time.Now(), func(s *service) (err error) {
+	change, err := v.heartbeat(in.GetServiceId(), originOf(ctx, in.GetServiceId()), in.GetStatus(), time.Now(), func(s *service) (err error) {
 		for name, text := range in.GetMetrics() {
 			err = cmp.Or(s.setMetric(name, metric{text: text, isText: true}), err)
 		}
 		return err
 	})
+	if change > 0 && err == nil {
+		err = v.durable(ctx, change)
+	}
 	return &emptypb.Empty{}, err
 }
 

@@ -156,7 +156,8 @@ func mustRegister(t testing.TB, r *registry, reg registration, now time.Time) st
 
 // beat is a heartbeat without a status and metrics.
 func beat(r *registry, id string, now time.Time) error {
-	return r.heartbeat(id, origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, now, func(*service) error { return nil })
+	_, err := r.heartbeat(id, origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, now, func(*service) error { return nil })
+	return err
 }
 
 // takeChanges returns what changes tells as "id: was > now".
@@ -838,7 +839,7 @@ func TestNewProcessInheritsNothing(t *testing.T) {
 	t.Parallel()
 	r, now := testRegistry(), time.Now()
 	mustRegister(t, r, registration{id: "ledgers", endpoint: "h:1", version: "1", outputEvents: []string{"a"}}, now)
-	err := r.heartbeat("ledgers", origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, now, func(s *service) error {
+	_, err := r.heartbeat("ledgers", origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, now, func(s *service) error {
 		return s.setMetric("events", metric{number: 1})
 	})
 	wantCode(t, "heartbeat", err, codes.OK)
@@ -1586,7 +1587,7 @@ func FuzzRegistry(f *testing.F) {
 					t.Errorf("registration %+v: got id %q", reg, got)
 				}
 			case 2, 3:
-				err := r.heartbeat(id, origin{}, flowctlv1.HealthStatus(b%7), at, func(s *service) error { return s.setMetric(other, metric{number: 1}) })
+				_, err := r.heartbeat(id, origin{}, flowctlv1.HealthStatus(b%7), at, func(s *service) error { return s.setMetric(other, metric{number: 1}) })
 				if code := status.Code(err); code != codes.OK && code != codes.NotFound && (code != codes.InvalidArgument || id != "") {
 					t.Errorf("heartbeat as %q: %v", id, err)
 				}
