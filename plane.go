@@ -1352,7 +1352,8 @@ func (p *plane) serve(lis net.Listener, log *slog.Logger) {
 }
 
 // stop answers what is being asked and then ends, within a second: a health watch
-// or an idle client would keep it forever.
+// or an idle client would keep it forever. A disk that hangs has the time of one write
+// for the last of the state.
 func (p *plane) stop() {
 	close(p.ended)
 	p.health.Shutdown()
@@ -1360,5 +1361,13 @@ func (p *plane) stop() {
 	p.server.GracefulStop()
 	hurry.Stop()
 	p.janitor()
-	p.done.Wait()
+	over := make(chan struct{})
+	go func() {
+		p.done.Wait()
+		close(over)
+	}()
+	select {
+	case <-over:
+	case <-time.After(maxWrite + time.Second): // when it has been said that it hangs
+	}
 }
