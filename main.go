@@ -249,10 +249,11 @@ func (o *planeFlags) openState(r *registry, about *about, alone bool, log *slog.
 		return nil, err
 	}
 	about.stateFile = st.path
-	if dropped := r.restore(services, time.Now()); dropped > 0 {
+	dropped := r.restore(services, time.Now())
+	if dropped > 0 {
 		log.Info("services of an earlier run are not taken over", "services", dropped, "file", st.path)
 	}
-	log.Info("registry restored", "services", len(services), "file", st.path)
+	log.Info("registry restored", "services", len(services)-dropped, "file", st.path)
 	return st, nil
 }
 

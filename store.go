@@ -296,18 +296,31 @@ func (r *registry) restore(state []savedService, now time.Time) (dropped int) {
 	r.journal.on, r.journal.dirty = true, make(chan struct{}, 1)
 	r.journal.dirty <- struct{}{} // whether the disk takes it is to be known early
 	r.grace = now
-	slices.SortStableFunc(state, func(a, b savedService) int { return a.LastSeen.Compare(b.LastSeen) })
+	var back []*service
 	for _, in := range state {
 		member := r.services[in.Component]
 		switch {
 		case in.Component != "" && member != nil && member.member != nil:
-			member.history = in.changes()
+			if member.history = in.changes(); len(member.history) > 0 {
+				member.known = member.history[len(member.history)-1].now
+			}
 			r.noteLocked(member, now)
 		case r.members > 0:
 			dropped++
 		case !in.Registered.IsZero():
-			r.restoreLocked(in)
+			if s := r.restoreLocked(in, now); s != nil {
+				back = append(back, s)
+			}
 		}
+	}
+	slices.SortStableFunc(back, func(a, b *service) int { return a.lastSeen.Compare(b.lastSeen) })
+	for _, s := range back {
+		if s.known.ok() || s.lastSeen.Add(r.ttl).After(now) {
+			s.expiry = r.live.PushBack(s)
+		} else {
+			s.silent = r.stale.PushBack(s)
+		}
+		r.noteLocked(s, now)
 	}
 	return dropped
 }
@@ -320,15 +333,26 @@ func (in *savedService) changes() []healthChange {
 	return out
 }
 
-func (r *registry) restoreLocked(in savedService) {
+// restoreLocked makes a record of what was saved, nil if no id leads to it. Its place
+// among the live or the stale is for the caller to find.
+func (r *registry) restoreLocked(in savedService, now time.Time) *service {
+	if !slices.Contains(in.Names, in.ID) {
+		in.Names = append(in.Names, in.ID) // of a component, or where there are none
+	}
 	var names []string
-	for _, name := range append(in.Names, in.ID) {
+	for _, name := range in.Names[max(0, len(in.Names)-maxIDs):] {
 		if r.services[name] == nil && name != "" {
 			names = append(names, name)
 		}
 	}
 	if len(names) == 0 {
-		return
+		return nil
+	}
+	if in.LastSeen.IsZero() {
+		in.LastSeen = in.Registered
+	}
+	if in.LastSeen.After(now) {
+		in.LastSeen = now // the clock was set back: it would not be stale for long
 	}
 	s := r.newServiceLocked()
 	s.registration = registration{
@@ -343,7 +367,9 @@ func (r *registry) restoreLocked(in savedService) {
 			s.names = append(s.names, name)
 		}
 	}
-	s.id = s.names[len(s.names)-1]
+	if r.services[s.id] != s {
+		s.id = s.key()
+	}
 	s.registered, s.since, s.lastSeen = true, in.Registered, in.LastSeen
 	s.declared = flowctlv1.HealthStatus(flowctlv1.HealthStatus_value["HEALTH_STATUS_"+strings.ToUpper(in.Declared)])
 	s.metrics = in.Metrics
@@ -354,12 +380,8 @@ func (r *registry) restoreLocked(in savedService) {
 	}
 	r.resizeLocked(s, size)
 	r.count++
-	if in.Health.ok() || in.LastSeen.Add(r.ttl).After(r.observed) {
-		s.expiry = r.live.PushBack(s)
-	} else {
-		s.silent = r.stale.PushBack(s)
-	}
 	r.feed.touch(s)
+	return s
 }
 
 // store is the state file. It is locked by a file beside it, because it is itself
