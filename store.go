@@ -396,10 +396,7 @@ type store struct {
 // has it, or where it is no state file that this version can read, which is never
 // overwritten. A disk that cannot be written is not a reason to fail: write says so.
 func openStore(path string, log *slog.Logger) (*store, []savedService, error) {
-	if target, err := filepath.EvalSymlinks(path); err == nil {
-		path = target // not to replace the link
-	}
-	path, err := filepath.Abs(path)
+	path, err := filepath.Abs(resolve(path))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -414,6 +411,25 @@ func openStore(path string, log *slog.Logger) (*store, []savedService, error) {
 		return nil, nil, err
 	}
 	return st, services, nil
+}
+
+// resolve returns the file that path leads to, not to replace a link. There need not
+// be one yet.
+func resolve(path string) string {
+	for range 40 { // as the kernel
+		if target, err := filepath.EvalSymlinks(path); err == nil {
+			return target
+		}
+		target, err := os.Readlink(path)
+		if err != nil {
+			break
+		}
+		if !filepath.IsAbs(target) {
+			target = filepath.Join(filepath.Dir(path), target)
+		}
+		path = target
+	}
+	return path
 }
 
 // lockedError says that another process holds the state file.
