@@ -1769,11 +1769,56 @@ func connect(b *testing.B, endpoint string) []planeClient {
 // the floor.
 func connectBoth(b *testing.B) (plane, floor []planeClient) {
 	b.Helper()
-	c := startPlane(b, newRegistry(testTTL, testInterval, "", nil))
+	return connectPlane(b, startPlane(b, newRegistry(testTTL, testInterval, "", nil))), connect(b, startFloor(b))
+}
+
+func connectPlane(b *testing.B, c planeClient) []planeClient {
+	b.Helper()
 	for i := range benchmarkConns {
 		c.mustRegister(b, "legacy", registration{id: fmt.Sprint("service-", i)})
 	}
-	return connect(b, c.conn.Target()), connect(b, startFloor(b))
+	return connect(b, c.conn.Target())
+}
+
+// startKeptPlane is startPlane with a state file that is written each second, and
+// twenty times a second for one of many services that registers again.
+func startKeptPlane(b *testing.B) planeClient {
+	b.Helper()
+	st, services, err := openStore(filepath.Join(b.TempDir(), "state.json"), slog.New(slog.DiscardHandler))
+	if err != nil {
+		b.Fatal(err)
+	}
+	r := newRegistry(testTTL, time.Second, "", nil)
+	r.restore(services, time.Now())
+	lis, endpoint, err := listenPlane("127.0.0.1", 0)
+	if err != nil {
+		b.Fatal(err)
+	}
+	p := servePlane(lis, r, planeSettings{store: st}, slog.New(slog.DiscardHandler))
+	c := dialPlane(b, endpoint)
+	done := make(chan struct{})
+	var registering sync.WaitGroup
+	registering.Go(func() {
+		ticker := time.NewTicker(50 * time.Millisecond)
+		defer ticker.Stop()
+		for i := 0; ; i++ {
+			select {
+			case <-done:
+				return
+			case <-ticker.C:
+				if _, err := c.register(context.Background(), "legacy", registration{id: fmt.Sprint("other-", i%100)}); err != nil {
+					b.Error(err)
+				}
+			}
+		}
+	})
+	b.Cleanup(func() {
+		close(done)
+		registering.Wait()
+		p.stop()
+		st.close()
+	})
+	return c
 }
 
 func heartbeatOnce(ctx context.Context, c planeClient, i int) error {
@@ -1810,13 +1855,23 @@ func BenchmarkHeartbeatRPC(b *testing.B) {
 // does weighs on both alike. The ratio is that of the rates: 1 would be a plane that
 // costs nothing. One operation is a round of both.
 func BenchmarkHeartbeatRatio(b *testing.B) {
-	plane, floor := connectBoth(b)
+	b.Run("memory", func(b *testing.B) {
+		plane, floor := connectBoth(b)
+		measureRatio(b, plane, floor)
+	})
+	b.Run("file", func(b *testing.B) {
+		measureRatio(b, connectPlane(b, startKeptPlane(b)), connect(b, startFloor(b)))
+	})
+}
+
+func measureRatio(b *testing.B, plane, floor []planeClient) {
+	const calls = 100
 	round := func(clients []planeClient) time.Duration {
-		var calls sync.WaitGroup
+		var running sync.WaitGroup
 		begun := time.Now()
 		for i, c := range clients {
-			calls.Go(func() {
-				for range 100 {
+			running.Go(func() {
+				for range calls {
 					if err := heartbeatOnce(b.Context(), c, i); err != nil {
 						b.Error(err)
 						return
@@ -1824,12 +1879,13 @@ func BenchmarkHeartbeatRatio(b *testing.B) {
 				}
 			})
 		}
-		calls.Wait()
+		running.Wait()
 		return time.Since(begun)
 	}
 	round(plane)
 	round(floor)
 	var ratios []float64
+	var all time.Duration
 	for n := 0; b.Loop(); n++ {
 		var ofPlane, ofFloor time.Duration
 		if n%2 == 0 {
@@ -1838,7 +1894,9 @@ func BenchmarkHeartbeatRatio(b *testing.B) {
 			ofFloor, ofPlane = round(floor), round(plane)
 		}
 		ratios = append(ratios, float64(ofFloor)/float64(ofPlane))
+		all += ofPlane
 	}
 	slices.Sort(ratios)
+	b.ReportMetric(float64(len(ratios)*calls*len(plane))/all.Seconds(), "heartbeats/s")
 	b.ReportMetric(ratios[len(ratios)/2], "ratio")
 }

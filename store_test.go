@@ -1,0 +1,942 @@
+//go:build linux
+
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+
+	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
+	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
+)
+
+// What is in the file
+
+// textOf is what r would write to its state file.
+func textOf(t testing.TB, r *registry) []byte {
+	t.Helper()
+	var text bytes.Buffer
+	if _, err := r.save(&text); err != nil {
+		t.Fatal(err)
+	}
+	return text.Bytes()
+}
+
+// readText reads what textOf returns.
+func readText(t testing.TB, text []byte) []savedService {
+	t.Helper()
+	services, err := readState(writeFile(t, filepath.Join(t.TempDir(), "registry.json"), string(text)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return services
+}
+
+// restored is a registry of a control plane alone that took over what text says.
+func restored(t testing.TB, text []byte, now time.Time) *registry {
+	t.Helper()
+	r := newRegistry(testTTL, testInterval, "127.0.0.1:8080", nil)
+	r.restore(readText(t, text), now)
+	return r
+}
+
+// shown is all that r has to show of its services.
+func shown(r *registry, now time.Time) map[string]*operatorv1.Component {
+	r.mu.Lock()
+	all := slices.Clone(r.all)
+	r.mu.Unlock()
+	out := make(map[string]*operatorv1.Component)
+	for _, c := range r.components(all, now) {
+		c.Record = 0
+		out[c.GetId()] = c
+	}
+	return out
+}
+
+// walk lets the time go by, as the janitor does.
+func walk(r *registry, from, to time.Time) {
+	for ; from.Before(to); from = from.Add(testInterval / 2) {
+		r.sweep(from)
+	}
+	r.sweep(to)
+}
+
+func sameShown(t testing.TB, got, want map[string]*operatorv1.Component) {
+	t.Helper()
+	if !slices.Equal(slices.Sorted(maps.Keys(got)), slices.Sorted(maps.Keys(want))) {
+		t.Errorf("got the services %q, want %q", slices.Sorted(maps.Keys(got)), slices.Sorted(maps.Keys(want)))
+	}
+	for id, w := range want {
+		wantProto(t, id, got[id], w)
+	}
+}
+
+// A control plane that is started again knows what it knew, in the order in which it
+// knew it, and writes what it read.
+func TestRestoreIsWhatWasSaved(t *testing.T) {
+	t.Parallel()
+	r := newRegistry(testTTL, testInterval, "", nil)
+	now := testEpoch
+	at := func(d time.Duration) time.Time {
+		walk(r, now, testEpoch.Add(d))
+		now = testEpoch.Add(d)
+		return now
+	}
+	mustRegister(t, r, registration{
+		id: "full", componentID: "component", kind: flowctlpb.ServiceType_SERVICE_TYPE_SINK, name: "Name", description: "a\nb\x00\u2028<&>", version: "v1",
+		inputEvents: []string{"in"}, outputEvents: []string{"out", "out2"}, endpoint: "http://localhost:1/health", maxInflight: -3,
+		metadata: map[string]string{"": "empty", "ünï": "\"quoted\""},
+	}, at(0))
+	mustRegister(t, r, registration{id: "old"}, at(time.Second))
+	mustRegister(t, r, registration{id: "new", componentID: "old"}, at(2*time.Second)) // takes the name of old
+	mustRegister(t, r, registration{id: "stale"}, at(3*time.Second))
+	for i := range maxIDs + 2 {
+		mustRegister(t, r, registration{id: "names", componentID: fmt.Sprint("name-", i)}, at(4*time.Second))
+	}
+	for id, declared := range map[string]flowctlv1.HealthStatus{"component": flowctlv1.HealthStatus_HEALTH_STATUS_DEGRADED, "new": flowctlv1.HealthStatus_HEALTH_STATUS_STOPPING, "names": flowctlv1.HealthStatus_HEALTH_STATUS_STARTING} {
+		if _, err := r.heartbeat(id, origin{}, declared, at(40*time.Second), func(s *service) error {
+			for name, m := range map[string]metric{"n": {number: 1e21}, "inf": {text: "+Inf", isText: true}, "text": {text: "x", isText: true}, "number": {text: "1.50", isText: true}} {
+				if err := s.setMetric(name, m); err != nil {
+					return err
+				}
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	at(41 * time.Second)
+	text := textOf(t, r)
+	again := restored(t, text, now)
+	checkRegistry(t, again, now)
+	sameShown(t, shown(again, now), shown(r, now))
+	if got := textOf(t, again); !bytes.Equal(got, text) {
+		t.Errorf("written first\n%s\nthen\n%s", text, got)
+	}
+	if got, want := listedIDs(t, again), listedIDs(t, r); !slices.Equal(got, want) {
+		t.Errorf("listed as %q, before as %q", got, want)
+	}
+	for id := range r.services {
+		if err := beat(again, id, now); err != nil {
+			t.Errorf("heartbeat as %s: %v", id, err)
+		}
+	}
+	wantChanges(t, again, now) // all that heartbeats have healed is held until it is on disk
+	again.settle(again.journal.count, nil)
+	wantChanges(t, again, now, "stale: unhealthy > healthy")
+}
+
+// A healthy one has one TTL from the start of the new control plane to be heard of,
+// a stale one is stale from the first moment, whatever the time between.
+func TestRestoreGivesOneTTL(t *testing.T) {
+	t.Parallel()
+	r := newRegistry(testTTL, testInterval, "", nil)
+	mustRegister(t, r, registration{id: "stale"}, testEpoch)
+	late := testEpoch.Add(testTTL - time.Second)
+	walk(r, testEpoch, late)
+	mustRegister(t, r, registration{id: "healthy"}, late)
+	walk(r, late, testEpoch.Add(testTTL+time.Nanosecond))
+	text := textOf(t, r)
+	for _, after := range []time.Duration{0, time.Second, time.Hour, 1000 * time.Hour, -time.Hour} { // the last is a clock that was set back
+		t.Run(after.String(), func(t *testing.T) {
+			now := testEpoch.Add(testTTL + time.Nanosecond).Add(after)
+			r := restored(t, text, now)
+			r.settle(r.journal.count, nil)
+			checkRegistry(t, r, now)
+			walked := now
+			health := func(at time.Duration, want string) {
+				t.Helper()
+				walk(r, walked, now.Add(at))
+				walked = now.Add(at)
+				r.settle(r.journal.count, nil)
+				if got := shown(r, now.Add(at)); fmt.Sprint(got["healthy"].GetHealth(), " ", got["stale"].GetHealth()) != want {
+					t.Errorf("after %s: %v, want %s", at, got, want)
+				}
+			}
+			if after < 0 {
+				health(testTTL, "healthy healthy") // it was seen but now, by this clock
+				health(testTTL+time.Nanosecond, "unhealthy unhealthy")
+				return
+			}
+			health(0, "healthy unhealthy")
+			health(testTTL-time.Millisecond, "healthy unhealthy")
+			wantChanges(t, r, now.Add(testTTL-time.Millisecond))
+			health(testTTL+time.Nanosecond, "unhealthy unhealthy")
+			wantChanges(t, r, now.Add(testTTL+time.Nanosecond), "healthy: healthy > unhealthy")
+			if err := beat(r, "stale", now.Add(testTTL+time.Second)); err != nil {
+				t.Error(err)
+			}
+			health(testTTL+time.Second, "unhealthy healthy")
+			checkRegistry(t, r, now.Add(testTTL+time.Second))
+		})
+	}
+}
+
+// The file in testdata is of the first version that wrote one, and every later one
+// is to read it so.
+func TestOldStateFileIsRead(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("testdata/registry-1.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Date(2026, 1, 2, 4, 0, 10, 0, time.UTC)
+	r := restored(t, text, now)
+	r.settle(r.journal.count, nil)
+	checkRegistry(t, r, now)
+	var got []string
+	for _, l := range []string{"stellar-source", "silent", "leaving", "pipeline-1", "bare"} {
+		if err := r.view(l, now, func(s *service) {
+			c, cause := r.conditionLocked(s, now)
+			got = append(got, fmt.Sprintf("%s %q %s %q %q %q %q %q %q %d %v %s %s %s %v %s (%s) %d", s.id, s.names, typeName(s.kind), s.name, s.description, s.version, s.inputEvents,
+				s.outputEvents, s.endpoint, s.maxInflight, s.metadata, s.since.Format(time.RFC3339Nano), s.lastSeen.Format(time.RFC3339), statusName(s.declared), s.metrics, c, cause, len(s.history)))
+		}); err != nil {
+			t.Error(err)
+		}
+	}
+	want := []string{
+		`stellar-source ["old-name" "stellar-source" "ledgers"] source "Ledgers" "reads ledgers" "1.2.3" ["xdr"] ["ledger" "ledger.<raw>"] "http://10.0.0.5:8088/health" 64 map[network:testnet zone:ü] 2026-01-02T03:04:05.000000006Z 2026-01-02T04:00:00Z degraded map[lag:2.5 rate:NaN state:catching up] degraded (it declared itself DEGRADED) 2`,
+		`silent ["silent"] processor "" "" "" [] [] "" 0 map[] 2026-01-02T01:00:00Z 2026-01-02T02:00:00Z unknown map[] unhealthy (no heartbeat for 2h0m10s, the TTL is 30s) 2`,
+		`leaving ["leaving"] sink "" "" "" [] [] "" 0 map[] 2026-01-02T03:00:00Z 2026-01-02T04:00:05Z stopping map[events:9.007199254740991e+15] unhealthy (it declared itself STOPPING) 1`,
+		`pipeline-1 ["store-alias" "pipeline-1"] pipeline "" "" "" [] [] "" 0 map[] 2026-01-02T03:00:00Z 2026-01-02T03:59:59Z healthy map[] healthy () 0`,
+		`bare ["bare"] unspecified "" "" "" [] [] "" 0 map[] 2026-01-02T03:59:50Z 2026-01-02T03:59:50Z unknown map[] healthy () 1`,
+	}
+	for i, line := range got {
+		if line != want[i] {
+			t.Errorf("got  %s\nwant %s", line, want[i])
+		}
+	}
+	if got := listedIDs(t, r); !slices.Equal(got, []string{"stellar-source", "silent", "leaving", "pipeline-1", "bare"}) {
+		t.Errorf("listed: %q", got)
+	}
+	wantChanges(t, r, now, "bare: unregistered > healthy")
+	last := r.services["stellar-source"].history[1]
+	if last.cause != "it declared itself DEGRADED" || last.now != degraded || !last.at.Equal(time.Date(2026, 1, 2, 3, 30, 0, 0, time.UTC)) {
+		t.Errorf("history: %v", last)
+	}
+	for _, id := range []string{"old-name", "ledgers", "stellar-source", "store-alias"} {
+		if err := beat(r, id, now); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// A run takes over what its components have gone through, and nothing else: nobody
+// counts as registered who has not registered with it.
+func TestRunTakesOverHistory(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "state.json")
+	once := func(what ...Component) (*process, []*operatorv1.Component) {
+		p := launch(t, writePipeline(t, what...), "-db-path", file, "-heartbeat-ttl", "1m")
+		p.waitReady()
+		c := dialPlane(t, p.endpoint())
+		c.mustRegister(t, "v1", registration{id: "elsewhere"})
+		return p, c.listed(t)
+	}
+	p, _ := once(actor("ledgers", role{Dialect: "legacy"}), actor("other", role{Dialect: "v1"}))
+	p.hasNot(p.stderr, "not taken over")
+	p.stop()
+
+	// other is another's now, and elsewhere was never one of them.
+	gated := actor("ledgers", role{Dialect: "v1", Gate: true})
+	p = launch(t, writePipeline(t, gated, shell("third", "exec sleep 300")), "-db-path", file)
+	p.waitOut("waiting")
+	p.has(p.stderr, `msg="services of an earlier run are not taken over" services=2 file=`+file, `msg="registry restored" services=1`)
+	c := dialPlane(t, p.endpoint())
+	listed := c.listed(t)
+	if len(listed) != 2 || listed[0].GetHealth() != "unregistered" || listed[0].GetRegisteredAt() != nil {
+		t.Errorf("listed: %v", listed)
+	}
+	wantCode(t, "heartbeat as one that has not registered", c.heartbeat(t.Context(), "legacy", "elsewhere"), codes.NotFound)
+	p.tell("ledgers", syscall.SIGUSR2)
+	p.waitReady()
+	var history []string
+	for _, h := range c.one(t, "ledgers").GetHistory() {
+		history = append(history, h.GetHealth())
+	}
+	// What a run notes when it stops a component is its own affair.
+	if n := len(history); n < 3 || history[0] != "healthy" || history[n-2] != "unregistered" || history[n-1] != "healthy" {
+		t.Errorf("history over two runs: %q", history)
+	}
+	p.stop()
+}
+
+// The server's process
+
+// serve starts a control plane alone, with its state in file, and returns it with a
+// client. It has the pids and the port of its own.
+func serve(t testing.TB, file string, args ...string) (*process, planeClient) {
+	t.Helper()
+	p := start(t, append([]string{"server", "-control-plane-port", "0", "-db-path", file}, args...))
+	return p, dialPlane(t, p.endpoint())
+}
+
+// A service that only heartbeats, and never registers again, does not notice that
+// the control plane was started again.
+func TestRegistryOutlivesServer(t *testing.T) {
+	t.Parallel()
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		t.Run(sig.String(), func(t *testing.T) {
+			t.Parallel()
+			file := filepath.Join(t.TempDir(), "state.json")
+			p, c := serve(t, file, "-heartbeat-ttl", "1m", "-janitor-interval", "50ms")
+			reg := registration{kind: flowctlpb.ServiceType_SERVICE_TYPE_SOURCE, endpoint: "http://localhost:1/health", outputEvents: []string{"ledger"}, metadata: map[string]string{"network": "testnet"}}
+			for _, dialect := range dialects {
+				reg.id, reg.componentID = dialect, dialect+"-alias"
+				c.mustRegister(t, dialect, reg)
+				if data, err := os.ReadFile(file); err != nil || !bytes.Contains(data, []byte(`"id":"`+dialect+`"`)) {
+					t.Errorf("acknowledged and not in the file (%v): %s", err, data)
+				}
+			}
+			c.mustRegister(t, "v1", registration{id: "gone"})
+			if _, err := c.v1.UnregisterComponent(t.Context(), &flowctlv1.UnregisterRequest{ServiceId: "gone"}); err != nil {
+				t.Fatal(err)
+			}
+			for _, declared := range []flowctlv1.HealthStatus{flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, flowctlv1.HealthStatus_HEALTH_STATUS_DEGRADED} {
+				if _, err := c.v1.Heartbeat(t.Context(), &flowctlv1.HeartbeatRequest{ServiceId: "v1-alias", Status: declared, Metrics: map[string]string{"state": "late"}}); err != nil {
+					t.Fatal(err)
+				}
+				if data, err := os.ReadFile(file); err != nil || !bytes.Contains(data, []byte(`"declared":"`+statusName(declared)+`"`)) {
+					t.Errorf("acknowledged and not in the file (%v): %s", err, data)
+				}
+			}
+			if _, err := c.legacy.Heartbeat(t.Context(), &flowctlpb.ServiceHeartbeat{ServiceId: "legacy-alias", Metrics: map[string]float64{"lag": 2.5}}); err != nil {
+				t.Fatal(err)
+			}
+			if sig == syscall.SIGKILL {
+				eventually(t, "the metrics in the file", func() bool {
+					data, err := os.ReadFile(file)
+					return err == nil && bytes.Contains(data, []byte(`"lag":2.5`)) && bytes.Contains(data, []byte(`"state":"late"`))
+				})
+			}
+			before := c.listed(t)
+			p.signal(sig)
+			<-p.done
+
+			p, c = serve(t, file, "-heartbeat-ttl", "1m")
+			p.waitErr(`msg="registry restored" services=2 file=` + file)
+			after := c.listed(t)
+			if len(after) != 2 || len(before) != 2 {
+				t.Fatalf("before %v\nafter %v", before, after)
+			}
+			for i := range after {
+				before[i].Record, after[i].Record = 0, 0
+				wantProto(t, after[i].GetId(), after[i], before[i])
+			}
+			for _, id := range []string{"legacy", "legacy-alias", "v1", "v1-alias"} {
+				for _, dialect := range dialects {
+					wantCode(t, dialect+" heartbeat as "+id, c.heartbeat(t.Context(), dialect, id), codes.OK)
+				}
+			}
+			wantCode(t, "heartbeat of what was unregistered", c.heartbeat(t.Context(), "v1", "gone"), codes.NotFound)
+			if got := c.one(t, "v1"); got.GetHealth() != "degraded" || len(got.GetHistory()) != 3 {
+				t.Errorf("after a heartbeat without a status: %v", got)
+			}
+			p.hasNot(p.stderr, "level=WARN", "level=ERROR", "msg=healthy", "msg=unhealthy")
+			p.stop()
+		})
+	}
+}
+
+func TestStateFileOptions(t *testing.T) {
+	t.Parallel()
+	code, _, stderr := call(t, "server", "-db-path", "x", "-no-persistence")
+	if code != exitUsage || !strings.Contains(stderr, "-db-path and -no-persistence") {
+		t.Errorf("exit %d\n%s", code, stderr)
+	}
+	state, xdg, home := t.TempDir(), t.TempDir(), t.TempDir()
+	pipeline := writePipeline(t, shell("a", "true"))
+	for _, tt := range []struct {
+		name string
+		args []string
+		env  []string
+		want string
+	}{
+		{"server under systemd", []string{"server"}, []string{"STATE_DIRECTORY=" + state + ":/elsewhere"}, state + "/registry.json"},
+		{"server", []string{"server"}, []string{"XDG_STATE_HOME=" + xdg}, xdg + "/flowctl/registry.json"},
+		{"server at home", []string{"server"}, []string{"XDG_STATE_HOME=", "HOME=" + home}, home + "/.local/state/flowctl/registry.json"},
+		{"server with a relative place", []string{"server"}, []string{"XDG_STATE_HOME=relative", "HOME=" + home + "/2"}, home + "/2/.local/state/flowctl/registry.json"},
+		{"server in memory", []string{"server", "-no-persistence"}, []string{"STATE_DIRECTORY=" + state}, ""},
+		{"run under systemd", []string{"run", pipeline}, []string{"STATE_DIRECTORY=" + t.TempDir()}, "/test.json"},
+		{"run", []string{"run", pipeline}, []string{"XDG_STATE_HOME=" + xdg}, ""},
+		{"run in memory", []string{"run", pipeline, "-no-persistence"}, []string{"STATE_DIRECTORY=" + state}, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			p := start(t, append(tt.args, "-control-plane-port", "0"), withEnv(tt.env...))
+			if p.endpoint(); tt.args[0] == "server" {
+				c := dialPlane(t, p.endpoint())
+				c.mustRegister(t, "v1", registration{id: "a"})
+				p.stop()
+			}
+			p.exit(exitOK)
+			if tt.want == "" {
+				p.hasNot(p.stderr, "registry restored")
+				return
+			}
+			p.has(p.stderr, `msg="registry restored"`, tt.want+"\n")
+			_, place, _ := strings.Cut(p.stderr.String(), "services=0 file=")
+			place, _, _ = strings.Cut(place, "\n")
+			info, err := os.Stat(place)
+			if err != nil || info.Mode() != 0o600 {
+				t.Errorf("%v, %v", info, err)
+			}
+		})
+	}
+}
+
+// What is no state file of this version
+
+// smallState is a state file with two services.
+func smallState(t testing.TB) []byte {
+	t.Helper()
+	r := newRegistry(testTTL, testInterval, "", nil)
+	mustRegister(t, r, registration{id: "a", metadata: map[string]string{"k": "v"}}, testEpoch)
+	mustRegister(t, r, registration{id: "b"}, testEpoch)
+	return textOf(t, r)
+}
+
+// A file that was cut off anywhere is refused, and so is anything else, and nothing
+// of it is changed.
+func TestDamagedStateFileIsKept(t *testing.T) {
+	t.Parallel()
+	whole := smallState(t)
+	damaged := map[string]string{
+		"garbage":                "\x00\x01\xffgarbage",
+		"empty":                  "",
+		"blank":                  " \n",
+		"null":                   "null",
+		"a list":                 "[]",
+		"a number":               "1",
+		"something else":         `{"apiVersion": "flowctl/v1", "kind": "Pipeline"}`,
+		"another format":         `{"format": "else/1", "services": []}`,
+		"format is a number":     `{"format": 1, "services": []}`,
+		"newer":                  `{"format": "flowctl-registry/2", "services": {"a": 1}}`,
+		"two files in one":       string(whole) + string(whole),
+		"garbage after it":       string(whole) + "x",
+		"services of a type":     `{"format": "flowctl-registry/1", "services": {}}`,
+		"unknown health":         `{"format": "flowctl-registry/1", "services": [{"id": "a", "health": "fine"}]}`,
+		"time that is none":      `{"format": "flowctl-registry/1", "services": [{"id": "a", "last_seen": "yesterday"}]}`,
+		"blocks of zeros":        string(whole[:100]) + strings.Repeat("\x00", len(whole)-100),
+		"as after a power cut":   strings.Repeat("\x00", len(whole)),
+		"cut off in the middle":  string(whole[:len(whole)/2]),
+		"cut off by one bracket": string(whole[:len(whole)-2]),
+	}
+	for n := range len(whole) - 1 { // without the last newline it is whole
+		damaged[fmt.Sprint("first ", n, " bytes")] = string(whole[:n])
+	}
+	dir := t.TempDir()
+	for name, text := range damaged {
+		file := writeFile(t, filepath.Join(dir, "state.json"), text)
+		st, services, err := openStore(file, slog.New(slog.DiscardHandler))
+		if err == nil {
+			st.close()
+			t.Errorf("%s: read as %v", name, services)
+		} else if !strings.Contains(err.Error(), file) {
+			t.Errorf("%s: the error does not name the file: %v", name, err)
+		}
+		if got, err := os.ReadFile(file); err != nil || string(got) != text {
+			t.Errorf("%s: the file was changed: %v, %q", name, err, got)
+		}
+	}
+	for _, name := range []string{"garbage", "empty", "something else", "newer", "cut off in the middle"} {
+		for _, command := range []string{"server", "run"} {
+			t.Run(name+" "+command, func(t *testing.T) {
+				t.Parallel()
+				file := writeFile(t, filepath.Join(t.TempDir(), "state.json"), damaged[name])
+				args := []string{"server", "-control-plane-port", "0", "-db-path", file}
+				if command == "run" {
+					args = append([]string{"run", writePipeline(t, shell("a", "echo it runs"))}, args[1:]...)
+				}
+				p := start(t, args)
+				p.exit(exitPlane)
+				p.has(p.stderr, "flowctl: ", file)
+				p.hasNot(p.stdout, "it runs")
+				if got, err := os.ReadFile(file); err != nil || string(got) != damaged[name] {
+					t.Errorf("the file was changed: %v, %q", err, got)
+				}
+			})
+		}
+	}
+}
+
+func TestStateFileThatCannotBeRead(t *testing.T) {
+	t.Parallel()
+	dir := publicDir(t)
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	secret := writeFile(t, filepath.Join(dir, "secret.json"), string(smallState(t)))
+	folder := filepath.Join(dir, "folder")
+	if err := os.Mkdir(folder, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	loop := filepath.Join(dir, "loop")
+	if err := os.Symlink(loop, loop); err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{secret, folder, loop, filepath.Join(dir, "missing", "state.json")} {
+		t.Run(filepath.Base(file), func(t *testing.T) {
+			t.Parallel()
+			options := []option{}
+			if file == secret {
+				if os.Getuid() != 0 {
+					t.Skip("only root can be another user")
+				}
+				options = append(options, asNobody(65534))
+			}
+			p := start(t, []string{"server", "-control-plane-port", "0", "-db-path", file}, options...)
+			p.exit(exitPlane)
+			p.has(p.stderr, "flowctl: ", file)
+		})
+	}
+}
+
+// One file belongs to one process, by whatever name it is called.
+func TestStateFileIsOfOneProcess(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	file, link := filepath.Join(dir, "state.json"), filepath.Join(dir, "link")
+	if err := os.Symlink("state.json", link); err != nil {
+		t.Fatal(err)
+	}
+	first, c := serve(t, link) // a link to what is not there yet
+	c.mustRegister(t, "v1", registration{id: "a"})
+	for _, name := range []string{file, link} {
+		second := start(t, []string{"server", "-control-plane-port", "0", "-db-path", name})
+		second.exit(exitPlane)
+		second.has(second.stderr, file, "process "+strconv.Itoa(first.cmd.Process.Pid)+":")
+	}
+	first.signal(syscall.SIGKILL)
+	<-first.done
+	writeFile(t, file+".tmp", "left by a crash")
+	p, c := serve(t, link)
+	if len(c.listed(t)) != 1 {
+		t.Errorf("the service is gone\n%s", p)
+	}
+	c.mustRegister(t, "v1", registration{id: "b"})
+	p.stop()
+	if info, err := os.Lstat(link); err != nil || info.Mode().Type() != fs.ModeSymlink {
+		t.Errorf("the link: %v, %v", info, err)
+	}
+	if services, err := readState(file); err != nil || len(services) != 2 {
+		t.Errorf("%v, %v", services, err)
+	}
+	if _, err := os.Lstat(file + ".tmp"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the temporary file is still there: %v", err)
+	}
+}
+
+// Disks that do not take it
+
+// durable waits until the plane says that its state is on disk, or not, in each way
+// that it has to say so, and that it serves.
+func (c planeClient) awaitDurable(t testing.TB, p *process, want bool) {
+	t.Helper()
+	wantStatus := map[bool]healthpb.HealthCheckResponse_ServingStatus{true: healthpb.HealthCheckResponse_SERVING, false: healthpb.HealthCheckResponse_NOT_SERVING}[want]
+	check := func(service string) healthpb.HealthCheckResponse_ServingStatus {
+		out, err := healthpb.NewHealthClient(c.conn).Check(t.Context(), &healthpb.HealthCheckRequest{Service: service})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out.GetStatus()
+	}
+	eventually(t, fmt.Sprintf("%s is %s\n%s", durableService, wantStatus, p), func() bool { return check(durableService) == wantStatus })
+	if got := check(""); got != healthpb.HealthCheckResponse_SERVING {
+		t.Errorf("the plane is %s", got)
+	}
+	_, table, _ := call(t, "list", "-e", c.conn.Target())
+	_, asJSON, _ := call(t, "list", "-e", c.conn.Target(), "-json")
+	if strings.Contains(table, "would not survive a restart: ") == want || strings.Contains(asJSON, `"not_durable": "`) == want {
+		t.Errorf("durable %t, list:\n%s%s", want, table, asJSON)
+	}
+}
+
+// smallDisk is a disk of this size and how it is mounted.
+func smallDisk(t testing.TB, flags uintptr, size string) string {
+	t.Helper()
+	disk := filepath.Join(t.TempDir(), "disk")
+	if err := os.Mkdir(disk, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", disk, "tmpfs", flags, "size="+size); err != nil {
+		t.Skip("this system does not let us mount a small disk: ", err)
+	}
+	t.Cleanup(func() { _ = syscall.Unmount(disk, syscall.MNT_DETACH) })
+	return disk
+}
+
+func TestFullDisk(t *testing.T) {
+	t.Parallel()
+	disk := smallDisk(t, 0, "64k")
+	file := filepath.Join(disk, "state.json")
+	p, c := serve(t, file, "-heartbeat-ttl", "1m", "-janitor-interval", "100ms")
+	c.mustRegister(t, "v1", registration{id: "before"})
+	c.awaitDurable(t, p, true)
+	whole, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := os.Create(filepath.Join(disk, "other"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := io.Copy(other, strings.NewReader(strings.Repeat("x", 64<<10))); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("the disk took %d bytes more: %v", n, err)
+	}
+	other.Close()
+	for i := range 5 {
+		c.mustRegister(t, "v1", registration{id: fmt.Sprint("meanwhile-", i)})
+	}
+	c.awaitDurable(t, p, false)
+	wantCode(t, "heartbeat", c.heartbeat(t.Context(), "v1", "meanwhile-4"), codes.OK)
+	p.waitErr("msg=healthy id=meanwhile-4")
+	if got, err := os.ReadFile(file); err != nil || len(got) < len(whole) {
+		t.Errorf("what was on disk is no more: %v, %q", err, got)
+	} else if _, err := readState(file); err != nil {
+		t.Error(err)
+	}
+	if err := os.Remove(other.Name()); err != nil {
+		t.Fatal(err)
+	}
+	c.awaitDurable(t, p, true)
+	p.has(p.stderr, `level=ERROR msg="the registry's state is not durable, flowctl goes on without" err=`, "no space left on device", `level=INFO msg="the registry's state is durable again" file=`+file)
+	for _, once := range []string{"not durable", "durable again"} {
+		if n := strings.Count(p.stderr.String(), once); n != 1 {
+			t.Errorf("%q is told %d times\n%s", once, n, p)
+		}
+	}
+	p.signal(syscall.SIGKILL)
+	<-p.done
+	if services, err := readState(file); err != nil || len(services) != 6 {
+		t.Errorf("%d services in the file: %v", len(services), err)
+	}
+}
+
+// A folder or a file system where nothing can be written when flowctl starts is no
+// reason not to serve, with what can be read there.
+func TestReadOnlyDisk(t *testing.T) {
+	t.Parallel()
+	for _, what := range []string{"folder", "file system"} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			if os.Getuid() != 0 {
+				t.Skip("only root can be another user, or mount")
+			}
+			var file string
+			var options []option
+			var release func() error
+			if what == "folder" {
+				dir := publicDir(t)
+				file = filepath.Join(dir, "state.json")
+				release = func() error { return os.Chmod(dir, 0o777) }
+				options = []option{asNobody(65534)}
+				writeFile(t, file, string(smallState(t)))
+				if err := os.Chmod(file, 0o644); err != nil {
+					t.Fatal(err)
+				}
+			} else {
+				disk := smallDisk(t, 0, "64k")
+				file = writeFile(t, filepath.Join(disk, "state.json"), string(smallState(t)))
+				remount := func(flags uintptr) error { return syscall.Mount("", disk, "", syscall.MS_REMOUNT|flags, "") }
+				release = func() error { return remount(0) }
+				if err := remount(syscall.MS_RDONLY); err != nil {
+					t.Fatal(err)
+				}
+			}
+			p := start(t, []string{"server", "-control-plane-port", "0", "-db-path", file, "-janitor-interval", "100ms"}, options...)
+			c := dialPlane(t, p.endpoint())
+			c.awaitDurable(t, p, false)
+			c.mustRegister(t, "legacy", registration{id: "meanwhile"})
+			if got := c.listed(t); len(got) != 3 {
+				t.Errorf("listed: %v", got)
+			}
+			if err := release(); err != nil {
+				t.Fatal(err)
+			}
+			c.awaitDurable(t, p, true)
+			p.stop()
+			if services, err := readState(file); err != nil || len(services) != 3 {
+				t.Errorf("%d services in the file: %v", len(services), err)
+			}
+			if n := strings.Count(p.stderr.String(), "not durable"); n != 1 {
+				t.Errorf("it is told %d times\n%s", n, p)
+			}
+		})
+	}
+}
+
+// A disk that hangs holds registrations up for maxWrite, all together, and then no
+// longer, and flowctl's end for no longer than that either.
+func TestDiskThatHangs(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "state.json")
+	if err := syscall.Mkfifo(file+".tmp", 0o600); err != nil { // to open it waits for a reader
+		t.Fatal(err)
+	}
+	p, c := serve(t, file)
+	begun := time.Now()
+	for i := range 3 {
+		c.mustRegister(t, "v1", registration{id: fmt.Sprint("service-", i)})
+	}
+	if took := time.Since(begun); took > 2*maxWrite {
+		t.Errorf("registered after %s", took)
+	}
+	c.awaitDurable(t, p, false)
+	p.has(p.stderr, "writing takes longer than "+maxWrite.String())
+	reader, err := os.Open(file + ".tmp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		_, _ = io.Copy(io.Discard, reader) // a FIFO cannot be synced: it fails and is removed
+		reader.Close()
+	}()
+	c.mustRegister(t, "v1", registration{id: "late"})
+	c.awaitDurable(t, p, true)
+	if services, err := readState(file); err != nil || len(services) != 4 {
+		t.Errorf("%d services in the file: %v", len(services), err)
+	}
+	if err := syscall.Mkfifo(file+".tmp", 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p.stop()
+}
+
+// keep, at its own time
+
+// What changes is told when it is on disk, and what the disk does not take is told
+// at once. Nobody waits for longer than a write.
+func TestChangesWaitForTheDisk(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		dir := t.TempDir()
+		st, _, err := openStore(filepath.Join(dir, "state.json"), slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer st.close()
+		r := newRegistry(testTTL, testInterval, "", nil)
+		r.restore(nil, time.Now())
+		mustRegister(t, r, registration{id: "a"}, time.Now())
+		wantChanges(t, r, time.Now())
+		ctx, cancel := context.WithCancel(t.Context())
+		var turns []bool
+		var keeping sync.WaitGroup
+		keeping.Go(func() { r.keep(ctx, st, func(durable bool) { turns = append(turns, durable) }) })
+		synctest.Wait()
+		wantChanges(t, r, time.Now(), "a: unregistered > healthy")
+
+		// Metrics are written within an interval, and nobody waits for them.
+		saved := func() metric {
+			services, err := readState(st.path)
+			if err != nil || len(services) != 1 {
+				t.Fatal(services, err)
+			}
+			return services[0].Metrics["lag"]
+		}
+		if change, err := r.heartbeat("a", origin{}, 0, time.Now(), func(s *service) error { return s.setMetric("lag", metric{number: 7}) }); change != 0 || err != nil {
+			t.Fatal(change, err)
+		}
+		synctest.Wait()
+		if got := saved(); got != (metric{}) {
+			t.Errorf("written at once: %v", got)
+		}
+		time.Sleep(testInterval)
+		synctest.Wait()
+		if got := saved(); got.number != 7 {
+			t.Errorf("not written within an interval: %v", got)
+		}
+
+		// The folder is gone.
+		if err := os.RemoveAll(dir); err != nil {
+			t.Fatal(err)
+		}
+		change, err := r.heartbeat("a", origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, time.Now(), func(*service) error { return nil })
+		if change == 0 || err != nil {
+			t.Fatal(change, err)
+		}
+		if err := r.durable(t.Context(), change); err != nil {
+			t.Error(err)
+		}
+		synctest.Wait()
+		wantChanges(t, r, time.Now(), "a: healthy > unhealthy")
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(testInterval)
+		synctest.Wait()
+		if !slices.Equal(turns, []bool{false, true}) {
+			t.Errorf("it was durable: %v", turns)
+		}
+		mustRegister(t, r, registration{id: "b"}, time.Now())
+		cancel()
+		keeping.Wait()
+		if services, err := readState(st.path); err != nil || len(services) != 2 {
+			t.Errorf("%d services in the file at the end: %v", len(services), err)
+		}
+	})
+}
+
+// SIGKILL
+
+// killsVar is how many times TestServerIsKilled kills, 20 without it.
+const killsVar = "FLOWCTL_KILLS"
+
+// gone is the health of what is not registered.
+const gone = "gone"
+
+// fate is what a client knows of a service after the server was killed: how it is by
+// the last answer, and how it would be by what was not answered any more.
+type fate struct{ sure, maybe string }
+
+// killedClient registers services, changes their health and takes them out, until
+// its server is no more.
+type killedClient struct {
+	name  string
+	fates map[string]*fate
+	acks  map[string]int // by what was acknowledged
+}
+
+func (k *killedClient) run(t *testing.T, c planeClient, random *rand.Rand) {
+	ctx := t.Context()
+	for {
+		id := fmt.Sprint(k.name, "-", random.IntN(30))
+		f := k.fates[id]
+		if f == nil {
+			f = &fate{sure: gone}
+			k.fates[id] = f
+		}
+		what, want := "registration", "healthy"
+		var err error
+		switch n := random.IntN(10); {
+		case f.sure == gone || n < 2:
+			_, err = c.register(ctx, dialects[n%2], registration{id: id, endpoint: "http://localhost:1/health", metadata: map[string]string{"client": k.name}})
+		case n == 2:
+			what, want = "removal", gone
+			_, err = c.v1.UnregisterComponent(ctx, &flowctlv1.UnregisterRequest{ServiceId: id})
+		default:
+			what = "change of health"
+			declared := flowctlv1.HealthStatus_HEALTH_STATUS_HEALTHY
+			switch want = []string{"healthy", "degraded", "unhealthy"}[n%3]; want {
+			case "degraded":
+				declared = flowctlv1.HealthStatus_HEALTH_STATUS_DEGRADED
+			case "unhealthy":
+				declared = flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY
+			}
+			if want == f.sure {
+				what = "heartbeat"
+			}
+			_, err = c.v1.Heartbeat(ctx, &flowctlv1.HeartbeatRequest{ServiceId: id, Status: declared, Metrics: map[string]string{"n": strconv.Itoa(n)}})
+		}
+		if err != nil {
+			wantCode(t, what+" of "+id, err, codes.Unavailable) // it was killed
+			f.maybe = want
+			return
+		}
+		f.sure = want
+		k.acks[what]++
+	}
+}
+
+// quickDir is a folder in memory, where there is one: a write takes no time there, and
+// a process that is killed loses neither more nor less.
+func quickDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "flowctl-test-")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// Who kills the server at any moment finds that all that it acknowledged is in its
+// file, which is whole each time, and that it goes on from there.
+func TestServerIsKilled(t *testing.T) {
+	t.Parallel()
+	kills := 20
+	if text := os.Getenv(killsVar); text != "" {
+		var err error
+		if kills, err = strconv.Atoi(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	file := filepath.Join(quickDir(t), "state.json")
+	binary := plain() // it is quicker, and these are many
+	var clients []*killedClient
+	for i := range 6 {
+		clients = append(clients, &killedClient{fmt.Sprint("client-", i), make(map[string]*fate), make(map[string]int)})
+	}
+	cut, most := 0, 0
+	for range kills {
+		p := start(t, []string{"server", "-control-plane-port", "0", "-db-path", file, "-heartbeat-ttl", "1h", "-janitor-interval", "20ms"}, withBinary(binary))
+		endpoint := p.endpoint()
+		var running sync.WaitGroup
+		for _, k := range clients {
+			c, random := dialPlane(t, endpoint), rand.New(rand.NewPCG(random.Uint64(), 0))
+			running.Go(func() { k.run(t, c, random); c.conn.Close() })
+		}
+		time.Sleep(time.Duration(random.Int64N(int64(100 * time.Millisecond)))) // any moment
+		p.signal(syscall.SIGKILL)
+		<-p.done
+		running.Wait()
+		if _, err := os.Lstat(file + ".tmp"); err == nil {
+			cut++
+		}
+		services, err := readState(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		most = max(most, len(services))
+		health := make(map[string]string)
+		for _, s := range services {
+			health[s.ID] = s.Health.String()
+		}
+		for _, k := range clients {
+			for id, f := range k.fates {
+				got := cmp.Or(health[id], gone)
+				if got != f.sure && got != f.maybe {
+					t.Errorf("%s is %s, it was acknowledged as %s, and after that as %q without an answer", id, got, f.sure, f.maybe)
+				}
+				*f = fate{sure: got}
+				delete(health, id)
+			}
+		}
+		if len(health) > 0 {
+			t.Errorf("nobody has registered %v", health)
+		}
+	}
+	acks := make(map[string]int)
+	for _, k := range clients {
+		for what, n := range k.acks {
+			acks[what] += n
+		}
+	}
+	t.Logf("killed %d times, %d times while it wrote; acknowledged and found again: %v; %d services at most", kills, cut, acks, most)
+}
