@@ -533,6 +533,7 @@ func (r *registry) admit(id string, now time.Time) {
 	s.fillLocked()
 	r.seenLocked(s, now)
 	r.noteLocked(s, now)
+	r.tellLocked(s) // not when it is on disk: nobody asked for it, and its process may have ended by then
 }
 
 // checked notes the outcome of a health check of component id: "" is a pass and

@@ -725,6 +725,20 @@ func TestDiskThatHangs(t *testing.T) {
 	p.stop()
 }
 
+// A component that does not register is ready when it runs, however slow the disk.
+func TestSlowDiskIsNoFailure(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "state.json")
+	if err := syscall.Mkfifo(file+".tmp", 0o600); err != nil {
+		t.Fatal(err)
+	}
+	first, second := shell("first", "true"), shell("second", "true")
+	second.Inputs = []string{"first"}
+	p := launch(t, writePipeline(t, first, second), "-db-path", file)
+	p.waitErr(`msg="all components have ended"`)
+	p.exit(exitOK)
+}
+
 // keep, at its own time
 
 // What changes is told when it is on disk, and what the disk does not take is told
