@@ -286,7 +286,7 @@ func TestRunTakesOverHistory(t *testing.T) {
 // The server's process
 
 // serve starts a control plane alone, with its state in file, and returns it with a
-// client. It has the pids and the port of its own.
+// client.
 func serve(t testing.TB, file string, args ...string) (*process, planeClient) {
 	t.Helper()
 	p := start(t, append([]string{"server", "-control-plane-port", "0", "-db-path", file}, args...))
@@ -500,7 +500,7 @@ func TestStateFileThatCannotBeRead(t *testing.T) {
 	for _, file := range []string{secret, folder, loop, filepath.Join(dir, "missing", "state.json")} {
 		t.Run(filepath.Base(file), func(t *testing.T) {
 			t.Parallel()
-			options := []option{}
+			var options []option
 			if file == secret {
 				if os.Getuid() != 0 {
 					t.Skip("only root can be another user")
@@ -551,8 +551,8 @@ func TestStateFileIsOfOneProcess(t *testing.T) {
 
 // Disks that do not take it
 
-// durable waits until the plane says that its state is on disk, or not, in each way
-// that it has to say so, and that it serves.
+// awaitDurable waits until the plane says that its state is on disk, or not, in each
+// way that it has to say so. It serves either way.
 func (c planeClient) awaitDurable(t testing.TB, p *process, want bool) {
 	t.Helper()
 	wantStatus := map[bool]healthpb.HealthCheckResponse_ServingStatus{true: healthpb.HealthCheckResponse_SERVING, false: healthpb.HealthCheckResponse_NOT_SERVING}[want]
