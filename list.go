@@ -438,13 +438,22 @@ func writeJSON(w io.Writer, pipelines []listedPipeline) error {
 // listPlanes asks all at once and shows what they answer. It returns an *exitError
 // where something is not healthy or one does not answer.
 func listPlanes(clients []*listClient, o listOptions) error {
-	ctx, cancel := context.WithTimeout(context.Background(), listPatience)
-	defer cancel()
 	errs := make([]error, len(clients))
 	var asked sync.WaitGroup
 	for i, c := range clients {
 		asked.Go(func() {
-			errs[i] = c.follow(ctx, &operatorv1.WatchRequest{}, func(out *operatorv1.WatchResponse) { c.take(out) })
+			ctx, cancel := context.WithCancel(context.Background())
+			defer cancel()
+			// Anew at each message: there may be more to tell than that time is enough for.
+			silence := time.AfterFunc(listPatience, cancel)
+			defer silence.Stop()
+			errs[i] = c.follow(ctx, &operatorv1.WatchRequest{}, func(out *operatorv1.WatchResponse) {
+				silence.Reset(listPatience)
+				c.take(out)
+			})
+			if status.Code(errs[i]) == codes.Canceled {
+				errs[i] = status.FromContextError(context.DeadlineExceeded).Err()
+			}
 		})
 	}
 	asked.Wait()
