@@ -214,7 +214,7 @@ func (r *registry) componentLocked(s *service, now time.Time) *operatorv1.Compon
 		Record: int64(s.record), Id: s.key(), InPipeline: s.member != nil, Type: typeName(s.kind),
 		Name: s.name, Description: s.description, Version: s.version,
 		InputEventTypes: s.inputEvents, OutputEventTypes: s.outputEvents,
-		Endpoint: s.endpoint, Metadata: s.metadata,
+		Endpoint: s.endpoint, Metadata: s.labels.toMap(),
 		Health: c.String(), Cause: cause, Declared: statusName(s.declared),
 	}
 	if s.id != out.Id {
@@ -223,18 +223,18 @@ func (r *registry) componentLocked(s *service, now time.Time) *operatorv1.Compon
 	if s.registered {
 		out.RegisteredAt, out.LastSeen = timestamppb.New(s.since), timestamppb.New(s.lastSeen)
 	}
-	for name, m := range s.metrics {
-		if f, ok := m.float(); ok {
+	for _, m := range s.metrics {
+		if f, ok := m.value.float(); ok {
 			if out.Metrics == nil {
 				out.Metrics = make(map[string]float64, len(s.metrics))
 			}
-			out.Metrics[name] = f
+			out.Metrics[m.name] = f
 			continue
 		}
 		if out.TextMetrics == nil {
 			out.TextMetrics = make(map[string]string)
 		}
-		out.TextMetrics[name] = m.text
+		out.TextMetrics[m.name] = m.value.text
 	}
 	for _, h := range s.history {
 		out.History = append(out.History, &operatorv1.Change{Time: timestamppb.New(h.at), Health: h.now.String(), Cause: h.cause})

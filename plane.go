@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/url"
 	"os"
@@ -136,6 +137,42 @@ type processReport struct {
 	restarts int
 }
 
+// entries are a map that takes little memory, as there are many with few entries: by
+// name.
+type entries[V any] []entry[V]
+
+type entry[V any] struct {
+	name  string
+	value V
+}
+
+func (e entries[V]) find(name string) (at int, found bool) {
+	return slices.BinarySearchFunc(e, name, func(e entry[V], name string) int { return strings.Compare(e.name, name) })
+}
+
+func newEntries[V any](m map[string]V) entries[V] {
+	if len(m) == 0 {
+		return nil
+	}
+	e := make(entries[V], 0, len(m))
+	for _, name := range slices.Sorted(maps.Keys(m)) {
+		e = append(e, entry[V]{name, m[name]})
+	}
+	return e
+}
+
+// toMap is nil for none.
+func (e entries[V]) toMap() map[string]V {
+	if len(e) == 0 {
+		return nil
+	}
+	m := make(map[string]V, len(e))
+	for _, e := range e {
+		m[e.name] = e.value
+	}
+	return m
+}
+
 // healthChange is one entry of a service's history.
 type healthChange struct {
 	at    time.Time
@@ -145,22 +182,23 @@ type healthChange struct {
 
 // service is one record of the registry. registry.mu guards it.
 type service struct {
-	registration
-	member     *member // nil: not in the pipeline
-	record     int     // tells it from others
-	registered bool
-	names      []string // ids that it chose, the latest last; one may be another component's by now
-	declared   flowctlv1.HealthStatus
-	ended      string // how its process ended, "" while it lives
-	failing    string // why its health check fails, "" while it passes
-	timeless   bool   // never stale: it has no heartbeat, its process stands for it
-	lastSeen   time.Time
-	since      time.Time // registered at
-	metrics    map[string]metric
-	size       int           // bytes of its texts
-	expiry     *list.Element // its place in registry.live, nil when it has none
-	silent     *list.Element // its place in registry.stale, nil when it has none
-	process    processReport
+	registration // its metadata is in labels
+	labels       entries[string]
+	member       *member // nil: not in the pipeline
+	record       int     // tells it from others
+	registered   bool
+	names        []string // ids that it chose, the latest last; one may be another component's by now
+	declared     flowctlv1.HealthStatus
+	ended        string // how its process ended, "" while it lives
+	failing      string // why its health check fails, "" while it passes
+	timeless     bool   // never stale: it has no heartbeat, its process stands for it
+	lastSeen     time.Time
+	since        time.Time // registered at
+	metrics      entries[metric]
+	size         int           // bytes of its texts
+	expiry       *list.Element // its place in registry.live, nil when it has none
+	silent       *list.Element // its place in registry.stale, nil when it has none
+	process      processReport
 
 	known    condition // of which the latest entry of history tells
 	history  []healthChange
@@ -504,7 +542,7 @@ func (r *registry) resetLocked(s *service) {
 	}
 	r.forgetExpiryLocked(s)
 	s.registration = registration{id: s.member.ID}
-	s.metrics = nil
+	s.labels, s.metrics = nil, nil
 	r.resizeLocked(s, 0)
 	s.registered, s.ended, s.failing, s.timeless = false, "", "", false
 	s.declared = flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN
@@ -692,7 +730,7 @@ func (r *registry) register(reg registration, from origin, now time.Time, ack fu
 		return 0, err
 	}
 	reg.id = cmp.Or(reg.id, s.component())
-	s.registration = reg
+	s.describeLocked(reg)
 	s.fillLocked()
 	r.nameLocked(s, now, reg.id, reg.componentID)
 	if r.services[s.id] != s { // it calls itself by another component's id
@@ -706,6 +744,13 @@ func (r *registry) register(reg registration, from origin, now time.Time, ack fu
 	r.changedLocked(s)
 	ack(reg.id, s.topics(), r.connectionInfoLocked(s))
 	return s.durable, nil
+}
+
+// describeLocked takes in what s says of itself.
+func (s *service) describeLocked(reg registration) {
+	s.labels = newEntries(reg.metadata)
+	reg.metadata = nil
+	s.registration = reg
 }
 
 // nameLocked makes s known under ids. An id of another component of the pipeline
@@ -860,23 +905,24 @@ var errMetrics = status.Errorf(codes.ResourceExhausted, "too many metrics: a ser
 
 // setMetric merges one value in.
 func (s *service) setMetric(name string, m metric) error {
-	if _, known := s.metrics[name]; !known {
+	at, known := s.metrics.find(name)
+	if !known {
 		if len(s.metrics) >= maxEntries {
 			return errMetrics
 		}
 		if err := checkLength("the name of a metric", name, maxID); err != nil {
 			return err
 		}
-		s.size += len(name) + entrySize
 	}
 	if err := checkLength("the value of a metric", m.text, maxText); err != nil {
 		return err
 	}
-	s.size += len(m.text) - len(s.metrics[name].text)
-	if s.metrics == nil {
-		s.metrics = make(map[string]metric)
+	if !known {
+		s.size += len(name) + entrySize
+		s.metrics = slices.Insert(s.metrics, at, entry[metric]{name: name})
 	}
-	s.metrics[name] = m
+	s.size += len(m.text) - len(s.metrics[at].value.text)
+	s.metrics[at].value = m
 	return nil
 }
 
@@ -1061,12 +1107,12 @@ func (l legacyServer) statusLocked(s *service, now time.Time) *flowctlpb.Service
 		ServiceId: s.id, ComponentId: s.component(), ServiceType: s.kind,
 		IsHealthy: c.ok(), LastHeartbeat: timestamppb.New(s.lastSeen),
 	}
-	for name, m := range s.metrics {
-		if f, ok := m.float(); ok {
+	for _, m := range s.metrics {
+		if f, ok := m.value.float(); ok {
 			if out.Metrics == nil {
 				out.Metrics = make(map[string]float64, len(s.metrics))
 			}
-			out.Metrics[name] = f
+			out.Metrics[m.name] = f
 		}
 	}
 	return out
@@ -1123,7 +1169,7 @@ func (s *service) matches(in *flowctlv1.DiscoveryRequest) bool {
 		return false
 	}
 	for key, value := range in.GetMetadataFilters() {
-		if got, ok := s.metadata[key]; !ok || got != value {
+		if at, ok := s.labels.find(key); !ok || s.labels[at].value != value {
 			return false
 		}
 	}
@@ -1178,7 +1224,7 @@ func (s *service) info() *flowctlv1.ComponentInfo {
 	return &flowctlv1.ComponentInfo{
 		Id: s.id, Name: s.name, Description: s.description, Version: s.version, Type: s.v1Type(),
 		InputEventTypes: s.inputEvents, OutputEventTypes: s.outputEvents,
-		Endpoint: s.endpoint, Metadata: s.metadata,
+		Endpoint: s.endpoint, Metadata: s.labels.toMap(),
 	}
 }
 
@@ -1191,8 +1237,8 @@ func (v v1Server) statusLocked(s *service, now time.Time) *flowctlv1.ComponentSt
 	if len(s.metrics) > 0 {
 		out.Metrics = make(map[string]string, len(s.metrics))
 	}
-	for name, m := range s.metrics {
-		out.Metrics[name] = m.String()
+	for _, m := range s.metrics {
+		out.Metrics[m.name] = m.value.String()
 	}
 	return out
 }

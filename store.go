@@ -166,24 +166,24 @@ type savedState struct {
 
 // savedService is a service in the state file: one line of it.
 type savedService struct {
-	ID           string            `json:"id"`
-	Component    string            `json:"component,omitempty"` // of the pipeline
-	Names        []string          `json:"names,omitempty"`
-	Type         string            `json:"type,omitempty"`
-	Name         string            `json:"name,omitempty"`
-	Description  string            `json:"description,omitempty"`
-	Version      string            `json:"version,omitempty"`
-	InputEvents  []string          `json:"input_event_types,omitempty"`
-	OutputEvents []string          `json:"output_event_types,omitempty"`
-	Endpoint     string            `json:"endpoint,omitempty"`
-	MaxInflight  int32             `json:"max_inflight,omitempty"`
-	Metadata     map[string]string `json:"metadata,omitempty"`
-	Registered   time.Time         `json:"registered_at,omitzero"` // zero: it is not
-	LastSeen     time.Time         `json:"last_seen,omitzero"`
-	Declared     string            `json:"declared,omitempty"`
-	Metrics      map[string]metric `json:"metrics,omitempty"`
-	Health       condition         `json:"health"`
-	History      []savedChange     `json:"history,omitempty"`
+	ID           string          `json:"id"`
+	Component    string          `json:"component,omitempty"` // of the pipeline
+	Names        []string        `json:"names,omitempty"`
+	Type         string          `json:"type,omitempty"`
+	Name         string          `json:"name,omitempty"`
+	Description  string          `json:"description,omitempty"`
+	Version      string          `json:"version,omitempty"`
+	InputEvents  []string        `json:"input_event_types,omitempty"`
+	OutputEvents []string        `json:"output_event_types,omitempty"`
+	Endpoint     string          `json:"endpoint,omitempty"`
+	MaxInflight  int32           `json:"max_inflight,omitempty"`
+	Metadata     entries[string] `json:"metadata,omitempty"`
+	Registered   time.Time       `json:"registered_at,omitzero"` // zero: it is not
+	LastSeen     time.Time       `json:"last_seen,omitzero"`
+	Declared     string          `json:"declared,omitempty"`
+	Metrics      entries[metric] `json:"metrics,omitempty"`
+	Health       condition       `json:"health"`
+	History      []savedChange   `json:"history,omitempty"`
 }
 
 type savedChange struct {
@@ -223,6 +223,16 @@ func (m *metric) UnmarshalJSON(data []byte) error {
 	return json.Unmarshal(data, &m.number)
 }
 
+// MarshalJSON and UnmarshalJSON have it as an object.
+func (e entries[V]) MarshalJSON() ([]byte, error) { return json.Marshal(e.toMap()) }
+
+func (e *entries[V]) UnmarshalJSON(data []byte) error {
+	var m map[string]V
+	err := json.Unmarshal(data, &m)
+	*e = newEntries(m)
+	return err
+}
+
 // typeName and statusName are the enums in the words of list and of the state file.
 func typeName(t flowctlpb.ServiceType) string {
 	return strings.ToLower(strings.TrimPrefix(t.String(), "SERVICE_TYPE_"))
@@ -237,7 +247,7 @@ func (s *service) savedLocked() savedService {
 	out := savedService{
 		ID: s.id, Component: s.component(), Names: s.names, Type: typeName(s.kind), Name: s.name,
 		Description: s.description, Version: s.version, InputEvents: s.inputEvents, OutputEvents: s.outputEvents,
-		Endpoint: s.endpoint, MaxInflight: s.maxInflight, Metadata: s.metadata,
+		Endpoint: s.endpoint, MaxInflight: s.maxInflight, Metadata: s.labels,
 		LastSeen: s.lastSeen.UTC(), Declared: statusName(s.declared), Metrics: s.metrics, Health: s.known,
 		History: make([]savedChange, len(s.history)),
 	}
@@ -355,11 +365,12 @@ func (r *registry) restoreLocked(in savedService, now time.Time) *service {
 		in.LastSeen = now // the clock was set back: it would not be stale for long
 	}
 	s := r.newServiceLocked()
+	s.labels = in.Metadata
 	s.registration = registration{
 		id: in.ID, kind: flowctlpb.ServiceType(flowctlpb.ServiceType_value["SERVICE_TYPE_"+strings.ToUpper(in.Type)]),
 		name: in.Name, description: in.Description, version: in.Version,
 		inputEvents: in.InputEvents, outputEvents: in.OutputEvents,
-		endpoint: in.Endpoint, maxInflight: in.MaxInflight, metadata: in.Metadata,
+		endpoint: in.Endpoint, maxInflight: in.MaxInflight,
 	}
 	for _, name := range names {
 		if r.services[name] == nil {
@@ -375,8 +386,11 @@ func (r *registry) restoreLocked(in savedService, now time.Time) *service {
 	s.metrics = in.Metrics
 	s.known, s.told, s.history = in.Health, in.Health, in.changes()
 	size := s.registration.size()
-	for name, m := range s.metrics {
-		size += len(name) + len(m.text) + entrySize
+	for _, l := range s.labels {
+		size += len(l.name) + len(l.value) + entrySize
+	}
+	for _, m := range s.metrics {
+		size += len(m.name) + len(m.value.text) + entrySize
 	}
 	r.resizeLocked(s, size)
 	r.count++
