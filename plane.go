@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -1353,6 +1354,8 @@ func servePlane(lis net.Listener, r *registry, o planeSettings, log *slog.Logger
 		grpc.ReadBufferSize(4<<10),
 		grpc.WriteBufferSize(4<<10),
 		grpc.MaxConcurrentStreams(1024),
+		// Goroutines that are there already have the stack that a call needs.
+		grpc.NumStreamWorkers(uint32(4*runtime.GOMAXPROCS(0))),
 		grpc.ConnectionTimeout(10*time.Second),
 		// A client that pings more often than this is cut off, so it is low: a
 		// storm of pings costs less than a component that loses its connection.

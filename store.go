@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -288,6 +289,7 @@ func (r *registry) save(w io.Writer) (uint64, error) {
 			}
 		}
 		r.mu.Unlock()
+		runtime.Gosched() // heartbeats first
 		if _, err := w.Write(text.Bytes()); err != nil {
 			return 0, err
 		}
