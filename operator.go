@@ -47,7 +47,7 @@ type feed struct {
 	about     about
 	revision  uint64
 	stirred   uint64     // revision of about, and of whether the registry is durable
-	recent    *list.List // of *service, the one that changed last at the end
+	recent    *list.List // of *service, the one that changed last at the end, and of *follower, behind what it has told
 	removed   []removal  // the last at the end
 	lost      uint64     // removals up to this revision are forgotten
 	news      chan struct{}
@@ -117,36 +117,31 @@ func (f *feed) wait() <-chan struct{} {
 	return f.news
 }
 
-// since returns some of the services that have changed after a revision, the first
-// to change first, and the records that were removed; with them the revision that
-// was reached. It is false where removals have been forgotten.
-func (f *feed) since(revision uint64) (changed []*service, removed []int64, reached uint64, ok bool) {
-	if revision < f.lost {
-		return nil, nil, 0, false
+// after returns some of the services that have changed since w was last told, the
+// first to change first, and the records that were removed; w is then told. It is
+// false where removals have been forgotten.
+func (f *feed) after(w *follower) (changed []*service, removed []int64, ok bool) {
+	if w.revision < f.lost {
+		return nil, nil, false
 	}
-	first := f.recent.Back()
-	for first != nil && first.Value.(*service).revision > revision {
-		first = first.Prev()
-	}
-	if first == nil {
-		first = f.recent.Front()
-	} else {
-		first = first.Next()
-	}
-	reached = f.revision
-	for e := first; e != nil; e = e.Next() {
-		if len(changed) == batch {
-			reached = changed[batch-1].revision
-			break
+	told, last := w.revision, w.place
+	for e := w.place.Next(); e != nil && len(changed) < batch; e = e.Next() {
+		if s, ok := e.Value.(*service); ok {
+			changed = append(changed, s)
+			w.revision = s.revision
 		}
-		changed = append(changed, e.Value.(*service))
+		last = e
 	}
-	for i := len(f.removed) - 1; i >= 0 && f.removed[i].revision > revision; i-- {
-		if f.removed[i].revision <= reached {
+	if last == f.recent.Back() {
+		w.revision = f.revision
+	}
+	f.recent.MoveAfter(w.place, last)
+	for i := len(f.removed) - 1; i >= 0 && f.removed[i].revision > told; i-- {
+		if f.removed[i].revision <= w.revision {
 			removed = append(removed, int64(f.removed[i].record))
 		}
 	}
-	return changed, removed, reached, true
+	return changed, removed, true
 }
 
 // operatorServer speaks flowctl.operator.v1.
@@ -162,9 +157,10 @@ func (o operatorServer) GetPipeline(context.Context, *operatorv1.GetPipelineRequ
 	o.mu.Lock()
 	out := o.pipelineLocked()
 	all := slices.Clone(o.all)
+	count := o.count + o.members
 	o.mu.Unlock()
-	if len(all) > maxAtOnce {
-		return nil, status.Errorf(codes.ResourceExhausted, "%d components are too many for one message, of which %d fit: call Watch", len(all), maxAtOnce)
+	if count > maxAtOnce {
+		return nil, status.Errorf(codes.ResourceExhausted, "%d components are too many for one message, of which %d fit: call Watch", count, maxAtOnce)
 	}
 	for some := range slices.Chunk(all, batch) {
 		out.Components = append(out.Components, o.components(some, now)...)
@@ -260,12 +256,8 @@ func (o operatorServer) Watch(in *operatorv1.WatchRequest, stream grpc.ServerStr
 	if full {
 		return status.Errorf(codes.ResourceExhausted, "%d streams of changes are open, the most that there can be", maxFollowers)
 	}
-	defer func() {
-		o.mu.Lock()
-		o.feed.followers--
-		o.mu.Unlock()
-	}()
 	w := &follower{registry: o.registry, send: stream.Send}
+	defer w.leave()
 	if err := w.snapshot(); err != nil || !in.GetFollow() {
 		return err
 	}
@@ -298,14 +290,29 @@ func (o operatorServer) Watch(in *operatorv1.WatchRequest, stream grpc.ServerStr
 type follower struct {
 	*registry
 	send     func(*operatorv1.WatchResponse) error
-	revision uint64    // what it has told of
-	beat     time.Time // when heartbeats were told last
+	revision uint64        // what it has told of
+	place    *list.Element // in feed.recent, behind that
+	beat     time.Time     // when heartbeats were told last
+}
+
+// leave ends the part of w in the feed.
+func (w *follower) leave() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.feed.followers--
+	if w.place != nil {
+		w.feed.recent.Remove(w.place)
+	}
 }
 
 // snapshot sends everything.
 func (w *follower) snapshot() error {
 	w.mu.Lock()
 	w.revision, w.beat = w.feed.revision, w.observed
+	if w.place == nil {
+		w.place = w.feed.recent.PushBack(w)
+	}
+	w.feed.recent.MoveToBack(w.place)
 	out := &operatorv1.WatchResponse{Pipeline: w.pipelineLocked(), Reset_: true}
 	all := slices.Clone(w.all)
 	w.mu.Unlock()
@@ -328,9 +335,10 @@ func (w *follower) catchUp() (<-chan struct{}, error) {
 			defer w.mu.Unlock()
 			return w.feed.wait(), nil
 		}
-		changed, removed, reached, ok := w.feed.since(w.revision)
+		told := w.revision
+		changed, removed, ok := w.feed.after(w)
 		out := &operatorv1.WatchResponse{Removed: removed}
-		if w.feed.stirred > w.revision {
+		if w.feed.stirred > told {
 			out.Pipeline = w.pipelineLocked()
 		}
 		w.mu.Unlock()
@@ -340,7 +348,6 @@ func (w *follower) catchUp() (<-chan struct{}, error) {
 			}
 			continue
 		}
-		w.revision = reached
 		out.Components = w.components(changed, time.Now())
 		if err := w.send(out); err != nil {
 			return nil, err

@@ -1505,7 +1505,7 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 	if r.count != foreign {
 		t.Errorf("the count of foreign services is %d, there are %d", r.count, foreign)
 	}
-	if r.stale.Len() != silent || r.feed.recent.Len() != len(known) || r.bytes != bytes {
+	if r.stale.Len() != silent || r.feed.recent.Len()-r.feed.followers != len(known) || r.bytes != bytes {
 		t.Errorf("%d of %d stale, %d of %d in the feed, %d of %d bytes", r.stale.Len(), silent, r.feed.recent.Len(), len(known), r.bytes, bytes)
 	}
 	if r.live.Len() != expiring {
