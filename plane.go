@@ -722,8 +722,11 @@ func (r *registry) register(reg registration, from origin, now time.Time, ack fu
 	reg.cleanKind()
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
-	size := reg.size()
-	if err := r.fitLocked(size, now); err != nil {
+	size, more := reg.size(), 0
+	if known := r.services[cmp.Or(reg.id, reg.componentID, reg.metadata[metadataComponentID])]; known != nil {
+		more = -known.size // it takes the place of what it said before
+	}
+	if err := r.fitLocked(more+size, now); err != nil {
 		return 0, err
 	}
 	s, err := r.recordLocked(&reg, from, now)
@@ -847,9 +850,10 @@ func (r *registry) connectionInfoLocked(s *service) map[string]string {
 // heartbeat notes that the service id lives and runs merge to take in its metrics,
 // where it brings some. A declared status other than UNKNOWN is kept until the
 // next. The sign of life counts even where a metric is past its bound, and so do
-// the other metrics. Where the health of the service changes, it returns what durable
-// is to wait for, else 0. It fails as callerLocked does.
-func (r *registry) heartbeat(id string, from origin, declared flowctlv1.HealthStatus, now time.Time, merge func(*service) error) (change uint64, err error) {
+// the other metrics. full says why metrics must not take more room, where they must not.
+// Where the health of the service changes, it returns what durable is to wait for,
+// else 0. It fails as callerLocked does.
+func (r *registry) heartbeat(id string, from origin, declared flowctlv1.HealthStatus, now time.Time, merge func(s *service, full error) error) (change uint64, err error) {
 	if id == "" {
 		return 0, status.Error(codes.InvalidArgument, "service_id is empty")
 	}
@@ -860,19 +864,19 @@ func (r *registry) heartbeat(id string, from origin, declared flowctlv1.HealthSt
 		return 0, err
 	}
 	known := s.known
-	if declared != flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN && flowctlv1.HealthStatus_name[int32(declared)] != "" {
+	if declared != s.declared && declared != flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN && flowctlv1.HealthStatus_name[int32(declared)] != "" {
 		s.declared = declared
+		if !s.held { // else it is told with what waits for the disk
+			r.feed.touch(s)
+		}
 	}
 	r.seenLocked(s, now)
 	r.noteLocked(s, now)
 	if s.known != known {
 		change = s.durable
 	}
-	if err := r.fitLocked(0, now); err != nil {
-		return change, err
-	}
-	size := s.size
-	err = merge(s)
+	size, full := s.size, r.fitLocked(0, now)
+	err = merge(s, full)
 	r.bytes += s.size - size
 	return change, err
 }
@@ -904,8 +908,9 @@ func (r *registry) findLocked(id string) (*service, error) {
 // errMetrics is made once because one message can bring a hundred thousand metrics.
 var errMetrics = status.Errorf(codes.ResourceExhausted, "too many metrics: a service has at most %d", maxEntries)
 
-// setMetric merges one value in.
-func (s *service) setMetric(name string, m metric) error {
+// setMetric merges one value in, and fails with full where that is set and it would
+// take more room.
+func (s *service) setMetric(name string, m metric, full error) error {
 	at, known := s.metrics.find(name)
 	if !known {
 		if len(s.metrics) >= maxEntries {
@@ -917,6 +922,9 @@ func (s *service) setMetric(name string, m metric) error {
 	}
 	if err := checkLength("the value of a metric", m.text, maxText); err != nil {
 		return err
+	}
+	if full != nil && (!known || len(m.text) > len(s.metrics[at].value.text)) {
+		return full
 	}
 	if !known {
 		s.size += len(name) + entrySize
@@ -1076,9 +1084,9 @@ func (l legacyServer) Register(ctx context.Context, in *flowctlpb.ServiceInfo) (
 }
 
 func (l legacyServer) Heartbeat(ctx context.Context, in *flowctlpb.ServiceHeartbeat) (*emptypb.Empty, error) {
-	change, err := l.heartbeat(in.GetServiceId(), originOf(ctx, in.GetServiceId()), flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, time.Now(), func(s *service) (err error) {
+	change, err := l.heartbeat(in.GetServiceId(), originOf(ctx, in.GetServiceId()), flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, time.Now(), func(s *service, full error) (err error) {
 		for name, number := range in.GetMetrics() {
-			err = cmp.Or(s.setMetric(name, metric{number: number}), err)
+			err = cmp.Or(s.setMetric(name, metric{number: number}, full), err)
 		}
 		return err
 	})
@@ -1180,9 +1188,9 @@ func (s *service) matches(in *flowctlv1.DiscoveryRequest) bool {
 }
 
 func (v v1Server) Heartbeat(ctx context.Context, in *flowctlv1.HeartbeatRequest) (*emptypb.Empty, error) {
-	change, err := v.heartbeat(in.GetServiceId(), originOf(ctx, in.GetServiceId()), in.GetStatus(), time.Now(), func(s *service) (err error) {
+	change, err := v.heartbeat(in.GetServiceId(), originOf(ctx, in.GetServiceId()), in.GetStatus(), time.Now(), func(s *service, full error) (err error) {
 		for name, text := range in.GetMetrics() {
-			err = cmp.Or(s.setMetric(name, metric{text: text, isText: true}), err)
+			err = cmp.Or(s.setMetric(name, metric{text: text, isText: true}, full), err)
 		}
 		return err
 	})

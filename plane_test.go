@@ -156,7 +156,7 @@ func mustRegister(t testing.TB, r *registry, reg registration, now time.Time) st
 
 // beat is a heartbeat without a status and metrics.
 func beat(r *registry, id string, now time.Time) error {
-	_, err := r.heartbeat(id, origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, now, func(*service) error { return nil })
+	_, err := r.heartbeat(id, origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, now, func(*service, error) error { return nil })
 	return err
 }
 
@@ -727,7 +727,7 @@ func TestChanges(t *testing.T) {
 	}
 	beats := func(id string, declared flowctlv1.HealthStatus) func(*registry, time.Time) {
 		return func(r *registry, now time.Time) {
-			r.heartbeat(id, origin{}, declared, now, func(*service) error { return nil })
+			r.heartbeat(id, origin{}, declared, now, func(*service, error) error { return nil })
 		}
 	}
 	alive := beats("store", flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN)
@@ -839,8 +839,8 @@ func TestNewProcessInheritsNothing(t *testing.T) {
 	t.Parallel()
 	r, now := testRegistry(), time.Now()
 	mustRegister(t, r, registration{id: "ledgers", endpoint: "h:1", version: "1", outputEvents: []string{"a"}}, now)
-	_, err := r.heartbeat("ledgers", origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, now, func(s *service) error {
-		return s.setMetric("events", metric{number: 1})
+	_, err := r.heartbeat("ledgers", origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, now, func(s *service, full error) error {
+		return s.setMetric("events", metric{number: 1}, full)
 	})
 	wantCode(t, "heartbeat", err, codes.OK)
 	r.checked("ledgers", "connection refused", now)
@@ -901,7 +901,7 @@ func TestCauseNamesWhatHappened(t *testing.T) {
 	t.Parallel()
 	declare := func(declared flowctlv1.HealthStatus) func(*registry, time.Time) {
 		return func(r *registry, now time.Time) {
-			r.heartbeat("store", origin{}, declared, now, func(*service) error { return nil })
+			r.heartbeat("store", origin{}, declared, now, func(*service, error) error { return nil })
 		}
 	}
 	for _, test := range []struct {
@@ -1587,7 +1587,7 @@ func FuzzRegistry(f *testing.F) {
 					t.Errorf("registration %+v: got id %q", reg, got)
 				}
 			case 2, 3:
-				_, err := r.heartbeat(id, origin{}, flowctlv1.HealthStatus(b%7), at, func(s *service) error { return s.setMetric(other, metric{number: 1}) })
+				_, err := r.heartbeat(id, origin{}, flowctlv1.HealthStatus(b%7), at, func(s *service, full error) error { return s.setMetric(other, metric{number: 1}, full) })
 				if code := status.Code(err); code != codes.OK && code != codes.NotFound && (code != codes.InvalidArgument || id != "") {
 					t.Errorf("heartbeat as %q: %v", id, err)
 				}

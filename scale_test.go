@@ -238,8 +238,8 @@ func silentRegistry(tb testing.TB, services int, ttl time.Duration, now time.Tim
 	for i := range services {
 		id := fmt.Sprint("service-", i)
 		mustRegister(tb, r, registration{id: id, endpoint: "http://host:8080/health", outputEvents: []string{"ledger"}, metadata: map[string]string{"index": id}}, now)
-		err := r.heartbeat(id, origin{}, 0, now, func(s *service) error {
-			return errors.Join(s.setMetric("events", metric{number: 1}), s.setMetric("lag", metric{number: 2}))
+		_, err := r.heartbeat(id, origin{}, 0, now, func(s *service, full error) error {
+			return errors.Join(s.setMetric("events", metric{number: 1}, full), s.setMetric("lag", metric{number: 2}, full))
 		})
 		if err != nil {
 			tb.Fatal(err)

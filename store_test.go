@@ -116,9 +116,9 @@ func TestRestoreIsWhatWasSaved(t *testing.T) {
 		mustRegister(t, r, registration{id: "names", componentID: fmt.Sprint("name-", i)}, at(4*time.Second))
 	}
 	for id, declared := range map[string]flowctlv1.HealthStatus{"component": flowctlv1.HealthStatus_HEALTH_STATUS_DEGRADED, "new": flowctlv1.HealthStatus_HEALTH_STATUS_STOPPING, "names": flowctlv1.HealthStatus_HEALTH_STATUS_STARTING} {
-		if _, err := r.heartbeat(id, origin{}, declared, at(40*time.Second), func(s *service) error {
+		if _, err := r.heartbeat(id, origin{}, declared, at(40*time.Second), func(s *service, full error) error {
 			for name, m := range map[string]metric{"n": {number: 1e21}, "inf": {text: "+Inf", isText: true}, "text": {text: "x", isText: true}, "number": {text: "1.50", isText: true}} {
-				if err := s.setMetric(name, m); err != nil {
+				if err := s.setMetric(name, m, full); err != nil {
 					return err
 				}
 			}
@@ -211,7 +211,7 @@ func TestOldStateFileIsRead(t *testing.T) {
 		if err := r.view(l, now, func(s *service) {
 			c, cause := r.conditionLocked(s, now)
 			got = append(got, fmt.Sprintf("%s %q %s %q %q %q %q %q %q %d %v %s %s %s %v %s (%s) %d", s.id, s.names, typeName(s.kind), s.name, s.description, s.version, s.inputEvents,
-				s.outputEvents, s.endpoint, s.maxInflight, s.metadata, s.since.Format(time.RFC3339Nano), s.lastSeen.Format(time.RFC3339), statusName(s.declared), s.metrics, c, cause, len(s.history)))
+				s.outputEvents, s.endpoint, s.maxInflight, s.labels.toMap(), s.since.Format(time.RFC3339Nano), s.lastSeen.Format(time.RFC3339), statusName(s.declared), s.metrics.toMap(), c, cause, len(s.history)))
 		}); err != nil {
 			t.Error(err)
 		}
@@ -769,9 +769,9 @@ func TestChangesWaitForTheDisk(t *testing.T) {
 			if err != nil || len(services) != 1 {
 				t.Fatal(services, err)
 			}
-			return services[0].Metrics["lag"]
+			return services[0].Metrics.toMap()["lag"]
 		}
-		if change, err := r.heartbeat("a", origin{}, 0, time.Now(), func(s *service) error { return s.setMetric("lag", metric{number: 7}) }); change != 0 || err != nil {
+		if change, err := r.heartbeat("a", origin{}, 0, time.Now(), func(s *service, full error) error { return s.setMetric("lag", metric{number: 7}, full) }); change != 0 || err != nil {
 			t.Fatal(change, err)
 		}
 		synctest.Wait()
@@ -788,7 +788,7 @@ func TestChangesWaitForTheDisk(t *testing.T) {
 		if err := os.RemoveAll(dir); err != nil {
 			t.Fatal(err)
 		}
-		change, err := r.heartbeat("a", origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, time.Now(), func(*service) error { return nil })
+		change, err := r.heartbeat("a", origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, time.Now(), func(*service, error) error { return nil })
 		if change == 0 || err != nil {
 			t.Fatal(change, err)
 		}
