@@ -109,6 +109,7 @@ func TestScale(t *testing.T) {
 	} else {
 		t.Parallel()
 	}
+	started, machineBefore, ownBefore := time.Now(), machineTime(t), processorTime(t, os.Getpid())
 	file := filepath.Join(t.TempDir(), "state.json")
 	p, endpoint := startAlone(t, []string{"-db-path", file}, withBinary(plainBinary(t)))
 	pid := p.cmd.Process.Pid
@@ -210,7 +211,9 @@ func TestScale(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Logf("VmRSS %.0f MiB, VmHWM %.0f MiB, state file %.0f MiB, processor %v", mib(rss), mib(peak), mib(int(info.Size())), processorTime(t, pid))
-	if bound := 10 * time.Millisecond * gross; full && worst > bound {
+	share := float64(machineTime(t)-machineBefore-processorTime(t, os.Getpid())+ownBefore-processorTime(t, pid)) / float64(time.Since(started)) / float64(runtime.NumCPU())
+	t.Logf("others have %.0f %% of the machine", 100*share)
+	if bound := 10 * time.Millisecond * gross; full && worst > bound && share < 0.1 {
 		t.Errorf("p99 of a heartbeat is %s, more than %s", worst, bound)
 	}
 	if bound := 250 * gross; full && mib(rss) > float64(bound) {
@@ -220,6 +223,20 @@ func TestScale(t *testing.T) {
 	if got := countSaved(t, file); got != services {
 		t.Errorf("%d services are in the state file, want %d", got, services)
 	}
+}
+
+// machineTime is what all processes of the machine have used, list among the others.
+func machineTime(tb testing.TB) time.Duration {
+	tb.Helper()
+	data, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	var user, nice, system, idle, wait, irq, softirq, steal int
+	if _, err := fmt.Sscanf(string(data), "cpu %d %d %d %d %d %d %d %d", &user, &nice, &system, &idle, &wait, &irq, &softirq, &steal); err != nil {
+		tb.Fatal(err)
+	}
+	return time.Duration(user+nice+system+irq+softirq+steal) * 10 * time.Millisecond // as in processorTime
 }
 
 func countSaved(tb testing.TB, file string) int {
