@@ -80,8 +80,9 @@ func commands() []command {
   flowctl run pipeline.json -until ready         a smoke test: ends with 0 once all are ready
   flowctl run pipeline.json -control-plane-port 0 -log-format json
 `},
-		{name: "check", args: "[pipeline.json]", summary: "read and validate a pipeline file, start nothing", run: checkCommand, examples: `
+		{name: "check", args: "[flags] [pipeline.json]", summary: "read and validate a pipeline file, start nothing", run: checkCommand, examples: `
   flowctl check pipeline.json
+  flowctl check -schema                          a JSON Schema of pipeline files, for an editor
 `},
 		{name: "list", args: "[flags] [id]", summary: "show what is registered, and how it is", run: listCommand, examples: `
   flowctl list
@@ -353,25 +354,6 @@ func fileArgument(fs *flag.FlagSet, file string, rest []string) (string, error) 
 		return "", &usageError{fs.Name(), fmt.Errorf("two pipeline files are named: %q by -f, and %q", file, rest[0])}
 	}
 	return rest[0], nil
-}
-
-func checkCommand(args []string) error {
-	fs := flag.NewFlagSet("check", flag.ContinueOnError)
-	named := fs.String("f", "flow.json", "pipeline `file`")
-	rest, err := parseFlags(fs, args, 1)
-	if err != nil {
-		return err
-	}
-	file, err := fileArgument(fs, *named, rest)
-	if err != nil {
-		return err
-	}
-	p, err := readPipeline(file, os.LookupEnv)
-	if err != nil {
-		return &exitError{exitUsage, err}
-	}
-	fmt.Printf("%s: ok: pipeline %s, %d sources, %d processors, %d sinks\n", file, p.Metadata.Name, len(p.Spec.Sources), len(p.Spec.Processors), len(p.Spec.Sinks))
-	return nil
 }
 
 // listPatience is how long list waits for an answer, and for a pipeline that is just

@@ -1048,7 +1048,7 @@ func TestHelpTexts(t *testing.T) {
 
 Usage:
   flowctl run [flags] [pipeline.json]    run a pipeline and its control plane until it has completed, failed or is stopped
-  flowctl check [pipeline.json]          read and validate a pipeline file, start nothing
+  flowctl check [flags] [pipeline.json]  read and validate a pipeline file, start nothing
   flowctl list [flags] [id]              show what is registered, and how it is
   flowctl reload [flags] [pipeline]      have a running pipeline take over its changed file
   flowctl version                        print the version
@@ -1059,6 +1059,7 @@ Examples:
   flowctl run pipeline.json -until ready         a smoke test: ends with 0 once all are ready
   flowctl run pipeline.json -control-plane-port 0 -log-format json
   flowctl check pipeline.json
+  flowctl check -schema                          a JSON Schema of pipeline files, for an editor
 
 flowctl help run lists the flags. The pipeline file is explained in README.md.
 `
