@@ -75,9 +75,10 @@ type command struct {
 // of them, needs them all.
 func commands() []command {
 	return []command{
-		{name: "run", args: "[flags] [pipeline.json]", summary: "run a pipeline and its control plane until it has completed, failed or is stopped", run: runCommand, examples: `
+		{name: "run", args: "[flags] [pipeline.json] [-- command args...]", summary: "run a pipeline and its control plane until it has completed, failed or is stopped", run: runCommand, examples: `
   flowctl -f pipeline.json                       the same as: flowctl run pipeline.json
   flowctl run pipeline.json -until ready         a smoke test: ends with 0 once all are ready
+  flowctl run pipeline.json -- echo ready        run a command once all are ready; its exit code is flowctl's
   flowctl run pipeline.json -control-plane-port 0 -log-format json
 `},
 		{name: "check", args: "[flags] [pipeline.json]", summary: "read and validate a pipeline file, start nothing", run: checkCommand, examples: `
@@ -295,7 +296,8 @@ type runFlags struct {
 	showStatus       bool
 	until            string
 	logDir           string
-	logDirSet        bool // on the command line
+	logDirSet        bool     // on the command line
+	command          []string // after --
 }
 
 const (
@@ -319,9 +321,19 @@ func runCommand(args []string) error {
 	var o runFlags
 	fs := flag.NewFlagSet("run", flag.ContinueOnError)
 	o.define(fs)
+	dashed := slices.Index(args, "--")
+	if dashed >= 0 {
+		args, o.command = args[:dashed], args[dashed+1:]
+	}
 	rest, err := parseFlags(fs, args, 1)
 	if err != nil {
 		return err
+	}
+	if dashed >= 0 && len(o.command) == 0 {
+		return &usageError{"run", errors.New("a command must come after --")}
+	}
+	if len(o.command) > 0 && o.until != untilStopped {
+		return &usageError{"run", errUntilAndCommand}
 	}
 	if err := errors.Join(o.check(fs), positive(fs, "start-timeout", "unhealthy-timeout", "stop-timeout")); err != nil {
 		return err
@@ -678,6 +690,7 @@ type run struct {
 	files      *logFiles // nil for none
 	entrance   bool      // there is a listener without TLS, or no TLS
 	edition    int       // of sup, which the registry knows
+	guest      *guest    // nil for none
 	reloads    chan reloadRequest
 	over       chan struct{}        // closed when loop has returned
 	watchdog   time.Duration        // how often systemd wants to hear that flowctl turns, 0 for never
@@ -724,6 +737,10 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	defer stderr.close()
 	log := newLogger(stderr, o.format, o.logLevel)
 	signals := catchSignals()
+	guest, err := newGuest(o.command)
+	if err != nil {
+		return &exitError{exitUsage, err}
+	}
 	file, err := claimRun(runInfo{Pipeline: p.Metadata.Name})
 	if running := (*runningError)(nil); errors.As(err, &running) {
 		return &exitError{exitPlane, err}
@@ -752,7 +769,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		conditions: make(map[string]change), unhealthy: make(map[string]time.Time),
 		verdicts: make(chan verdict), watches: make(map[string]context.CancelFunc),
 		reloads: make(chan reloadRequest), over: make(chan struct{}), watchdog: watchdogInterval(log),
-		entrance: certs == nil || way.private != nil,
+		guest: guest, entrance: certs == nil || way.private != nil,
 	}
 	var ids []string
 	for _, c := range p.components() {
@@ -834,13 +851,17 @@ func (r *run) loop(signals <-chan os.Signal) {
 	defer timer.Stop()
 	broken := r.console.broken
 	var due time.Time // when there is something to do although nothing happens
+	var guestEnded <-chan *os.ProcessState
+	if r.guest != nil {
+		guestEnded = r.guest.ended
+	}
 	for {
 		now := time.Now()
 		if late := now.Sub(due); !due.IsZero() && late > stallTime {
 			r.delay(late + time.Second)
 		}
 		r.advance(now)
-		if r.sup.over() {
+		if r.sup.over() && !r.guest.runs() {
 			r.log.Info("all components have ended", "after", now.Sub(r.about.started).Round(time.Millisecond))
 			return
 		}
@@ -859,6 +880,13 @@ func (r *run) loop(signals <-chan os.Signal) {
 			r.sup.guardLost(time.Now())
 		case v := <-r.verdicts:
 			r.checked(v, time.Now())
+		case state := <-guestEnded:
+			r.guest.over = true
+			r.log.Info("command ended", "reason", describeExit(state))
+			code := r.guest.code(state)
+			if r.stop(code, time.Now()); r.code == exitOK {
+				r.code = code // which was asked to end
+			}
 		case request := <-r.reloads:
 			out, err := r.reload()
 			request.answer <- reloadAnswer{out, err}
@@ -883,6 +911,9 @@ func (r *run) delay(d time.Duration) {
 // next is when loop has to look again although nothing happens.
 func (r *run) next(now time.Time) time.Time {
 	next := r.sup.next(now)
+	if r.guest.runs() {
+		next = earliest(next, r.guest.deadline)
+	}
 	if r.watchdog > 0 {
 		next = earliest(next, r.barked.Add(r.watchdog/2))
 	}
@@ -903,6 +934,7 @@ func (r *run) advance(now time.Time) {
 		notify(r.log, daemon.SdNotifyWatchdog)
 	}
 	r.sup.expire(now)
+	r.guest.expire(now)
 	r.sup.advanceLeave(now)
 	r.syncMembers(now)
 	r.expireUnhealthy(now)
@@ -1039,6 +1071,11 @@ func (r *run) signalled(sig os.Signal, now time.Time) {
 		}
 		r.log.Warn("second signal, killing what still runs", "signal", sig.String())
 		r.sup.killAll(now)
+		r.guest.end(now, 0)
+		return
+	}
+	if r.guest.runs() && r.guest.pass(sig) {
+		r.log.Info("waiting for the command to end", "signal", sig.String(), "pid", r.guest.cmd.Process.Pid)
 		return
 	}
 	r.log.Info("stop requested", "signal", sig.String(), "at_most", r.sup.stopBound())
@@ -1052,6 +1089,7 @@ func (r *run) stop(code int, now time.Time) {
 		return
 	}
 	r.code = code
+	r.guest.end(now, r.flags.stopTimeout)
 	r.sup.beginStop()
 	notify(r.log, daemon.SdNotifyStopping, extendTimeout(r.sup.stopBound()))
 }
@@ -1084,6 +1122,13 @@ func (r *run) checkReady(now time.Time) {
 	notify(r.log, daemon.SdNotifyReady)
 	if r.flags.until == untilReady {
 		r.stop(exitOK, now)
+	}
+	if r.guest == nil {
+		return
+	}
+	if err := r.guest.start(r.sup); err != nil {
+		r.log.Error("the command did not start", "err", err)
+		r.stop(exitUsage, now)
 	}
 }
 

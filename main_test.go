@@ -1047,7 +1047,7 @@ func TestHelpTexts(t *testing.T) {
 	const overview = `flowctl runs a data pipeline: its programs, and the control plane that they register with.
 
 Usage:
-  flowctl run [flags] [pipeline.json]    run a pipeline and its control plane until it has completed, failed or is stopped
+  flowctl run [flags] [pipeline.json] [-- command args...] run a pipeline and its control plane until it has completed, failed or is stopped
   flowctl check [flags] [pipeline.json]  read and validate a pipeline file, start nothing
   flowctl list [flags] [id]              show what is registered, and how it is
   flowctl reload [flags] [pipeline]      have a running pipeline take over its changed file
@@ -1057,6 +1057,7 @@ Usage:
 Examples:
   flowctl -f pipeline.json                       the same as: flowctl run pipeline.json
   flowctl run pipeline.json -until ready         a smoke test: ends with 0 once all are ready
+  flowctl run pipeline.json -- echo ready        run a command once all are ready; its exit code is flowctl's
   flowctl run pipeline.json -control-plane-port 0 -log-format json
   flowctl check pipeline.json
   flowctl check -schema                          a JSON Schema of pipeline files, for an editor

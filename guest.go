@@ -1,0 +1,107 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"syscall"
+	"time"
+	"unsafe"
+)
+
+// guest is the command after --, which a pipeline that is ready is run for. It is no
+// component: its input, output and signals are its own, and its end is that of the run.
+type guest struct {
+	argv  []string
+	ended chan *os.ProcessState // gets its end, after which it is nil in run
+
+	cmd      *exec.Cmd // nil before it is started
+	over     bool
+	signals  int       // that it was sent, or got from the terminal
+	deadline time.Time // when it gets SIGKILL, zero for never
+}
+
+// newGuest fails where there is no such program: that is not to be found out when a
+// pipeline has been started for it.
+func newGuest(argv []string) (*guest, error) {
+	if len(argv) == 0 {
+		return nil, nil
+	}
+	if _, err := exec.LookPath(argv[0]); err != nil {
+		return nil, fmt.Errorf("cannot run %q: %v", argv[0], cause(err))
+	}
+	return &guest{argv: argv, ended: make(chan *os.ProcessState)}, nil
+}
+
+// start starts the command in flowctl's own process group, so that a terminal's
+// signals reach it. It is known by the mark of the run, like whatever it starts.
+func (g *guest) start(s *supervisor) error {
+	g.cmd = exec.Command(g.argv[0], g.argv[1:]...)
+	g.cmd.Stdin, g.cmd.Stdout, g.cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	g.cmd.Env = append(slices.DeleteFunc(os.Environ(), hidden), "FLOWCTL_ENDPOINT="+s.settings.endpoint, runMark+"="+s.run)
+	if err := s.reaper.start(g.cmd); err != nil {
+		g.over = true
+		return fmt.Errorf("cannot run %q: %v", g.argv[0], cause(err))
+	}
+	go func() {
+		_ = s.reaper.wait(g.cmd) // how it ended is in its state
+		g.ended <- g.cmd.ProcessState
+	}()
+	return nil
+}
+
+// runs is false for no guest, too.
+func (g *guest) runs() bool { return g != nil && g.cmd != nil && !g.over }
+
+// code is the exit code of flowctl for the end of the command, as a shell has it.
+func (g *guest) code(state *os.ProcessState) int {
+	if status, ok := state.Sys().(syscall.WaitStatus); ok && status.Signaled() {
+		return 128 + int(status.Signal())
+	}
+	return state.ExitCode()
+}
+
+// pass hands a signal on that flowctl got, unless the terminal has sent it to both.
+// It is false for the second, after which there is no more waiting.
+func (g *guest) pass(sig os.Signal) bool {
+	if g.signals++; g.signals > 1 {
+		return false
+	}
+	if sig != syscall.SIGINT || !inForeground() {
+		_ = g.cmd.Process.Signal(sig)
+	}
+	return true
+}
+
+// end asks the command to end, because the pipeline does.
+func (g *guest) end(now time.Time, patience time.Duration) {
+	if g.runs() {
+		_ = g.cmd.Process.Signal(syscall.SIGTERM)
+		g.deadline = now.Add(patience)
+	}
+}
+
+// expire kills the command when it was asked to end for long enough.
+func (g *guest) expire(now time.Time) {
+	if g.runs() && !g.deadline.IsZero() && !now.Before(g.deadline) {
+		g.deadline = time.Time{}
+		_ = g.cmd.Process.Kill()
+	}
+}
+
+// inForeground tells whether flowctl is in the foreground process group of its
+// terminal, all of which gets SIGINT by Ctrl-C (tty_ioctl(4)).
+func inForeground() bool {
+	tty, err := os.OpenFile("/dev/tty", os.O_RDONLY, 0)
+	if err != nil {
+		return false
+	}
+	defer tty.Close()
+	var group int32
+	_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, tty.Fd(), syscall.TIOCGPGRP, uintptr(unsafe.Pointer(&group)))
+	return errno == 0 && int(group) == syscall.Getpgrp()
+}
+
+var errUntilAndCommand = errors.New("-until and a command after -- contradict each other: the run ends with the command")
