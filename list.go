@@ -172,6 +172,9 @@ func (c *listClient) take(out *operatorv1.WatchResponse) []listedEvent {
 		event().Component = &component
 	}
 	for _, record := range out.GetRemoved() {
+		if _, known := c.records[record]; !known {
+			continue // it came and went between two messages
+		}
 		event().Removed = c.records[record].ID
 		delete(c.records, record)
 		c.order = slices.DeleteFunc(c.order, func(r int64) bool { return r == record })

@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
+	"google.golang.org/grpc/credentials/insecure"
 )
 
 //go:generate go run github.com/bufbuild/buf/cmd/buf@v1.75.0 generate --template proto/buf.gen.yaml
@@ -427,7 +428,11 @@ func (o *listOptions) connect() ([]*listClient, error) {
 	}
 	var clients []*listClient
 	for _, run := range runs {
-		c, err := newListClient(run.Endpoint, creds, o.wait)
+		with := creds
+		if run.PID != 0 && !run.TLS {
+			with = insecure.NewCredentials()
+		}
+		c, err := newListClient(run.Endpoint, with, o.wait)
 		if err != nil {
 			return nil, fmt.Errorf("-endpoint %q: %v", run.Endpoint, err)
 		}
@@ -464,7 +469,7 @@ func serverCommand(args []string) error {
 	}
 	// Where another has its name, it listens elsewhere by the same name, as in a
 	// container: this one has the address.
-	file, err := claimRun(runInfo{Endpoint: endpoint})
+	file, err := claimRun(runInfo{Endpoint: endpoint, TLS: certs != nil})
 	if err != nil {
 		log.Warn("list cannot find this control plane by itself", "err", err)
 	}
@@ -497,6 +502,9 @@ func serverCommand(args []string) error {
 			registry.condition("", now) // if the registry hangs, systemd hears no more
 			notify(log, daemon.SdNotifyWatchdog)
 		case sig := <-signals:
+			if underSystemd(sig) {
+				continue // it has no file to reload
+			}
 			log.Info("stopping", "signal", sig.String())
 			notify(log, daemon.SdNotifyStopping)
 			return nil
@@ -741,7 +749,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	if err != nil {
 		return &exitError{exitUsage, err}
 	}
-	file, err := claimRun(runInfo{Pipeline: p.Metadata.Name})
+	file, err := claimRun(runInfo{Pipeline: p.Metadata.Name, TLS: o.tls.cert != ""})
 	if running := (*runningError)(nil); errors.As(err, &running) {
 		return &exitError{exitPlane, err}
 	} else if err != nil {
@@ -1014,9 +1022,10 @@ func (r *run) changed(c change, now time.Time) {
 	r.conditions[p.ID] = c
 	p.registered = p.registered || p.child != nil && c.now != unregistered
 	switch {
+	case p.leaving: // what becomes of it now is no one's concern
 	case p.state == procStarting && c.now.ok():
 		r.sup.ready(p, now)
-	case p.state != procReady || p.leaving:
+	case p.state != procReady:
 	case c.now.ok():
 		delete(r.unhealthy, p.ID)
 		logChange(r.log, c)
@@ -1061,7 +1070,7 @@ func (r *run) exited(e exit, now time.Time) {
 // after the first is the same request by another way: a shell and the kernel both
 // tell of a terminal that is closed, timeout(1) tells the group and its child.
 func (r *run) signalled(sig os.Signal, now time.Time) {
-	if reloads(sig) {
+	if underSystemd(sig) && !r.sup.stopping {
 		_, _ = r.reload() // has said what is wrong
 		return
 	}

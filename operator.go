@@ -3,6 +3,7 @@ package main
 import (
 	"container/list"
 	"context"
+	"errors"
 	"os"
 	"slices"
 	"time"
@@ -173,7 +174,10 @@ func (o operatorServer) Reload(ctx context.Context, _ *operatorv1.ReloadRequest)
 		return nil, status.Error(codes.Unimplemented, "a control plane alone has no pipeline file")
 	}
 	out, err := o.reload(ctx)
-	if err != nil {
+	switch {
+	case errors.Is(err, errStopping):
+		return nil, status.Error(codes.Unavailable, err.Error())
+	case err != nil:
 		return nil, status.Error(codes.FailedPrecondition, err.Error())
 	}
 	return &operatorv1.ReloadResponse{Added: out.added, Removed: out.removed, Restarted: out.restarted, Unchanged: int64(out.unchanged)}, nil

@@ -183,12 +183,15 @@ type stopEdge struct {
 	input bool // the other one reads from it; else it depends on the other one
 }
 
-// stopAfter returns, for each id, the components that must stop before it: those
+// stopAfter is stopOrder for all components.
+func (p *Pipeline) stopAfter() map[string][]stopEdge { return stopOrder(p.components()) }
+
+// stopOrder returns, for each id, the components that must stop before it: those
 // that it reads from, and those that depend on it. The two can contradict each
 // other, as when X reads from A, A reads from D, and X depends on D. Then what is
-// depended on stops last, and the input that would close a cycle is left out.
-func (p *Pipeline) stopAfter() map[string][]stopEdge {
-	all := p.components()
+// depended on stops last, and what would close a cycle is left out. An id that is not
+// among all, which is so while a file is reloaded, orders nothing.
+func stopOrder(all []*Component) map[string][]stopEdge {
 	index := make(map[string]int, len(all))
 	before, after := make([]bitset, len(all)), make([]bitset, len(all)) // of a component, itself included
 	for i, c := range all {
@@ -211,12 +214,16 @@ func (p *Pipeline) stopAfter() map[string][]stopEdge {
 	}
 	for i, c := range all {
 		for _, id := range c.DependsOn {
-			add(i, index[id], false)
+			if on, ok := index[id]; ok {
+				add(i, on, false)
+			}
 		}
 	}
 	for i, c := range all {
 		for _, id := range c.Inputs {
-			add(index[id], i, true)
+			if in, ok := index[id]; ok {
+				add(in, i, true)
+			}
 		}
 	}
 	return edges

@@ -226,10 +226,10 @@ type registry struct {
 	endpoint string        // where the plane listens
 	given    string        // FLOWCTL_ENDPOINT of components without "tls": true, "" for endpoint
 	wake     chan struct{} // gets a token when changes wait to be taken
-	members  int
-	ports    map[string]*service
 
 	mu       sync.Mutex          // guards the fields below and all services
+	members  int                 // components of the pipeline
+	ports    map[string]*service // of the pipeline, by HEALTH_PORT
 	services map[string]*service // by each id that one is known under
 	all      []*service          // the pipeline's own first, in file order; what is gone is taken out now and then
 	next     int                 // record of the next service
@@ -282,18 +282,17 @@ func (r *registry) setMembersLocked(members []member) (gone []*service) {
 		m := &members[i]
 		s := r.services[m.ID]
 		if s == nil || s.component() != m.ID {
-			if s != nil { // what has this id has another from now on, or none
-				r.unnameLocked(s, m.ID)
-				if len(s.names) == 0 {
-					r.removeLocked(s, r.observed)
-				}
+			if s != nil {
+				r.loseNameLocked(s, m.ID, r.observed)
 			}
 			s = &service{record: r.next}
 			s.id = m.ID
 			r.next++
 			r.services[m.ID] = s
 		}
-		s.member = m
+		if s.member = m; !s.registered {
+			s.fillLocked()
+		}
 		listed[s] = true
 		r.all = append(r.all, s)
 		r.feed.touch(s)
@@ -543,6 +542,7 @@ func (r *registry) resetLocked(s *service) {
 	}
 	r.forgetExpiryLocked(s)
 	s.registration = registration{id: s.member.ID}
+	s.fillLocked()
 	s.labels, s.metrics = nil, nil
 	r.resizeLocked(s, 0)
 	s.registered, s.ended, s.failing, s.timeless = false, "", "", false
@@ -772,17 +772,22 @@ func (r *registry) nameLocked(s *service, now time.Time, ids ...string) {
 		}
 		s.names = append(s.names, id)
 		r.services[id] = s
-		if known == nil || known == s {
-			continue
+		if known != nil && known != s {
+			r.loseNameLocked(known, id, now)
 		}
-		switch {
-		case known.member == nil:
-			if r.unnameLocked(known, id); len(known.names) == 0 {
-				r.removeLocked(known, now)
-			}
-		case known.id == id:
-			known.id = known.key()
+	}
+}
+
+// loseNameLocked takes note that id is another's from now on. A component is still
+// found by it through its own connections; another service that has no other is gone.
+func (r *registry) loseNameLocked(s *service, id string, now time.Time) {
+	switch {
+	case s.member == nil:
+		if r.unnameLocked(s, id); len(s.names) == 0 {
+			r.removeLocked(s, now)
 		}
+	case s.id == id:
+		s.id = s.key()
 	}
 }
 

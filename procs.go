@@ -302,7 +302,7 @@ func (s *supervisor) startable() []*proc {
 
 // start starts the process of p. Where that fails, p has failed.
 func (s *supervisor) start(p *proc, now time.Time) {
-	if p.readyBy.IsZero() || p.wasReady {
+	if p.readyBy.IsZero() || p.wasReady || !now.Before(p.readyBy) { // of which the last has waited for others
 		p.readyBy = now.Add(s.startTimeout(p))
 	}
 	p.started = now
@@ -472,7 +472,7 @@ func (s *supervisor) lastReadyBy() time.Time {
 // delay gives those that are starting so much more time.
 func (s *supervisor) delay(d time.Duration) {
 	for _, p := range s.procs {
-		if p.state == procStarting {
+		if p.state == procStarting && !p.deadline.IsZero() {
 			p.readyBy = p.readyBy.Add(d)
 			p.deadline = p.readyBy
 		}
@@ -517,6 +517,13 @@ func (s *supervisor) failNotReady(p *proc, now time.Time) {
 func (s *supervisor) beginStop() {
 	s.stopping = true
 	s.releasePorts()
+	if s.target != nil { // the order is neither that of the old file nor of the new
+		var all []*Component
+		for _, p := range s.procs {
+			all = append(all, p.Component)
+		}
+		s.before = stopOrder(all)
+	}
 	for _, p := range s.procs {
 		switch p.state {
 		case procWaiting, procBackoff:

@@ -483,11 +483,15 @@ func (s *supervisor) componentAt(conn net.Conn, claim string) (id string, known 
 		if !ok || !alsoOK {
 			return "", false
 		}
-		inode, ok := socketInode(remote.AddrPort(), local.AddrPort())
-		if !ok {
-			return "", false
+		inode, uid, ok := socketOwner(remote.AddrPort(), local.AddrPort())
+		if ok {
+			if id, known := s.componentHolding(inode, uid, claim); known {
+				return id, true
+			}
+			_, _, ok = socketOwner(remote.AddrPort(), local.AddrPort())
 		}
-		return s.componentHolding(inode, claim)
+		// Who has closed it did not wait for an answer, as components do.
+		return "", !ok && remote.IP.IsLoopback() && socketsVisible()
 	}
 }
 
@@ -507,8 +511,8 @@ func peerPID(conn *net.UnixConn) int {
 	return pid
 }
 
-// componentHolding is componentAt for a TCP socket.
-func (s *supervisor) componentHolding(inode uint64, claim string) (id string, known bool) {
+// componentHolding is componentAt for the TCP socket inode of the user uid.
+func (s *supervisor) componentHolding(inode uint64, uid int, claim string) (id string, known bool) {
 	leaders := s.leaders.now()
 	for pid, id := range leaders {
 		if id != claim {
@@ -542,8 +546,11 @@ func (s *supervisor) componentHolding(inode uint64, claim string) (id string, kn
 			return "", false
 		}
 	}
-	pid, _, ok := socketHolder(inode)
-	return "", ok && inPIDNamespace(pid)
+	if pid, _, ok := socketHolder(inode); ok {
+		return "", inPIDNamespace(pid)
+	}
+	// Another's, who may not be looked into. Root may be a container engine's.
+	return "", uid != 0 && uid != os.Getuid()
 }
 
 // inPIDNamespace tells whether a process is in flowctl's own pid namespace, and not in

@@ -72,6 +72,9 @@ func (r *run) applyFile() (reloaded, error) {
 	if r.sup.stopping {
 		return reloaded{}, errStopping
 	}
+	if info, err := os.Stat(r.flags.file); err == nil && !info.Mode().IsRegular() {
+		return reloaded{}, fmt.Errorf("%s is no plain file, and cannot be read again", r.flags.file) // nor be waited for
+	}
 	p, err := readPipeline(r.flags.file, os.LookupEnv)
 	if err != nil {
 		return reloaded{}, err
@@ -128,9 +131,9 @@ func (s *supervisor) members() []member {
 	return out
 }
 
-// reloads tells whether sig asks for a reload: SIGHUP does under systemd, while that
-// of a terminal that closes ends a run.
-func reloads(sig os.Signal) bool {
+// underSystemd tells whether sig is the SIGHUP that asks a service for a reload, and
+// not that of a terminal that closes, which ends a run.
+func underSystemd(sig os.Signal) bool {
 	return sig == syscall.SIGHUP && os.Getenv("NOTIFY_SOCKET") != ""
 }
 
@@ -149,6 +152,9 @@ func reloadCommand(args []string) error {
 	name := ""
 	if len(rest) > 0 {
 		name = rest[0]
+	}
+	if name != "" && o.endpoint != "" {
+		return &usageError{"reload", fmt.Errorf("-endpoint %q and the pipeline %q: name one of them", o.endpoint, name)}
 	}
 	client, err := o.connectOne(name)
 	if err != nil {

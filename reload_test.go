@@ -243,3 +243,100 @@ func TestWatchdog(t *testing.T) {
 		})
 	}
 }
+
+// A component keeps its registration when the reload adds one that has an id by which
+// it called itself.
+func TestReloadAddsAnAlias(t *testing.T) {
+	t.Parallel()
+	a := actor("a", role{Dialect: "legacy", Alias: "zeta"})
+	file := writePipeline(t, a)
+	p := launch(t, file)
+	p.waitReady()
+	rewrite(t, file, a, actor("zeta", role{Dialect: "v1"}))
+	if code, out, stderr := call(t, "reload", "-e", p.endpoint()); code != exitOK {
+		t.Fatalf("exit %d\n%s%s", code, out, stderr)
+	}
+	p.waitErr("msg=ready component=zeta ")
+	p.wait(p.stderr, "msg=status ready=2 total=2", 1)
+	byID, ids := listed(t, p.endpoint())
+	if !byID["a"].Healthy || !byID["zeta"].Healthy || len(ids) != 2 {
+		t.Errorf("listed: %+v", byID)
+	}
+	p.hasNot(p.stderr, "msg=unregistered")
+	p.stop()
+}
+
+// What the reload has added stops in the order of the new file, also before the reload
+// is done.
+func TestStopOrderOfAReload(t *testing.T) {
+	t.Parallel()
+	slow := shell("slow", `trap "" TERM; echo up; while :; do sleep 0.05; done`)
+	source, reader := shell("source", `trap "sleep 0.3; exit 0" TERM; while :; do sleep 0.02; done`), shell("reader", "exec sleep 300")
+	reader.Inputs = []string{"source"}
+	file := writePipeline(t, slow)
+	p := launch(t, file, "-stop-timeout", "3s")
+	p.waitReady()
+	p.waitOut("up\n")
+	rewrite(t, file, source, reader)
+	if code, out, stderr := call(t, "reload", "-e", p.endpoint()); code != exitOK {
+		t.Fatalf("exit %d\n%s%s", code, out, stderr)
+	}
+	p.waitErr("msg=ready component=reader ")
+	p.signal(syscall.SIGTERM)
+	p.exit(exitOK)
+	p.has(p.stderr, "msg=stopping component=source ", "msg=ended component=source ", "msg=stopping component=reader ")
+}
+
+// A component that waits to be started anew by a reload holds up what waits for it,
+// although its former process becomes ready on the way out.
+func TestLeavingComponentIsNotReady(t *testing.T) {
+	t.Parallel()
+	late := actor("late", role{Dialect: "v1"})
+	stubborn := shell("stubborn", `trap "sleep 0.5; exit 0" TERM; echo up; while :; do sleep 0.02; done`)
+	late.Inputs = []string{"stubborn"}
+	file := writePipeline(t, stubborn, late)
+	p := launch(t, file)
+	p.waitReady()
+	p.waitOut("up\n")
+	late.Env["CHANGED"], stubborn.Env = "1", map[string]string{"CHANGED": "1"}
+	after := shell("after", "exec sleep 300")
+	after.Inputs = []string{"late"}
+	rewrite(t, file, stubborn, late, after)
+	if code, out, stderr := call(t, "reload", "-e", p.endpoint()); code != exitOK {
+		t.Fatalf("exit %d\n%s%s", code, out, stderr)
+	}
+	p.waitErr("msg=ready component=after ")
+	p.has(p.stderr, "msg=ended component=late ", "msg=started component=late ", "msg=ready component=late ", "msg=started component=after ")
+	p.stop()
+}
+
+// A flowctl that was stopped itself gives those that start more time, and none to those
+// that are stopping.
+func TestStopOfAStartingComponentAfterAStall(t *testing.T) {
+	t.Parallel()
+	p := launch(t, writePipeline(t, actor("a", role{Dialect: ""}), shell("b", `trap "" TERM; echo up; while :; do sleep 0.02; done`)), "-start-timeout", "20s", "-stop-timeout", "2s")
+	p.waitOut("up\n")
+	p.signal(syscall.SIGTERM)
+	p.waitErr("msg=stopping component=b ")
+	p.signal(syscall.SIGSTOP)
+	time.Sleep(300 * time.Millisecond) // as long as it is to be stopped
+	p.signal(syscall.SIGCONT)
+	p.exit(exitOK)
+}
+
+func TestReloadOfWhatIsNoFile(t *testing.T) {
+	t.Parallel()
+	file := writePipeline(t, shell("a", "exec sleep 300"))
+	p := launch(t, file)
+	p.waitReady()
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mkfifo(file, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, stderr := call(t, "reload", "-e", p.endpoint()); code != exitUsage || !strings.Contains(stderr, "is no plain file, and cannot be read again") {
+		t.Errorf("exit %d\n%s", code, stderr)
+	}
+	p.stop()
+}

@@ -35,6 +35,7 @@ type runInfo struct {
 	Pipeline string    `json:"pipeline,omitempty"` // its name, "" for a control plane alone
 	Endpoint string    `json:"endpoint,omitempty"` // "" until the control plane listens
 	Started  time.Time `json:"started"`
+	TLS      bool      `json:"tls,omitempty"` // of Endpoint
 }
 
 // runFile is the run file of this process. A nil one does nothing.

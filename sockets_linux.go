@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"syscall"
 )
 
@@ -57,17 +58,40 @@ type diagAnswer struct {
 // when no process holds it (any more, or before it was accepted), and when the
 // kernel cannot tell: without its tcp_diag, or for an address with a zone.
 func socketInode(local, remote netip.AddrPort) (inode uint64, ok bool) {
+	inode, _, ok = socketOwner(local, remote)
+	return inode, ok
+}
+
+// socketOwner is socketInode, with the user who made the socket.
+func socketOwner(local, remote netip.AddrPort) (inode uint64, uid int, ok bool) {
 	local, remote = unmap(local), unmap(remote)
 	found, ok := lookUpSocket(local, remote)
 	if !ok || found.local() != local || found.remote() != remote {
-		return 0, false // that was a listener
+		return 0, 0, false // that was a listener
 	}
 	switch found.State {
 	case tcpEstablished, tcpCloseWait, tcpFinWait1, tcpFinWait2:
-		return uint64(found.Inode), found.Inode != 0
+		return uint64(found.Inode), int(found.UID), found.Inode != 0
 	}
-	return 0, false
+	return 0, 0, false
 }
+
+// socketsVisible tells whether the kernel can be asked at all, by a connection of
+// flowctl to itself.
+var socketsVisible = sync.OnceValue(func() bool {
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return false
+	}
+	defer lis.Close()
+	conn, err := net.Dial("tcp", lis.Addr().String())
+	if err != nil {
+		return false
+	}
+	defer conn.Close()
+	_, ok := socketInode(conn.LocalAddr().(*net.TCPAddr).AddrPort(), conn.RemoteAddr().(*net.TCPAddr).AddrPort())
+	return ok
+})
 
 // listenerInode returns the inode of a listening TCP socket that keeps others from
 // listening on addr: its address is addr, or one of the two is that of all interfaces.

@@ -463,7 +463,7 @@ func (st *store) acquire() error {
 	}
 	f, err := os.OpenFile(st.path+".lock", os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
-		return err
+		return fmt.Errorf("cannot lock state file %s: %w", st.path, err)
 	}
 	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		pid, _ := io.ReadAll(io.LimitReader(f, 20))
@@ -489,10 +489,14 @@ func (st *store) close() {
 
 // readState reads a state file; one that does not exist is empty.
 func readState(path string) ([]savedService, error) {
-	data, err := os.ReadFile(path)
+	info, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
+	if err == nil && !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("state file %s: it must be a plain file", path)
+	}
+	data, err := os.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("state file: %v", err)
 	}
