@@ -3,8 +3,10 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -17,7 +19,9 @@ import (
 	"syscall"
 	"testing"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
@@ -306,4 +310,65 @@ func TestServerRefusesNobody(t *testing.T) {
 		}
 		p.stop()
 	})
+}
+
+// recorded returns the bytes that a client sends to register as id.
+func recorded(tb testing.TB, endpoint, id string) []byte {
+	tb.Helper()
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer lis.Close()
+	var sent bytes.Buffer
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		client, err := lis.Accept()
+		if err != nil {
+			return
+		}
+		defer client.Close()
+		plane, err := net.Dial("tcp", endpoint)
+		if err != nil {
+			return
+		}
+		defer plane.Close()
+		go io.Copy(client, plane)
+		io.Copy(io.MultiWriter(plane, &sent), client)
+	}()
+	conn, err := grpc.NewClient(lis.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())
+	if err != nil {
+		tb.Fatal(err)
+	}
+	_, err = flowctlv1.NewControlPlaneServiceClient(conn).RegisterComponent(tb.Context(), &flowctlv1.RegisterRequest{Component: &flowctlv1.ComponentInfo{Id: id}}, grpc.WaitForReady(true))
+	wantCode(tb, "registration as "+id, err, codes.PermissionDenied)
+	conn.Close()
+	<-done
+	return sent.Bytes()
+}
+
+// Who sends a claim and is gone before anyone looks is refused as if it had stayed.
+func TestClaimOfAClosedSocket(t *testing.T) {
+	t.Parallel()
+	p := launch(t, writePipeline(t, Component{ID: "a", Command: []string{"sleep", "300"}}))
+	p.waitErr("msg=started component=a ")
+	claim := recorded(t, p.endpoint(), "a")
+	for range 100 {
+		conn, err := net.Dial("tcp", p.endpoint())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conn.Write(claim); err != nil {
+			t.Fatal(err)
+		}
+		conn.Close()
+	}
+	register(t, p.endpoint(), "another") // and so all before it have been seen, or nearly
+	byID, _ := listed(t, p.endpoint())
+	if health := byID["a"].Health; health != "unregistered" {
+		t.Errorf("a is %s\n%s", health, p)
+	}
+	p.signal(syscall.SIGTERM)
+	p.exit(exitOK)
 }
