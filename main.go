@@ -119,18 +119,18 @@ func exitCode(err error) int {
 	case err == nil:
 		return exitOK
 	case errors.As(err, &file):
-		fmt.Fprintln(os.Stderr, file) // each line begins with its place, as editors want it
+		fmt.Fprintln(os.Stderr, complaint(file.Error())) // each line begins with its place, as editors want it
 		return exitUsage
 	case errors.As(err, &exit):
 		if exit.err != nil {
-			fmt.Fprintln(os.Stderr, "flowctl:", exit.err)
+			fmt.Fprintln(os.Stderr, complaint("flowctl: "+exit.Error()))
 		}
 		return exit.code
 	case errors.As(err, &usage):
-		fmt.Fprintf(os.Stderr, "flowctl: %v\nTry: %s\n", usage.err, strings.TrimSpace("flowctl help "+usage.command))
+		fmt.Fprintln(os.Stderr, complaint(fmt.Sprintf("flowctl: %v\nTry: %s", usage.err, strings.TrimSpace("flowctl help "+usage.command))))
 		return exitUsage
 	}
-	fmt.Fprintln(os.Stderr, "flowctl:", err)
+	fmt.Fprintln(os.Stderr, complaint("flowctl: "+err.Error()))
 	return exitFailed
 }
 
@@ -203,7 +203,7 @@ func (o *planeFlags) define(fs *flag.FlagSet) {
 	fs.DurationVar(&o.ttl, "heartbeat-ttl", 30*time.Second, "a service is stale when its last heartbeat is older than this")
 	fs.DurationVar(&o.interval, "janitor-interval", 10*time.Second, "look for stale services at least this often")
 	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "`level` of flowctl's own log: debug, info, warn or error")
-	fs.StringVar(&o.format, "log-format", formatAuto, "`format` of the log: auto, text or json")
+	fs.StringVar(&o.format, "log-format", formatAuto, "`format` of the log: auto (journal under systemd, else text), text, json or journal")
 	fs.StringVar(&o.dbPath, "db-path", "", "keep the registry's state in `file` (default: in $STATE_DIRECTORY, if set; for server, else in the user's own folder for state)")
 	fs.BoolVar(&o.noState, "no-persistence", false, "keep the registry's state in memory only")
 	o.tls.define(fs, "serve TLS with the certificate in `file`, PEM", "require client certificates, by the CA in `file`")
@@ -268,8 +268,22 @@ func (o *planeFlags) check(fs *flag.FlagSet) error {
 	if o.port < 0 || o.port > 65535 {
 		return &usageError{fs.Name(), fmt.Errorf("-control-plane-port %d: it must be between 0 and 65535", o.port)}
 	}
-	if o.format != formatAuto && o.format != formatText && o.format != formatJSON {
-		return &usageError{fs.Name(), fmt.Errorf("-log-format %q: it must be auto, text or json", o.format)}
+	if !slices.Contains([]string{formatAuto, formatText, formatJSON, formatJournal}, o.format) {
+		return &usageError{fs.Name(), fmt.Errorf("-log-format %q: it must be auto, text, json or journal", o.format)}
+	}
+	var err error
+	if o.format, err = resolveFormat(o.format); err != nil {
+		return &usageError{fs.Name(), err}
+	}
+	if planeSocketPassed() {
+		fs.Visit(func(f *flag.Flag) {
+			if f.Name == "control-plane-address" || f.Name == "control-plane-port" {
+				err = &usageError{fs.Name(), fmt.Errorf("-%s %s: systemd has passed a socket named %s, which is where the control plane listens: leave out one or the other", f.Name, f.Value, planeSocket)}
+			}
+		})
+		if err != nil {
+			return err
+		}
 	}
 	if o.dbPath != "" && o.noState {
 		return &usageError{fs.Name(), errors.New("-db-path and -no-persistence contradict each other")}
@@ -454,6 +468,11 @@ func serverCommand(args []string) error {
 	stderr := newLogWriter(patient{os.Stderr})
 	defer stderr.close()
 	log := newLogger(stderr, o.format, o.logLevel)
+	if o.format == formatJournal {
+		records := openJournal("", nil)
+		defer records.close()
+		log = slog.New(records.handler(o.logLevel))
+	}
 	o.portSet = true // what components of other machines know must not wander
 	signals := catchSignals()
 	if os.Getenv("GOGC") == "" {
@@ -606,7 +625,10 @@ func catchSignals() <-chan os.Signal {
 // openPlane listens where o says. Where nobody asked for that very port and it is
 // taken, a free one serves.
 func openPlane(o planeFlags, log *slog.Logger) (net.Listener, string, error) {
-	lis, endpoint, err := listenPlane(o.address, o.port)
+	lis, endpoint, err := passedListener(log)
+	if lis == nil && err == nil {
+		lis, endpoint, err = listenPlane(o.address, o.port)
+	}
 	tcp := !strings.HasPrefix(o.address, "unix:")
 	if errors.Is(err, syscall.EADDRINUSE) && !o.portSet && tcp {
 		attrs := []any{"port", o.port}
@@ -625,6 +647,10 @@ func openPlane(o planeFlags, log *slog.Logger) (net.Listener, string, error) {
 		return nil, "", fmt.Errorf("the control plane cannot listen on %s: the address is in use%s; choose another with -control-plane-port (0 takes a free one)", net.JoinHostPort(o.address, strconv.Itoa(o.port)), by)
 	case err != nil:
 		return nil, "", fmt.Errorf("the control plane cannot listen: %v", err)
+	}
+	if _, ok := lis.(*net.UnixListener); ok && o.tls.cert != "" {
+		lis.Close()
+		return nil, "", fmt.Errorf("-tls-cert %q: a control plane on a socket file (%s) has no TLS", o.tls.cert, endpoint)
 	}
 	if tcp, ok := lis.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() && o.tls.cert == "" {
 		log.Warn("the control plane listens off the loopback without TLS: who reaches it can register", "addr", lis.Addr().String())
@@ -741,9 +767,19 @@ func (o *runFlags) logFiles(ids []string, log *slog.Logger) (*logFiles, error) {
 
 // runPipeline runs p and returns an *exitError for everything but success.
 func runPipeline(p *Pipeline, o runFlags) error {
+	var ids []string
+	for _, c := range p.components() {
+		ids = append(ids, c.ID)
+	}
 	stderr := newLogWriter(patient{os.Stderr})
 	defer stderr.close()
 	log := newLogger(stderr, o.format, o.logLevel)
+	var records *journalLog // nil where the log is not in the journal
+	if o.format == formatJournal {
+		records = openJournal(p.Metadata.Name, ids)
+		defer records.close()
+		log = slog.New(records.handler(o.logLevel))
+	}
 	signals := catchSignals()
 	guest, err := newGuest(o.command)
 	if err != nil {
@@ -779,17 +815,17 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		reloads: make(chan reloadRequest), over: make(chan struct{}), watchdog: watchdogInterval(log),
 		guest: guest, entrance: certs == nil || way.private != nil,
 	}
-	var ids []string
-	for _, c := range p.components() {
-		ids = append(ids, c.ID)
-	}
 	r.console = newConsole(patient{os.Stdout}, o.format, useColours(os.Stdout), ids)
 	children := newReaper()
 	if err := children.adopt(); err != nil {
 		log.Warn("processes that leave their process group cannot be ended", "err", err)
 	}
 	defer children.close()
-	emit := r.console.lines
+	show := r.console.lines
+	if records != nil {
+		show = records.lines
+	}
+	emit := show
 	if r.files, err = o.logFiles(ids, log); err != nil {
 		lis.Close()
 		return &exitError{exitUsage, err}
@@ -798,7 +834,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		defer r.files.close()
 		emit = func(id, stream string, lines []byte) {
 			r.files.lines(id, stream, lines)
-			r.console.lines(id, stream, lines)
+			show(id, stream, lines)
 		}
 	}
 	r.sup, err = newSupervisor(p, procSettings{
@@ -828,7 +864,11 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	r.sup.close()
 	plane.stop()
 	failures := r.sup.failures()
-	reportFailures(stderr, log, o.format, failures)
+	if records != nil {
+		records.report(failures)
+	} else {
+		reportFailures(stderr, log, o.format, failures)
+	}
 	if len(failures) > 0 && r.code == exitOK {
 		r.code = exitFailed // found while stopping: a process that survived SIGKILL
 	}

@@ -1287,15 +1287,19 @@ func listenPlane(address string, port int) (net.Listener, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	tcp := lis.Addr().(*net.TCPAddr)
-	host := address
+	return lis, tcpEndpoint(lis.Addr().(*net.TCPAddr), address), nil
+}
+
+// tcpEndpoint is where processes of this machine reach a listener at addr, which was
+// named host.
+func tcpEndpoint(addr *net.TCPAddr, host string) string {
 	switch {
-	case tcp.IP.IsUnspecified() && net.ParseIP(address).To4() == nil:
+	case addr.IP.IsUnspecified() && net.ParseIP(host).To4() == nil:
 		host = "localhost"
-	case tcp.IP.IsUnspecified():
+	case addr.IP.IsUnspecified():
 		host = "127.0.0.1"
 	}
-	return lis, net.JoinHostPort(host, strconv.Itoa(tcp.Port)), nil
+	return net.JoinHostPort(host, strconv.Itoa(addr.Port))
 }
 
 // listenUnix listens on a socket file of mode 0600. A file that a dead process left

@@ -23,25 +23,31 @@ const (
 	formatAuto = "auto"
 	formatText = "text"
 	formatJSON = "json"
+
+	formatJournal = "journal"
 )
 
 // newLogger returns flowctl's own log. Durations are shown as Go writes them, such
 // as 1.5s, in JSON too.
 func newLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
-	readable := func(groups []string, a slog.Attr) slog.Attr {
-		switch {
-		case a.Value.Kind() == slog.KindDuration:
-			a.Value = slog.StringValue(a.Value.Duration().String())
-		case a.Key == slog.TimeKey && len(groups) == 0 && format != formatJSON:
-			a.Value = slog.StringValue(a.Value.Time().Format(time.TimeOnly))
-		}
-		return a
-	}
-	options := &slog.HandlerOptions{Level: level, ReplaceAttr: readable}
+	options := &slog.HandlerOptions{Level: level, ReplaceAttr: readable(format)}
 	if format == formatJSON {
 		return slog.New(slog.NewJSONHandler(w, options))
 	}
 	return slog.New(slog.NewTextHandler(w, options))
+}
+
+// readable has slog write attributes for people in the format given.
+func readable(format string) func(groups []string, a slog.Attr) slog.Attr {
+	return func(groups []string, a slog.Attr) slog.Attr {
+		switch {
+		case a.Value.Kind() == slog.KindDuration:
+			a.Value = slog.StringValue(a.Value.Duration().String())
+		case a.Key == slog.TimeKey && len(groups) == 0 && format != formatJSON && a.Value.Kind() == slog.KindTime:
+			a.Value = slog.StringValue(a.Value.Time().Format(time.TimeOnly))
+		}
+		return a
+	}
 }
 
 // patient writes to a file as if it had never been set to be non-blocking, which any

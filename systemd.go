@@ -1,0 +1,343 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/activation"
+	journald "github.com/coreos/go-systemd/v22/journal"
+)
+
+// What flowctl takes over from systemd where it is run by it: sockets that were
+// opened before it started, and the journal.
+
+// planeSocket is the FileDescriptorName= of the socket that the control plane serves.
+const planeSocket = "control-plane"
+
+// planeSocketPassed tells whether systemd has passed it to this process
+// (sd_listen_fds(3)).
+func planeSocketPassed() bool {
+	return os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) &&
+		slices.Contains(strings.Split(os.Getenv("LISTEN_FDNAMES"), ":"), planeSocket)
+}
+
+// passedListener returns the socket for the control plane that systemd has passed, and
+// its endpoint; nil for none. All others are closed: no component is to have them. It
+// has to be called before the first child is started.
+func passedListener(log *slog.Logger) (net.Listener, string, error) {
+	var lis net.Listener
+	for _, f := range activation.Files(true) {
+		switch {
+		case f.Name() != planeSocket:
+			log.Warn("a socket that systemd has passed is not used: its FileDescriptorName= must be "+planeSocket, "name", f.Name())
+		case lis != nil:
+			log.Warn("a second socket for the control plane is not used: there can be one", "name", f.Name())
+		default:
+			var err error
+			if lis, err = net.FileListener(f); err != nil {
+				f.Close()
+				return nil, "", fmt.Errorf("the socket %q that systemd has passed: %v: it must be that of a ListenStream=", planeSocket, err)
+			}
+		}
+		f.Close() // a listener has its own
+	}
+	if lis == nil {
+		return nil, "", nil
+	}
+	switch addr := lis.Addr().(type) {
+	case *net.TCPAddr:
+		return lis, tcpEndpoint(addr, addr.IP.String()), nil
+	case *net.UnixAddr:
+		if name, ok := strings.CutPrefix(addr.Name, "@"); ok {
+			return lis, "unix-abstract:" + name, nil
+		}
+		return lis, "unix://" + addr.Name, nil
+	default:
+		lis.Close()
+		return nil, "", fmt.Errorf("the socket %q that systemd has passed is of the network %q: it must be tcp or unix", planeSocket, addr.Network())
+	}
+}
+
+const (
+	journalPatience = 10 * time.Second       // for a journal that takes nothing, before lines are given up
+	journalRetry    = 100 * time.Millisecond // from one try to the next: nothing tells of a socket that is back
+	journalQueue    = 4096                   // records of flowctl's own log
+)
+
+// journalLog writes to systemd's journal by its native protocol, a record for each
+// line. A journal that is slow slows the components, as a slow reader of standard
+// output does. One that is gone for longer than journalPatience gets what comes while
+// it is gone no more, and is told how much that was when it is back.
+type journalLog struct {
+	send   func(message string, priority journald.Priority, fields map[string]string) error
+	fields map[string]map[string]string // by component; never changes
+	base   map[string]string            // of flowctl's own records; never changes
+
+	lost atomic.Int64 // lines
+	gone atomic.Int64 // since when, as a Unix time in nanoseconds; 0: it is there
+	wait sync.Mutex   // held by the one who tries again
+
+	own  chan journalRecord // flowctl's own log, which waits for nobody
+	done chan struct{}
+}
+
+type journalRecord struct {
+	message  string
+	priority journald.Priority
+	fields   map[string]string
+	last     bool // nothing but the end of the log
+}
+
+// openJournal begins the log of a pipeline, or of a control plane alone, without a name
+// and ids, in the journal.
+func openJournal(pipeline string, ids []string) *journalLog {
+	j := &journalLog{
+		send: journald.Send, base: map[string]string{"SYSLOG_IDENTIFIER": "flowctl"}, fields: make(map[string]map[string]string),
+		own: make(chan journalRecord, journalQueue), done: make(chan struct{}),
+	}
+	if pipeline != "" {
+		j.base["PIPELINE"] = pipeline
+	}
+	for _, id := range ids {
+		// The identifier is what journalctl shows before each line.
+		j.fields[id] = map[string]string{"SYSLOG_IDENTIFIER": id, "COMPONENT": id, "PIPELINE": pipeline}
+	}
+	go func() {
+		defer close(j.done)
+		for r := range j.own {
+			if r.last {
+				return
+			}
+			j.put(r.message, r.priority, r.fields)
+		}
+	}()
+	return j
+}
+
+// close writes what is left of flowctl's own log, unless that takes longer than
+// flushTime. j may be nil.
+func (j *journalLog) close() {
+	if j == nil {
+		return
+	}
+	timer := time.NewTimer(flushTime)
+	defer timer.Stop()
+	select {
+	case j.own <- journalRecord{last: true}:
+	case <-timer.C:
+		return
+	}
+	select {
+	case <-j.done:
+	case <-timer.C:
+	}
+}
+
+// put hands one record to the journal.
+func (j *journalLog) put(message string, priority journald.Priority, fields map[string]string) {
+	err := j.send(message, priority, fields)
+	if err != nil {
+		err = j.insist(message, priority, fields)
+	}
+	if err != nil {
+		j.lost.Add(1)
+		return
+	}
+	if j.gone.Load() != 0 {
+		j.gone.Store(0)
+	}
+	if n := j.lost.Swap(0); n > 0 {
+		j.notice(n)
+	}
+}
+
+// notice says that n lines are lost.
+func (j *journalLog) notice(n int64) {
+	if err := j.send(fmt.Sprintf("%d lines are lost: the journal did not take them", n), journald.PriErr, j.base); err != nil {
+		j.lost.Add(n)
+	}
+}
+
+// insist tries until journalPatience is over, counted from the first that failed.
+func (j *journalLog) insist(message string, priority journald.Priority, fields map[string]string) error {
+	j.wait.Lock()
+	defer j.wait.Unlock()
+	j.gone.CompareAndSwap(0, time.Now().UnixNano())
+	for {
+		err := j.send(message, priority, fields)
+		if err == nil || time.Since(time.Unix(0, j.gone.Load())) > journalPatience {
+			return err
+		}
+		time.Sleep(journalRetry)
+	}
+}
+
+// lines is the emitter of all components.
+func (j *journalLog) lines(id, stream string, lines []byte) {
+	for len(lines) > 0 {
+		var line []byte
+		line, lines = cutLine(lines)
+		line, priority := linePriority(line, stream)
+		j.put(string(line), priority, j.fields[id])
+	}
+}
+
+// linePriority takes the <N> off a line by which it names its priority (sd-daemon(3)).
+// None is above err: what a component takes for an emergency is none of the machine, on
+// whose terminals the journal would show it.
+func linePriority(line []byte, stream string) ([]byte, journald.Priority) {
+	if len(line) >= 3 && line[0] == '<' && line[1] >= '0' && line[1] <= '7' && line[2] == '>' {
+		return line[3:], max(journald.Priority(line[1]-'0'), journald.PriErr)
+	}
+	if stream == "stderr" {
+		return line, journald.PriWarning
+	}
+	return line, journald.PriInfo
+}
+
+// report is reportFailures for the journal: a record for each, with all that is to be
+// said.
+func (j *journalLog) report(failures []*failure) {
+	for _, f := range failures {
+		var text bytes.Buffer
+		reportFailures(&text, nil, formatText, []*failure{f})
+		fields := map[string]string{"COMPONENT": f.component.ID, "REASON": f.reason}
+		for name, value := range j.base {
+			fields[name] = value
+		}
+		message := strings.ReplaceAll("\n"+strings.TrimSuffix(text.String(), "\n"), "\nflowctl: ", "\n")[1:]
+		j.log(journalRecord{message: message, priority: journald.PriErr, fields: fields})
+	}
+}
+
+// log takes a record of flowctl's own. It never blocks.
+func (j *journalLog) log(r journalRecord) {
+	select {
+	case j.own <- r:
+	default:
+		j.lost.Add(1)
+	}
+}
+
+// handler is that of flowctl's own log.
+func (j *journalLog) handler(level slog.Level) slog.Handler {
+	return &journalHandler{journal: j, level: level}
+}
+
+// journalHandler makes a journal record of one of slog: the message reads as it does
+// in text form, and each attribute is a field as well.
+type journalHandler struct {
+	journal *journalLog
+	level   slog.Level
+	group   string      // before the key of each attribute, "" or with a dot at its end
+	attrs   []slog.Attr // their keys with the group
+}
+
+func (h *journalHandler) Enabled(_ context.Context, level slog.Level) bool { return level >= h.level }
+
+func (h *journalHandler) WithGroup(name string) slog.Handler {
+	with := *h
+	with.group += name + "."
+	return &with
+}
+
+func (h *journalHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
+	with := *h
+	with.attrs = slices.Clip(h.attrs)
+	for _, a := range attrs {
+		a.Key = h.group + a.Key
+		with.attrs = append(with.attrs, a)
+	}
+	return &with
+}
+
+func (h *journalHandler) Handle(ctx context.Context, r slog.Record) error {
+	attrs := slices.Clip(h.attrs)
+	r.Attrs(func(a slog.Attr) bool {
+		a.Key = h.group + a.Key
+		attrs = append(attrs, a)
+		return true
+	})
+	fields := make(map[string]string)
+	for _, a := range attrs {
+		fields[fieldName(a.Key)] = a.Value.Resolve().String()
+	}
+	for name, value := range h.journal.base {
+		fields[name] = value
+	}
+	// slog writes the attributes, behind a level and a message that are cut off.
+	var text strings.Builder
+	rest := slog.NewRecord(time.Time{}, r.Level, "", 0)
+	rest.AddAttrs(attrs...)
+	err := slog.NewTextHandler(&text, &slog.HandlerOptions{Level: r.Level, ReplaceAttr: readable(formatText)}).Handle(ctx, rest)
+	tail := strings.TrimPrefix(text.String(), "level="+r.Level.String()+` msg=""`)
+	h.journal.log(journalRecord{message: r.Message + strings.TrimSuffix(tail, "\n"), priority: levelPriority(r.Level), fields: fields})
+	return err
+}
+
+func levelPriority(level slog.Level) journald.Priority {
+	switch {
+	case level >= slog.LevelError:
+		return journald.PriErr
+	case level >= slog.LevelWarn:
+		return journald.PriWarning
+	case level >= slog.LevelInfo:
+		return journald.PriInfo
+	}
+	return journald.PriDebug
+}
+
+// fieldName is a name that the journal takes for an attribute (systemd.journal-fields(7)):
+// upper case, digits and underscores, and none that has a meaning of its own there.
+func fieldName(key string) string {
+	const most = 64
+	name := strings.Map(func(r rune) rune {
+		switch {
+		case r >= 'a' && r <= 'z':
+			return r - 'a' + 'A'
+		case r >= 'A' && r <= 'Z', r >= '0' && r <= '9':
+			return r
+		}
+		return '_'
+	}, key)
+	reserved := []string{"", "MESSAGE", "PRIORITY", "ERRNO", "TID", "UNIT", "USER_UNIT", "DOCUMENTATION", "INVOCATION_ID", "USER_INVOCATION_ID"}
+	prefixes := []string{"_", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "MESSAGE_", "CODE_", "SYSLOG_", "OBJECT_", "COREDUMP_"}
+	if slices.Contains(reserved, name) || slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(name, p) }) {
+		name = "FLOWCTL_" + strings.TrimLeft(name, "_")
+	}
+	return name[:min(len(name), most)]
+}
+
+// resolveFormat turns auto into what it stands for here, and fails for a journal that
+// is not there. With auto, the journal is one that standard error leads to.
+func resolveFormat(format string) (string, error) {
+	switch {
+	case format == formatAuto:
+		if on, err := journald.StderrIsJournalStream(); err == nil && on && journald.Enabled() {
+			return formatJournal, nil
+		}
+		return formatText, nil
+	case format == formatJournal && !journald.Enabled():
+		return "", errors.New("-log-format journal: there is no journal on this machine (/run/systemd/journal/socket): choose auto, text or json")
+	}
+	return format, nil
+}
+
+// complaint is text for standard error: the journal is told that each line is an error.
+func complaint(text string) string {
+	if on, err := journald.StderrIsJournalStream(); err == nil && on {
+		return "<3>" + strings.ReplaceAll(text, "\n", "\n<3>")
+	}
+	return text
+}
