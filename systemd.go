@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"slices"
@@ -73,6 +74,10 @@ const (
 	journalPatience = 10 * time.Second       // for a journal that takes nothing, before lines are given up
 	journalRetry    = 100 * time.Millisecond // from one try to the next: nothing tells of a socket that is back
 	journalQueue    = 4096                   // records of flowctl's own log
+
+	// A longer line becomes a record for each so many bytes of it. The package journal
+	// would hand it over in a file, which journald takes of root alone.
+	journalPiece = 64 << 10
 )
 
 // journalLog writes to systemd's journal by its native protocol, a record for each
@@ -189,7 +194,17 @@ func (j *journalLog) lines(id, stream string, lines []byte) {
 		var line []byte
 		line, lines = cutLine(lines)
 		line, priority := linePriority(line, stream)
-		j.put(string(line), priority, j.fields[id])
+		if len(line) <= journalPiece {
+			j.put(string(line), priority, j.fields[id])
+			continue
+		}
+		pieces := slices.Collect(slices.Chunk(line, journalPiece))
+		fields := maps.Clone(j.fields[id])
+		fields["LINE_PIECES"] = strconv.Itoa(len(pieces))
+		for i, piece := range pieces {
+			fields["LINE_PIECE"] = strconv.Itoa(i + 1)
+			j.put(string(piece), priority, fields)
+		}
 	}
 }
 
@@ -213,9 +228,7 @@ func (j *journalLog) report(failures []*failure) {
 		var text bytes.Buffer
 		reportFailures(&text, nil, formatText, []*failure{f})
 		fields := map[string]string{"COMPONENT": f.component.ID, "REASON": f.reason}
-		for name, value := range j.base {
-			fields[name] = value
-		}
+		maps.Copy(fields, j.base)
 		message := strings.ReplaceAll("\n"+strings.TrimSuffix(text.String(), "\n"), "\nflowctl: ", "\n")[1:]
 		j.log(journalRecord{message: message, priority: journald.PriErr, fields: fields})
 	}
@@ -273,9 +286,7 @@ func (h *journalHandler) Handle(ctx context.Context, r slog.Record) error {
 	for _, a := range attrs {
 		fields[fieldName(a.Key)] = a.Value.Resolve().String()
 	}
-	for name, value := range h.journal.base {
-		fields[name] = value
-	}
+	maps.Copy(fields, h.journal.base)
 	// slog writes the attributes, behind a level and a message that are cut off.
 	var text strings.Builder
 	rest := slog.NewRecord(time.Time{}, r.Level, "", 0)

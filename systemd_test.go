@@ -1,0 +1,711 @@
+//go:build linux
+
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	journald "github.com/coreos/go-systemd/v22/journal"
+)
+
+// The tests of TestSystemd run flowctl.service on a real systemd, the PID 1 of
+// namespaces of its own (testdata/systemd-lab). FLOWCTL_SYSTEMD=must makes it a failure
+// that there can be none.
+
+// lab is a systemd that runs until the end of the test. Each unit of it is a copy of
+// flowctl.service with a pipeline of its own.
+type lab struct {
+	init   string // the pid of its PID 1
+	folder string // at /lab
+}
+
+func openLab(t *testing.T) *lab {
+	t.Helper()
+	folder := t.TempDir()
+	if err := os.Chmod(folder, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, from := range map[string]string{"flowctl": binary(t), "actor": self} {
+		data, err := os.ReadFile(from)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(folder, name), data, 0o755)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Its command lives until its standard input ends, with this process at the latest.
+	cmd := exec.Command("testdata/systemd-lab", "-b", folder+":/lab", "sh", "-c", "echo $LAB_INIT; exec cat")
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(out).ReadString('\n')
+	if err != nil {
+		_ = cmd.Wait()
+		if os.Getenv("FLOWCTL_SYSTEMD") == "must" {
+			t.Fatalf("FLOWCTL_SYSTEMD=must, and there is no systemd: %s", &said)
+		}
+		t.Skipf("no systemd to test on: %s", &said)
+	}
+	t.Cleanup(func() {
+		in.Close()
+		_, _ = io.Copy(io.Discard, out)
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("systemd-lab: %v\n%s", err, &said)
+		}
+	})
+	return &lab{init: strings.TrimSpace(line), folder: folder}
+}
+
+// command is one that runs in the lab.
+func (l *lab) command(args ...string) *exec.Cmd {
+	return exec.Command("nsenter", append([]string{"-t", l.init, "-m", "-p", "-C", "-u", "-i", "-n", "-r", "-w", "--"}, args...)...)
+}
+
+// try runs a command in the lab and returns what it prints, without spaces around.
+func (l *lab) try(args ...string) (string, error) {
+	cmd := l.command(args...)
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err := cmd.Run()
+	if err != nil {
+		err = fmt.Errorf("%s: %w\n%s%s", strings.Join(args, " "), err, &out, &errs)
+	}
+	return strings.TrimSpace(out.String()), err
+}
+
+func (l *lab) run(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := l.try(args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// write writes a file of the lab below /.
+func (l *lab) write(t *testing.T, path, text string) {
+	t.Helper()
+	cmd := l.command("sh", "-c", `mkdir -p "$(dirname "$0")" && cat >"$0"`, path)
+	cmd.Stdin = strings.NewReader(text)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", path, err, out)
+	}
+}
+
+// unit is a service of the lab.
+type unit struct {
+	*lab
+	t    *testing.T
+	name string
+}
+
+// dropIn is for all units here: where flowctl and its pipeline are, and folders of its
+// own for each.
+const dropIn = `[Service]
+ExecStart=
+ExecStart=/lab/flowctl run /etc/flowctl/%[1]s.json %[2]s
+Environment=GORACE=atexit_sleep_ms=0
+StateDirectory=
+StateDirectory=%[1]s
+RuntimeDirectory=
+RuntimeDirectory=%[1]s
+RestartSec=100ms
+`
+
+// install installs flowctl.service by a name with a pipeline, the arguments given, and
+// more lines for its [Service] section.
+func (l *lab) install(t *testing.T, name string, components []Component, args, more string) *unit {
+	t.Helper()
+	service, err := os.ReadFile("flowctl.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range components {
+		if components[i].Env[roleVar] != "" {
+			components[i].Command = []string{"/lab/actor"}
+		}
+	}
+	pipeline, err := os.ReadFile(writePipeline(t, components...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.write(t, "/etc/flowctl/"+name+".json", strings.Replace(string(pipeline), `"name":"test"`, `"name":"`+name+`"`, 1))
+	l.write(t, "/etc/systemd/system/"+name+".service", string(service))
+	l.write(t, "/etc/systemd/system/"+name+".service.d/test.conf", fmt.Sprintf(dropIn, name, args)+more)
+	l.run(t, "systemctl", "daemon-reload")
+	u := &unit{l, t, name}
+	t.Cleanup(func() {
+		if t.Failed() {
+			status, _ := l.try("systemctl", "status", "--no-pager", "-n0", name)
+			log, _ := l.try("journalctl", "-u", name, "--no-pager", "-n60")
+			t.Logf("%s\n%s", status, log)
+		}
+		_, _ = l.try("systemctl", "stop", name)
+	})
+	return u
+}
+
+func (u *unit) start() {
+	u.t.Helper()
+	u.run(u.t, "systemctl", "start", u.name)
+}
+
+func (u *unit) stop() {
+	u.t.Helper()
+	u.run(u.t, "systemctl", "stop", u.name)
+}
+
+// show is a property of the unit.
+func (u *unit) show(property string) string {
+	u.t.Helper()
+	return u.run(u.t, "systemctl", "show", "--value", "-p", property, u.name)
+}
+
+// is waits until a property has a value.
+func (u *unit) is(property, want string) {
+	u.t.Helper()
+	got := ""
+	u.eventually(func() bool { got = u.show(property); return got == want }, func() string { return fmt.Sprintf("%s=%s, want %s", property, got, want) })
+}
+
+// eventually waits for what systemd and its journal do in their own time, and tell
+// nobody of here.
+func (u *unit) eventually(done func() bool, why func() string) {
+	u.t.Helper()
+	for deadline := time.Now().Add(patience); !done(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			u.t.Fatal(why())
+		}
+	}
+}
+
+// record is a record of the journal: a field is text, or bytes where it is none.
+type record map[string]any
+
+func (r record) text(name string) string {
+	switch v := r[name].(type) {
+	case string:
+		return v
+	case []any:
+		var data []byte
+		for _, b := range v {
+			data = append(data, byte(b.(float64)))
+		}
+		return string(data)
+	}
+	return ""
+}
+
+// journal returns the records of the unit that fit the matches.
+func (u *unit) journal(matches ...string) []record {
+	u.t.Helper()
+	out := u.run(u.t, append([]string{"journalctl", "-u", u.name, "-o", "json", "--all", "--no-pager"}, matches...)...)
+	var records []record
+	for dec := json.NewDecoder(strings.NewReader(out)); ; {
+		var r record
+		if err := dec.Decode(&r); errors.Is(err, io.EOF) {
+			return records
+		} else if err != nil {
+			u.t.Fatal(err)
+		}
+		records = append(records, r)
+	}
+}
+
+// logged waits for a record that fits the matches and whose message contains text.
+func (u *unit) logged(text string, matches ...string) record {
+	u.t.Helper()
+	var found record
+	u.eventually(func() bool {
+		for _, r := range u.journal(matches...) {
+			if strings.Contains(r.text("MESSAGE"), text) {
+				found = r
+				return true
+			}
+		}
+		return false
+	}, func() string { return fmt.Sprintf("%q is not in the journal (%v)", text, matches) })
+	return found
+}
+
+// mainPID is flowctl's, as the lab counts.
+func (u *unit) mainPID() string { u.t.Helper(); return u.show("MainPID") }
+
+// processes is what runs in the unit's cgroup.
+func (u *unit) processes() string {
+	out, _ := u.try("sh", "-c", `find /sys/fs/cgroup/system.slice/"$0".service -name cgroup.procs -exec cat {} + 2>/dev/null || true`, u.name)
+	return strings.Join(strings.Fields(out), " ")
+}
+
+func TestSystemd(t *testing.T) {
+	l := openLab(t)
+	for _, test := range []struct {
+		name string
+		test func(*testing.T, *lab)
+	}{
+		{"start and stop", testUnitStartStop},
+		{"not ready", testUnitNotReady},
+		{"failure", testUnitFailure},
+		{"on-failure", testUnitOnFailure},
+		{"usage", testUnitUsage},
+		{"killed", testUnitKilled},
+		{"journal", testUnitJournal},
+		{"flood", testUnitFlood},
+		{"journal restarts", testUnitJournalRestarts},
+		{"socket", testUnitSocket},
+		{"credentials", testUnitCredentials},
+		{"folders", testUnitFolders},
+		{"identity", testUnitIdentity},
+		{"delegated", testUnitDelegated},
+		{"user unit", testUserUnit},
+		{"verify", testUnitVerify},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			test.test(t, l)
+		})
+	}
+}
+
+func testUnitStartStop(t *testing.T, l *lab) {
+	gate := actor("gate", role{Dialect: "v1", Gate: true})
+	sink := actor("sink", role{Dialect: "v1"})
+	sink.Inputs = []string{"gate"}
+	u := l.install(t, "order", []Component{gate, sink}, "-control-plane-port 0", "")
+	started := make(chan error, 1)
+	go func() { _, err := l.try("systemctl", "start", u.name); started <- err }()
+	u.logged("waiting", "COMPONENT=gate")
+	if got := u.show("ActiveState"); got != "activating" {
+		t.Errorf("ActiveState=%s before all are ready", got)
+	}
+	if got := u.show("StatusText"); got != "0 of 2 ready, waiting for gate, sink" {
+		t.Errorf("StatusText=%q", got)
+	}
+	pid := u.logged("started", "COMPONENT=gate").text("PID")
+	l.run(t, "kill", "-USR2", pid)
+	if err := <-started; err != nil {
+		t.Fatal(err)
+	}
+	if got := u.show("StatusText"); got != "2 of 2 ready" {
+		t.Errorf("StatusText=%q", got)
+	}
+	u.stop()
+	if got := u.show("ActiveState") + " " + u.show("Result"); got != "inactive success" {
+		t.Errorf("after stop: %s", got)
+	}
+	var ended []string
+	for _, r := range u.journal("REASON=exit status 0") {
+		ended = append(ended, r.text("COMPONENT"))
+	}
+	if got := strings.Join(ended, " "); got != "gate sink" {
+		t.Errorf("ended: %s", got)
+	}
+	if left := u.processes(); left != "" {
+		t.Errorf("left in the cgroup: %s", left)
+	}
+}
+
+func testUnitNotReady(t *testing.T, l *lab) {
+	u := l.install(t, "late", []Component{actor("good", role{Dialect: "v1"}), actor("mute", role{})},
+		"-control-plane-port 0 -start-timeout 500ms", "Restart=no\n")
+	if out, err := l.try("systemctl", "start", u.name); err == nil {
+		t.Fatalf("start succeeds: %s", out)
+	}
+	if got := u.show("Result") + " " + u.show("ExecMainStatus"); got != "exit-code 4" {
+		t.Errorf("Result and status: %s", got)
+	}
+	status, _ := l.try("systemctl", "status", "--no-pager", u.name)
+	if !strings.Contains(status, "component mute failed: not ready within its start timeout of 500ms") {
+		t.Errorf("systemctl status does not say why:\n%s", status)
+	}
+}
+
+func testUnitFailure(t *testing.T, l *lab) {
+	u := l.install(t, "crash", []Component{actor("store", role{Dialect: "v1", OnUSR1: "exit", Code: 7, Out: []byte("cannot write\n")})}, "-control-plane-port 0", "")
+	u.start()
+	l.run(t, "kill", "-USR1", u.logged("started", "COMPONENT=store").text("PID"))
+	u.is("NRestarts", "1")
+	u.is("ActiveState", "active")
+	u.logged("code=exited, status=1")
+	report := u.logged("component store failed: exit status 7", "COMPONENT=store", "PRIORITY=3")
+	if text := report.text("MESSAGE"); !strings.HasSuffix(text, "the last lines of store:\n  cannot write\n  registered") {
+		t.Errorf("report: %q", text)
+	}
+}
+
+func testUnitOnFailure(t *testing.T, l *lab) {
+	c := actor("store", role{Dialect: "v1", OnUSR1: "exit", Code: 7})
+	c.RestartPolicy = restartOnFailure
+	u := l.install(t, "again", []Component{c}, "-control-plane-port 0", "")
+	u.start()
+	pid := u.mainPID()
+	l.run(t, "kill", "-USR1", u.logged("started", "COMPONENT=store").text("PID"))
+	u.logged("restarting", "COMPONENT=store", "PRIORITY=4")
+	u.is("StatusText", "1 of 1 ready")
+	if got := u.mainPID(); got != pid || u.show("NRestarts") != "0" {
+		t.Errorf("flowctl was restarted: pid %s, then %s", pid, got)
+	}
+}
+
+func testUnitUsage(t *testing.T, l *lab) {
+	u := l.install(t, "usage", []Component{actor("a", role{})}, "-control-plane-port 70000", "")
+	if out, err := l.try("systemctl", "start", u.name); err == nil {
+		t.Fatalf("start succeeds: %s", out)
+	}
+	if got := u.show("ExecMainStatus") + " " + u.show("NRestarts") + " " + u.show("ActiveState"); got != "2 0 failed" {
+		t.Errorf("status, restarts, state: %s", got)
+	}
+	u.logged("-control-plane-port 70000: it must be between 0 and 65535", "PRIORITY=3")
+}
+
+func testUnitKilled(t *testing.T, l *lab) {
+	u := l.install(t, "killed", []Component{actor("a", role{Dialect: "v1", Deaf: true}), shell("b", "setsid sleep 1000 & exec sleep 1000")}, "-control-plane-port 0 -stop-timeout 500ms", "")
+	u.start()
+	first := strings.Fields(u.processes())
+	if len(first) < 5 { // flowctl, its guard, and three
+		t.Fatalf("processes: %v", first)
+	}
+	l.run(t, "kill", "-KILL", u.mainPID())
+	u.is("NRestarts", "1")
+	u.is("ActiveState", "active")
+	for _, pid := range first {
+		if strings.Contains(" "+u.processes()+" ", " "+pid+" ") {
+			t.Errorf("%s of the first run is still there", pid)
+		}
+	}
+}
+
+func testUnitJournal(t *testing.T, l *lab) {
+	u := l.install(t, "fields", []Component{
+		actor("a", role{
+			Dialect: "v1", Environ: true, Long: 1 << 16, // 1 MiB
+			Out: []byte("plain\n\n<0>panic\n<7>detail\n<9>odd\n\x00nul\xff\xfebytes\n\x1b[31mred\n"), Err: []byte("trouble\n<6>fine\n"),
+		}),
+	}, "-control-plane-port 0", "")
+	u.start()
+	u.logged("registered", "COMPONENT=a")
+	u.stop()
+	u.logged("no newline", "COMPONENT=a") // what is printed without one comes last
+	for message, want := range map[string]string{
+		"plain": "6", "": "6", "panic": "3", "detail": "7", "<9>odd": "6", "\x00nul\xff\xfebytes": "6", "\x1b[31mred": "6", "trouble": "4", "fine": "6", "no newline": "4",
+	} {
+		var found record
+		for _, r := range u.journal("COMPONENT=a", "SYSLOG_IDENTIFIER=a") {
+			if r.text("MESSAGE") == message {
+				found = r
+			}
+		}
+		switch {
+		case found == nil:
+			t.Errorf("%q is not in the journal as it was printed", message)
+		case found.text("PRIORITY") != want || found.text("PIPELINE") != "fields" || found.text("_SYSTEMD_UNIT") != "fields.service":
+			t.Errorf("%q: priority %s, want %s; pipeline %s, unit %s", message, found.text("PRIORITY"), want, found.text("PIPELINE"), found.text("_SYSTEMD_UNIT"))
+		}
+	}
+	long := ""
+	for i, r := range u.journal("COMPONENT=a", "LINE_PIECES=16") {
+		if long += r.text("MESSAGE"); r.text("LINE_PIECE") != strconv.Itoa(i+1) {
+			t.Errorf("piece %d is marked as %s", i+1, r.text("LINE_PIECE"))
+		}
+	}
+	if long != strings.Repeat(longPiece, 1<<16) {
+		t.Errorf("of a line of 1 MiB, %d bytes are in the journal in pieces", len(long))
+	}
+	own := u.logged("started component=a pid=", "COMPONENT=a", "SYSLOG_IDENTIFIER=flowctl")
+	if own.text("PRIORITY") != "6" || own.text("PID") == "" || strings.Contains(own.text("MESSAGE"), "level=") || strings.Contains(own.text("MESSAGE"), "time=") {
+		t.Errorf("flowctl's own record: %v", own)
+	}
+	for _, r := range u.journal("COMPONENT=a", "SYSLOG_IDENTIFIER=a") {
+		if text := r.text("MESSAGE"); strings.HasPrefix(text, `env "LISTEN_`) || strings.HasPrefix(text, `env "NOTIFY_SOCKET`) || strings.HasPrefix(text, `env "WATCHDOG_`) {
+			t.Errorf("the component has %s", text)
+		}
+	}
+	line := l.run(t, "journalctl", "-u", u.name, "--no-pager", "-o", "short", "SYSLOG_IDENTIFIER=a", "PRIORITY=3")
+	if !regexp.MustCompile(`^\S+ +\d+ [\d:]+ \S+ a\[\d+\]: panic$`).MatchString(line) {
+		t.Errorf("journalctl shows %q", line)
+	}
+}
+
+func testUnitFlood(t *testing.T, l *lab) {
+	const count = 10000
+	u := l.install(t, "flood", []Component{actor("a", role{Dialect: "v1", Flood: count})}, "-control-plane-port 0", "")
+	begun := time.Now()
+	u.start()
+	took := time.Since(begun)
+	var got []record
+	u.eventually(func() bool {
+		got = u.journal("COMPONENT=a", "SYSLOG_IDENTIFIER=a")
+		return len(got) > 0 && got[len(got)-1].text("MESSAGE") == "registered"
+	}, func() string { return fmt.Sprintf("%d records", len(got)) })
+	i := 0
+	for _, r := range got {
+		if strings.HasPrefix(r.text("MESSAGE"), fmt.Sprintf("line %d of a ", i)) {
+			i++
+		}
+	}
+	if i != count {
+		t.Errorf("%d of %d lines are in the journal", i, count)
+	}
+	first, _ := strconv.ParseInt(got[0].text("__REALTIME_TIMESTAMP"), 10, 64)
+	last, _ := strconv.ParseInt(got[len(got)-1].text("__REALTIME_TIMESTAMP"), 10, 64)
+	t.Logf("%d lines: %s from the first to the last in the journal, %s from systemctl start to its end", i, time.Duration(last-first)*time.Microsecond, took.Round(time.Millisecond))
+}
+
+func testUnitJournalRestarts(t *testing.T, l *lab) {
+	const count = 300
+	u := l.install(t, "steady", []Component{shell("a", fmt.Sprintf("i=0; while [ $i -lt %d ]; do echo $i; i=$((i+1)); sleep 0.005; done; echo end; exec sleep 1000", count))}, "-control-plane-port 0", "")
+	u.start()
+	u.logged("10", "COMPONENT=a")
+	l.run(t, "systemctl", "restart", "systemd-journald")
+	u.logged("end", "COMPONENT=a", "SYSLOG_IDENTIFIER=a")
+	seen := make(map[string]int)
+	for _, r := range u.journal("COMPONENT=a", "SYSLOG_IDENTIFIER=a") {
+		seen[r.text("MESSAGE")]++
+	}
+	for i := range count {
+		if seen[strconv.Itoa(i)] != 1 {
+			t.Errorf("line %d is %d times in the journal", i, seen[strconv.Itoa(i)])
+		}
+	}
+}
+
+func testUnitSocket(t *testing.T, l *lab) {
+	socket, err := os.ReadFile("flowctl.socket")
+	if err != nil {
+		t.Fatal(err)
+	}
+	u := l.install(t, "socket", []Component{actor("a", role{Dialect: "v1", Environ: true}), shell("fds", "for f in /proc/self/fd/*; do readlink $f; done; exec sleep 1000")}, "", "")
+	l.write(t, "/etc/systemd/system/socket.socket", strings.Replace(string(socket), "ListenStream=", "ListenStream=127.0.0.1:8180\nListenStream=127.0.0.1:8181\n#", 1))
+	l.run(t, "systemctl", "daemon-reload")
+	l.run(t, "systemctl", "start", "socket.socket")
+	t.Cleanup(func() { _, _ = l.try("systemctl", "stop", "socket.socket") })
+	// A component of another unit comes first, and dials once.
+	if out, err := l.try("env", "FLOWCTL_ENDPOINT=127.0.0.1:8180", "FLOWCTL_COMPONENT_ID=other", roleVar+`={"Dialect":"v1","End":"registered"}`, "/lab/actor"); err != nil {
+		t.Errorf("a component that came before the service was started: %v\n%s", err, out)
+	}
+	u.is("ActiveState", "active")
+	u.logged(`env "FLOWCTL_ENDPOINT=127.0.0.1:8180"`, "COMPONENT=a")
+	u.logged("a second socket for the control plane is not used", "PRIORITY=4")
+	for _, r := range u.journal("SYSLOG_IDENTIFIER=fds") {
+		if strings.HasPrefix(r.text("MESSAGE"), "socket:") {
+			t.Errorf("a component has a socket of flowctl's")
+		}
+	}
+	var wg sync.WaitGroup
+	stop := make(chan struct{})
+	for range 2 {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if out, err := l.try("/bin/bash", "-c", "exec 3<>/dev/tcp/127.0.0.1/8180"); err != nil {
+					t.Errorf("refused while flowctl is restarted: %v\n%s", err, out)
+					return
+				}
+			}
+		})
+	}
+	l.run(t, "systemctl", "restart", u.name)
+	close(stop)
+	wg.Wait()
+	l.write(t, "/etc/systemd/system/socket.service.d/wrong.conf", "[Service]\nExecStart=\nExecStart=/lab/flowctl run /etc/flowctl/socket.json -control-plane-port 0\n")
+	l.run(t, "systemctl", "daemon-reload")
+	if _, err := l.try("systemctl", "restart", u.name); err == nil {
+		t.Error("a port beside a passed socket is not refused")
+	}
+	if got := u.show("ExecMainStatus"); got != "2" {
+		t.Errorf("with a port beside a passed socket: status %s, want 2", got)
+	}
+	u.logged("-control-plane-port 0: systemd has passed a socket named control-plane")
+}
+
+func testUnitCredentials(t *testing.T, l *lab) {
+	c := actor("a", role{Dialect: "v1", Environ: true})
+	c.EnvFiles = map[string]string{"TOKEN": "${CREDENTIALS_DIRECTORY}/token"}
+	u := l.install(t, "secret", []Component{c}, "-control-plane-port 0", "LoadCredential=token:/etc/flowctl/token\n")
+	l.write(t, "/etc/flowctl/token", "hush\n")
+	l.run(t, "chmod", "600", "/etc/flowctl/token")
+	u.start()
+	u.logged(`env "TOKEN=hush"`, "COMPONENT=a")
+}
+
+func testUnitFolders(t *testing.T, l *lab) {
+	u := l.install(t, "folders", []Component{
+		shell("a", `for d in / /etc /usr /var /var/lib /home /root /lab /sys/fs/cgroup $STATE_DIRECTORY $RUNTIME_DIRECTORY $LOGS_DIRECTORY /tmp; do (echo x >$d/probe) 2>/dev/null && echo "writes $d"; done; echo tried; exec sleep 1000`),
+	}, "-control-plane-port 0", "LogsDirectory=folders\n")
+	u.start()
+	u.logged("tried", "COMPONENT=a")
+	var writes []string
+	for _, r := range u.journal("SYSLOG_IDENTIFIER=a") {
+		if dir, ok := strings.CutPrefix(r.text("MESSAGE"), "writes "); ok {
+			writes = append(writes, dir)
+		}
+	}
+	if got := strings.Join(writes, " "); got != "/var/lib/folders /run/folders /var/log/folders /tmp" {
+		t.Errorf("a component can write to %s", got)
+	}
+	l.run(t, "test", "-s", "/var/lib/folders/folders.json")
+	if out := l.run(t, "cat", "/var/log/folders/a.log"); !strings.HasSuffix(out, " tried") {
+		t.Errorf("log file: %q", out)
+	}
+	// Anybody finds the run.
+	out := l.run(t, "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", "RUNTIME_DIRECTORY=/run/folders", "/lab/flowctl", "list")
+	if !strings.HasPrefix(out, "folders: 1 of 1 ready") {
+		t.Errorf("list of another user: %s", out)
+	}
+}
+
+// With all its hardening flowctl still knows components by their processes, and finds
+// what has left them.
+func testUnitIdentity(t *testing.T, l *lab) {
+	u := l.install(t, "nameless", []Component{actor("a", role{Dialect: "legacy", Anonymous: true}), shell("b", "(setsid sleep 1000 &) ; exec sleep 1000")}, "-control-plane-port 0", "")
+	u.start()
+	endpoint := u.logged("listening", "SYSLOG_IDENTIFIER=flowctl").text("ENDPOINT")
+	if out, err := l.try("env", "FLOWCTL_ENDPOINT="+endpoint, "FLOWCTL_COMPONENT_ID=a", roleVar+`={"Dialect":"v1","End":"registered"}`, "/lab/actor"); err == nil || !strings.Contains(err.Error(), "PermissionDenied") {
+		t.Errorf("a stranger registers as a: %v\n%s", err, out)
+	}
+	u.stop()
+	if left := u.processes(); left != "" {
+		t.Errorf("left in the cgroup: %s", left)
+	}
+	u.logged("ending what left its component", "NAME=sleep")
+	u.logged("all components have ended")
+	if got := u.show("Result"); got != "success" {
+		t.Errorf("Result=%s", got)
+	}
+}
+
+func testUnitDelegated(t *testing.T, l *lab) {
+	u := l.install(t, "delegated", []Component{actor("a", role{Dialect: "v1"})}, "-control-plane-port 0",
+		"Delegate=yes\nProtectControlGroups=no\nRestrictNamespaces=no\n")
+	u.start()
+	folder := "/sys/fs/cgroup/system.slice/delegated.service"
+	if out := l.run(t, "sh", "-c", "cat "+folder+"/flowctl-*/cgroup.procs"); len(strings.Fields(out)) != 1 {
+		t.Errorf("in the cgroup of the components: %q", out)
+	}
+	l.run(t, "kill", "-KILL", u.mainPID())
+	u.is("NRestarts", "1")
+	u.is("ActiveState", "active")
+	u.stop()
+	if left := u.processes(); left != "" {
+		t.Errorf("left: %s", left)
+	}
+}
+
+func testUserUnit(t *testing.T, l *lab) {
+	pipeline, err := os.ReadFile(writePipeline(t, Component{ID: "a", Command: []string{"/lab/actor"}, Env: actor("a", role{Dialect: "v1"}).Env}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.write(t, "/root/.config/systemd/user/flowctl.service", "[Service]\nType=notify\nKillMode=mixed\nStateDirectory=flowctl\nRuntimeDirectory=flowctl\nExecStart=/lab/flowctl run %h/pipeline.json -control-plane-port 0\n")
+	l.write(t, "/root/pipeline.json", string(pipeline))
+	l.run(t, "systemctl", "start", "user@0.service")
+	user := func(args ...string) (string, error) {
+		return l.try(append([]string{"env", "XDG_RUNTIME_DIR=/run/user/0"}, args...)...)
+	}
+	if out, err := user("systemctl", "--user", "start", "flowctl"); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if out, err := user("/lab/flowctl", "list"); err != nil || !strings.HasPrefix(out, "test: 1 of 1 ready") {
+		t.Errorf("list: %v\n%s", err, out)
+	}
+	if out, err := user("journalctl", "--user-unit=flowctl", "-o", "cat", "--no-pager", "COMPONENT=a"); err != nil || !strings.Contains(out, "registered") {
+		t.Errorf("journal: %v\n%s", err, out)
+	}
+	if out, err := user("systemctl", "--user", "stop", "flowctl"); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+}
+
+func testUnitVerify(t *testing.T, l *lab) {
+	for _, name := range []string{"flowctl.service", "flowctl.socket"} {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.write(t, "/etc/systemd/system/"+name, string(data))
+	}
+	l.run(t, "cp", "/lab/flowctl", "/usr/local/bin/flowctl")
+	cmd := l.command("systemd-analyze", "verify", "flowctl.service", "flowctl.socket")
+	if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
+		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
+	}
+	out := l.run(t, "systemd-analyze", "security", "--offline=true", "--no-pager", "/etc/systemd/system/flowctl.service")
+	level := regexp.MustCompile(`Overall exposure level for flowctl.service: (\S+)`).FindStringSubmatch(out)
+	if level == nil {
+		t.Fatal(out)
+	}
+	if exposure, err := strconv.ParseFloat(level[1], 64); err != nil || exposure > 2 {
+		t.Errorf("exposure %s, want 2.0 at most", level[1])
+	}
+}
+
+// A journal that takes nothing gets what came meanwhile counted, once it takes again.
+func TestJournalGone(t *testing.T) {
+	var mu sync.Mutex
+	var got []string
+	gone := true
+	j := &journalLog{base: map[string]string{}, send: func(message string, _ journald.Priority, _ map[string]string) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if gone {
+			return syscall.ECONNREFUSED
+		}
+		got = append(got, message)
+		return nil
+	}}
+	j.gone.Store(time.Now().Add(-journalPatience).UnixNano())
+	j.lines("a", "stdout", []byte("one\ntwo\n"))
+	mu.Lock()
+	gone = false
+	mu.Unlock()
+	j.lines("a", "stdout", []byte("three\nfour\n"))
+	want := "three|2 lines are lost: the journal did not take them|four"
+	if text := strings.Join(got, "|"); text != want {
+		t.Errorf("got %s, want %s", text, want)
+	}
+}
+
+func TestFieldName(t *testing.T) {
+	for key, want := range map[string]string{
+		"component": "COMPONENT", "pid": "PID", "stop-timeout": "STOP_TIMEOUT", "a.b": "A_B", "_pid": "FLOWCTL_PID", "message": "FLOWCTL_MESSAGE",
+		"1st": "FLOWCTL_1ST", "": "FLOWCTL_", "é": "FLOWCTL_", "unit": "FLOWCTL_UNIT", "syslog_pid": "FLOWCTL_SYSLOG_PID", strings.Repeat("x", 70): strings.Repeat("X", 64),
+	} {
+		if got := fieldName(key); got != want {
+			t.Errorf("fieldName(%q) = %q, want %q", key, got, want)
+		}
+	}
+}
