@@ -995,7 +995,7 @@ func TestCommandLine(t *testing.T) {
 		{"run -control-plane-port 65536 " + good, "flowctl: -control-plane-port 65536: it must be between 0 and 65535\nTry: flowctl help run\n"},
 		{"run -start-timeout -1s " + good, "flowctl: -start-timeout -1s: it must be 10ms at least\nTry: flowctl help run\n"},
 		{"run -until never " + good, "flowctl: -until \"never\": it must be stopped, ready or done\nTry: flowctl help run\n"},
-		{"run -log-format xml " + good, "flowctl: -log-format \"xml\": it must be auto, text or json\nTry: flowctl help run\n"},
+		{"run -log-format xml " + good, "flowctl: -log-format \"xml\": it must be auto, text, json or journal\nTry: flowctl help run\n"},
 		{"run " + good + " " + good, "flowctl: run: unexpected argument \"" + good + "\"\nTry: flowctl help run\n"},
 		{"run -f " + good + " " + bad, "flowctl: two pipeline files are named: \"" + good + "\" by -f, and \"" + bad + "\"\nTry: flowctl help run\n"},
 		{"run /no/such.json", "flowctl: cannot read pipeline file: open /no/such.json: no such file or directory\n"},

@@ -269,6 +269,8 @@ func (u *unit) processes() string {
 
 func TestSystemd(t *testing.T) {
 	l := openLab(t)
+	// Alone: a journal that is new no longer knows the unit of a process that has ended.
+	t.Run("journal restarts", func(t *testing.T) { testUnitJournalRestarts(t, l) })
 	for _, test := range []struct {
 		name string
 		test func(*testing.T, *lab)
@@ -281,7 +283,6 @@ func TestSystemd(t *testing.T) {
 		{"killed", testUnitKilled},
 		{"journal", testUnitJournal},
 		{"flood", testUnitFlood},
-		{"journal restarts", testUnitJournalRestarts},
 		{"socket", testUnitSocket},
 		{"credentials", testUnitCredentials},
 		{"folders", testUnitFolders},
