@@ -721,10 +721,11 @@ type run struct {
 	sup        *supervisor
 	console    *console
 	about      about
-	files      *logFiles // nil for none
-	entrance   bool      // there is a listener without TLS, or no TLS
-	edition    int       // of sup, which the registry knows
-	guest      *guest    // nil for none
+	files      *logFiles   // nil for none
+	entrance   bool        // there is a listener without TLS, or no TLS
+	edition    int         // of sup, which the registry knows
+	guest      *guest      // nil for none
+	journal    *journalLog // nil where the log is not in the journal
 	reloads    chan reloadRequest
 	over       chan struct{}        // closed when loop has returned
 	watchdog   time.Duration        // how often systemd wants to hear that flowctl turns, 0 for never
@@ -813,7 +814,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		conditions: make(map[string]change), unhealthy: make(map[string]time.Time),
 		verdicts: make(chan verdict), watches: make(map[string]context.CancelFunc),
 		reloads: make(chan reloadRequest), over: make(chan struct{}), watchdog: watchdogInterval(log),
-		guest: guest, entrance: certs == nil || way.private != nil,
+		guest: guest, journal: records, entrance: certs == nil || way.private != nil,
 	}
 	r.console = newConsole(patient{os.Stdout}, o.format, useColours(os.Stdout), ids)
 	children := newReaper()

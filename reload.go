@@ -96,7 +96,9 @@ func (r *run) applyFile() (reloaded, error) {
 		}
 	}
 	for _, c := range p.components() {
-		r.console.add(c.ID)
+		if r.console.add(c.ID); r.journal != nil {
+			r.journal.add(c.ID)
+		}
 	}
 	out, err := r.sup.reload(p)
 	for _, p := range r.sup.procs {

@@ -85,9 +85,11 @@ const (
 // output does. One that is gone for longer than journalPatience gets what comes while
 // it is gone no more, and is told how much that was when it is back.
 type journalLog struct {
-	send   func(message string, priority journald.Priority, fields map[string]string) error
-	fields map[string]map[string]string // by component; never changes
-	base   map[string]string            // of flowctl's own records; never changes
+	send func(message string, priority journald.Priority, fields map[string]string) error
+	base map[string]string // of flowctl's own records; never changes
+
+	mu     sync.RWMutex                 // guards fields
+	fields map[string]map[string]string // by component; what is in it never changes
 
 	lost atomic.Int64 // lines
 	gone atomic.Int64 // since when, as a Unix time in nanoseconds; 0: it is there
@@ -115,8 +117,7 @@ func openJournal(pipeline string, ids []string) *journalLog {
 		j.base["PIPELINE"] = pipeline
 	}
 	for _, id := range ids {
-		// The identifier is what journalctl shows before each line.
-		j.fields[id] = map[string]string{"SYSLOG_IDENTIFIER": id, "COMPONENT": id, "PIPELINE": pipeline}
+		j.add(id)
 	}
 	go func() {
 		defer close(j.done)
@@ -128,6 +129,14 @@ func openJournal(pipeline string, ids []string) *journalLog {
 		}
 	}()
 	return j
+}
+
+// add makes the component id known.
+func (j *journalLog) add(id string) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	// The identifier is what journalctl shows before each line.
+	j.fields[id] = map[string]string{"SYSLOG_IDENTIFIER": id, "COMPONENT": id, "PIPELINE": j.base["PIPELINE"]}
 }
 
 // close writes what is left of flowctl's own log, unless that takes longer than
@@ -190,16 +199,19 @@ func (j *journalLog) insist(message string, priority journald.Priority, fields m
 
 // lines is the emitter of all components.
 func (j *journalLog) lines(id, stream string, lines []byte) {
+	j.mu.RLock()
+	known := j.fields[id]
+	j.mu.RUnlock()
 	for len(lines) > 0 {
 		var line []byte
 		line, lines = cutLine(lines)
 		line, priority := linePriority(line, stream)
 		if len(line) <= journalPiece {
-			j.put(string(line), priority, j.fields[id])
+			j.put(string(line), priority, known)
 			continue
 		}
 		pieces := slices.Collect(slices.Chunk(line, journalPiece))
-		fields := maps.Clone(j.fields[id])
+		fields := maps.Clone(known)
 		fields["LINE_PIECES"] = strconv.Itoa(len(pieces))
 		for i, piece := range pieces {
 			fields["LINE_PIECE"] = strconv.Itoa(i + 1)
