@@ -1153,7 +1153,7 @@ func (s *supervisor) environ(c *Component) ([]string, error) {
 // an outer flowctl, whose files of TLS are not this one's.
 func hidden(entry string) bool {
 	name, _, _ := strings.Cut(entry, "=")
-	return name == "NOTIFY_SOCKET" || strings.HasPrefix(name, "WATCHDOG_") || strings.HasPrefix(name, "LISTEN_") || strings.HasPrefix(name, "FLOWCTL_TLS_")
+	return name == "NOTIFY_SOCKET" || name == "JOURNAL_STREAM" || strings.HasPrefix(name, "WATCHDOG_") || strings.HasPrefix(name, "LISTEN_") || strings.HasPrefix(name, "FLOWCTL_TLS_")
 }
 
 // readEnvFile returns the content of a file as the value of a variable, without the

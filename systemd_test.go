@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -134,6 +135,8 @@ type unit struct {
 const dropIn = `[Service]
 ExecStart=
 ExecStart=/lab/flowctl run /etc/flowctl/%[1]s.json %[2]s
+ExecReload=
+ExecReload=/lab/flowctl reload
 Environment=GORACE=atexit_sleep_ms=0
 StateDirectory=
 StateDirectory=%[1]s
@@ -288,6 +291,8 @@ func TestSystemd(t *testing.T) {
 		{"on-failure", testUnitOnFailure},
 		{"usage", testUnitUsage},
 		{"killed", testUnitKilled},
+		{"watchdog", testUnitWatchdog},
+		{"reload", testUnitReload},
 		{"journal", testUnitJournal},
 		{"flood", testUnitFlood},
 		{"socket", testUnitSocket},
@@ -303,6 +308,76 @@ func TestSystemd(t *testing.T) {
 			test.test(t, l)
 		})
 	}
+}
+
+// A flowctl that hangs is ended by the watchdog, with all that it started, and the
+// unit comes back.
+func testUnitWatchdog(t *testing.T, l *lab) {
+	u := l.install(t, "hung", []Component{shell("a", "exec sleep 300")}, "-control-plane-port 0", "WatchdogSec=2s\n")
+	u.start()
+	first, before := u.mainPID(), u.processes()
+	l.run(t, "kill", "-STOP", first)
+	u.restarted()
+	u.is("ActiveState", "active")
+	if got := u.mainPID(); got == first {
+		t.Errorf("MainPID=%s, as before", got)
+	}
+	for pid := range strings.FieldsSeq(before) {
+		if slices.Contains(strings.Fields(u.processes()), pid) {
+			t.Errorf("process %s is left", pid)
+		}
+	}
+	u.logged("Watchdog timeout", "_PID=1")
+	// One that turns is not.
+	restarts := u.show("NRestarts")
+	pid := u.mainPID()
+	u.eventually(func() bool { return u.show("WatchdogTimestampMonotonic") > u.show("ActiveEnterTimestampMonotonic") }, func() string { return "no WATCHDOG=1 came" })
+	if got := u.mainPID(); got != pid || u.show("NRestarts") != restarts {
+		t.Errorf("MainPID=%s, %s before", got, pid)
+	}
+}
+
+// A reload touches what has changed, and fails where the file is wrong.
+func testUnitReload(t *testing.T, l *lab) {
+	kept, changed := shell("kept", "exec sleep 300"), shell("changed", "exec sleep 300")
+	u := l.install(t, "reloaded", []Component{kept, changed}, "-control-plane-port 0", "")
+	u.start()
+	pids := func(id string) []string {
+		var out []string
+		for _, r := range u.journal("COMPONENT=" + id) {
+			if strings.HasPrefix(r.text("MESSAGE"), "started") {
+				out = append(out, r.text("PID"))
+			}
+		}
+		return out
+	}
+	const file = "/etc/flowctl/reloaded.json"
+	good := l.run(t, "cat", file)
+	l.write(t, file, strings.Replace(good, `"command"`, `"comand"`, 1))
+	if out, err := l.try("systemctl", "reload", u.name); err == nil {
+		t.Errorf("systemctl reload of a wrong file: %s", out)
+	}
+	u.logged(`did you mean "command"?`)
+	u.is("ActiveState", "active")
+	l.write(t, file, strings.ReplaceAll(good, `"changed"`, `"new"`))
+	l.run(t, "systemctl", "reload", u.name)
+	u.logged("ready", "COMPONENT=new")
+	u.logged("ended", "COMPONENT=changed")
+	u.is("StatusText", "2 of 2 ready")
+	u.is("ActiveState", "active")
+	if got := pids("kept"); len(got) != 1 {
+		t.Errorf("kept was started as %v", got)
+	}
+	// The signal does the same.
+	l.write(t, file, good)
+	l.run(t, "systemctl", "kill", "--kill-who=main", "-s", "HUP", u.name)
+	u.eventually(func() bool { return len(pids("changed")) == 2 }, func() string { return "SIGHUP did not reload" })
+	u.is("StatusText", "2 of 2 ready")
+	u.is("ActiveState", "active")
+	if got := pids("kept"); len(got) != 1 {
+		t.Errorf("kept was started as %v", got)
+	}
+	l.run(t, "sh", "-c", `p="$0"; grep -q . /proc/$p/comm`, pids("kept")[0])
 }
 
 func testUnitStartStop(t *testing.T, l *lab) {
