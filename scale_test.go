@@ -320,7 +320,7 @@ func TestNoPause(t *testing.T) {
 		})
 		measure("follow", func(step func()) { w.send = send(step); _, _ = w.catchUp() })
 		measure("save", func(step func()) {
-			_, _ = r.save(writerFunc(func(p []byte) (int, error) { step(); return len(p), nil }))
+			_, _ = r.save(writerFunc(func(p []byte) (int, error) { step(); return len(p), nil }), runtime.Gosched)
 		})
 		n := 0
 		measure("list", func(step func()) {
@@ -363,7 +363,7 @@ func checkedOften(t *testing.T, r *registry, services int, now time.Time, best m
 			next = r.sweep(later)
 		}
 	})
-	work.Go(func() { _, _ = r.save(io.Discard) })
+	work.Go(func() { _, _ = r.save(io.Discard, runtime.Gosched) })
 	work.Go(func() {
 		_ = w.snapshot()
 		_, _ = w.catchUp()

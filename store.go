@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -33,6 +34,9 @@ const stateFormat = "flowctl-registry/1"
 // on without it.
 const maxWrite = 5 * time.Second
 
+// batchPause is how long a write for which nobody waits rests after each batch.
+const batchPause = 3 * time.Millisecond
+
 // journal tells how far the registry is on disk. What changes is held back until
 // it is, unless there is no store or the disk does not take it.
 type journal struct {
@@ -52,10 +56,7 @@ func (j *journal) hold(s *service) bool {
 	}
 	j.count++
 	s.durable = j.count
-	select {
-	case j.dirty <- struct{}{}:
-	default:
-	}
+	j.wake()
 	if j.broken != nil {
 		return false
 	}
@@ -64,6 +65,14 @@ func (j *journal) hold(s *service) bool {
 		j.held = append(j.held, s)
 	}
 	return true
+}
+
+// wake has the state file written.
+func (j *journal) wake() {
+	select {
+	case j.dirty <- struct{}{}:
+	default:
+	}
 }
 
 // durable returns when so many changes are on disk, or cannot be brought there.
@@ -131,11 +140,13 @@ func (r *registry) keep(ctx context.Context, st *store, told func(durable bool))
 		}
 	}
 	for last := false; !last; {
+		urgent := true // somebody waits for it
 		select {
 		case <-ctx.Done():
 			last = true
 		case <-r.journal.dirty:
 		case <-ticker.C:
+			urgent = false
 		}
 		var count uint64
 		var mu sync.Mutex // guards over
@@ -144,11 +155,30 @@ func (r *registry) keep(ctx context.Context, st *store, told func(durable bool))
 			mu.Lock()
 			defer mu.Unlock()
 			if !over {
-				settle(0, fmt.Errorf("%s: writing takes longer than %s", st.path, maxWrite))
+				settle(0, fmt.Errorf("%s: the disk takes nothing for %s", st.path, maxWrite))
 			}
 		})
+		more := false // has changed while it was written, and may not be in it
+		pause := func() {
+			slow.Reset(maxWrite)
+			if urgent {
+				runtime.Gosched() // heartbeats first
+				return
+			}
+			// What was seen last is written in no hurry: all at once, it would take a
+			// processor from the heartbeats for a second.
+			timer := time.NewTimer(batchPause)
+			defer timer.Stop()
+			select {
+			case <-timer.C:
+			case <-r.journal.dirty:
+				urgent, more = true, true
+			case <-ctx.Done():
+				urgent = true
+			}
+		}
 		err := st.write(func(w io.Writer) (err error) {
-			count, err = r.save(w)
+			count, err = r.save(w, pause)
 			return err
 		})
 		slow.Stop()
@@ -156,6 +186,9 @@ func (r *registry) keep(ctx context.Context, st *store, told func(durable bool))
 		over = true
 		mu.Unlock()
 		settle(count, err)
+		if more {
+			r.journal.wake()
+		}
 	}
 }
 
@@ -167,71 +200,84 @@ type savedState struct {
 
 // savedService is a service in the state file: one line of it.
 type savedService struct {
-	ID           string          `json:"id"`
-	Component    string          `json:"component,omitempty"` // of the pipeline
-	Names        []string        `json:"names,omitempty"`
-	Type         string          `json:"type,omitempty"`
-	Name         string          `json:"name,omitempty"`
-	Description  string          `json:"description,omitempty"`
-	Version      string          `json:"version,omitempty"`
-	InputEvents  []string        `json:"input_event_types,omitempty"`
-	OutputEvents []string        `json:"output_event_types,omitempty"`
-	Endpoint     string          `json:"endpoint,omitempty"`
-	MaxInflight  int32           `json:"max_inflight,omitempty"`
-	Metadata     entries[string] `json:"metadata,omitempty"`
-	Registered   time.Time       `json:"registered_at,omitzero"` // zero: it is not
-	LastSeen     time.Time       `json:"last_seen,omitzero"`
-	Declared     string          `json:"declared,omitempty"`
-	Metrics      entries[metric] `json:"metrics,omitempty"`
-	Health       condition       `json:"health"`
-	History      []savedChange   `json:"history,omitempty"`
+	ID           string            `json:"id"`
+	Component    string            `json:"component,omitempty"` // of the pipeline
+	Names        []string          `json:"names,omitempty"`
+	Type         string            `json:"type,omitempty"`
+	Name         string            `json:"name,omitempty"`
+	Description  string            `json:"description,omitempty"`
+	Version      string            `json:"version,omitempty"`
+	InputEvents  []string          `json:"input_event_types,omitempty"`
+	OutputEvents []string          `json:"output_event_types,omitempty"`
+	Endpoint     string            `json:"endpoint,omitempty"`
+	MaxInflight  int32             `json:"max_inflight,omitempty"`
+	Metadata     map[string]string `json:"metadata,omitempty"`
+	Registered   time.Time         `json:"registered_at,omitzero"` // zero: it is not
+	LastSeen     time.Time         `json:"last_seen,omitzero"`
+	Declared     string            `json:"declared,omitempty"`
+	Metrics      map[string]any    `json:"metrics,omitempty"` // float64 or string
+	Health       string            `json:"health"`            // of a condition
+	History      []savedChange     `json:"history,omitempty"`
 }
 
 type savedChange struct {
 	Time   time.Time `json:"time"`
-	Health condition `json:"health"`
+	Health string    `json:"health"`
 	Cause  string    `json:"cause,omitempty"`
 }
 
-// MarshalText and UnmarshalText write a condition as String does.
-func (c condition) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
-
-func (c *condition) UnmarshalText(text []byte) error {
-	for *c = unregistered; *c <= unhealthy; *c++ {
-		if c.String() == string(text) {
-			return nil
+// conditionNamed is the condition that String calls so, unregistered for another name.
+func conditionNamed(name string) condition {
+	for c := unregistered; c <= unhealthy; c++ {
+		if c.String() == name {
+			return c
 		}
 	}
-	return fmt.Errorf("health %q: it must be unregistered, healthy, degraded or unhealthy", clip(string(text)))
+	return unregistered
 }
 
-// MarshalJSON writes a number as a number, unless JSON has none such.
-func (m metric) MarshalJSON() ([]byte, error) {
-	if !m.isText {
-		if text, err := json.Marshal(m.number); err == nil {
-			return text, nil
+// saved is a number where JSON has it, else a text. An infinite number comes back as
+// a text, of which both dialects make the same.
+func (m metric) saved() any {
+	if m.isText || math.IsInf(m.number, 0) || math.IsNaN(m.number) {
+		return m.String()
+	}
+	return m.number
+}
+
+// savedMetrics is the reverse of saved for all metrics of a service.
+func savedMetrics(in map[string]any) entries[metric] {
+	out := make(map[string]metric, len(in))
+	for name, value := range in {
+		switch v := value.(type) {
+		case float64:
+			out[name] = metric{number: v}
+		case string:
+			out[name] = metric{text: v, isText: true}
 		}
 	}
-	return json.Marshal(m.String())
+	return newEntries(out)
 }
 
-// UnmarshalJSON reads what MarshalJSON wrote. An infinite number comes back as a
-// text, of which both dialects make the same.
-func (m *metric) UnmarshalJSON(data []byte) error {
-	if m.isText = len(data) > 0 && data[0] == '"'; m.isText {
-		return json.Unmarshal(data, &m.text)
+// check fails for what no flowctl has written.
+func (in *savedService) check() error {
+	healths := []string{in.Health}
+	for _, h := range in.History {
+		healths = append(healths, h.Health)
 	}
-	return json.Unmarshal(data, &m.number)
-}
-
-// MarshalJSON and UnmarshalJSON have it as an object.
-func (e entries[V]) MarshalJSON() ([]byte, error) { return json.Marshal(e.toMap()) }
-
-func (e *entries[V]) UnmarshalJSON(data []byte) error {
-	var m map[string]V
-	err := json.Unmarshal(data, &m)
-	*e = newEntries(m)
-	return err
+	for _, health := range healths {
+		if health != "" && conditionNamed(health).String() != health {
+			return fmt.Errorf("service %q: health %q: it must be unregistered, healthy, degraded or unhealthy", clip(in.ID), clip(health))
+		}
+	}
+	for name, value := range in.Metrics {
+		switch value.(type) {
+		case float64, string:
+		default:
+			return fmt.Errorf("service %q: metric %q: it must be a number or a text", clip(in.ID), clip(name))
+		}
+	}
+	return nil
 }
 
 // typeName and statusName are the enums in the words of list and of the state file.
@@ -248,21 +294,28 @@ func (s *service) savedLocked() savedService {
 	out := savedService{
 		ID: s.id, Component: s.component(), Names: s.names, Type: typeName(s.kind), Name: s.name,
 		Description: s.description, Version: s.version, InputEvents: s.inputEvents, OutputEvents: s.outputEvents,
-		Endpoint: s.endpoint, MaxInflight: s.maxInflight, Metadata: s.labels,
-		LastSeen: s.lastSeen.UTC(), Declared: statusName(s.declared), Metrics: s.metrics, Health: s.known,
+		Endpoint: s.endpoint, MaxInflight: s.maxInflight, Metadata: s.labels.toMap(),
+		LastSeen: s.lastSeen.UTC(), Declared: statusName(s.declared), Health: s.known.String(),
 		History: make([]savedChange, len(s.history)),
 	}
 	if s.registered {
 		out.Registered = s.since.UTC()
 	}
+	if len(s.metrics) > 0 {
+		out.Metrics = make(map[string]any, len(s.metrics))
+	}
+	for _, m := range s.metrics {
+		out.Metrics[m.name] = m.value.saved()
+	}
 	for i, h := range s.history {
-		out.History[i] = savedChange{h.at.UTC(), h.now, h.cause}
+		out.History[i] = savedChange{h.at.UTC(), h.now.String(), h.cause}
 	}
 	return out
 }
 
-// save writes the state file's text and returns how many changes are in it.
-func (r *registry) save(w io.Writer) (uint64, error) {
+// save writes the state file's text and returns how many changes are in it. It calls
+// pause after each batch of services.
+func (r *registry) save(w io.Writer, pause func()) (uint64, error) {
 	r.mu.Lock()
 	count := r.journal.count
 	all := slices.Clone(r.all)
@@ -289,7 +342,7 @@ func (r *registry) save(w io.Writer) (uint64, error) {
 			}
 		}
 		r.mu.Unlock()
-		runtime.Gosched() // heartbeats first
+		pause()
 		if _, err := w.Write(text.Bytes()); err != nil {
 			return 0, err
 		}
@@ -340,7 +393,7 @@ func (r *registry) restore(state []savedService, now time.Time) (dropped int) {
 func (in *savedService) changes() []healthChange {
 	var out []healthChange
 	for _, h := range in.History[max(0, len(in.History)-maxHistory):] {
-		out = append(out, healthChange{h.Time, h.Health, h.Cause})
+		out = append(out, healthChange{h.Time, conditionNamed(h.Health), h.Cause})
 	}
 	return out
 }
@@ -367,7 +420,7 @@ func (r *registry) restoreLocked(in savedService, now time.Time) *service {
 		in.LastSeen = now // the clock was set back: it would not be stale for long
 	}
 	s := r.newServiceLocked()
-	s.labels = in.Metadata
+	s.labels = newEntries(in.Metadata)
 	s.registration = registration{
 		id: in.ID, kind: flowctlpb.ServiceType(flowctlpb.ServiceType_value["SERVICE_TYPE_"+strings.ToUpper(in.Type)]),
 		name: in.Name, description: in.Description, version: in.Version,
@@ -385,8 +438,9 @@ func (r *registry) restoreLocked(in savedService, now time.Time) *service {
 	}
 	s.registered, s.since, s.lastSeen = true, in.Registered, in.LastSeen
 	s.declared = flowctlv1.HealthStatus(flowctlv1.HealthStatus_value["HEALTH_STATUS_"+strings.ToUpper(in.Declared)])
-	s.metrics = in.Metrics
-	s.known, s.told, s.history = in.Health, in.Health, in.changes()
+	s.metrics = savedMetrics(in.Metrics)
+	s.known, s.history = conditionNamed(in.Health), in.changes()
+	s.told = s.known
 	size := s.registration.size()
 	for _, l := range s.labels {
 		size += len(l.name) + len(l.value) + entrySize
@@ -502,6 +556,9 @@ func readState(path string) ([]savedService, error) {
 	}
 	var state savedState
 	err = json.Unmarshal(data, &state)
+	for i := 0; err == nil && i < len(state.Services); i++ {
+		err = state.Services[i].check()
+	}
 	version, ours := strings.CutPrefix(state.Format, "flowctl-registry/")
 	switch {
 	case ours && state.Format != stateFormat:
