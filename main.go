@@ -1111,8 +1111,8 @@ func (r *run) exited(e exit, now time.Time) {
 // after the first is the same request by another way: a shell and the kernel both
 // tell of a terminal that is closed, timeout(1) tells the group and its child.
 func (r *run) signalled(sig os.Signal, now time.Time) {
-	if underSystemd(sig) && !r.sup.stopping {
-		_, _ = r.reload() // has said what is wrong
+	if underSystemd(sig) {
+		_, _ = r.reload() // has said what is wrong, or it stops anyway
 		return
 	}
 	if r.sup.stopping {

@@ -53,6 +53,9 @@ var errStopping = errors.New("the pipeline is stopping")
 // reload reads the pipeline file again and begins what has changed in it. What is
 // wrong is an error, after which everything is as before.
 func (r *run) reload() (reloaded, error) {
+	if r.sup.stopping {
+		return reloaded{}, errStopping
+	}
 	if r.ready { // before that systemd waits for READY=1 alone
 		notify(r.log, daemon.SdNotifyReloading, daemon.SdNotifyMonotonicUsec())
 		defer notify(r.log, daemon.SdNotifyReady)
@@ -69,9 +72,6 @@ func (r *run) reload() (reloaded, error) {
 }
 
 func (r *run) applyFile() (reloaded, error) {
-	if r.sup.stopping {
-		return reloaded{}, errStopping
-	}
 	if info, err := os.Stat(r.flags.file); err == nil && !info.Mode().IsRegular() {
 		return reloaded{}, fmt.Errorf("%s is no plain file, and cannot be read again", r.flags.file) // nor be waited for
 	}
@@ -136,7 +136,8 @@ func (s *supervisor) members() []member {
 // underSystemd tells whether sig is the SIGHUP that asks a service for a reload, and
 // not that of a terminal that closes, which ends a run.
 func underSystemd(sig os.Signal) bool {
-	return sig == syscall.SIGHUP && os.Getenv("NOTIFY_SOCKET") != ""
+	service := os.Getenv("NOTIFY_SOCKET") != "" || os.Getenv("SYSTEMD_EXEC_PID") == strconv.Itoa(os.Getpid())
+	return sig == syscall.SIGHUP && service
 }
 
 func reloadCommand(args []string) error {
@@ -202,6 +203,8 @@ func (o *listOptions) connectOne(name string) (*listClient, error) {
 		}
 		switch {
 		case o.endpoint != "":
+		case name == "" && main != 0:
+			return nil, fmt.Errorf("process %d, the unit's (MAINPID), is no pipeline that runs here", main)
 		case name == "" && len(names) == 1:
 			for _, run := range runs {
 				if run.Pipeline != "" {
