@@ -822,25 +822,16 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		log.Warn("processes that leave their process group cannot be ended", "err", err)
 	}
 	defer children.close()
-	show := r.console.lines
-	if records != nil {
-		show = records.lines
-	}
-	emit := show
 	if r.files, err = o.logFiles(ids, log); err != nil {
 		lis.Close()
 		return &exitError{exitUsage, err}
 	}
 	if r.files != nil {
 		defer r.files.close()
-		emit = func(id, stream string, lines []byte) {
-			r.files.lines(id, stream, lines)
-			show(id, stream, lines)
-		}
 	}
 	r.sup, err = newSupervisor(p, procSettings{
 		startTimeout: o.startTimeout, stopTimeout: o.stopTimeout, heartbeat: o.ttl / 3, endpoint: way.endpoint, tlsEnv: way.tlsEnv,
-	}, emit, log, children)
+	}, r.emit, log, children)
 	if err != nil {
 		lis.Close()
 		return &exitError{exitFailed, err}
@@ -864,11 +855,28 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	r.watching.Wait()
 	r.sup.close()
 	plane.stop()
-	failures := r.sup.failures()
-	if records != nil {
-		records.report(failures)
+	return r.end(stderr)
+}
+
+// emit is the emitter of all components: what is shown is in the files.
+func (r *run) emit(id, stream string, lines []byte) {
+	if r.files != nil {
+		r.files.lines(id, stream, lines)
+	}
+	if r.journal != nil {
+		r.journal.lines(id, stream, lines)
 	} else {
-		reportFailures(stderr, log, o.format, failures)
+		r.console.lines(id, stream, lines)
+	}
+}
+
+// end says what has failed, last of all, and returns an *exitError unless nothing has.
+func (r *run) end(stderr io.Writer) error {
+	failures := r.sup.failures()
+	if r.journal != nil {
+		r.journal.report(failures)
+	} else {
+		reportFailures(stderr, r.log, r.flags.format, failures)
 	}
 	if len(failures) > 0 && r.code == exitOK {
 		r.code = exitFailed // found while stopping: a process that survived SIGKILL

@@ -142,6 +142,8 @@ StateDirectory=
 StateDirectory=%[1]s
 RuntimeDirectory=
 RuntimeDirectory=%[1]s
+LogsDirectory=
+LogsDirectory=%[1]s
 RestartSec=100ms
 `
 
@@ -662,7 +664,7 @@ func testUnitCredentials(t *testing.T, l *lab) {
 func testUnitFolders(t *testing.T, l *lab) {
 	u := l.install(t, "folders", []Component{
 		shell("a", `for d in / /etc /usr /var /var/lib /home /root /lab /sys/fs/cgroup $STATE_DIRECTORY $RUNTIME_DIRECTORY $LOGS_DIRECTORY /tmp; do (echo x >$d/probe) 2>/dev/null && echo "writes $d"; done; echo tried; exec sleep 1000`),
-	}, "-control-plane-port 0", "LogsDirectory=folders\n")
+	}, "-control-plane-port 0", "")
 	u.start()
 	u.logged("tried", "COMPONENT=a")
 	var writes []string
