@@ -1,0 +1,547 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+)
+
+// stallTime is how late a deadline has to be noticed to tell that flowctl itself was
+// stopped.
+const stallTime = 100 * time.Millisecond
+
+// echoTime is how long after the first signal the same one is still the first.
+const echoTime = 50 * time.Millisecond
+
+// run is one run of a pipeline. One goroutine, in loop, owns it: everything that
+// happens reaches it as an event, and it alone decides.
+type run struct {
+	flags      runFlags
+	log        *slog.Logger
+	registry   *registry
+	sup        *supervisor
+	console    *console
+	about      about
+	files      *logFiles   // nil for none
+	entrance   bool        // there is a listener without TLS, or no TLS
+	edition    int         // of sup, which the registry knows
+	guest      *guest      // nil for none
+	journal    *journalLog // nil where the log is not in the journal
+	reloads    chan reloadRequest
+	over       chan struct{}        // closed when loop has returned
+	watchdog   time.Duration        // how often systemd wants to hear that flowctl turns, 0 for never
+	barked     time.Time            // when it was told last
+	conditions map[string]change    // by component: what the registry last told
+	unhealthy  map[string]time.Time // by component: since when
+	signal     os.Signal            // that began the stop, at signalAt
+	signalAt   time.Time
+	ready      bool // once and for all
+	code       int
+	verdicts   chan verdict
+	watches    map[string]context.CancelFunc // by component: ends its health checks
+	watching   sync.WaitGroup
+}
+
+// logFiles opens the folder for the components' lines, nil for none. That one which
+// nobody asked for cannot be opened is only a warning.
+func (o *runFlags) logFiles(ids []string, log *slog.Logger) (*logFiles, error) {
+	dir := o.logDir
+	switch logs, _, _ := strings.Cut(os.Getenv("LOGS_DIRECTORY"), ":"); {
+	case o.logDirSet:
+	case logs != "":
+		dir = logs
+	case isTerminal(os.Stdout):
+		dir = filepath.Join(filepath.Dir(o.file), "logs")
+	}
+	if dir == "" {
+		return nil, nil
+	}
+	files, err := openLogFiles(dir, ids, log)
+	switch {
+	case err == nil:
+		return files, nil
+	case o.logDirSet:
+		return nil, fmt.Errorf("-log-dir: %v", err)
+	}
+	log.Warn("no log files", "err", err)
+	return nil, nil
+}
+
+// runPipeline runs p and returns an *exitError for everything but success.
+func runPipeline(p *Pipeline, o runFlags) error {
+	var ids []string
+	for _, c := range p.components() {
+		ids = append(ids, c.ID)
+	}
+	stderr := newLogWriter(patient{os.Stderr})
+	defer stderr.close()
+	log := newLogger(stderr, o.format, o.logLevel)
+	var records *journalLog // nil where the log is not in the journal
+	if o.format == formatJournal {
+		records = openJournal(p.Metadata.Name, ids)
+		defer records.close()
+		log = slog.New(records.handler(o.logLevel))
+	}
+	signals := catchSignals()
+	guest, err := newGuest(o.command)
+	if err != nil {
+		return &exitError{exitUsage, err}
+	}
+	file, err := claimRun(runInfo{Pipeline: p.Metadata.Name, TLS: o.tls.cert != ""})
+	if running := (*runningError)(nil); errors.As(err, &running) {
+		return &exitError{exitPlane, err}
+	} else if err != nil {
+		log.Warn("list cannot find this run by itself, and a second one would not be refused", "err", err)
+	}
+	defer file.release()
+	certs, err := openCertificates(o.tls, log)
+	if err != nil {
+		return &exitError{exitPlane, err}
+	}
+	lis, endpoint, err := openPlane(o.planeFlags, log)
+	if err != nil {
+		return &exitError{exitPlane, err}
+	}
+	if err := file.publish(endpoint); err != nil {
+		log.Warn("list cannot find this run by itself", "err", err)
+	}
+	way, err := openEntrance(p, certs, endpoint, log)
+	if err != nil {
+		lis.Close()
+		return &exitError{exitPlane, err}
+	}
+	r := &run{
+		flags: o, log: log, about: about{name: p.Metadata.Name, version: versionName(), started: time.Now()},
+		conditions: make(map[string]change), unhealthy: make(map[string]time.Time),
+		verdicts: make(chan verdict), watches: make(map[string]context.CancelFunc),
+		reloads: make(chan reloadRequest), over: make(chan struct{}), watchdog: watchdogInterval(log),
+		guest: guest, journal: records, entrance: certs == nil || way.private != nil,
+	}
+	r.console = newConsole(patient{os.Stdout}, o.format, useColours(os.Stdout), ids)
+	children := newReaper()
+	if err := children.adopt(); err != nil {
+		log.Warn("processes that leave their process group cannot be ended", "err", err)
+	}
+	defer children.close()
+	if r.files, err = o.logFiles(ids, log); err != nil {
+		lis.Close()
+		return &exitError{exitUsage, err}
+	}
+	if r.files != nil {
+		defer r.files.close()
+	}
+	r.sup, err = newSupervisor(p, procSettings{
+		startTimeout: o.startTimeout, stopTimeout: o.stopTimeout, heartbeat: o.ttl / 3, endpoint: way.endpoint, tlsEnv: way.tlsEnv,
+	}, r.emit, log, children)
+	if err != nil {
+		lis.Close()
+		return &exitError{exitFailed, err}
+	}
+	r.registry, r.edition = newRegistry(o.ttl, o.interval, endpoint, r.sup.members()), r.sup.edition
+	st, err := o.openState(r.registry, &r.about, false, log)
+	if err != nil {
+		lis.Close()
+		r.sup.close()
+		return &exitError{exitPlane, err}
+	}
+	defer st.close()
+	r.registry.given = way.endpoint
+	r.registry.report(r.about)
+	plane := servePlane(lis, r.registry, planeSettings{store: st, trace: r.trace, certs: certs, private: way.private, reload: r.requestReload}, log)
+	r.loop(signals)
+	close(r.over)
+	for _, end := range r.watches {
+		end()
+	}
+	r.watching.Wait()
+	r.sup.close()
+	plane.stop()
+	return r.end(stderr)
+}
+
+// emit is the emitter of all components: what is shown is in the files.
+func (r *run) emit(id, stream string, lines []byte) {
+	if r.files != nil {
+		r.files.lines(id, stream, lines)
+	}
+	if r.journal != nil {
+		r.journal.lines(id, stream, lines)
+	} else {
+		r.console.lines(id, stream, lines)
+	}
+}
+
+// end says what has failed, last of all, and returns an *exitError unless nothing has.
+func (r *run) end(stderr io.Writer) error {
+	failures := r.sup.failures()
+	if r.journal != nil {
+		r.journal.report(failures)
+	} else {
+		reportFailures(stderr, r.log, r.flags.format, failures)
+	}
+	if len(failures) > 0 && r.code == exitOK {
+		r.code = exitFailed // found while stopping: a process that survived SIGKILL
+	}
+	if r.code != exitOK {
+		return &exitError{code: r.code}
+	}
+	return nil
+}
+
+// trace tells the control plane of which component a caller is.
+func (r *run) trace(conn net.Conn, claim string) origin {
+	id, known := r.sup.componentAt(conn, claim)
+	return origin{id, known}
+}
+
+// report is what the registry passes on of a component's process.
+func (p *proc) report() processReport {
+	out := processReport{state: p.state.String(), restarts: p.restarts}
+	if p.child != nil {
+		out.pid, out.started = p.child.pid, p.started
+	}
+	return out
+}
+
+// loop runs until every component is over.
+func (r *run) loop(signals <-chan os.Signal) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	broken := r.console.broken
+	var due time.Time // when there is something to do although nothing happens
+	var guestEnded <-chan *os.ProcessState
+	if r.guest != nil {
+		guestEnded = r.guest.ended
+	}
+	for {
+		now := time.Now()
+		if late := now.Sub(due); !due.IsZero() && late > stallTime {
+			r.delay(late + time.Second)
+		}
+		r.advance(now)
+		if r.sup.over() && !r.guest.runs() {
+			r.log.Info("all components have ended", "after", now.Sub(r.about.started).Round(time.Millisecond))
+			return
+		}
+		if due = r.next(now); due.IsZero() {
+			timer.Stop()
+		} else {
+			timer.Reset(time.Until(due))
+		}
+		select {
+		case sig := <-signals:
+			r.signalled(sig, time.Now())
+		case <-r.registry.wake:
+		case e := <-r.sup.exits:
+			r.exited(e, time.Now())
+		case <-r.sup.guardGone():
+			r.sup.guardLost(time.Now())
+		case v := <-r.verdicts:
+			r.checked(v, time.Now())
+		case state := <-guestEnded:
+			r.guest.over = true
+			r.log.Info("command ended", "reason", describeExit(state))
+			code := r.guest.code(state)
+			if r.stop(code, time.Now()); r.code == exitOK {
+				r.code = code // which was asked to end
+			}
+		case request := <-r.reloads:
+			out, err := r.reload()
+			request.answer <- reloadAnswer{out, err}
+		case <-broken:
+			broken = nil
+			r.log.Error("standard output is closed, stopping", "err", r.console.err)
+			r.stop(exitFailed, time.Now())
+		case <-timer.C:
+		}
+	}
+}
+
+// delay makes up for time in which flowctl did not run, being stopped itself: what
+// its components did meanwhile it has yet to hear.
+func (r *run) delay(d time.Duration) {
+	r.sup.delay(d)
+	for id, since := range r.unhealthy {
+		r.unhealthy[id] = since.Add(d)
+	}
+}
+
+// next is when loop has to look again although nothing happens.
+func (r *run) next(now time.Time) time.Time {
+	next := r.sup.next(now)
+	if r.guest.runs() {
+		next = earliest(next, r.guest.deadline)
+	}
+	if r.watchdog > 0 {
+		next = earliest(next, r.barked.Add(r.watchdog/2))
+	}
+	if r.sup.stopping {
+		return next
+	}
+	for _, since := range r.unhealthy {
+		next = earliest(next, since.Add(r.flags.unhealthyTimeout))
+	}
+	return next
+}
+
+// advance does all that the state of things asks for at the time now.
+func (r *run) advance(now time.Time) {
+	r.takeChanges(now) // which needs the registry: if that hangs, systemd hears no more
+	if r.watchdog > 0 && now.Sub(r.barked) >= r.watchdog/2 {
+		r.barked = now
+		notify(r.log, daemon.SdNotifyWatchdog)
+	}
+	r.sup.expire(now)
+	r.guest.expire(now)
+	r.sup.advanceLeave(now)
+	r.syncMembers(now)
+	r.expireUnhealthy(now)
+	for _, p := range r.sup.startable() {
+		r.start(p)
+	}
+	if failures := r.sup.failures(); len(failures) > 0 && !r.sup.stopping {
+		r.failed(failures, now)
+	}
+	if !r.ready && !r.sup.stopping {
+		r.checkReady(now)
+	}
+	if r.sup.stopping {
+		r.sup.advanceStop(now)
+	}
+	r.showStatus()
+}
+
+// failed ends the run because of failures. The first decides the exit code.
+func (r *run) failed(failures []*failure, now time.Time) {
+	for _, f := range failures {
+		if f.kind == failNotReady {
+			_, cause := r.registry.condition(f.component.ID, now)
+			f.reason += ": " + cause
+		}
+	}
+	code := exitFailed
+	if failures[0].kind == failNotReady {
+		code = exitNotReady
+	}
+	r.stop(code, now)
+}
+
+// start starts p. The registry hears of it first, because a quick component could
+// register before start returns.
+func (r *run) start(p *proc) {
+	r.registry.starting(p.ID, time.Now())
+	delete(r.conditions, p.ID)
+	r.sup.start(p, time.Now())
+	switch {
+	case !p.runs():
+	case p.HealthCheck != "":
+		var ctx context.Context
+		ctx, r.watches[p.ID] = context.WithCancel(context.Background())
+		child := p.child
+		r.watching.Go(func() { watch(ctx, p.Component, child, r.verdicts) })
+	case !p.registers():
+		r.registry.admit(p.ID, time.Now())
+	}
+}
+
+// checked takes the verdict of a component's health check in.
+func (r *run) checked(v verdict, now time.Time) {
+	p := r.sup.byID[v.id]
+	if p == nil || p.child != v.child {
+		return
+	}
+	if !p.registers() && p.state == procStarting && v.failing == "" {
+		r.registry.admit(p.ID, now)
+	}
+	r.registry.checked(p.ID, v.failing, now)
+}
+
+func (r *run) takeChanges(now time.Time) {
+	for _, c := range r.registry.changes(now) {
+		r.changed(c, now)
+	}
+}
+
+// changed takes in what the registry tells of a service.
+func (r *run) changed(c change, now time.Time) {
+	p := r.sup.byID[c.component]
+	if p == nil {
+		logChange(r.log, c)
+		return
+	}
+	r.conditions[p.ID] = c
+	p.registered = p.registered || p.child != nil && c.now != unregistered
+	switch {
+	case p.leaving: // what becomes of it now is no one's concern
+	case p.state == procStarting && c.now.ok():
+		r.sup.ready(p, now)
+	case p.state != procReady:
+	case c.now.ok():
+		delete(r.unhealthy, p.ID)
+		logChange(r.log, c)
+	default:
+		r.unhealthy[p.ID] = now
+		logChange(r.log, c)
+	}
+}
+
+// expireUnhealthy fails the components that were unhealthy for too long and, asked
+// now, still are.
+func (r *run) expireUnhealthy(now time.Time) {
+	for id, since := range r.unhealthy {
+		if now.Sub(since) < r.flags.unhealthyTimeout {
+			continue
+		}
+		delete(r.unhealthy, id)
+		if c, cause := r.registry.condition(id, now); !c.ok() {
+			r.sup.failUnhealthy(r.sup.byID[id], fmt.Sprintf("unhealthy for %s (-unhealthy-timeout): %s", r.flags.unhealthyTimeout, cause), now)
+		}
+	}
+}
+
+// exited takes the end of a process in, after what the process did before it ended.
+func (r *run) exited(e exit, now time.Time) {
+	r.takeChanges(now)
+	id := e.proc.ID
+	if end := r.watches[id]; end != nil {
+		end()
+		delete(r.watches, id)
+	}
+	r.sup.exited(e, now)
+	cause := ""
+	if e.proc.state != procCompleted {
+		cause = "its process ended: " + describeExit(e.state)
+	}
+	r.registry.finished(id, cause, now)
+	delete(r.unhealthy, id)
+}
+
+// signalled begins the stop, and with a second signal ends it. What comes right
+// after the first is the same request by another way: a shell and the kernel both
+// tell of a terminal that is closed, timeout(1) tells the group and its child.
+func (r *run) signalled(sig os.Signal, now time.Time) {
+	if underSystemd(sig) {
+		_, _ = r.reload() // has said what is wrong, or it stops anyway
+		return
+	}
+	if r.sup.stopping {
+		if sig == syscall.SIGHUP || sig == r.signal && now.Sub(r.signalAt) < echoTime {
+			return
+		}
+		r.log.Warn("second signal, killing what still runs", "signal", sig.String())
+		r.sup.killAll(now)
+		r.guest.end(now, 0)
+		return
+	}
+	if r.guest.runs() && r.guest.pass(sig) {
+		r.log.Info("waiting for the command to end", "signal", sig.String(), "pid", r.guest.cmd.Process.Pid)
+		return
+	}
+	r.log.Info("stop requested", "signal", sig.String(), "at_most", r.sup.stopBound())
+	r.signal, r.signalAt = sig, now
+	r.stop(exitOK, now)
+}
+
+// stop begins the end of the run, with the exit code that the first reason gives.
+func (r *run) stop(code int, now time.Time) {
+	if r.sup.stopping {
+		return
+	}
+	r.code = code
+	r.guest.end(now, r.flags.stopTimeout)
+	r.sup.beginStop()
+	notify(r.log, daemon.SdNotifyStopping, extendTimeout(r.sup.stopBound()))
+}
+
+// extendTimeout asks systemd for patience. The margin is for flowctl's own work, of
+// which the longest is to write the last lines of its log to who reads them slowly.
+func extendTimeout(d time.Duration) string {
+	return fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", (d + 10*time.Second).Microseconds())
+}
+
+// patience is by when what keeps the pipeline from being ready has ended one way or
+// the other.
+func (r *run) patience() time.Time {
+	last := r.sup.lastReadyBy()
+	for _, since := range r.unhealthy {
+		if at := since.Add(r.flags.unhealthyTimeout); at.After(last) {
+			last = at
+		}
+	}
+	return last
+}
+
+// checkReady tells the world when all components are ready.
+func (r *run) checkReady(now time.Time) {
+	if o := r.overview(); o.ready < o.total {
+		return
+	}
+	r.ready, r.about.ready = true, true
+	r.log.Info("pipeline ready", "components", len(r.sup.procs), "endpoint", r.registry.endpoint, "after", now.Sub(r.about.started).Round(time.Millisecond))
+	notify(r.log, daemon.SdNotifyReady)
+	if r.flags.until == untilReady {
+		r.stop(exitOK, now)
+	}
+	if r.guest == nil {
+		return
+	}
+	if err := r.guest.start(r.sup); err != nil {
+		r.log.Error("the command did not start", "err", err)
+		r.stop(exitUsage, now)
+	}
+}
+
+// overview sums up how the components are.
+func (r *run) overview() overview {
+	o := overview{total: len(r.sup.procs), stopping: r.sup.stopping}
+	for _, p := range r.sup.procs {
+		c, told := r.conditions[p.ID]
+		switch {
+		case p.state == procCompleted || p.state == procReady && told && c.now.ok():
+			o.ready++
+		case p.state == procReady:
+			o.unhealthy = append(o.unhealthy, fmt.Sprintf("%s (%s)", p.ID, c.cause))
+		case p.state == procBackoff:
+			o.restarting = append(o.restarting, p.ID)
+		default:
+			o.waiting = append(o.waiting, p.ID)
+		}
+		if !p.over() {
+			o.left = append(o.left, p.ID)
+		}
+	}
+	return o
+}
+
+// showStatus tells people and systemd how the run is, if that has changed.
+func (r *run) showStatus() {
+	for _, p := range r.sup.procs {
+		r.registry.reportProcess(p.ID, p.report())
+	}
+	o := r.overview()
+	status := o.String()
+	if status == r.about.status || len(o.left) == 0 {
+		return
+	}
+	r.about.status = status
+	r.registry.report(r.about)
+	if r.flags.showStatus {
+		r.log.Info("status", o.attrs()...)
+	}
+	states := []string{"STATUS=" + status}
+	if at := r.patience(); !r.ready && !r.sup.stopping && at.After(time.Now()) {
+		states = append(states, extendTimeout(time.Until(at)))
+	}
+	notify(r.log, states...)
+}
