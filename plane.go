@@ -1371,6 +1371,10 @@ func servePlane(lis net.Listener, r *registry, o planeSettings, log *slog.Logger
 		grpc.ReadBufferSize(4<<10),
 		grpc.WriteBufferSize(4<<10),
 		grpc.MaxConcurrentStreams(1024),
+		// Windows of a fixed size: to let them grow, grpc sends a ping for each message,
+		// which is more than a heartbeat costs, and a stranger could have them grow to 16 MiB.
+		grpc.StaticStreamWindowSize(64<<10),
+		grpc.StaticConnWindowSize(1<<20),
 		// Goroutines that are there already have the stack that a call needs.
 		grpc.NumStreamWorkers(uint32(4*runtime.GOMAXPROCS(0))),
 		grpc.ConnectionTimeout(10*time.Second),

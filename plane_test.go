@@ -76,9 +76,9 @@ func startPlane(t testing.TB, r *registry) planeClient {
 	return dialPlane(t, endpoint)
 }
 
-func dialPlane(t testing.TB, endpoint string) planeClient {
+func dialPlane(t testing.TB, endpoint string, options ...grpc.DialOption) planeClient {
 	t.Helper()
-	conn, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	conn, err := grpc.NewClient(endpoint, append(options, grpc.WithTransportCredentials(insecure.NewCredentials()))...)
 	if err != nil {
 		t.Fatal(err)
 	}
