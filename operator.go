@@ -239,7 +239,7 @@ func (r *registry) componentLocked(s *service, now time.Time) *operatorv1.Compon
 	for _, h := range s.history {
 		out.History = append(out.History, &operatorv1.Change{Time: timestamppb.New(h.at), Health: h.now.String(), Cause: h.cause})
 	}
-	if p := s.process; p.state != "" {
+	if p := s.process; p != nil {
 		out.Process = &operatorv1.Process{State: p.state, Pid: int64(p.pid), Restarts: int64(p.restarts)}
 		if !p.started.IsZero() {
 			out.Process.Started = timestamppb.New(p.started)

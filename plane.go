@@ -196,10 +196,10 @@ type service struct {
 	lastSeen     time.Time
 	since        time.Time // registered at
 	metrics      entries[metric]
-	size         int           // bytes of its texts
-	expiry       *list.Element // its place in registry.live, nil when it has none
-	silent       *list.Element // its place in registry.stale, nil when it has none
-	process      processReport
+	size         int            // bytes of its texts
+	expiry       *list.Element  // its place in registry.live, nil when it has none
+	silent       *list.Element  // its place in registry.stale, nil when it has none
+	process      *processReport // nil for what is not of this run
 
 	known    condition // of which the latest entry of history tells
 	history  []healthChange
@@ -450,8 +450,9 @@ func (r *registry) report(about about) {
 func (r *registry) reportProcess(id string, p processReport) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if s := r.services[id]; s.process != p {
-		s.process = p
+	if s := r.services[id]; s.process == nil || *s.process != p {
+		kept := p // of which only a change is to cost an allocation
+		s.process = &kept
 		r.feed.touch(s)
 	}
 }
@@ -933,7 +934,7 @@ func (s *service) setMetric(name string, m metric, full error) error {
 	}
 	if !known {
 		s.size += len(name) + entrySize
-		s.metrics = slices.Insert(s.metrics, at, entry[metric]{name: name})
+		s.metrics = slices.Concat(s.metrics[:at], entries[metric]{{name: name}}, s.metrics[at:]) // with no room for more
 	}
 	s.size += len(m.text) - len(s.metrics[at].value.text)
 	s.metrics[at].value = m
