@@ -130,6 +130,11 @@ func (p *Pipeline) warnings() []warning {
 		} else if !filepath.IsAbs(program) {
 			warn("command", "%q is found in PATH as %q, which depends on the folder that flowctl is started in", c.Command[0], program)
 		}
+		if len(c.HealthCommand) > 0 {
+			if _, err := exec.LookPath(c.HealthCommand[0]); err != nil {
+				warn("health_check", "cannot run %q: %v", c.HealthCommand[0], cause(err))
+			}
+		}
 		for _, name := range slices.Sorted(maps.Keys(c.EnvFiles)) {
 			if f, err := os.Open(c.EnvFiles[name]); err != nil {
 				warn("env_files."+name, "%v", err)

@@ -19,6 +19,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unicode"
 	"unicode/utf8"
 )
 
@@ -86,7 +87,8 @@ type Component struct {
 	InputEventTypes  []string          `json:"input_event_types,omitempty" check:"filled"`
 	OutputEventTypes []string          `json:"output_event_types,omitempty" check:"filled"`
 
-	Role Role `json:"-"` // which list of the file it is in
+	Role          Role     `json:"-"` // which list of the file it is in
+	HealthCommand []string `json:"-"` // program and arguments of an exec: health_check
 }
 
 type Role int
@@ -305,7 +307,7 @@ func readFile(path string) (data []byte, regular bool, err error) {
 	return data, info.Mode().IsRegular(), err
 }
 
-// resolve makes the paths in p absolute. The name of a program without a slash
+// resolve makes the paths in p absolute, also that of the program of an exec: check. The name of a program without a slash
 // stays: it is looked up in PATH when the program starts.
 func (p *Pipeline) resolve(folder string) {
 	absolute := func(path string) string {
@@ -317,6 +319,12 @@ func (p *Pipeline) resolve(folder string) {
 	for _, c := range p.components() {
 		if len(c.Command) > 0 && strings.Contains(c.Command[0], "/") {
 			c.Command[0] = absolute(c.Command[0])
+		}
+		if line, ok := strings.CutPrefix(c.HealthCheck, "exec:"); ok {
+			c.HealthCommand, _ = words(line) // checkHealth has found it right
+			if strings.Contains(c.HealthCommand[0], "/") {
+				c.HealthCommand[0] = absolute(c.HealthCommand[0])
+			}
 		}
 		c.WorkingDir = absolute(c.WorkingDir)
 		for name, path := range c.EnvFiles {
@@ -1056,16 +1064,22 @@ func checkPath(text string) error {
 
 const healthForms = "http://, https://, tcp://, grpc:// or exec:"
 
+// healthPortName is what stands in a health_check for the component's HEALTH_PORT.
+var healthPortName = regexp.MustCompile(`\$(HEALTH_PORT\b|\{HEALTH_PORT\})`)
+
 func checkHealth(text string) error {
 	scheme, rest, _ := strings.Cut(text, ":")
-	switch {
-	case scheme == "exec" && strings.TrimSpace(rest) != "":
-		return nil
-	case scheme == "exec":
+	switch argv, err := words(rest); {
+	case scheme == "exec" && err != nil:
+		return err
+	case scheme == "exec" && (len(argv) == 0 || argv[0] == ""):
 		return errors.New("exec: needs a command after it")
+	case scheme == "exec":
+		return nil
 	case !slices.Contains([]string{"http", "https", "tcp", "grpc"}, scheme) || !strings.HasPrefix(rest, "//"):
 		return fmt.Errorf("must begin with %s, not %s", healthForms, quote(text))
 	}
+	text = healthPortName.ReplaceAllLiteralString(text, "1") // which any port is
 	u, err := url.Parse(text)
 	if err != nil {
 		return fmt.Errorf("bad URL: %s", clip(err.(*url.Error).Err.Error()))
@@ -1086,6 +1100,35 @@ func checkHealth(text string) error {
 		return fmt.Errorf("must be grpc://host:port or grpc://host:port/service, not %s", quote(text))
 	}
 	return nil
+}
+
+// words splits a line at its spaces. What is in single or double quotes stays together
+// and as it is.
+func words(line string) ([]string, error) {
+	var out []string
+	var word strings.Builder
+	var quote rune // that is open, 0 for none
+	begun := false
+	for _, c := range line + " " {
+		switch {
+		case c == quote:
+			quote = 0
+		case quote != 0:
+			word.WriteRune(c)
+		case c == '\'' || c == '"':
+			quote, begun = c, true
+		case !unicode.IsSpace(c):
+			word.WriteRune(c)
+			begun = true
+		case begun:
+			out, begun = append(out, word.String()), false
+			word.Reset()
+		}
+	}
+	if quote != 0 {
+		return nil, fmt.Errorf("has no closing %c", quote)
+	}
+	return out, nil
 }
 
 // check reports what the fields must keep to among themselves. It passes over

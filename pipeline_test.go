@@ -384,8 +384,16 @@ b"}`, []string{
 	{"check http://h:65536", commandFile(`"health_check": "http://h:65536"`), []string{
 		`2:62: spec.processors[0].health_check: port 65536 is not from 1 to 65535`,
 	}},
-	{"check http://h:$HEALTH_PORT/", commandFile(`"health_check": "http://h:$HEALTH_PORT/"`), []string{
-		`2:62: spec.processors[0].health_check: bad URL: invalid port ":$HEALTH_PORT" after host`,
+	{"check http://h:$HEALTH_PORT/", commandFile(`"health_check": "http://h:$HEALTH_PORT/"`), nil},
+	{"check grpc://h:$${HEALTH_PORT}/s", commandFile(`"health_check": "grpc://h:$${HEALTH_PORT}/s"`), nil},
+	{"check http://h:$PORT/", commandFile(`"health_check": "http://h:$PORT/"`), []string{
+		`2:62: spec.processors[0].health_check: bad URL: invalid port ":$PORT" after host`,
+	}},
+	{"check exec:'x", commandFile(`"health_check": "exec:'x"`), []string{
+		`2:62: spec.processors[0].health_check: has no closing '`,
+	}},
+	{"check exec:''", commandFile(`"health_check": "exec:'' x"`), []string{
+		`2:62: spec.processors[0].health_check: exec: needs a command after it`,
 	}},
 	{"check http://a b/", commandFile(`"health_check": "http://a b/"`), []string{
 		`2:62: spec.processors[0].health_check: bad URL: invalid character " " in host name`,

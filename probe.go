@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -9,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -20,20 +22,24 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// probe asks once how a component is by its health_check. It fails with the reason
-// why that did not pass; ctx bounds how long it takes. An exec: check runs in the
-// folder and the environment of the component's process ch.
-func probe(ctx context.Context, check string, ch *child) error {
-	if line, ok := strings.CutPrefix(check, "exec:"); ok {
-		return probeExec(ctx, strings.Fields(line), ch)
+// probe asks once how c is by its health_check. It fails with the reason why that did
+// not pass; ctx bounds how long it takes. The environment is that of c's process ch, in
+// which an exec: check runs, too.
+func probe(ctx context.Context, c *Component, ch *child) error {
+	if len(c.HealthCommand) > 0 {
+		argv := slices.Clone(c.HealthCommand)
+		for i := range argv {
+			argv[i] = ch.fill(argv[i])
+		}
+		return probeExec(ctx, argv, ch)
 	}
-	u, err := url.Parse(check)
+	u, err := url.Parse(ch.fill(c.HealthCheck))
 	if err != nil {
 		return err
 	}
 	switch u.Scheme {
 	case "http", "https":
-		return probeHTTP(ctx, check)
+		return probeHTTP(ctx, u)
 	case "tcp":
 		conn, err := new(net.Dialer).DialContext(ctx, "tcp", u.Host)
 		if err == nil {
@@ -46,26 +52,41 @@ func probe(ctx context.Context, check string, ch *child) error {
 	return fmt.Errorf("unknown scheme %q", u.Scheme)
 }
 
+// fill puts in for $HEALTH_PORT what that is in the environment of the process, where
+// the last entry counts.
+func (c *child) fill(check string) string {
+	for _, entry := range slices.Backward(c.cmd.Env) {
+		if port, ok := strings.CutPrefix(entry, "HEALTH_PORT="); ok {
+			return healthPortName.ReplaceAllLiteralString(check, port)
+		}
+	}
+	return check
+}
+
 // probeHTTP passes on any 2xx or 3xx, as a load balancer would.
-func probeHTTP(ctx context.Context, check string) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, check, nil)
+func probeHTTP(ctx context.Context, u *url.URL) error {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
 	if err != nil {
 		return err
 	}
 	// A connection of its own each time: a kept one would say nothing of whether
-	// the component still accepts any.
+	// the component still accepts any. Whether it answers is asked, and not who it is:
+	// its certificate may be self-signed, or another host's.
 	client := http.Client{
-		Transport:     &http.Transport{DisableKeepAlives: true, Proxy: nil},
+		Transport: &http.Transport{DisableKeepAlives: true, Proxy: nil,
+			TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, MaxResponseHeaderBytes: 64 << 10},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	resp, err := client.Do(req)
-	if err != nil {
+	if named := (*url.Error)(nil); errors.As(err, &named) {
+		return named.Err // what was asked is said by who reports it
+	} else if err != nil {
 		return err
 	}
 	defer resp.Body.Close()
 	_, _ = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10))
 	if resp.StatusCode >= 400 {
-		return fmt.Errorf("GET %s: %s", check, resp.Status)
+		return errors.New("HTTP status " + resp.Status)
 	}
 	return nil
 }
@@ -78,35 +99,49 @@ func probeGRPC(ctx context.Context, target, service string) error {
 	}
 	defer conn.Close()
 	resp, err := healthpb.NewHealthClient(conn).Check(ctx, &healthpb.HealthCheckRequest{Service: service})
-	if err != nil {
-		return err
+	switch answer := status.Convert(err); answer.Code() {
+	case codes.OK:
+	case codes.DeadlineExceeded:
+		return context.DeadlineExceeded
+	default:
+		return fmt.Errorf("%s: %s", answer.Code(), answer.Message())
 	}
 	if resp.GetStatus() != healthpb.HealthCheckResponse_SERVING {
-		return fmt.Errorf("grpc health of %s is %s", target, resp.GetStatus())
+		return fmt.Errorf("its status is %s", resp.GetStatus())
 	}
 	return nil
 }
 
-// probeExec passes if the command ends with 0. It leads a process group, which is
-// killed when its time is up, and of which nothing is left when it has ended.
+// probeExec passes if the command ends with 0, and else fails with the last line that
+// it printed. It leads a process group, which is killed when its time is up, and of
+// which nothing is left when it has ended.
 func probeExec(ctx context.Context, argv []string, ch *child) error {
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.Env, cmd.Dir = ch.cmd.Env, ch.cmd.Dir
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	ch.cgroup.hold(cmd.SysProcAttr)
+	var printed tail
+	cmd.Stdout, cmd.Stderr = &printed, &printed
+	cmd.WaitDelay = outputGrace // where what has left the group holds its output
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	if err := ch.reaper.start(cmd); err != nil {
-		return err
+		return fmt.Errorf("cannot run %q: %v", argv[0], cause(err))
 	}
 	ch.guard.lead(cmd.Process.Pid)
 	awaitExit(cmd.Process.Pid)
 	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
-	err := ch.reaper.wait(cmd)
+	_ = ch.reaper.wait(cmd) // how it ended is in its state
 	ch.guard.leave(cmd.Process.Pid)
-	if ctx.Err() != nil {
+	lines := printed.lines()
+	switch {
+	case cmd.ProcessState.Success():
+		return nil
+	case ctx.Err() != nil:
 		return ctx.Err()
+	case len(lines) > 0:
+		return fmt.Errorf("%s: %s", describeExit(cmd.ProcessState), lines[len(lines)-1])
 	}
-	return err
+	return errors.New(describeExit(cmd.ProcessState))
 }
 
 // verdict is what the checks of a component come to after one more of them.
@@ -119,10 +154,11 @@ type verdict struct {
 // watch probes the component c while its process ch runs, until ctx ends: at growing
 // steps at first, so that its start waits for no interval, and then at its interval.
 // It sends a verdict for each pass, and for each failure from the health_retries-th
-// in a row on. Failures at the steps, when it may not listen yet, do not count.
+// in a row on. Failures at the steps, when it may not listen yet, do not count; where
+// it is ready only by a pass they are sent too, as the reason why it is not.
 func watch(ctx context.Context, c *Component, ch *child, verdicts chan<- verdict) {
 	const firstStep = 20 * time.Millisecond
-	failures, step := 0, min(firstStep, c.healthInterval())
+	failures, step, waited := 0, min(firstStep, c.healthInterval()), !c.registers()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -135,14 +171,16 @@ func watch(ctx context.Context, c *Component, ch *child, verdicts chan<- verdict
 		err := probeOnce(ctx, c, ch)
 		switch {
 		case err == nil:
-			failures, step = 0, c.healthInterval()
+			failures, step, waited = 0, c.healthInterval(), false
 		case step < c.healthInterval():
 			step = min(2*step, c.healthInterval())
 		default:
 			failures++
-			v.failing = fmt.Sprintf("health_check %s failed %d times running: %v", c.HealthCheck, failures, err)
 		}
-		if err == nil || failures >= c.healthRetries() {
+		if err != nil {
+			v.failing = fmt.Sprintf("health_check %s failed %s: %.200s", withoutPassword(ch.fill(c.HealthCheck)), times(failures), printable(err.Error()))
+		}
+		if err == nil || waited || failures >= c.healthRetries() {
 			select {
 			case verdicts <- v:
 			case <-ctx.Done():
@@ -153,12 +191,28 @@ func watch(ctx context.Context, c *Component, ch *child, verdicts chan<- verdict
 	}
 }
 
+// times says how often in a row a check has failed, 0 for a start.
+func times(failures int) string {
+	if failures == 0 {
+		return "so far"
+	}
+	return fmt.Sprintf("%d times running", failures)
+}
+
 func probeOnce(ctx context.Context, c *Component, ch *child) error {
 	ctx, cancel := context.WithTimeout(ctx, c.healthTimeout())
 	defer cancel()
-	err := probe(ctx, c.HealthCheck, ch)
-	if errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded {
+	err := probe(ctx, c, ch)
+	if errors.Is(err, context.DeadlineExceeded) {
 		return fmt.Errorf("no answer within %s", c.healthTimeout())
 	}
 	return err
+}
+
+// withoutPassword is check as it may be shown.
+func withoutPassword(check string) string {
+	if u, err := url.Parse(check); err == nil && u.User != nil {
+		return u.Redacted()
+	}
+	return check
 }

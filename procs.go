@@ -1044,6 +1044,12 @@ func (t *tail) add(lines []byte) {
 	t.buf = append(t.buf, lines...)
 }
 
+// Write is add, for the output of a command.
+func (t *tail) Write(p []byte) (int, error) {
+	t.add(p)
+	return len(p), nil
+}
+
 // lines returns the last lines, ten at most.
 func (t *tail) lines() []string {
 	t.mu.Lock()

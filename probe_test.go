@@ -1,0 +1,279 @@
+//go:build linux
+
+package main
+
+import (
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+)
+
+// What a check asks in TestHealthCheckAnswers, of which the test itself is the server.
+
+func answering(t *testing.T, handler http.HandlerFunc) string {
+	server := httptest.NewServer(handler)
+	t.Cleanup(server.Close)
+	return server.Listener.Addr().String()
+}
+
+// silent accepts connections and says nothing.
+func silent(t *testing.T) string {
+	lis := listen(t, "127.0.0.1:0")
+	return lis.Addr().String()
+}
+
+func listen(t *testing.T, address string) net.Listener {
+	lis, err := net.Listen("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { lis.Close() })
+	return lis
+}
+
+// saying answers every connection with the bytes given, and closes it.
+func saying(t *testing.T, answer string) string {
+	lis := listen(t, "127.0.0.1:0")
+	go func() {
+		for {
+			conn, err := lis.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = conn.Read(make([]byte, 1024))
+			_, _ = conn.Write([]byte(answer))
+			conn.Close()
+		}
+	}()
+	return lis.Addr().String()
+}
+
+func grpcHealth(t *testing.T, with bool) string {
+	lis := listen(t, "127.0.0.1:0")
+	server := grpc.NewServer()
+	if with {
+		state := health.NewServer()
+		state.SetServingStatus("down", healthpb.HealthCheckResponse_NOT_SERVING)
+		healthpb.RegisterHealthServer(server, state)
+	}
+	go server.Serve(lis)
+	t.Cleanup(server.Stop)
+	return lis.Addr().String()
+}
+
+func closedPort(t *testing.T) string { return "127.0.0.1:" + freePort(t) }
+
+// Each kind of check with each kind of answer, of a program that is ready only by it.
+func TestHealthCheckAnswers(t *testing.T) {
+	t.Parallel()
+	status := func(code int, header ...string) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			for i := 0; i < len(header); i += 2 {
+				w.Header().Set(header[i], header[i+1])
+			}
+			w.WriteHeader(code)
+		}
+	}
+	hang := func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
+	const noAnswer = "no answer within 300ms"
+	for _, tt := range []struct {
+		name  string
+		check func(t *testing.T) string
+		why   string // it does not pass; "" for a pass
+	}{
+		{"http 204", func(t *testing.T) string { return "http://" + answering(t, status(204)) + "/x?y=z" }, ""},
+		{"http redirect", func(t *testing.T) string {
+			return "http://" + answering(t, status(302, "Location", "http://"+closedPort(t)))
+		}, ""},
+		{"http 404", func(t *testing.T) string { return "http://" + answering(t, status(404)) }, "HTTP status 404 Not Found"},
+		{"http hangs", func(t *testing.T) string { return "http://" + answering(t, hang) }, noAnswer},
+		{"http refused", func(t *testing.T) string { return "http://" + closedPort(t) }, "connect: connection refused"},
+		{"http hostile", func(t *testing.T) string { return "http://" + saying(t, "HTTP/1.1 500 \xff\x1b[2J\r\n\r\n") }, "HTTP status 500 \uFFFD\uFFFD[2J"},
+		{"http endless header", func(t *testing.T) string {
+			return "http://" + saying(t, "HTTP/1.1 200 OK\r\nX: "+string(make([]byte, 1<<20)))
+		}, "net/http: "},
+		{"https self-signed", func(t *testing.T) string {
+			server := httptest.NewTLSServer(status(200))
+			t.Cleanup(server.Close)
+			return server.URL
+		}, ""},
+		{"https of http", func(t *testing.T) string { return "https://" + answering(t, status(200)) }, "http: server gave HTTP response to HTTPS client"},
+		{"https hangs", func(t *testing.T) string { return "https://" + silent(t) }, noAnswer},
+		{"tcp", func(t *testing.T) string { return "tcp://" + silent(t) }, ""},
+		{"tcp IPv6", func(t *testing.T) string {
+			lis, err := net.Listen("tcp", "[::1]:0")
+			if err != nil {
+				t.Skip(err)
+			}
+			t.Cleanup(func() { lis.Close() })
+			return "tcp://" + lis.Addr().String()
+		}, ""},
+		{"tcp refused", func(t *testing.T) string { return "tcp://" + closedPort(t) }, "connect: connection refused"},
+		{"grpc", func(t *testing.T) string { return "grpc://" + grpcHealth(t, true) }, ""},
+		{"grpc not serving", func(t *testing.T) string { return "grpc://" + grpcHealth(t, true) + "/down" }, "its status is NOT_SERVING"},
+		{"grpc unknown service", func(t *testing.T) string { return "grpc://" + grpcHealth(t, true) + "/x.Y" }, "NotFound: unknown service"},
+		{"grpc without health", func(t *testing.T) string { return "grpc://" + grpcHealth(t, false) }, "Unimplemented: unknown service grpc.health.v1.Health"},
+		{"grpc hangs", func(t *testing.T) string { return "grpc://" + silent(t) }, noAnswer},
+		{"grpc refused", func(t *testing.T) string { return "grpc://" + closedPort(t) }, "connect: connection refused"},
+		{"exec", func(*testing.T) string { return "exec:true" }, ""},
+		{"exec quotes", func(*testing.T) string {
+			return `exec:sh -c 'test "$1-$2" = "a  b-"' "" "a  b" ''`
+		}, ""},
+		{"exec fails", func(*testing.T) string {
+			return `exec:sh -c 'echo starting; echo "no such \"table\"" >&2; exit 3'`
+		}, `exit status 3: no such "table"`},
+		{"exec fails in silence", func(*testing.T) string { return "exec:false" }, "exit status 1 "},
+		{"exec dies", func(*testing.T) string { return "exec:sh -c 'kill -9 $$$$'" }, "killed by signal 9 (killed)"},
+		{"exec hangs", func(*testing.T) string { return "exec:sh -c 'trap \"\" TERM; sleep 300'" }, noAnswer},
+		{"exec leaves a daemon with its output", func(*testing.T) string { return "exec:sh -c 'setsid sleep 300 & exit 0'" }, ""},
+		{"exec unknown", func(*testing.T) string { return "exec:no-such-program" }, `cannot run "no-such-program": executable file not found in $PATH`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			c := shell("a", "exec sleep 300")
+			c.HealthCheck, c.HealthTimeout, c.HealthInterval = tt.check(t), Duration(time.Second), Duration(20*time.Millisecond)
+			if tt.why == "" {
+				p := launch(t, writePipeline(t, c))
+				p.waitReady()
+				p.stop()
+				p.killLeft() // the daemon, which is not the check's any more
+				return
+			}
+			if tt.why == noAnswer {
+				c.HealthTimeout = Duration(300 * time.Millisecond)
+			}
+			p := launch(t, writePipeline(t, c), "-start-timeout", "2s")
+			p.exit(exitNotReady)
+			p.hasNot(p.stderr, "msg=ready")
+			p.has(p.stderr, "flowctl: component a failed: not ready within its start timeout of 2s: health_check ", tt.why)
+		})
+	}
+}
+
+// The program of an exec: check is found as a component's is: by a path from the
+// file's folder, or in PATH. It runs in the component's folder and environment.
+func TestHealthCheckProgram(t *testing.T) {
+	t.Parallel()
+	c := shell("a", "exec sleep 300")
+	c.WorkingDir, c.Env = "else where", map[string]string{"SECRET": "42"}
+	c.HealthCheck = `exec:./checks/"is up.sh" $HEALTH_PORT`
+	file := writePipeline(t, c)
+	folder := filepath.Dir(file)
+	for _, dir := range []string{"checks", "else where"} {
+		if err := os.Mkdir(filepath.Join(folder, dir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if code, out, stderr := call(t, "check", "-strict", file); code != exitUsage ||
+		!strings.Contains(stderr, `warning: component a: health_check: cannot run "`+folder+`/checks/is up.sh": no such file or directory`) {
+		t.Errorf("check: exit %d\n%s%s", code, out, stderr)
+	}
+	script := writeFile(t, filepath.Join(folder, "checks", "is up.sh"), "#!/bin/sh\n"+
+		`test "$SECRET" = 42 && test "$1" = "$HEALTH_PORT" && test "$1" -gt 0 && test "$PWD" = "`+folder+`/else where"`+"\n")
+	if err := os.Chmod(script, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if code, out, stderr := call(t, "check", "-strict", file); code != exitOK {
+		t.Errorf("check: exit %d\n%s%s", code, out, stderr)
+	}
+	p := launch(t, file)
+	p.waitReady()
+	p.stop()
+}
+
+// A check can name the port that flowctl has chosen, and what it says names it too,
+// but no password.
+func TestHealthCheckPort(t *testing.T) {
+	t.Parallel()
+	for kind, check := range map[string]string{
+		"http": "http://me:secret@127.0.0.1:$HEALTH_PORT/", "tcp": "tcp://localhost:$HEALTH_PORT", "grpc": "grpc://127.0.0.1:$${HEALTH_PORT}/data",
+	} {
+		t.Run(kind, func(t *testing.T) {
+			t.Parallel()
+			c := actor("a", role{Check: kind, OnUSR1: "fail", Environ: true})
+			c.Register, c.HealthCheck, c.HealthInterval, c.HealthRetries = new(false), check, Duration(50*time.Millisecond), 1
+			p := launch(t, writePipeline(t, c))
+			p.waitReady()
+			port := regexp.MustCompile(`env "HEALTH_PORT=(\d+)"`).FindStringSubmatch(p.stdout.String())[1]
+			p.tell("a", syscall.SIGUSR1)
+			p.waitErr("msg=unhealthy id=a ")
+			p.has(p.stderr, "health_check "+kind+"://", ":"+port, " failed 1 times running: ")
+			p.hasNot(p.stderr, "secret")
+			p.stop()
+		})
+	}
+}
+
+// So many failures in a row make it unhealthy, and one pass in between starts anew.
+func TestHealthCheckRetries(t *testing.T) {
+	t.Parallel()
+	var asked, failing atomic.Int64 // failing: so many to come
+	server := answering(t, func(w http.ResponseWriter, _ *http.Request) {
+		asked.Add(1)
+		if failing.Add(-1) >= 0 {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+	})
+	c := shell("a", "exec sleep 300")
+	c.HealthCheck, c.HealthInterval, c.HealthRetries = "http://"+server, Duration(30*time.Millisecond), 4
+	p := launch(t, writePipeline(t, c))
+	p.waitReady()
+	await := func(more int64) {
+		t.Helper()
+		want := asked.Load() + more
+		for deadline := time.Now().Add(patience); asked.Load() < want; time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("asked %d times, want %d\n%s", asked.Load(), want, p)
+			}
+		}
+	}
+	for range 3 {
+		failing.Store(3)
+		await(5)
+	}
+	p.hasNot(p.stderr, "msg=unhealthy")
+	failing.Store(4)
+	p.waitErr(`msg=unhealthy id=a component=a cause="health_check http://` + server + ` failed 4 times running: HTTP status 503 Service Unavailable"`)
+	p.waitErr("msg=healthy id=a component=a")
+	p.stop()
+}
+
+// Of a component that heartbeats too, both must be well: neither heals the other.
+func TestHealthCheckBesideHeartbeats(t *testing.T) {
+	t.Parallel()
+	var fails atomic.Bool
+	server := answering(t, func(w http.ResponseWriter, _ *http.Request) {
+		if fails.Load() {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+	})
+	c := actor("a", role{Dialect: "v1", OnUSR1: "unhealthy"})
+	c.HealthCheck, c.HealthInterval, c.HealthRetries = "http://"+server, Duration(30*time.Millisecond), 2
+	p := launch(t, writePipeline(t, c), "-heartbeat-ttl", "30s", "-unhealthy-timeout", "1s")
+	p.waitReady()
+	p.tell("a", syscall.SIGUSR1)
+	p.waitErr(`msg=unhealthy id=a component=a cause="it declared itself UNHEALTHY"`)
+	p.tell("a", syscall.SIGUSR2)
+	p.waitErr("msg=healthy id=a component=a")
+	fails.Store(true)
+	p.waitErr(`msg=unhealthy id=a component=a cause="health_check http://`)
+	p.tell("a", syscall.SIGUSR2) // a heartbeat, by which it says that it is healthy
+	p.wait(p.stdout, "resumed", 2)
+	p.exit(exitFailed)
+	p.has(p.stderr, "flowctl: component a failed: unhealthy for 1s (-unhealthy-timeout): health_check http://"+server+" failed ", " times running: HTTP status 503")
+	if n := strings.Count(p.stderr.String(), "msg=healthy id=a"); n != 1 {
+		t.Errorf("healed %d times, want 1\n%s", n, p)
+	}
+}
