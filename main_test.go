@@ -2277,33 +2277,6 @@ func BenchmarkFootprint(b *testing.B) {
 	b.ReportMetric(float64(most)/(1<<10), "MiB-RSS")
 }
 
-// TestReadmeComponent builds the component that README shows and runs it.
-func TestReadmeComponent(t *testing.T) {
-	t.Parallel()
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, code, _ := strings.Cut(string(readme), "```go\n")
-	code, _, _ = strings.Cut(code, "```")
-	dir := t.TempDir()
-	program, source := filepath.Join(dir, "component"), filepath.Join(dir, "main.go")
-	if err := os.WriteFile(source, []byte(code), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if out, err := exec.Command("go", "build", "-o", program, source).CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
-	}
-	file := filepath.Join(dir, "pipeline.json")
-	text := fmt.Sprintf(`{"apiVersion": "flowctl/v1", "kind": "Pipeline", "metadata": {"name": "readme"}, "spec": {"sources": [{"id": "a", "command": [%q]}]}}`, program)
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if out, err := exec.Command(binary(t), "-f", file, "-control-plane-port", "0", "-until", "ready").CombinedOutput(); err != nil {
-		t.Errorf("flowctl: %v\n%s", err, out)
-	}
-}
-
 // TestStopDoesNotWaitForTheLog stops a flowctl whose standard error is a pipe that
 // is full and that nobody reads.
 func TestStopDoesNotWaitForTheLog(t *testing.T) {

@@ -1,0 +1,376 @@
+//go:build linux
+
+package main
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// The tests of this file do what README says, with the commands and the files as they
+// stand there.
+
+// block is a fenced piece of README.
+type block struct {
+	language, text string
+	before         string // the last line of prose
+}
+
+// section returns the blocks under a heading of README, up to the next of its level.
+func section(t *testing.T, heading string) []block {
+	t.Helper()
+	data, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, found := strings.Cut(string(data), "\n## "+heading+"\n")
+	if !found {
+		t.Fatalf("README has no section %q", heading)
+	}
+	var out []block
+	var prose string
+	in := false
+	for line := range strings.Lines(text) {
+		switch {
+		case strings.HasPrefix(line, "```") && in:
+			in = false
+		case in:
+			out[len(out)-1].text += line
+		case strings.HasPrefix(line, "```"):
+			in = true
+			out = append(out, block{language: strings.TrimSpace(line[3:]), before: prose})
+		case strings.HasPrefix(line, "## "):
+			return out
+		case strings.TrimSpace(line) != "":
+			prose = line
+		}
+	}
+	return out
+}
+
+// typed is a command of a console with the lines that it prints. An interrupt, of the
+// one that still runs, has none.
+type typed struct {
+	command string
+	lines   []string
+	runs    bool // it goes on until it is interrupted
+}
+
+func typedIn(text string) []typed {
+	var out []typed
+	for line := range strings.Lines(text) {
+		line = strings.TrimSuffix(line, "\n")
+		rest, interrupt := strings.CutPrefix(line, "^C")
+		command, prompt := strings.CutPrefix(line, "$ ")
+		switch {
+		case prompt:
+			out = append(out, typed{command: command, runs: strings.HasPrefix(command, "bin/flowctl -f ")})
+		case interrupt:
+			out = append(out, typed{lines: []string{rest}})
+		case line != "...":
+			out[len(out)-1].lines = append(out[len(out)-1].lines, line)
+		}
+	}
+	return out
+}
+
+var (
+	amounts = regexp.MustCompile(`(\d+(\.\d+)?(ns|µs|ms|m|s)?)+`)
+	spaces  = regexp.MustCompile(` +`)
+)
+
+// shape is a text without what differs from run to run: numbers and times, and the
+// width of a column.
+func shape(text string) string {
+	return spaces.ReplaceAllString(amounts.ReplaceAllString(text, "0"), " ")
+}
+
+// newcomer is who follows README, in a folder of their own and a bare environment.
+type newcomer struct {
+	t      *testing.T
+	folder string
+	env    []string
+	screen *transcript // of what runs, nil for nothing
+	cmd    *exec.Cmd
+	done   chan struct{}
+}
+
+func newNewcomer(t *testing.T, folder string) *newcomer {
+	n := &newcomer{t: t, folder: folder, env: []string{"XDG_RUNTIME_DIR=" + t.TempDir()}}
+	for _, entry := range os.Environ() {
+		// Where Go finds its modules is the machine's own.
+		if name, _, _ := strings.Cut(entry, "="); name == "PATH" || name == "HOME" || strings.HasPrefix(name, "GO") && name != "GORACE" {
+			n.env = append(n.env, entry)
+		}
+	}
+	t.Cleanup(func() {
+		if n.cmd != nil {
+			_ = syscall.Kill(-n.cmd.Process.Pid, syscall.SIGKILL)
+			<-n.done
+		}
+	})
+	return n
+}
+
+func (n *newcomer) command(script string) *exec.Cmd {
+	cmd := exec.Command("sh", "-e", "-c", script)
+	cmd.Dir, cmd.Env = n.folder, n.env
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.WaitDelay = 5 * time.Second
+	return cmd
+}
+
+// run runs a script to its end, which has to be a good one, and returns what it printed.
+func (n *newcomer) run(script string) string {
+	n.t.Helper()
+	out, err := n.command(script).CombinedOutput()
+	if err != nil {
+		n.t.Fatalf("%s\n%v\n%s", script, err, out)
+	}
+	return string(out)
+}
+
+// launch leaves a script running.
+func (n *newcomer) launch(script string) {
+	n.t.Helper()
+	n.screen, n.done = newTranscript(), make(chan struct{})
+	n.cmd = n.command(script)
+	n.cmd.Stdout, n.cmd.Stderr = n.screen, n.screen
+	if err := n.cmd.Start(); err != nil {
+		n.t.Fatal(err)
+	}
+	go func(cmd *exec.Cmd, done chan struct{}) {
+		_ = cmd.Wait() // how it ended is in its state
+		close(done)
+	}(n.cmd, n.done)
+}
+
+// interrupt is Ctrl-C, after which what runs ends with 0.
+func (n *newcomer) interrupt() {
+	n.t.Helper()
+	_ = syscall.Kill(-n.cmd.Process.Pid, syscall.SIGINT)
+	select {
+	case <-n.done:
+	case <-time.After(patience):
+		n.t.Fatalf("it still runs\n%s", n.screen)
+	}
+	if code := n.cmd.ProcessState.ExitCode(); code != 0 {
+		n.t.Errorf("%v\n%s", n.cmd.ProcessState, n.screen)
+	}
+	n.cmd = nil
+}
+
+// sees waits until what runs has printed a line of that shape.
+func (n *newcomer) sees(line string) {
+	n.t.Helper()
+	for deadline := time.After(patience); ; {
+		text, grown := n.screen.text()
+		if strings.Contains(shape(text), shape(line)) {
+			return
+		}
+		select {
+		case <-grown:
+			continue
+		case <-n.done:
+			if text := n.screen.String(); strings.Contains(shape(text), shape(line)) {
+				return
+			}
+		case <-deadline:
+		}
+		n.t.Fatalf("README has %q\n%s", line, n.screen)
+	}
+}
+
+// follow does what a section says.
+func (n *newcomer) follow(blocks []block) {
+	n.t.Helper()
+	for _, b := range blocks {
+		switch b.language {
+		case "sh":
+			n.run(b.text)
+		case "go":
+			name := regexp.MustCompile("`([^`]+\\.go)`").FindStringSubmatch(b.before)
+			if name == nil {
+				n.t.Fatalf("README does not say where this goes: %q", b.before)
+			}
+			file := filepath.Join(n.folder, name[1])
+			if err := os.MkdirAll(filepath.Dir(file), 0o777); err != nil {
+				n.t.Fatal(err)
+			}
+			writeFile(n.t, file, b.text)
+		case "console":
+			for _, e := range typedIn(b.text) {
+				n.enter(e)
+			}
+		}
+	}
+	if n.cmd != nil {
+		n.interrupt()
+	}
+}
+
+// enter does one of them and compares what comes with what README has. What only looks,
+// while something runs, is repeated until it is as README has it.
+func (n *newcomer) enter(e typed) {
+	n.t.Helper()
+	if e.runs {
+		n.launch("exec " + e.command)
+	} else if e.command == "" {
+		n.interrupt()
+	}
+	if e.runs || e.command == "" {
+		for _, line := range e.lines {
+			n.sees(line)
+		}
+		return
+	}
+	for deadline := time.Now().Add(patience); ; {
+		out := n.run(e.command)
+		if shape(out) == shape(strings.Join(e.lines, "\n")+"\n") {
+			return
+		}
+		if n.cmd == nil || time.Now().After(deadline) {
+			n.t.Fatalf("$ %s\n%s\nREADME has\n%s", e.command, out, strings.Join(e.lines, "\n"))
+		}
+	}
+}
+
+// clone copies this repository, as it is now, to a fresh folder.
+func clone(t *testing.T) string {
+	t.Helper()
+	out, err := exec.Command("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").Output()
+	if err != nil {
+		t.Fatalf("git ls-files: %v", err)
+	}
+	folder := t.TempDir()
+	for _, name := range strings.Split(strings.TrimSuffix(string(out), "\x00"), "\x00") {
+		data, err := os.ReadFile(name)
+		if os.IsNotExist(err) {
+			continue // deleted, and not committed
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		to := filepath.Join(folder, name)
+		if err := os.MkdirAll(filepath.Dir(to), 0o777); err != nil {
+			t.Fatal(err)
+		}
+		writeFile(t, to, string(data))
+	}
+	return folder
+}
+
+// From a clone to the demo, to a pipeline of three scripts, to a component that
+// registers.
+func TestReadmeNewcomer(t *testing.T) {
+	t.Parallel()
+	data, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := regexp.MustCompile(`(?m)^\$ (.*)$`).FindStringSubmatch(string(data))
+	n := newNewcomer(t, clone(t))
+	build, demo, found := strings.Cut(first[1], " && ")
+	if !found {
+		t.Fatalf("README begins with %q, which does not build and run", first[1])
+	}
+	n.run(build)
+	n.launch("exec " + demo)
+	n.sees(`msg="pipeline ready" components=3 `)
+	n.interrupt()
+	n.follow(section(t, "Your first pipeline"))
+	n.follow(section(t, "Writing a component"))
+}
+
+// A job of CI fails when the tests do, or a component, and leaves its logs.
+func TestReadmeCI(t *testing.T) {
+	t.Parallel()
+	var lines, steps []string
+	for _, b := range section(t, "In CI") {
+		for line := range strings.Lines(b.text) {
+			line = strings.TrimSpace(line)
+			if step, found := strings.CutPrefix(line, "- run: "); found {
+				steps = append(steps, step)
+			} else if b.language == "sh" {
+				lines = append(lines, line)
+			}
+		}
+	}
+	if len(lines) != 3 || len(steps) != 2 {
+		t.Fatalf("README has the lines %q and the steps %q", lines, steps)
+	}
+	bin := t.TempDir()
+	// What the first step downloads is this.
+	n := newNewcomer(t, clone(t))
+	n.env = append(n.env, "GOBIN="+bin)
+	n.run(strings.Replace(steps[0], "github.com/withobsrvr/flowctl@latest", ".", 1))
+
+	const neverReady = "exec sleep 301"
+	for _, tt := range []struct {
+		name, line, component, test string
+		code                        int
+		want                        string // in what it prints
+	}{
+		{"the job, tests pass", steps[1], "exec sleep 300", "", 0, "ok  \te2e/e2e"},
+		{"the job, tests fail", steps[1], "exec sleep 300", `t.Fatal("not as it should be")`, 1, "not as it should be"},
+		{"the job, a component fails", steps[1], "while [ ! -e fail ]; do sleep 0.05; done; echo no disk; exit 3",
+			`os.WriteFile("../fail", nil, 0o600); select {}`, 1, "flowctl: component a failed: exit status 3"},
+		{"tests pass", lines[0], "exec sleep 300", "", 0, "ok  \te2e/e2e"},
+		{"tests fail", lines[0], "exec sleep 300", "t.Fail()", 1, "FAIL"},
+		{"comes up", lines[1], "exec sleep 300", "", 0, `msg="pipeline ready"`},
+		{"does not come up", lines[1], neverReady, "", exitNotReady, "flowctl: component a failed: not ready within"},
+		{"runs to its end", lines[2], "echo done", "", 0, `"line":"done"`},
+		{"does not run to its end", lines[2], "sleep 0.2; exit 3", "", 1, "exit status 3"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			n := newNewcomer(t, dir)
+			for i, variable := range n.env {
+				if path, found := strings.CutPrefix(variable, "PATH="); found {
+					n.env[i] = "PATH=" + bin + ":" + path
+				}
+			}
+			writeFile(t, filepath.Join(dir, "go.mod"), "module e2e\n")
+			if err := os.Mkdir(filepath.Join(dir, "e2e"), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			writeFile(t, filepath.Join(dir, "e2e", "e2e_test.go"), `package e2e
+
+import (
+	"net"
+	"os"
+	"testing"
+)
+
+func TestPipeline(t *testing.T) {
+	conn, err := net.Dial("tcp", os.Getenv("FLOWCTL_ENDPOINT"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	`+tt.test+`
+}
+`)
+			c := shell("a", tt.component)
+			if tt.component == neverReady {
+				c.HealthCheck, c.StartTimeout = "exec:false", Duration(time.Second)
+			}
+			n.run("mv " + writePipeline(t, c) + " pipeline.json")
+			cmd := n.command(tt.line)
+			out, _ := cmd.CombinedOutput() // its end is in its state
+			if code := cmd.ProcessState.ExitCode(); code != tt.code || !strings.Contains(string(out), tt.want) {
+				t.Errorf("$ %s\nexit %d, want %d, and %q\n%s", tt.line, code, tt.code, tt.want, out)
+			}
+			_, err := os.Stat(filepath.Join(dir, "logs", "a.log"))
+			if logs := strings.Contains(tt.line, "-log-dir logs"); logs != (err == nil) {
+				t.Errorf("logs: %v", err)
+			}
+		})
+	}
+}
