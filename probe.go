@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"net/url"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -156,9 +158,9 @@ type verdict struct {
 // It sends a verdict for each pass, and for each failure from the health_retries-th
 // in a row on. Failures at the steps, when it may not listen yet, do not count; where
 // it is ready only by a pass they are sent too, as the reason why it is not.
-func watch(ctx context.Context, c *Component, ch *child, verdicts chan<- verdict) {
+func watch(ctx context.Context, s *supervisor, c *Component, ch *child, verdicts chan<- verdict) {
 	const firstStep = 20 * time.Millisecond
-	failures, step, waited := 0, min(firstStep, c.healthInterval()), !c.registers()
+	failures, step, passed := 0, min(firstStep, c.healthInterval()), false
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -171,7 +173,10 @@ func watch(ctx context.Context, c *Component, ch *child, verdicts chan<- verdict
 		err := probeOnce(ctx, c, ch)
 		switch {
 		case err == nil:
-			failures, step, waited = 0, c.healthInterval(), false
+			if !passed {
+				s.warnOfStranger(c, ch)
+			}
+			failures, step, passed = 0, c.healthInterval(), true
 		case step < c.healthInterval():
 			step = min(2*step, c.healthInterval())
 		default:
@@ -180,7 +185,7 @@ func watch(ctx context.Context, c *Component, ch *child, verdicts chan<- verdict
 		if err != nil {
 			v.failing = fmt.Sprintf("health_check %s failed %s: %.200s", withoutPassword(ch.fill(c.HealthCheck)), times(failures), printable(err.Error()))
 		}
-		if err == nil || waited || failures >= c.healthRetries() {
+		if err == nil || !passed && !c.registers() || failures >= c.healthRetries() {
 			select {
 			case verdicts <- v:
 			case <-ctx.Done():
@@ -188,6 +193,23 @@ func watch(ctx context.Context, c *Component, ch *child, verdicts chan<- verdict
 			}
 		}
 		timer.Reset(step)
+	}
+}
+
+// warnOfStranger tells of a check that another program passes, which has the port and
+// says nothing of c. It stays a pass: what is asked may be meant to be elsewhere.
+func (s *supervisor) warnOfStranger(c *Component, ch *child) {
+	u, err := url.Parse(ch.fill(c.HealthCheck))
+	if err != nil || u.Hostname() != "localhost" && net.ParseIP(u.Hostname()) == nil {
+		return
+	}
+	port, _ := strconv.Atoi(cmp.Or(u.Port(), map[string]string{"http": "80", "https": "443"}[u.Scheme]))
+	pid, name, ok := portHolder(u.Hostname(), port)
+	if !ok {
+		return
+	}
+	if id, known := s.componentOf(pid); known && id != c.ID {
+		s.log.Warn("health_check passes, but what listens there is not of this component", "component", c.ID, "addr", u.Host, "pid", pid, "name", clean(name))
 	}
 }
 

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -214,6 +215,24 @@ func TestHealthCheckPort(t *testing.T) {
 			p.stop()
 		})
 	}
+}
+
+// A check that passes by another program is told, and by the component's own is not.
+func TestHealthCheckOfAStranger(t *testing.T) {
+	t.Parallel()
+	port := freePort(t)
+	owner := actor("owner", role{Check: "tcp"})
+	owner.Register, owner.HealthCheck, owner.Env["HEALTH_PORT"] = new(false), "tcp://127.0.0.1:$HEALTH_PORT", port
+	other := launch(t, writePipeline(t, owner))
+	other.waitReady()
+	c := shell("a", "exec sleep 300")
+	c.HealthCheck = "tcp://localhost:" + port
+	p := launch(t, writePipeline(t, c))
+	p.waitReady()
+	p.has(p.stderr, fmt.Sprintf(`level=WARN msg="health_check passes, but what listens there is not of this component" component=a addr=localhost:%s pid=%d name=`, port, other.pid("owner")))
+	p.stop()
+	other.stop()
+	other.hasNot(other.stderr, "level=WARN")
 }
 
 // So many failures in a row make it unhealthy, and one pass in between starts anew.

@@ -53,6 +53,7 @@ type procInfo struct {
 func (p procInfo) send(syscall.Signal) {}
 
 func (s *supervisor) componentAt(net.Conn, string) (string, bool) { return "", false }
+func (s *supervisor) componentOf(int) (string, bool)              { return "", false }
 
 func (s *supervisor) strays(string) []procInfo { return nil }
 func (s *supervisor) sweep(time.Duration)      {}

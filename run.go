@@ -349,7 +349,7 @@ func (r *run) start(p *proc) {
 		var ctx context.Context
 		ctx, r.watches[p.ID] = context.WithCancel(context.Background())
 		child := p.child
-		r.watching.Go(func() { watch(ctx, p.Component, child, r.verdicts) })
+		r.watching.Go(func() { watch(ctx, r.sup, p.Component, child, r.verdicts) })
 	case !p.registers():
 		r.registry.admit(p.ID, time.Now())
 	}
