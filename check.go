@@ -100,10 +100,7 @@ func newCheckReport(file string, p *Pipeline, err error) checkReport {
 	var found *fileErrors
 	switch {
 	case errors.As(err, &found):
-		out.More = found.more
-		for _, e := range found.list {
-			out.Errors = append(out.Errors, checkError{e.line, e.column, e.path, e.msg})
-		}
+		out.Errors, out.More = found.entries(), found.more
 	case err != nil:
 		out.Errors = append(out.Errors, checkError{Message: err.Error()})
 	default:

@@ -22,6 +22,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unicode/utf8"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"google.golang.org/grpc/credentials/insecure"
@@ -75,22 +76,22 @@ type command struct {
 // of them, needs them all.
 func commands() []command {
 	return []command{
-		{name: "run", args: "[flags] [pipeline.json] [-- command args...]", summary: "run a pipeline and its control plane until it has completed, failed or is stopped", run: runCommand, examples: `
-  flowctl -f pipeline.json                       the same as: flowctl run pipeline.json
-  flowctl run pipeline.json -until ready         a smoke test: ends with 0 once all are ready
-  flowctl run pipeline.json -- echo ready        run a command once all are ready; its exit code is flowctl's
+		{name: "run", args: "[flags] [pipeline.json] [-- command args...]", summary: "run a pipeline until it ends", run: runCommand, examples: `
+  flowctl -f pipeline.json                   as: flowctl run pipeline.json
+  flowctl run pipeline.json -until ready     a smoke test: 0 once all are ready
+  flowctl run pipeline.json -- echo ready    run a command once all are ready
   flowctl run pipeline.json -control-plane-port 0 -log-format json
 `},
-		{name: "check", args: "[flags] [pipeline.json]", summary: "read and validate a pipeline file, start nothing", run: checkCommand, examples: `
+		{name: "check", args: "[flags] [pipeline.json]", summary: "read and validate a pipeline file", run: checkCommand, examples: `
   flowctl check pipeline.json
-  flowctl check -schema                          a JSON Schema of pipeline files, for an editor
+  flowctl check -schema                      a JSON Schema, for an editor
 `},
 		{name: "list", args: "[flags] [id]", summary: "show what is registered, and how it is", run: listCommand, examples: `
   flowctl list
-  flowctl list ledgers -json                     one component, with the history of its health
+  flowctl list ledgers -json                 one component, with its history
   flowctl list -watch -e 127.0.0.1:8080
 `},
-		{name: "reload", args: "[flags] [pipeline]", summary: "have a running pipeline take over its changed file", run: reloadCommand, examples: `
+		{name: "reload", args: "[flags] [pipeline]", summary: "take over a changed pipeline file", run: reloadCommand, examples: `
   flowctl reload
 `},
 		{name: "server", args: "[flags]", summary: "run the control plane alone", hidden: true, run: serverCommand, examples: `
@@ -106,31 +107,43 @@ func main() {
 	// A crash ends by SIGABRT: its usual exit status, 2, is that of a wrong command
 	// line, after which flowctl.service is not started again.
 	debug.SetTraceback("crash")
-	os.Exit(exitCode(dispatch(os.Args[1:])))
+	os.Exit(exitCode(dispatch(os.Args[1:]), logsJSON(os.Args[1:])))
 }
 
 // exitCode says on standard error what err has to say and returns its code.
-func exitCode(err error) int {
-	var exit *exitError
-	var usage *usageError
-	var file *fileErrors
-	switch {
-	case err == nil:
+func exitCode(err error, asJSON bool) int {
+	if err == nil {
 		return exitOK
-	case errors.As(err, &file):
-		fmt.Fprintln(os.Stderr, complaint(file.Error())) // each line begins with its place, as editors want it
-		return exitUsage
-	case errors.As(err, &exit):
-		if exit.err != nil {
-			fmt.Fprintln(os.Stderr, complaint("flowctl: "+exit.Error()))
-		}
-		return exit.code
-	case errors.As(err, &usage):
-		fmt.Fprintln(os.Stderr, complaint(fmt.Sprintf("flowctl: %v\nTry: %s", usage.err, strings.TrimSpace("flowctl help "+usage.command))))
-		return exitUsage
 	}
-	fmt.Fprintln(os.Stderr, complaint("flowctl: "+err.Error()))
-	return exitFailed
+	report, say := newReport(err)
+	switch {
+	case !say:
+	case asJSON:
+		report.writeJSON(os.Stderr)
+	default:
+		var text strings.Builder
+		report.writeText(&text)
+		fmt.Fprintln(os.Stderr, complaint(strings.TrimSuffix(text.String(), "\n")))
+	}
+	return report.ExitCode
+}
+
+// logsJSON tells whether args ask for a log in JSON, even where they are wrong.
+func logsJSON(args []string) bool {
+	asked := false
+	for i, arg := range args {
+		name, value, given := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(arg, "-"), "-"), "=")
+		switch {
+		case arg == "--":
+			return asked // what follows is another program's
+		case name != "log-format" || !strings.HasPrefix(arg, "-"):
+		case given:
+			asked = value == formatJSON
+		case i+1 < len(args):
+			asked = args[i+1] == formatJSON
+		}
+	}
+	return asked
 }
 
 // dispatch runs the command that args name. Without a name it is run.
@@ -197,13 +210,13 @@ type planeFlags struct {
 }
 
 func (o *planeFlags) define(fs *flag.FlagSet) {
-	fs.StringVar(&o.address, "control-plane-address", "127.0.0.1", "`address` of the control plane, or unix:PATH")
-	fs.IntVar(&o.port, "control-plane-port", 8080, "`port` of the control plane; 0 takes a free one")
-	fs.DurationVar(&o.ttl, "heartbeat-ttl", 30*time.Second, "a service is stale when its last heartbeat is older than this")
+	fs.StringVar(&o.address, "control-plane-address", "127.0.0.1", "control plane's `host`, or unix:PATH")
+	fs.IntVar(&o.port, "control-plane-port", 8080, "control plane's `port`, 0 for a free one")
+	fs.DurationVar(&o.ttl, "heartbeat-ttl", 30*time.Second, "who does not heartbeat for so long is stale")
 	fs.DurationVar(&o.interval, "janitor-interval", 10*time.Second, "look for stale services at least this often")
-	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "`level` of flowctl's own log: debug, info, warn or error")
-	fs.StringVar(&o.format, "log-format", formatAuto, "`format` of the log: auto (journal under systemd, else text), text, json or journal")
-	fs.StringVar(&o.dbPath, "db-path", "", "keep the registry's state in `file` (default: in $STATE_DIRECTORY, if set; for server, else in the user's own folder for state)")
+	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "log from `level` up: debug, info, warn, error")
+	fs.StringVar(&o.format, "log-format", formatAuto, "log as `form`: text, json, journal or auto")
+	fs.StringVar(&o.dbPath, "db-path", "", "keep the registry's state in `file`, not in $STATE_DIRECTORY or memory")
 	fs.BoolVar(&o.noState, "no-persistence", false, "keep the registry's state in memory only")
 	o.tls.define(fs, "serve TLS with the certificate in `file`, PEM", "require client certificates, by the CA in `file`")
 }
@@ -325,10 +338,10 @@ func (o *runFlags) define(fs *flag.FlagSet) {
 	fs.StringVar(&o.file, "f", "flow.json", "pipeline `file`")
 	fs.DurationVar(&o.startTimeout, "start-timeout", 30*time.Second, "from a component's start until it is ready")
 	fs.DurationVar(&o.unhealthyTimeout, "unhealthy-timeout", 30*time.Second, "how long a component may stay unhealthy")
-	fs.DurationVar(&o.stopTimeout, "stop-timeout", 10*time.Second, "from the stop signal to SIGKILL, per component")
-	fs.BoolVar(&o.showStatus, "show-status", true, "log a status line at each change")
-	fs.StringVar(&o.logDir, "log-dir", "", "keep the lines of each component in a file in `folder` (default $LOGS_DIRECTORY, or logs beside the pipeline file on a terminal; \"\" turns it off)")
-	fs.StringVar(&o.until, "until", untilStopped, "run until `event`: stopped, ready (all components) or done (all have completed)")
+	fs.DurationVar(&o.stopTimeout, "stop-timeout", 10*time.Second, "from the stop signal to SIGKILL")
+	fs.BoolVar(&o.showStatus, "show-status", true, "a status line at each change; =false for none")
+	fs.StringVar(&o.logDir, "log-dir", "", "log each component to `dir`/ID.log; \"\" for none (on a terminal: logs beside the pipeline file)")
+	fs.StringVar(&o.until, "until", untilStopped, "run until `event`: stopped, ready or done")
 }
 
 func runCommand(args []string) error {
@@ -369,13 +382,23 @@ func runCommand(args []string) error {
 	return runPipeline(pipeline, o)
 }
 
-// fileArgument is the pipeline file: named by -f or as an argument, not by both.
+// fileArgument is the pipeline file: named by -f or as an argument, not by both, else
+// the usual one, which has to be there.
 func fileArgument(fs *flag.FlagSet, file string, rest []string) (string, error) {
 	set := false
 	fs.Visit(func(f *flag.Flag) { set = set || f.Name == "f" })
 	switch {
-	case len(rest) == 0:
+	case len(rest) == 0 && set:
 		return file, nil
+	case len(rest) == 0:
+		if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
+			return file, nil
+		}
+		seen, text := pipelineFiles("."), fmt.Sprintf("no pipeline file is named, and there is no %s here", file)
+		if len(seen) == 0 {
+			return "", &usageError{fs.Name(), errors.New(text)}
+		}
+		return "", &exitError{exitUsage, &hintedError{fmt.Errorf("%s; what is here: %s", text, enumerate(seen)), "flowctl " + fs.Name() + " " + shellWord(seen[0])}}
 	case set:
 		return "", &usageError{fs.Name(), fmt.Errorf("two pipeline files are named: %q by -f, and %q", file, rest[0])}
 	}
@@ -392,7 +415,7 @@ func listCommand(args []string) error {
 	o.define(fs)
 	fs.BoolVar(&o.json, "json", false, "print JSON")
 	fs.BoolVar(&o.watch, "watch", false, "go on, and show each change")
-	fs.BoolVar(&o.wait, "wait", true, "give a control plane that is just starting up to 2s")
+	fs.BoolVar(&o.wait, "wait", true, "wait up to 2s for one that is starting; =false not to")
 	rest, err := parseFlags(fs, args, 1)
 	if err != nil {
 		return err
@@ -464,7 +487,7 @@ func serverCommand(args []string) error {
 	if err := o.check(fs); err != nil {
 		return err
 	}
-	stderr := newLogWriter(patient{os.Stderr})
+	stderr := newLogWriter(patient{os.Stderr}, o.format)
 	defer stderr.close()
 	log := newLogger(stderr, o.format, o.logLevel)
 	if o.format == formatJournal {
@@ -544,10 +567,13 @@ func versionCommand(args []string) error {
 		return err
 	}
 	commit := ""
-	if info, ok := debug.ReadBuildInfo(); ok {
+	if info, ok := debug.ReadBuildInfo(); ok { // go install of a version tells no more than that
 		for _, s := range info.Settings {
-			if s.Key == "vcs.revision" {
+			switch {
+			case s.Key == "vcs.revision":
 				commit = ", commit " + s.Value[:min(12, len(s.Value))]
+			case s.Key == "vcs.modified" && s.Value == "true":
+				commit += "+dirty" // it is listed after the revision
 			}
 		}
 	}
@@ -577,16 +603,25 @@ func helpCommand(args []string) error {
 }
 
 func printOverview(w io.Writer) {
-	fmt.Fprint(w, "flowctl runs a data pipeline: its programs, and the control plane that they register with.\n\n")
-	fmt.Fprint(w, "Usage:\n")
+	fmt.Fprint(w, "flowctl runs a data pipeline: its programs, and their control plane.\n\nUsage:\n")
 	for _, c := range commands() {
-		if !c.hidden {
-			fmt.Fprintf(w, "  %-38s %s\n", strings.TrimSpace("flowctl "+c.name+" "+c.args), c.summary)
+		if usage := strings.TrimSpace("flowctl " + c.name + " " + c.args); c.hidden {
+		} else if len(usage) > usageWidth {
+			fmt.Fprintf(w, "  %s\n  %-*s %s\n", usage, usageWidth, "", c.summary)
+		} else {
+			fmt.Fprintf(w, "  %-*s %s\n", usageWidth, usage, c.summary)
 		}
 	}
 	fmt.Fprintf(w, "\nExamples:\n%s%s", strings.TrimPrefix(commands()[0].examples, "\n"), strings.TrimPrefix(commands()[1].examples, "\n"))
 	fmt.Fprint(w, "\nflowctl help run lists the flags. The pipeline file is explained in README.md.\n")
 }
+
+// Widths in help: all of it fits a screen of 80 columns.
+const (
+	helpWidth  = 80
+	usageWidth = 37 // of a command and its arguments
+	flagWidth  = 27 // of a flag and the kind of its value
+)
 
 func printHelp(w io.Writer, fs *flag.FlagSet) {
 	for _, c := range commands() {
@@ -599,12 +634,32 @@ func printHelp(w io.Writer, fs *flag.FlagSet) {
 		}
 	}
 	some := false
-	fs.VisitAll(func(*flag.Flag) { some = true })
-	if some {
-		fmt.Fprint(w, "\nFlags:\n")
-		fs.SetOutput(w)
-		fs.PrintDefaults()
+	fs.VisitAll(func(f *flag.Flag) {
+		if !some {
+			fmt.Fprint(w, "\nFlags:\n")
+		}
+		some = true
+		printFlag(w, f)
+	})
+}
+
+// printFlag explains a flag in a line, where it fits.
+func printFlag(w io.Writer, f *flag.Flag) {
+	kind, usage := flag.UnquoteUsage(f)
+	switch f.DefValue {
+	case "", "false", "true": // what a flag that is on by default does, its usage says
+	default:
+		usage += " (" + strings.ToLower(f.DefValue) + ")"
 	}
+	line := fmt.Sprintf("  %-*s", flagWidth, strings.TrimSpace("-"+f.Name+" "+kind))
+	for word := range strings.FieldsSeq(usage) {
+		if utf8.RuneCountInString(line)+1+len(word) > helpWidth {
+			fmt.Fprintln(w, line)
+			line = strings.Repeat(" ", flagWidth+2)
+		}
+		line += " " + word
+	}
+	fmt.Fprintln(w, line)
 }
 
 // catchSignals returns the signals that ask for an end. SIGHUP stays ignored where

@@ -30,6 +30,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unicode/utf8"
 	"unsafe"
 
 	"google.golang.org/grpc"
@@ -999,7 +1000,7 @@ func TestCommandLine(t *testing.T) {
 		{"run " + good + " " + good, "flowctl: run: unexpected argument \"" + good + "\"\nTry: flowctl help run\n"},
 		{"run -f " + good + " " + bad, "flowctl: two pipeline files are named: \"" + good + "\" by -f, and \"" + bad + "\"\nTry: flowctl help run\n"},
 		{"run /no/such.json", "flowctl: cannot read pipeline file: open /no/such.json: no such file or directory\n"},
-		{"run", "flowctl: cannot read pipeline file: open flow.json: no such file or directory\n"},
+		{"run", "flowctl: no pipeline file is named, and there is no flow.json here\nTry: flowctl help run\n"},
 		{"run " + bad, bad + ":2:35: spec.sources[0].comand: unknown field \"comand\", did you mean \"command\"?\n"},
 		{"check " + bad, bad + ":2:35: spec.sources[0].comand: unknown field \"comand\", did you mean \"command\"?\n"},
 		{"run " + yaml, "flowctl: " + yaml + ": a pipeline file is JSON; this turns YAML into it: " + yamlCommand(yaml, filepath.Join(dir, "flow.json")) + "\n"},
@@ -1037,30 +1038,31 @@ func TestCheckAndVersion(t *testing.T) {
 		}
 	}
 	code, out, stderr := call(t, "version")
-	if code != exitOK || stderr != "" || !regexp.MustCompile(`^flowctl \S+ \(go1\.\S+(, commit [0-9a-f]{12})?\)\n$`).MatchString(out) {
+	if code != exitOK || stderr != "" || !regexp.MustCompile(`^flowctl \S+ \(go1\.\S+(, commit [0-9a-f]{12}(\+dirty)?)?\)\n$`).MatchString(out) {
 		t.Errorf("version: exit %d\n%s%s", code, out, stderr)
 	}
 }
 
 func TestHelpTexts(t *testing.T) {
 	t.Parallel()
-	const overview = `flowctl runs a data pipeline: its programs, and the control plane that they register with.
+	const overview = `flowctl runs a data pipeline: its programs, and their control plane.
 
 Usage:
-  flowctl run [flags] [pipeline.json] [-- command args...] run a pipeline and its control plane until it has completed, failed or is stopped
-  flowctl check [flags] [pipeline.json]  read and validate a pipeline file, start nothing
-  flowctl list [flags] [id]              show what is registered, and how it is
-  flowctl reload [flags] [pipeline]      have a running pipeline take over its changed file
-  flowctl version                        print the version
-  flowctl help [command]                 explain flowctl, or one command
+  flowctl run [flags] [pipeline.json] [-- command args...]
+                                        run a pipeline until it ends
+  flowctl check [flags] [pipeline.json] read and validate a pipeline file
+  flowctl list [flags] [id]             show what is registered, and how it is
+  flowctl reload [flags] [pipeline]     take over a changed pipeline file
+  flowctl version                       print the version
+  flowctl help [command]                explain flowctl, or one command
 
 Examples:
-  flowctl -f pipeline.json                       the same as: flowctl run pipeline.json
-  flowctl run pipeline.json -until ready         a smoke test: ends with 0 once all are ready
-  flowctl run pipeline.json -- echo ready        run a command once all are ready; its exit code is flowctl's
+  flowctl -f pipeline.json                   as: flowctl run pipeline.json
+  flowctl run pipeline.json -until ready     a smoke test: 0 once all are ready
+  flowctl run pipeline.json -- echo ready    run a command once all are ready
   flowctl run pipeline.json -control-plane-port 0 -log-format json
   flowctl check pipeline.json
-  flowctl check -schema                          a JSON Schema of pipeline files, for an editor
+  flowctl check -schema                      a JSON Schema, for an editor
 
 flowctl help run lists the flags. The pipeline file is explained in README.md.
 `
@@ -1071,7 +1073,7 @@ Usage:
 
 Examples:
   flowctl list
-  flowctl list ledgers -json                     one component, with the history of its health
+  flowctl list ledgers -json                 one component, with its history
   flowctl list -watch -e 127.0.0.1:8080
 
 Flags:
@@ -1088,9 +1090,19 @@ Flags:
 		{"list -help", list, true},
 		{"help version", "version: print the version\n\nUsage:\n  flowctl version\n", false},
 		{"help run", "run: run a pipeline ", true},
+		{"help check", "check: ", true},
+		{"help reload", "reload: ", true},
 		{"help server", "server: run the control plane alone\n", true},
 	} {
 		code, out, stderr := call(t, strings.Fields(tt.args)...)
+		for line := range strings.Lines(out) {
+			if utf8.RuneCountInString(line) > 80+1 {
+				t.Errorf("%s: wider than 80 columns: %s", tt.args, line)
+			}
+		}
+		if n := strings.Count(out, "\n"); tt.args == "help" && n > 24 {
+			t.Errorf("%s: %d lines", tt.args, n)
+		}
 		if code != exitOK || stderr != "" || out != tt.want && !(tt.prefix && strings.HasPrefix(out, tt.want)) {
 			t.Errorf("%s: exit %d\n%s%swant\n%s", tt.args, code, out, stderr, tt.want)
 		}
@@ -1811,9 +1823,9 @@ func TestRunRestarts(t *testing.T) {
 		{"no, status 1", "no", 0, role{Dialect: "legacy", End: "registered", Code: 1}, exitFailed, 1, "component a failed: exit status 1"},
 		{"on-failure, status 0", "on-failure", 0, role{Dialect: "legacy", End: "registered"}, exitOK, 1, "all components have ended"},
 		{"on-failure, then fine", "on-failure", 0, role{Dialect: "legacy", End: "early", Code: 1, Starts: 1}, -1, 2, "msg=restarting component=a"},
-		{"on-failure, in vain", "on-failure", 1, role{Dialect: "legacy", End: "early", Code: 4}, exitFailed, 2, "component a failed: exit status 4, after 1 restarts (max_restarts)"},
+		{"on-failure, in vain", "on-failure", 1, role{Dialect: "legacy", End: "early", Code: 4}, exitFailed, 2, "component a failed: exit status 4, and max_restarts (1) is used up"},
 		{"always, status 0", "always", 1, role{Dialect: "legacy", End: "registered"}, exitOK, 2, "msg=restarting component=a"},
-		{"always, status 1", "always", 1, role{Dialect: "legacy", End: "registered", Code: 1}, exitFailed, 2, "component a failed: exit status 1, after 1 restarts (max_restarts)"},
+		{"always, status 1", "always", 1, role{Dialect: "legacy", End: "registered", Code: 1}, exitFailed, 2, "component a failed: exit status 1, and max_restarts (1) is used up"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -2073,9 +2085,10 @@ func TestRunOutputJSON(t *testing.T) {
 		if err := json.Unmarshal([]byte(line), &l); err != nil || l["time"] == nil || l["level"] == nil || l["msg"] == nil {
 			t.Errorf("%v: %s", err, line)
 		}
-		if l["msg"] == "component failed" {
-			failed = l
-		}
+		failed = l
+	}
+	if failures, _ := failed["failures"].([]any); len(failures) == 1 {
+		failed = failures[0].(map[string]any)
 	}
 	if failed["component"] != "a" || failed["reason"] != "exit status 5" || failed["registered"] != true || len(failed["last_lines"].([]any)) != 3 {
 		t.Errorf("the failure: %v\n%s", failed, p)

@@ -279,14 +279,48 @@ func readPipeline(path string, env func(string) (string, bool)) (*Pipeline, erro
 }
 
 func yamlCommand(from, to string) string {
-	quote := func(s string) string {
-		if regexp.MustCompile(`^[\w./-]+$`).MatchString(s) {
-			return s
-		}
-		return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
-	}
 	return "python3 -c 'import json, sys, yaml; json.dump(yaml.safe_load(sys.stdin.buffer), sys.stdout, indent=2, default=str)' < " +
-		quote(from) + " > " + quote(to)
+		shellWord(from) + " > " + shellWord(to)
+}
+
+// shellWord quotes s for a shell, where that is needed.
+func shellWord(s string) string {
+	if plainWord.MatchString(s) {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}
+
+var plainWord = regexp.MustCompile(`^[\w./-]+$`)
+
+// pipelineFiles returns those of the first files in a folder that are JSON and say that
+// they are pipelines.
+func pipelineFiles(folder string) []string {
+	const (
+		mostEntries = 1000
+		mostFiles   = 20
+		mostBytes   = 256 << 10
+	)
+	dir, err := os.Open(folder)
+	if err != nil {
+		return nil
+	}
+	defer dir.Close()
+	entries, _ := dir.ReadDir(mostEntries) // what could be read will do
+	slices.SortFunc(entries, func(a, b os.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
+	entries = slices.DeleteFunc(entries, func(e os.DirEntry) bool { return filepath.Ext(e.Name()) != ".json" || !e.Type().IsRegular() })
+	var out []string
+	for _, e := range entries[:min(len(entries), mostFiles)] {
+		var head struct{ Kind string }
+		if info, err := e.Info(); err != nil || info.Size() > mostBytes {
+			continue
+		}
+		data, err := os.ReadFile(filepath.Join(folder, e.Name()))
+		if err == nil && json.Unmarshal(data, &head) == nil && head.Kind == "Pipeline" {
+			out = append(out, printable(e.Name()))
+		}
+	}
+	return out
 }
 
 // readFile reads one byte more than a pipeline file may have, at most.
@@ -382,6 +416,15 @@ func (e *fileErrors) Error() string {
 		lines = append(lines, fmt.Sprintf("%s: and %d more errors", e.name, e.more))
 	}
 	return strings.Join(lines, "\n")
+}
+
+// entries are the errors in the form of JSON.
+func (e *fileErrors) entries() []checkError {
+	var out []checkError
+	for _, err := range e.list {
+		out = append(out, checkError{err.line, err.column, err.path, err.msg})
+	}
+	return out
 }
 
 // A node is a value of the file with its place. Its text is the string, with the

@@ -439,6 +439,19 @@ func (r *registry) condition(id string, now time.Time) (condition, string) {
 	return r.conditionLocked(s, now)
 }
 
+// strangers returns the ids of what is registered and is none of the pipeline's.
+func (r *registry) strangers() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var ids []string
+	for _, s := range r.all {
+		if s.member == nil && s.registered {
+			ids = append(ids, printable(s.id))
+		}
+	}
+	return ids
+}
+
 // report takes what is to be shown of the run as a whole.
 func (r *registry) report(about about) {
 	r.mu.Lock()

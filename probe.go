@@ -183,7 +183,7 @@ func watch(ctx context.Context, s *supervisor, c *Component, ch *child, verdicts
 			failures++
 		}
 		if err != nil {
-			v.failing = fmt.Sprintf("health_check %s failed %s: %.200s", withoutPassword(ch.fill(c.HealthCheck)), times(failures), printable(err.Error()))
+			v.failing = fmt.Sprintf("health_check %s %s: %.200s", withoutPassword(ch.fill(c.HealthCheck)), howOften(failures), printable(err.Error()))
 		}
 		if err == nil || !passed && !c.registers() || failures >= c.healthRetries() {
 			select {
@@ -213,12 +213,12 @@ func (s *supervisor) warnOfStranger(c *Component, ch *child) {
 	}
 }
 
-// times says how often in a row a check has failed, 0 for a start.
-func times(failures int) string {
+// howOften says how often in a row a check has failed, 0 for a start.
+func howOften(failures int) string {
 	if failures == 0 {
-		return "so far"
+		return "has not passed yet"
 	}
-	return fmt.Sprintf("%d times running", failures)
+	return fmt.Sprintf("failed %d times running", failures)
 }
 
 func probeOnce(ctx context.Context, c *Component, ch *child) error {

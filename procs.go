@@ -60,12 +60,15 @@ func (s procState) String() string {
 	return [...]string{"waiting", "starting", "ready", "backoff", "stopping", "killed", "completed", "failed", "stopped"}[s]
 }
 
-// failKind tells apart the ends of a run that have exit codes of their own.
-type failKind int
+// failKind is what a component failed by, as a report has it.
+type failKind string
 
 const (
-	failEnded    failKind = iota // ended unasked, could not be started, or stayed unhealthy
-	failNotReady                 // was not ready within its start timeout
+	failStart     failKind = "start"     // it could not be started
+	failEnded     failKind = "ended"     // its process ended unasked
+	failNotReady  failKind = "not_ready" // within its start timeout
+	failUnhealthy failKind = "unhealthy" // for too long
+	failStuck     failKind = "stuck"     // its process outlived SIGKILL
 )
 
 // failure is what has to be said of a component that failed.
@@ -75,7 +78,9 @@ type failure struct {
 	reason     string
 	lived      time.Duration // of its last process; 0: it never ran
 	pid        int
-	registered bool // had its last process registered
+	registered bool             // had its last process registered
+	wasReady   bool             // was its last process
+	exit       *os.ProcessState // of its last process; nil: it had not ended
 	tail       []string
 }
 
@@ -97,7 +102,8 @@ type proc struct {
 	restarts int
 	failure  *failure
 
-	registered bool // its last process has; who owns the supervisor notes it
+	registered bool             // its last process has; who owns the supervisor notes it
+	exit       *os.ProcessState // of its last process, nil while it runs
 
 	leaving   bool       // the file has changed: it is to be stopped, and then is gone
 	successor *Component // takes its place then, nil for none
@@ -313,11 +319,11 @@ func (s *supervisor) start(p *proc, now time.Time) {
 	}
 	if err != nil {
 		p.last = nil // what is to be said is of this start
-		s.fail(p, failEnded, err.Error(), now)
+		s.fail(p, failStart, err.Error(), now)
 		s.transition(p, procFailed, time.Time{})
 		return
 	}
-	p.last, p.ended, p.registered = p.child, time.Time{}, false
+	p.last, p.ended, p.registered, p.exit = p.child, time.Time{}, false, nil
 	s.transition(p, procStarting, p.readyBy)
 	p.log.Info("started", "pid", p.child.pid)
 	go func(child *child) {
@@ -336,7 +342,7 @@ func (s *supervisor) ready(p *proc, now time.Time) {
 // exited takes the end of a process in and decides what becomes of its component.
 func (s *supervisor) exited(e exit, now time.Time) {
 	p := e.proc
-	p.child, p.ended = nil, now
+	p.child, p.ended, p.exit = nil, now, e.state
 	s.leaders.ended(e.child.pid)
 	if !s.stopping { // else close sweeps
 		for _, stray := range s.strays(p.ID) {
@@ -367,8 +373,8 @@ func (s *supervisor) exited(e exit, now time.Time) {
 
 func (s *supervisor) failEnded(p *proc, reason string, wasReady bool, now time.Time) {
 	switch {
-	case p.attempts > 0:
-		reason = fmt.Sprintf("%s, after %d restarts (max_restarts)", reason, p.attempts)
+	case p.MaxRestarts > 0 && p.attempts >= p.MaxRestarts:
+		reason = fmt.Sprintf("%s, and max_restarts (%d) is used up", reason, p.MaxRestarts)
 	case !wasReady:
 		reason += " before it was ready"
 	}
@@ -409,14 +415,15 @@ func (s *supervisor) fail(p *proc, kind failKind, reason string, now time.Time) 
 	f := &failure{component: p.Component, kind: kind, reason: reason}
 	if p.last != nil {
 		f.pid, f.registered, f.tail = p.last.pid, p.registered, p.last.tail.lines()
-		f.lived = cmp.Or(p.ended, now).Sub(p.started)
+		f.lived, f.exit = cmp.Or(p.ended, now).Sub(p.started), p.exit
+		f.wasReady = p.readyAt.After(p.started)
 	}
 	p.failure = f
 }
 
 // failUnhealthy fails p, which runs, for how it is.
 func (s *supervisor) failUnhealthy(p *proc, reason string, now time.Time) {
-	s.fail(p, failEnded, reason, now)
+	s.fail(p, failUnhealthy, reason, now)
 }
 
 // failures returns those that failed, in file order.
@@ -428,6 +435,31 @@ func (s *supervisor) failures() []*failure {
 		}
 	}
 	return out
+}
+
+// affected returns what needs p, whatever is in between: what was never started, and
+// what was stopped although it ran. All are over.
+func (s *supervisor) affected(p *proc) (never, stopped []string) {
+	never, stopped = []string{}, []string{} // empty in JSON, not null
+	needs := map[string]bool{p.ID: true}
+	for more := true; more; {
+		more = false
+		for _, q := range s.procs {
+			if !needs[q.ID] && slices.ContainsFunc(q.waitsFor(), func(id string) bool { return needs[id] }) {
+				needs[q.ID], more = true, true
+			}
+		}
+	}
+	for _, q := range s.procs {
+		switch {
+		case !needs[q.ID] || q.state != procStopped:
+		case q.last == nil:
+			never = append(never, q.ID)
+		default:
+			stopped = append(stopped, q.ID)
+		}
+	}
+	return never, stopped
 }
 
 // over tells whether nothing runs and nothing will.
@@ -503,7 +535,7 @@ func (s *supervisor) expire(now time.Time) {
 			}
 			s.kill(p, now)
 		case p.state == procKilled:
-			s.fail(p, failEnded, fmt.Sprintf("pid %d is still running %s after SIGKILL", p.child.pid, killPatience), now)
+			s.fail(p, failStuck, fmt.Sprintf("pid %d is still running %s after SIGKILL", p.child.pid, killPatience), now)
 			s.transition(p, procFailed, time.Time{})
 		}
 	}
@@ -694,7 +726,7 @@ func (s *supervisor) settle() {
 			s.procs[i] = s.newProc(p.successor)
 			port, err := reservePort(p.successor)
 			if err != nil {
-				s.fail(s.procs[i], failEnded, fmt.Sprintf("cannot find a free port for its HEALTH_PORT: %v", err), time.Time{})
+				s.fail(s.procs[i], failStart, fmt.Sprintf("cannot find a free port for its HEALTH_PORT: %v", err), time.Time{})
 				s.transition(s.procs[i], procFailed, time.Time{})
 				port = new(reservedPort)
 			}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -48,6 +49,7 @@ type run struct {
 	signalAt   time.Time
 	ready      bool // once and for all
 	code       int
+	blame      error // for code, where no component is
 	verdicts   chan verdict
 	watches    map[string]context.CancelFunc // by component: ends its health checks
 	watching   sync.WaitGroup
@@ -84,7 +86,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	for _, c := range p.components() {
 		ids = append(ids, c.ID)
 	}
-	stderr := newLogWriter(patient{os.Stderr})
+	stderr := newLogWriter(patient{os.Stderr}, o.format)
 	defer stderr.close()
 	log := newLogger(stderr, o.format, o.logLevel)
 	var records *journalLog // nil where the log is not in the journal
@@ -184,19 +186,23 @@ func (r *run) emit(id, stream string, lines []byte) {
 
 // end says what has failed, last of all, and returns an *exitError unless nothing has.
 func (r *run) end(stderr io.Writer) error {
-	failures := r.sup.failures()
-	if r.journal != nil {
-		r.journal.report(failures)
-	} else {
-		reportFailures(stderr, r.log, r.flags.format, failures)
-	}
-	if len(failures) > 0 && r.code == exitOK {
+	if len(r.sup.failures()) > 0 && r.code == exitOK {
 		r.code = exitFailed // found while stopping: a process that survived SIGKILL
 	}
-	if r.code != exitOK {
-		return &exitError{code: r.code}
+	if r.code == exitOK {
+		return nil
 	}
-	return nil
+	switch report := r.report(); {
+	case r.journal != nil:
+		r.journal.report(report)
+	case r.flags.format == formatJSON:
+		report.writeJSON(stderr)
+	default:
+		var text bytes.Buffer // a line at a time could be lost by half
+		report.writeText(&text)
+		_, _ = text.WriteTo(stderr)
+	}
+	return &exitError{code: r.code}
 }
 
 // trace tells the control plane of which component a caller is.
@@ -253,6 +259,9 @@ func (r *run) loop(signals <-chan os.Signal) {
 			r.guest.over = true
 			r.log.Info("command ended", "reason", describeExit(state))
 			code := r.guest.code(state)
+			if code != exitOK && !r.sup.stopping {
+				r.blame = fmt.Errorf("the command %q after -- failed: %s", r.guest.argv[0], describeExit(state))
+			}
 			if r.stop(code, time.Now()); r.code == exitOK {
 				r.code = code // which was asked to end
 			}
@@ -262,6 +271,7 @@ func (r *run) loop(signals <-chan os.Signal) {
 		case <-broken:
 			broken = nil
 			r.log.Error("standard output is closed, stopping", "err", r.console.err)
+			r.blame = fmt.Errorf("standard output is closed: %v", r.console.err)
 			r.stop(exitFailed, time.Now())
 		case <-timer.C:
 		}
@@ -326,8 +336,11 @@ func (r *run) advance(now time.Time) {
 func (r *run) failed(failures []*failure, now time.Time) {
 	for _, f := range failures {
 		if f.kind == failNotReady {
-			_, cause := r.registry.condition(f.component.ID, now)
+			c, cause := r.registry.condition(f.component.ID, now)
 			f.reason += ": " + cause
+			if others := r.registry.strangers(); c == unregistered && f.component.registers() && len(others) > 0 {
+				f.reason += "; registered, and none of the pipeline's: " + enumerate(others)
+			}
 		}
 	}
 	code := exitFailed
@@ -492,14 +505,33 @@ func (r *run) checkReady(now time.Time) {
 	notify(r.log, daemon.SdNotifyReady)
 	if r.flags.until == untilReady {
 		r.stop(exitOK, now)
+	} else if r.flags.format == formatText && isTerminal(os.Stderr) {
+		r.log.Info("in another terminal", r.commands()...)
 	}
 	if r.guest == nil {
 		return
 	}
 	if err := r.guest.start(r.sup); err != nil {
 		r.log.Error("the command did not start", "err", err)
+		r.blame = err
 		r.stop(exitUsage, now)
 	}
+}
+
+// commands are those that a person may want while the pipeline runs, as attributes.
+func (r *run) commands() []any {
+	with := ""
+	if r.flags.tls.cert != "" {
+		with = " -tls-ca-cert FILE"
+		if r.flags.tls.ca != "" {
+			with += " -tls-cert FILE -tls-key FILE"
+		}
+	}
+	out := []any{"see", "flowctl list" + with, "follow", "flowctl list -watch" + with}
+	if !fromStandardInput(r.flags.file) {
+		out = append(out, "reload", "flowctl reload"+with)
+	}
+	return out
 }
 
 // overview sums up how the components are.

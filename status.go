@@ -72,6 +72,7 @@ func (p patient) Write(b []byte) (written int, err error) {
 // of all while it stops a pipeline. Past maxQueued bytes it drops lines and says so.
 type logWriter struct {
 	w    io.Writer
+	json bool          // what it is given, and so what it says itself
 	more chan struct{} // gets a token when there is something to do
 	done chan struct{}
 
@@ -86,8 +87,8 @@ const (
 	flushTime = 5 * time.Second // for the last lines, when flowctl ends
 )
 
-func newLogWriter(w io.Writer) *logWriter {
-	l := &logWriter{w: w, more: make(chan struct{}, 1), done: make(chan struct{})}
+func newLogWriter(w io.Writer, format string) *logWriter {
+	l := &logWriter{w: w, json: format == formatJSON, more: make(chan struct{}, 1), done: make(chan struct{})}
 	go l.run()
 	return l
 }
@@ -120,12 +121,23 @@ func (l *logWriter) run() {
 		l.mu.Lock()
 		lines, l.queue = l.queue, lines[:0]
 		if l.lost > 0 {
-			lines = fmt.Appendf(lines, "flowctl: %d lines of this log are lost: standard error was not read\n", l.lost)
+			lines = l.appendLost(lines)
 		}
 		l.lost, closed = 0, l.closed
 		l.mu.Unlock()
 		_, _ = l.w.Write(lines) // there is nowhere to say that it failed
 	}
+}
+
+// appendLost appends that lines are lost, which a reader of JSON has to understand too.
+func (l *logWriter) appendLost(lines []byte) []byte {
+	text := fmt.Sprintf("%d lines of this log are lost: standard error was not read", l.lost)
+	if l.json {
+		out := bytes.NewBuffer(lines)
+		newLogger(out, formatJSON, slog.LevelInfo).Error(text, "lines", l.lost)
+		return out.Bytes()
+	}
+	return fmt.Appendf(lines, "flowctl: %s\n", text)
 }
 
 // close writes what is left, unless that takes longer than flushTime.
@@ -471,36 +483,6 @@ func enumerate(ids []string) string {
 		return fmt.Sprintf("%s and %d more", strings.Join(ids[:most], ", "), len(ids)-most)
 	}
 	return strings.Join(ids, ", ")
-}
-
-// reportFailures says what failed and shows the last lines of each, last of all
-// that a failed run prints.
-func reportFailures(w io.Writer, log *slog.Logger, format string, failures []*failure) {
-	for _, f := range failures {
-		if format == formatJSON {
-			log.Error("component failed", "component", f.component.ID, "reason", f.reason, "pid", f.pid,
-				"lived", f.lived.Round(time.Millisecond), "registered", f.registered, "last_lines", f.tail)
-			continue
-		}
-		fmt.Fprintf(w, "flowctl: component %s failed: %s%s\n", f.component.ID, f.reason, f.circumstances())
-		if len(f.tail) > 0 {
-			fmt.Fprintf(w, "flowctl: the last lines of %s:\n", f.component.ID)
-		}
-		for _, line := range f.tail {
-			fmt.Fprintf(w, "  %s\n", strings.TrimSuffix(line, "\r"))
-		}
-	}
-}
-
-func (f *failure) circumstances() string {
-	if f.pid == 0 {
-		return ""
-	}
-	text := fmt.Sprintf(" (pid %d, ran for %s", f.pid, f.lived.Round(time.Millisecond))
-	if f.component.registers() {
-		text += map[bool]string{true: ", registered", false: ", not registered"}[f.registered]
-	}
-	return text + ")"
 }
 
 // clean is printable for a table: a long text is cut.

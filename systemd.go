@@ -233,13 +233,16 @@ func linePriority(line []byte, stream string) ([]byte, journald.Priority) {
 	return line, journald.PriInfo
 }
 
-// report is reportFailures for the journal: a record for each, with all that is to be
-// said.
-func (j *journalLog) report(failures []*failure) {
-	for _, f := range failures {
+// report takes a report: a record for each component that failed, with all that is to
+// be said of it.
+func (j *journalLog) report(r report) {
+	if r.Error != "" {
+		j.log(journalRecord{message: r.Error, priority: journald.PriErr, fields: j.base})
+	}
+	for _, f := range r.Failures {
 		var text bytes.Buffer
-		reportFailures(&text, nil, formatText, []*failure{f})
-		fields := map[string]string{"COMPONENT": f.component.ID, "REASON": f.reason}
+		f.writeText(&text, true)
+		fields := map[string]string{"COMPONENT": f.Component, "REASON": f.Reason}
 		maps.Copy(fields, j.base)
 		message := strings.ReplaceAll("\n"+strings.TrimSuffix(text.String(), "\n"), "\nflowctl: ", "\n")[1:]
 		j.log(journalRecord{message: message, priority: journald.PriErr, fields: fields})

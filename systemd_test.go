@@ -457,7 +457,7 @@ func testUnitFailure(t *testing.T, l *lab) {
 	u.is("ActiveState", "active")
 	u.logged("code=exited, status=1")
 	report := u.logged("component store failed: exit status 7", "COMPONENT=store", "PRIORITY=3")
-	if text := report.text("MESSAGE"); !strings.HasSuffix(text, "the last lines of store:\n  cannot write\n  registered") {
+	if text := report.text("MESSAGE"); !strings.Contains(text, "store.log):\n  cannot write\n  registered\ntry: ") {
 		t.Errorf("report: %q", text)
 	}
 }
