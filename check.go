@@ -123,9 +123,18 @@ func (p *Pipeline) warnings() []warning {
 			warn("working_dir", "%q is no folder", c.WorkingDir)
 		}
 		if program, err := exec.LookPath(c.Command[0]); err != nil {
-			warn("command", "cannot run %q: %v", c.Command[0], cause(err))
+			warn("command", "%v", describeProgram(c, err))
 		} else if !filepath.IsAbs(program) {
 			warn("command", "%q is found in PATH as %q, which depends on the folder that flowctl is started in", c.Command[0], program)
+		} else if interpreter := interpreterOf(program); interpreter != "" {
+			if _, err := os.Stat(interpreter); err != nil {
+				warn("command", "cannot run %q: the interpreter that it names, %q, does not exist", c.Command[0], interpreter)
+			}
+		}
+		if line, ok := strings.CutPrefix(c.HealthCheck, "exec:"); ok {
+			if err := findIn(c.WorkingDir, strings.Fields(line)[0]); err != nil {
+				warn("health_check", "cannot run %q: %v", strings.Fields(line)[0], cause(err))
+			}
 		}
 		if len(c.HealthCommand) > 0 {
 			if _, err := exec.LookPath(c.HealthCommand[0]); err != nil {
@@ -150,6 +159,32 @@ func (p *Pipeline) warnings() []warning {
 		}
 	}
 	return out
+}
+
+// interpreterOf returns what the #! line of a program names, "" for none (execve(2)).
+func interpreterOf(program string) string {
+	f, err := os.Open(program)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	head := make([]byte, 256)
+	n, _ := io.ReadFull(f, head) // a shorter file is as good
+	line, ok := strings.CutPrefix(string(head[:n]), "#!")
+	line, _, _ = strings.Cut(line, "\n")
+	if words := strings.Fields(line); ok && len(words) > 0 {
+		return words[0]
+	}
+	return ""
+}
+
+// findIn fails where a process in folder finds no such program.
+func findIn(folder, program string) error {
+	if strings.Contains(program, "/") && !filepath.IsAbs(program) {
+		program = filepath.Join(folder, program)
+	}
+	_, err := exec.LookPath(program)
+	return err
 }
 
 // unheard returns the events that c reads and none of its inputs puts out, where they

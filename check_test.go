@@ -4,6 +4,7 @@ package main
 
 import (
 	"encoding/json"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -14,6 +15,10 @@ func TestCheckWarnings(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	text := writeFile(t, filepath.Join(dir, "notes"), "not a program\n")
+	script := writeFile(t, filepath.Join(dir, "script"), "#!/no/such/interpreter -x\n")
+	if err := os.Chmod(script, 0o700); err != nil {
+		t.Fatal(err)
+	}
 	reads := Component{ID: "reads", Command: []string{"sh"}, Inputs: []string{"a"}, InputEventTypes: []string{"x", "y"}}
 	for _, tt := range []struct {
 		name       string
@@ -22,11 +27,19 @@ func TestCheckWarnings(t *testing.T) {
 	}{
 		{"nothing", []Component{shell("a", "true")}, nil},
 		{"no such program", []Component{{ID: "a", Command: []string{"no-such-program"}}}, []string{
-			`component a: command: cannot run "no-such-program": executable file not found in $PATH`}},
+			`component a: command: cannot run "no-such-program": it is not found in PATH`}},
 		{"no such file", []Component{{ID: "a", Command: []string{dir + "/nothing"}}}, []string{
 			`component a: command: cannot run "` + dir + `/nothing": no such file or directory`}},
 		{"not executable", []Component{{ID: "a", Command: []string{text}}}, []string{
-			`component a: command: cannot run "` + text + `": permission denied`}},
+			`component a: command: cannot run "` + text + `": it is not executable (chmod +x)`}},
+		{"no interpreter", []Component{{ID: "a", Command: []string{script}}}, []string{
+			`component a: command: cannot run "` + script + `": the interpreter that it names, "/no/such/interpreter", does not exist`}},
+		{"beside the file", []Component{{ID: "a", Command: []string{"notes"}, WorkingDir: dir}}, []string{
+			`component a: command: cannot run "notes": it is not found in PATH; the file in its folder is "./notes"`}},
+		{"health_check", []Component{
+			{ID: "a", Command: []string{"sh"}, HealthCheck: "exec:no-such-program x"},
+			{ID: "b", Command: []string{"sh"}, HealthCheck: "exec:./script", WorkingDir: dir}}, []string{
+			`component a: health_check: cannot run "no-such-program": executable file not found in $PATH`}},
 		{"folders and files", []Component{{ID: "a", Command: []string{"sh"}, WorkingDir: text, EnvFiles: map[string]string{"KEY": dir + "/key"}}}, []string{
 			`component a: working_dir: "` + text + `" is no folder`,
 			`component a: env_files.KEY: open ` + dir + `/key: no such file or directory`}},

@@ -30,7 +30,7 @@ func newGuest(argv []string) (*guest, error) {
 		return nil, nil
 	}
 	if _, err := exec.LookPath(argv[0]); err != nil {
-		return nil, fmt.Errorf("cannot run %q: %v", argv[0], cause(err))
+		return nil, fmt.Errorf("the command after --: cannot run %q: %v", argv[0], cause(err))
 	}
 	return &guest{argv: argv, ended: make(chan *os.ProcessState)}, nil
 }
@@ -43,7 +43,7 @@ func (g *guest) start(s *supervisor) error {
 	g.cmd.Env = append(slices.DeleteFunc(os.Environ(), hidden), "FLOWCTL_ENDPOINT="+s.settings.endpoint, runMark+"="+s.run)
 	if err := s.reaper.start(g.cmd); err != nil {
 		g.over = true
-		return fmt.Errorf("cannot run %q: %v", g.argv[0], cause(err))
+		return fmt.Errorf("the command after --: cannot run %q: %v", g.argv[0], cause(err))
 	}
 	go func() {
 		_ = s.reaper.wait(g.cmd) // how it ended is in its state

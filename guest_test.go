@@ -49,8 +49,8 @@ func TestCommandRefused(t *testing.T) {
 		want string
 	}{
 		{[]string{"--"}, "flowctl: a command must come after --\n"},
-		{[]string{"--", "no-such-program"}, "flowctl: cannot run \"no-such-program\": executable file not found in $PATH\n"},
-		{[]string{"--", file}, "flowctl: cannot run " + `"` + file + `": permission denied` + "\n"},
+		{[]string{"--", "no-such-program"}, "flowctl: the command after --: cannot run \"no-such-program\": executable file not found in $PATH\n"},
+		{[]string{"--", file}, "flowctl: the command after --: cannot run " + `"` + file + `": permission denied` + "\n"},
 		{[]string{"-until", "done", "--", "true"}, "flowctl: -until and a command after -- contradict each other: the run ends with the command\n"},
 	} {
 		p := start(t, runArgs(file, tt.args...))

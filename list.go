@@ -473,7 +473,7 @@ func listPlanes(clients []*listClient, o listOptions) error {
 		return &exitError{exitPlane, errors.Join(failed...)}
 	}
 	if o.id != "" && len(pipelines) == 0 {
-		return &exitError{exitFailed, errors.Join(append(failed, fmt.Errorf("no component %q is in what runs here", clip(o.id)))...)}
+		return &exitError{exitFailed, errors.Join(append(failed, o.unknown(clients))...)}
 	}
 	if err := showPipelines(os.Stdout, pipelines, o); err != nil {
 		return err
@@ -487,9 +487,30 @@ func listPlanes(clients []*listClient, o listOptions) error {
 	return nil
 }
 
+// unknown says that there is no component with the id that was asked for.
+func (o *listOptions) unknown(clients []*listClient) error {
+	var ids []string
+	for _, c := range clients {
+		for _, record := range c.order {
+			ids = append(ids, printable(c.records[record].ID))
+		}
+	}
+	if len(ids) == 0 {
+		return fmt.Errorf("no component %q is registered, and no other", clip(o.id))
+	}
+	return fmt.Errorf("no component %q is in what runs here: there is %s", clip(o.id), enumerate(ids))
+}
+
 // noAnswer says that no control plane answers, in the words of who typed the address.
 func (o *listOptions) noAnswer(endpoint string, err error) error {
-	return fmt.Errorf("no control plane answers at %s: %s%s", endpoint, status.Convert(err).Message(), o.tls.hint(endpoint))
+	why := status.Convert(err).Message()
+	if status.Code(err) == codes.DeadlineExceeded {
+		why = fmt.Sprintf("nothing came within %s", listPatience)
+	}
+	if _, dialled, ok := strings.Cut(why, "Error while dialing: "); ok { // grpc's words, around the kernel's
+		why = strings.TrimSuffix(dialled, `"`)
+	}
+	return fmt.Errorf("no control plane answers at %s: %s%s", endpoint, why, o.tls.hint(endpoint))
 }
 
 // showPipelines prints them as o wants it.

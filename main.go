@@ -157,19 +157,26 @@ func dispatch(args []string) error {
 	if len(args) == 0 || strings.HasPrefix(args[0], "-") {
 		return runCommand(args)
 	}
-	names := []string{}
 	for _, c := range commands() {
 		if c.name == args[0] {
 			return c.run(args[1:])
-		}
-		if !c.hidden {
-			names = append(names, c.name)
 		}
 	}
 	if strings.HasSuffix(args[0], ".json") {
 		return &usageError{err: fmt.Errorf("unknown command %q: to run a file, write: flowctl run %s", args[0], args[0])}
 	}
-	return &usageError{err: fmt.Errorf("unknown command %q: it must be one of %s", args[0], strings.Join(names, ", "))}
+	return &usageError{err: fmt.Errorf("unknown command %q: it must be one of %s", args[0], strings.Join(shownCommands(), ", "))}
+}
+
+// shownCommands are the names of those that are no secret.
+func shownCommands() []string {
+	var names []string
+	for _, c := range commands() {
+		if !c.hidden {
+			names = append(names, c.name)
+		}
+	}
+	return names
 }
 
 // parseFlags parses args by fs, flags before and after the other arguments, of
@@ -182,7 +189,7 @@ func parseFlags(fs *flag.FlagSet, args []string, most int) ([]string, error) {
 			printHelp(os.Stdout, fs)
 			return nil, &exitError{code: exitOK}
 		} else if err != nil {
-			return nil, &usageError{fs.Name(), err}
+			return nil, &usageError{fs.Name(), explainFlag(fs, err)}
 		}
 		if fs.NArg() == 0 {
 			return rest, nil
@@ -193,6 +200,43 @@ func parseFlags(fs *flag.FlagSet, args []string, most int) ([]string, error) {
 		}
 		args = fs.Args()[1:]
 	}
+}
+
+// explainFlag says what package flag does not: what is allowed.
+func explainFlag(fs *flag.FlagSet, err error) error {
+	if name, ok := strings.CutPrefix(err.Error(), "flag provided but not defined: -"); ok {
+		var known []string
+		fs.VisitAll(func(f *flag.Flag) { known = append(known, f.Name) })
+		if near := nearest(name, known); near != "" {
+			return fmt.Errorf("%s has no flag -%s, did you mean -%s?", fs.Name(), name, near)
+		}
+		return fmt.Errorf("%s has no flag -%s", fs.Name(), name)
+	}
+	if name, ok := strings.CutPrefix(err.Error(), "flag needs an argument: "); ok {
+		return fmt.Errorf("%s: a value must follow", name)
+	}
+	_, name, _ := strings.Cut(err.Error(), " for flag -")
+	if name == "" {
+		_, name, _ = strings.Cut(err.Error(), " for -") // of a bool
+	}
+	name, _, _ = strings.Cut(name, ":")
+	var value string
+	if _, cut, ok := strings.Cut(err.Error(), "value "); ok {
+		_, _ = fmt.Sscanf(cut, "%q", &value)
+	}
+	if f := fs.Lookup(name); f != nil {
+		switch f.Value.(flag.Getter).Get().(type) {
+		case time.Duration:
+			return fmt.Errorf("-%s %q: it must be a time with a unit, such as 30s", name, value)
+		case int:
+			return fmt.Errorf("-%s %q: it must be a number", name, value)
+		case bool:
+			return fmt.Errorf("-%s=%q: it must be true or false", name, value)
+		case slog.Level, *slog.Level:
+			return fmt.Errorf("-%s %q: it must be debug, info, warn or error", name, value)
+		}
+	}
+	return err
 }
 
 // planeFlags are the flags of the control plane, which run and server have.
@@ -599,7 +643,7 @@ func helpCommand(args []string) error {
 			return c.run([]string{"-h"})
 		}
 	}
-	return &usageError{err: fmt.Errorf("there is no help for %q", args[0])}
+	return &usageError{err: fmt.Errorf("there is no help for %q: it must be one of %s", args[0], strings.Join(shownCommands(), ", "))}
 }
 
 func printOverview(w io.Writer) {
@@ -699,8 +743,12 @@ func openPlane(o planeFlags, log *slog.Logger) (net.Listener, string, error) {
 			by = fmt.Sprintf(" by process %d (%s)", pid, clean(name))
 		}
 		return nil, "", fmt.Errorf("the control plane cannot listen on %s: the address is in use%s; choose another with -control-plane-port (0 takes a free one)", net.JoinHostPort(o.address, strconv.Itoa(o.port)), by)
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		return nil, "", fmt.Errorf("-control-plane-address %q: it is no address of this machine; 0.0.0.0 is all that it has", o.address)
+	case errors.Is(err, syscall.EACCES) && tcp:
+		return nil, "", fmt.Errorf("-control-plane-port %d: a port below 1024 is for root, and for a unit with AmbientCapabilities=CAP_NET_BIND_SERVICE", o.port)
 	case err != nil:
-		return nil, "", fmt.Errorf("the control plane cannot listen: %v", err)
+		return nil, "", fmt.Errorf("the control plane cannot listen at -control-plane-address %q: %v", o.address, err)
 	}
 	if _, ok := lis.(*net.UnixListener); ok && o.tls.cert != "" {
 		lis.Close()

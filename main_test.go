@@ -961,7 +961,7 @@ func TestRunCannotStart(t *testing.T) {
 		want      string
 	}{
 		{"not found", component("", "/no/such/program"), `cannot run "/no/such/program": no such file or directory`},
-		{"not in PATH", component("", "no-such-program"), `cannot run "no-such-program": executable file not found in $PATH`},
+		{"not in PATH", component("", "no-such-program"), `cannot run "no-such-program": it is not found in PATH`},
 		{"not executable", component("", program), `cannot run "` + program + `": it is not executable (chmod +x)`},
 		{"a folder", component("", dir), `cannot run "` + dir + `": it is a folder`},
 		{"no interpreter", component("", script), `cannot run "` + script + `": the interpreter that it names, or its loader, does not exist`},

@@ -14,6 +14,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"reflect"
 	"runtime"
 	"slices"
@@ -855,10 +856,20 @@ func describeStart(c *Component, err error) error {
 	if err := syscall.Access(cmp.Or(c.WorkingDir, "."), 1); err != nil { // X_OK
 		return fmt.Errorf("cannot enter its working_dir %q: %v", c.WorkingDir, err)
 	}
+	return describeProgram(c, err)
+}
+
+// describeProgram says what is wrong with the program of c.
+func describeProgram(c *Component, err error) error {
 	program := c.Command[0]
 	file, fileErr := os.Stat(program)
 	why := cause(err).Error()
 	switch err := cause(err); {
+	case errors.Is(err, exec.ErrNotFound):
+		why = "it is not found in PATH"
+		if _, err := os.Stat(filepath.Join(c.WorkingDir, program)); err == nil {
+			why += fmt.Sprintf("; the file in its folder is %q", "./"+program)
+		}
 	case errors.Is(err, fs.ErrNotExist) && fileErr == nil:
 		why = "the interpreter that it names, or its loader, does not exist"
 	case errors.Is(err, fs.ErrPermission) && fileErr == nil && file.IsDir():

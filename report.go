@@ -92,7 +92,7 @@ func (r report) writeText(w io.Writer) {
 	case len(r.Errors) > 0:
 		fmt.Fprintln(w, r.Error) // each line begins with its place, as editors want it
 	case r.Error != "":
-		fmt.Fprintln(w, "flowctl: "+r.Error)
+		fmt.Fprintln(w, "flowctl: "+strings.ReplaceAll(r.Error, "\n", "\nflowctl: "))
 	}
 	if r.Try != "" {
 		fmt.Fprintln(w, "Try: "+r.Try)

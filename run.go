@@ -102,7 +102,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	}
 	file, err := claimRun(runInfo{Pipeline: p.Metadata.Name, TLS: o.tls.cert != ""})
 	if running := (*runningError)(nil); errors.As(err, &running) {
-		return &exitError{exitPlane, err}
+		return &exitError{exitPlane, &hintedError{err, "flowctl list"}}
 	} else if err != nil {
 		log.Warn("list cannot find this run by itself, and a second one would not be refused", "err", err)
 	}

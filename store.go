@@ -566,7 +566,7 @@ func readState(path string) ([]savedService, error) {
 	case err != nil:
 		return nil, fmt.Errorf("state file %s is damaged and kept as it is: %v; move it away to begin anew", path, err)
 	case !ours:
-		return nil, fmt.Errorf("file %s is no state file of flowctl and kept as it is: its \"format\" is %q and not %q", path, clip(state.Format), stateFormat)
+		return nil, fmt.Errorf("file %s is no state file of flowctl and kept as it is: its \"format\" is %q and not %q; choose another with -db-path", path, clip(state.Format), stateFormat)
 	}
 	return state.Services, nil
 }
