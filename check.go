@@ -81,7 +81,7 @@ func checkCommand(args []string) error {
 		fmt.Fprintf(os.Stderr, "%s: warning: %s\n", file, w)
 	}
 	if !report.OK {
-		return &exitError{exitUsage, fmt.Errorf("%d warnings (-strict)", len(report.Warnings))}
+		return &exitError{exitUsage, fmt.Errorf("%s has warnings, which -strict does not allow: %d", file, len(report.Warnings))}
 	}
 	fmt.Printf("%s: ok: pipeline %s, %d sources, %d processors, %d sinks\n", file, p.Metadata.Name, len(p.Spec.Sources), len(p.Spec.Processors), len(p.Spec.Sinks))
 	return nil

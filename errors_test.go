@@ -5,6 +5,7 @@ package main
 import (
 	"encoding/json"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -193,7 +194,7 @@ p.json:2:144: spec.sinks[0].env.K: ${NO_SUCH_NAME} is not set in the environment
 `},
 	{name: "a cycle", args: "check p.json", prepare: havePipeline(reading(shell("a", "true"), "b"), reading(shell("b", "true"), "a")), code: exitUsage, want: "p.json:1:216: spec.processors[1].inputs[0]: cycle, each waits for the next: a -> b -> a\n"},
 	{name: "tls without a certificate", args: "run p.json", prepare: havePipeline(changed(shell("a", "true"), func(c *Component) { c.TLS = true })), code: exitUsage, want: "flowctl: p.json: \"tls\": true of a needs -tls-cert and -tls-key\n"},
-	{name: "strict", args: "check -strict p.json", prepare: havePipeline(plainProgram("a", "no-such-program")), code: exitUsage, want: "p.json: warning: component a: command: cannot run \"no-such-program\": it is not found in PATH\nflowctl: 1 warnings (-strict)\n"},
+	{name: "strict", args: "check -strict p.json", prepare: havePipeline(plainProgram("a", "no-such-program")), code: exitUsage, want: "p.json: warning: component a: command: cannot run \"no-such-program\": it is not found in PATH\nflowctl: p.json has warnings, which -strict does not allow: 1\n"},
 }
 
 var planeErrors = []errorRow{
@@ -257,8 +258,10 @@ var runErrors = []errorRow{
 		want: "flowctl: component a failed: exit status 4, and max_restarts (1) is used up (pid N, ran for T)\nflowctl: the last lines of a:\n  no\n"},
 	{name: "not registered", args: quietRun + " -start-timeout 100ms", prepare: havePipeline(actor("a", role{}), reading(shell("b", "exec sleep 300"), "a")), code: exitNotReady,
 		want: "flowctl: component a failed: not ready within its start timeout of 100ms: not registered (pid N, ran for T, not registered)\nflowctl: never started, waiting for a: b\nflowctl: try: if a does not speak to flowctl, give it \"register\": false; if it does, it has to dial $FLOWCTL_ENDPOINT; if it is only slow, give it a longer \"start_timeout\"\n"},
-	{name: "check has not passed", args: quietRun + " -start-timeout 200ms", prepare: havePipeline(changed(shell("a", "exec sleep 300"), func(c *Component) { c.HealthCheck = "tcp://127.0.0.1:1" })), code: exitNotReady,
-		want: "flowctl: component a failed: not ready within its start timeout of 200ms: health_check tcp://127.0.0.1:P has not passed yet: dial tcp 127.0.0.1:P: connect: connection refused (pid N, ran for T)\nflowctl: try: ask by hand what its health_check asks, while a runs; if it is only slow, give it a longer \"start_timeout\" or \"health_timeout\"\n"},
+	{name: "check has not passed", args: quietRun + " -start-timeout 2s", prepare: havePipeline(changed(shell("a", "exec sleep 300"), func(c *Component) { c.HealthCheck = "tcp://127.0.0.1:1" })), code: exitNotReady,
+		want: "flowctl: component a failed: not ready within its start timeout of 2s: health_check tcp://127.0.0.1:P has not passed yet: dial tcp 127.0.0.1:P: connect: connection refused (pid N, ran for T)\nflowctl: try: ask by hand what its health_check asks, while a runs; if it is only slow, give it a longer \"start_timeout\" or \"health_timeout\"\n"},
+	{name: "check is not answered", args: quietRun + " -start-timeout 200ms", prepare: havePipeline(changed(shell("a", "exec sleep 300"), func(c *Component) { c.HealthCheck, c.HealthTimeout = "exec:sleep 300", Duration(time.Minute) })), code: exitNotReady,
+		want: "flowctl: component a failed: not ready within its start timeout of 200ms: health_check exec:sleep 300 has not been answered yet (pid N, ran for T)\nflowctl: try: ask by hand what its health_check asks, while a runs; if it is only slow, give it a longer \"start_timeout\" or \"health_timeout\"\n"},
 	{name: "unhealthy", args: quietRun + " -unhealthy-timeout 100ms", prepare: havePipeline(actor("a", role{Dialect: "v1", OnUSR1: "unhealthy"})), act: onceReady(syscall.SIGUSR1), code: exitFailed,
 		want: "flowctl: component a failed: unhealthy for 100ms (-unhealthy-timeout): it declared itself UNHEALTHY (pid N, ran for T, registered)\nflowctl: the last lines of a:\n  registered\nflowctl: try: it is a that says so: look for the reason in its lines, or give it longer with -unhealthy-timeout\n"},
 	{name: "silent for too long", args: quietRun + " -unhealthy-timeout 100ms -heartbeat-ttl 200ms", prepare: havePipeline(actor("a", role{Dialect: "v1", Mute: true})), code: exitFailed,
@@ -334,4 +337,56 @@ func (row errorRow) checkJSON(t *testing.T, p *process, dir string) {
 	if said := normalised(text.String(), dir); said != row.want {
 		t.Errorf("the report says\n%swant\n%s%s", said, row.want, last)
 	}
+}
+
+// The form of errors is known from the command line, however wrong it is.
+func TestErrorsInJSON(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		args string
+		json bool
+	}{
+		{"run -nosuch -log-format json", true},
+		{"run -nosuch -log-format=json", true},
+		{"server --log-format json x", true},
+		{"-log-format json", true},
+		{"run -log-format json -log-format text", false},
+		{"run log-format json x", false},
+		{"run nosuch.json -- x -log-format json", false},
+		{"run nosuch.json -log-format", false},
+	} {
+		code, out, stderr := call(t, strings.Fields(tt.args)...)
+		if code != exitUsage || out != "" || json.Valid([]byte(stderr)) != tt.json {
+			t.Errorf("%s: exit %d\n%s%s", tt.args, code, out, stderr)
+		}
+	}
+}
+
+// On a terminal a pipeline that is ready says once what to type in another.
+func TestCommandsOnATerminal(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("script"); err != nil {
+		t.Skip("no script(1) here, which makes a terminal")
+	}
+	const want = `msg="in another terminal" see="flowctl list" follow="flowctl list -watch" reload="flowctl reload"`
+	file := writePipeline(t, shell("a", "exec sleep 300"))
+	for _, tt := range []struct {
+		more  string
+		count int
+	}{{"-- true", 1}, {"-log-format json -- true", 0}, {"-until ready", 0}} {
+		p := start(t, []string{"--version"}) // for its harness alone
+		<-p.done
+		screen := filepath.Join(t.TempDir(), "screen")
+		cmd := exec.Command("script", "-qec", "exec "+binary(t)+" run "+file+` -log-dir "" -control-plane-port 0 `+tt.more, screen)
+		cmd.Env = append(p.cmd.Env, "SHELL=/bin/sh")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%v\n%s", err, out)
+		}
+		if text, err := os.ReadFile(screen); err != nil || strings.Count(string(text), want) != tt.count {
+			t.Errorf("%s: %v\n%s", tt.more, err, text)
+		}
+	}
+	p := launch(t, file, "-until", "ready")
+	p.exit(exitOK)
+	p.hasNot(p.stderr, "in another terminal")
 }

@@ -359,6 +359,9 @@ func (r *run) start(p *proc) {
 	switch {
 	case !p.runs():
 	case p.HealthCheck != "":
+		if !p.registers() {
+			r.registry.checked(p.ID, "health_check "+p.HealthCheck+" has not been answered yet", time.Now())
+		}
 		var ctx context.Context
 		ctx, r.watches[p.ID] = context.WithCancel(context.Background())
 		child := p.child
