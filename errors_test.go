@@ -4,6 +4,7 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -105,7 +106,7 @@ func haveRun(change string) setup {
 
 // haveLocked has a control plane with DIR/s.json.
 func haveLocked(t *testing.T, dir string) []option {
-	start(t, strings.Fields("server -control-plane-port 0 -db-path s.json"), inFolder(dir)).endpoint()
+	start(t, strings.Fields("server -control-plane-port 0 -db-path s.json"), inFolder(dir)).waitErr("registry restored")
 	return nil
 }
 
@@ -389,4 +390,28 @@ func TestCommandsOnATerminal(t *testing.T) {
 	p := launch(t, file, "-until", "ready")
 	p.exit(exitOK)
 	p.hasNot(p.stderr, "in another terminal")
+}
+
+// However many fail: each is named, and the report is whole.
+func TestErrorsOfMany(t *testing.T) {
+	t.Parallel()
+	const many = 60
+	var components []Component
+	for i := range many {
+		components = append(components, plainProgram(fmt.Sprint("c", i), "no-such-program"))
+	}
+	file := writePipeline(t, components...)
+	p := launch(t, file, "-log-format", "json")
+	p.exit(exitFailed)
+	lines := slices.Collect(strings.Lines(p.stderr.String()))
+	var got report
+	if err := json.Unmarshal([]byte(lines[len(lines)-1]), &got); err != nil || len(got.Failures) != many {
+		t.Errorf("%v, %d failures\n%s", err, len(got.Failures), p)
+	}
+	p = launch(t, file)
+	p.exit(exitFailed)
+	text := p.stderr.String()
+	if failed, shown := strings.Count(text, "flowctl: component c"), strings.Count(text, "flowctl: try: "); failed != many || shown != mostShown {
+		t.Errorf("%d are named, %d shown\n%s", failed, shown, p)
+	}
 }

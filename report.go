@@ -61,7 +61,7 @@ func newReport(err error) (out report, say bool) {
 		out.ExitCode = exit.code
 	}
 	switch {
-	case err == nil, exit != nil && exit.err == nil:
+	case exit != nil && exit.err == nil:
 		return out, false
 	case errors.As(err, &file):
 		out.ExitCode, out.File, out.More = exitUsage, file.name, file.more

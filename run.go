@@ -256,15 +256,7 @@ func (r *run) loop(signals <-chan os.Signal) {
 		case v := <-r.verdicts:
 			r.checked(v, time.Now())
 		case state := <-guestEnded:
-			r.guest.over = true
-			r.log.Info("command ended", "reason", describeExit(state))
-			code := r.guest.code(state)
-			if code != exitOK && !r.sup.stopping {
-				r.blame = fmt.Errorf("the command %q after -- failed: %s", r.guest.argv[0], describeExit(state))
-			}
-			if r.stop(code, time.Now()); r.code == exitOK {
-				r.code = code // which was asked to end
-			}
+			r.guestEnded(state, time.Now())
 		case request := <-r.reloads:
 			out, err := r.reload()
 			request.answer <- reloadAnswer{out, err}
@@ -275,6 +267,19 @@ func (r *run) loop(signals <-chan os.Signal) {
 			r.stop(exitFailed, time.Now())
 		case <-timer.C:
 		}
+	}
+}
+
+// guestEnded ends the run by the exit code of its command.
+func (r *run) guestEnded(state *os.ProcessState, now time.Time) {
+	r.guest.over = true
+	r.log.Info("command ended", "reason", describeExit(state))
+	code := r.guest.code(state)
+	if code != exitOK && !r.sup.stopping {
+		r.blame = fmt.Errorf("the command %q after -- failed: %s", r.guest.argv[0], describeExit(state))
+	}
+	if r.stop(code, now); r.code == exitOK {
+		r.code = code // which was asked to end
 	}
 }
 
