@@ -293,6 +293,9 @@ func TestErrors(t *testing.T) {
 			if got := normalised(strings.Join(lines, ""), dir); got != row.want {
 				t.Errorf("got\n%swant\n%s", got, row.want)
 			}
+			if out := p.stdout.String(); out != "" && !strings.Contains(row.want, "component") {
+				t.Errorf("standard output: %q", out)
+			}
 			command, rest, _ := strings.Cut(row.args, " ")
 			if row.act != nil || command != "run" && command != "server" || strings.Contains(rest, "-log-format") {
 				return

@@ -980,52 +980,6 @@ func TestRunCannotStart(t *testing.T) {
 	}
 }
 
-func TestCommandLine(t *testing.T) {
-	t.Parallel()
-	good := writePipeline(t, shell("a", "exit 9"))
-	dir := filepath.Dir(good)
-	bad := writeFile(t, filepath.Join(dir, "bad.json"), `{"apiVersion": "flowctl/v1", "kind": "Pipeline", "metadata": {"name": "x"},
- "spec": {"sources": [{"id": "a", "comand": ["x"]}]}}`)
-	yaml := writeFile(t, filepath.Join(dir, "flow.yaml"), "kind: Pipeline\n")
-	for _, tt := range []struct {
-		args string
-		want string // the whole of standard error
-	}{
-		{"-nosuch", "flowctl: flag provided but not defined: -nosuch\nTry: flowctl help run\n"},
-		{"run -control-plane-port x " + good, "flowctl: invalid value \"x\" for flag -control-plane-port: parse error\nTry: flowctl help run\n"},
-		{"run -control-plane-port 65536 " + good, "flowctl: -control-plane-port 65536: it must be between 0 and 65535\nTry: flowctl help run\n"},
-		{"run -start-timeout -1s " + good, "flowctl: -start-timeout -1s: it must be 10ms at least\nTry: flowctl help run\n"},
-		{"run -until never " + good, "flowctl: -until \"never\": it must be stopped, ready or done\nTry: flowctl help run\n"},
-		{"run -log-format xml " + good, "flowctl: -log-format \"xml\": it must be auto, text, json or journal\nTry: flowctl help run\n"},
-		{"run " + good + " " + good, "flowctl: run: unexpected argument \"" + good + "\"\nTry: flowctl help run\n"},
-		{"run -f " + good + " " + bad, "flowctl: two pipeline files are named: \"" + good + "\" by -f, and \"" + bad + "\"\nTry: flowctl help run\n"},
-		{"run /no/such.json", "flowctl: cannot read pipeline file: open /no/such.json: no such file or directory\n"},
-		{"run", "flowctl: no pipeline file is named, and there is no flow.json here\nTry: flowctl help run\n"},
-		{"run " + bad, bad + ":2:35: spec.sources[0].comand: unknown field \"comand\", did you mean \"command\"?\n"},
-		{"check " + bad, bad + ":2:35: spec.sources[0].comand: unknown field \"comand\", did you mean \"command\"?\n"},
-		{"run " + yaml, "flowctl: " + yaml + ": a pipeline file is JSON; this turns YAML into it: " + yamlCommand(yaml, filepath.Join(dir, "flow.json")) + "\n"},
-		{"start", "flowctl: unknown command \"start\": it must be one of run, check, list, reload, version, help\nTry: flowctl help\n"},
-		{"flow.json", "flowctl: unknown command \"flow.json\": to run a file, write: flowctl run flow.json\nTry: flowctl help\n"},
-		{"help nosuch", "flowctl: there is no help for \"nosuch\"\nTry: flowctl help\n"},
-		{"version 2", "flowctl: version: unexpected argument \"2\"\nTry: flowctl help version\n"},
-		{"list store nosuch", "flowctl: list: unexpected argument \"nosuch\"\nTry: flowctl help list\n"},
-		{"server nosuch", "flowctl: server: unexpected argument \"nosuch\"\nTry: flowctl help server\n"},
-		{"server -heartbeat-ttl 1ms", "flowctl: -heartbeat-ttl 1ms: it must be 10ms at least\nTry: flowctl help server\n"},
-	} {
-		t.Run(tt.args, func(t *testing.T) {
-			t.Parallel()
-			p := start(t, strings.Fields(tt.args), inFolder(t.TempDir()))
-			p.exit(exitUsage)
-			if got := p.stderr.String(); got != tt.want {
-				t.Errorf("got\n%swant\n%s", got, tt.want)
-			}
-			if got := p.stdout.String(); got != "" {
-				t.Errorf("standard output: %q", got)
-			}
-		})
-	}
-}
-
 func TestCheckAndVersion(t *testing.T) {
 	t.Parallel()
 	store := actor("store", role{})
@@ -1229,9 +1183,9 @@ func TestRunBadAddress(t *testing.T) {
 	t.Parallel()
 	file := writePipeline(t, shell("a", "exit 9"))
 	for _, tt := range []struct{ address, want string }{
-		{"unix:/no/such/folder/s", "flowctl: the control plane cannot listen: listen unix /no/such/folder/s: bind: no such file or directory\n"},
+		{"unix:/no/such/folder/s", "flowctl: the control plane cannot listen at -control-plane-address \"unix:/no/such/folder/s\": listen unix /no/such/folder/s: bind: no such file or directory\n"},
 		{"unix:/" + strings.Repeat("x", 200), " has 201 bytes: the kernel allows 107\n"},
-		{"no such host", "flowctl: the control plane cannot listen: "},
+		{"no such host", "flowctl: the control plane cannot listen at -control-plane-address \"no such host\": "},
 	} {
 		p := start(t, []string{"run", file, "-control-plane-address", tt.address})
 		p.exit(exitPlane)

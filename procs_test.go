@@ -186,7 +186,7 @@ func TestEndsOfAProcess(t *testing.T) {
 		{"on-failure, non-zero before ready", "exit 3", false, map[string]any{"restart_policy": "on-failure"}, procBackoff, ""},
 		{"always, zero", "exit 0", true, map[string]any{"restart_policy": "always"}, procBackoff, ""},
 		{"no such program", "", true, map[string]any{"command": []string{"/does/not/exist"}}, procFailed, `cannot run "/does/not/exist": no such file or directory`},
-		{"no such bare name", "", true, map[string]any{"command": []string{"no-such-program"}}, procFailed, `cannot run "no-such-program": executable file not found in $PATH`},
+		{"no such bare name", "", true, map[string]any{"command": []string{"no-such-program"}}, procFailed, `cannot run "no-such-program": it is not found in PATH`},
 		{"not executable", "", true, map[string]any{"command": []string{"/etc/passwd"}}, procFailed, `cannot run "/etc/passwd": it is not executable (chmod +x)`},
 		{"working_dir", "", true, map[string]any{"working_dir": "/does/not/exist"}, procFailed, `cannot enter its working_dir "/does/not/exist": no such file or directory`},
 		{"env_files", "", true, map[string]any{"env_files": map[string]string{"KEY": "/does/not/exist"}}, procFailed, `env_files.KEY: open /does/not/exist: no such file or directory`},
@@ -281,7 +281,7 @@ func TestMaxRestarts(t *testing.T) {
 		now = p.deadline
 		s.expire(now)
 	}
-	if want := "exit status 4, after 2 restarts (max_restarts)"; p.state != procFailed || p.failure.reason != want {
+	if want := "exit status 4, and max_restarts (2) is used up"; p.state != procFailed || p.failure.reason != want {
 		t.Errorf("state %s, failure %+v, want failed with %q", p.state, p.failure, want)
 	}
 }

@@ -50,7 +50,7 @@ func TestRunTwice(t *testing.T) {
 	}
 	second := start(t, runOf(file), runsIn(dir))
 	second.exit(exitPlane)
-	want := fmt.Sprintf("flowctl: pipeline \"test\" is already running (pid %d, endpoint %s)\n", first.cmd.Process.Pid, first.endpoint())
+	want := fmt.Sprintf("flowctl: pipeline \"test\" is already running (pid %d, endpoint %s)\nTry: flowctl list\n", first.cmd.Process.Pid, first.endpoint())
 	if got := second.stderr.String(); got != want {
 		t.Errorf("the second prints %q, want %q", got, want)
 	}

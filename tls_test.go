@@ -671,10 +671,10 @@ func TestTLSList(t *testing.T) {
 		}
 	}()
 	const (
-		needsCA   = "\nhint: it speaks TLS: name the CA of its certificate by -tls-ca-cert\n"
-		needsBoth = "\nhint: it speaks TLS: name the CA of its certificate by -tls-ca-cert, and a certificate of yours by -tls-cert and -tls-key\n"
-		needsCert = "\nhint: it wants a certificate of yours: name it by -tls-cert and -tls-key\n"
-		needsNone = "\nhint: it speaks no TLS: leave out the -tls flags\n"
+		needsCA   = "\nflowctl: hint: it speaks TLS: name the CA of its certificate by -tls-ca-cert\n"
+		needsBoth = "\nflowctl: hint: it speaks TLS: name the CA of its certificate by -tls-ca-cert, and a certificate of yours by -tls-cert and -tls-key\n"
+		needsCert = "\nflowctl: hint: it wants a certificate of yours: name it by -tls-cert and -tls-key\n"
+		needsNone = "\nflowctl: hint: it speaks no TLS: leave out the -tls flags\n"
 	)
 	for _, tt := range []struct {
 		name     string
