@@ -47,6 +47,8 @@ func checkCommand(args []string) error {
 	fs := flag.NewFlagSet("check", flag.ContinueOnError)
 	named := fs.String("f", "flow.json", "pipeline `file`")
 	asJSON := fs.Bool("json", false, "print JSON")
+	var orchestrator string
+	defineOrchestrator(fs, &orchestrator)
 	strict := fs.Bool("strict", false, "end with 2 where there are warnings, too")
 	schema := fs.Bool("schema", false, "print a JSON Schema of pipeline files, for editors, and check nothing")
 	rest, err := parseFlags(fs, args, 1)
@@ -56,12 +58,15 @@ func checkCommand(args []string) error {
 	if *schema {
 		return printJSON(os.Stdout, pipelineSchema())
 	}
+	if err := checkOrchestrator(fs, orchestrator); err != nil {
+		return err
+	}
 	file, err := fileArgument(fs, *named, rest)
 	if err != nil {
 		return err
 	}
 	p, err := readPipeline(file, os.LookupEnv)
-	report := newCheckReport(file, p, err)
+	report := newCheckReport(file, p, err, orchestrator)
 	report.OK = err == nil && !(*strict && len(report.Warnings) > 0)
 	if *asJSON {
 		if err := printJSON(os.Stdout, report); err != nil {
@@ -95,7 +100,7 @@ func printJSON(w io.Writer, value any) error {
 }
 
 // newCheckReport says what readPipeline found in file, and what there is to warn of.
-func newCheckReport(file string, p *Pipeline, err error) checkReport {
+func newCheckReport(file string, p *Pipeline, err error, orchestrator string) checkReport {
 	out := checkReport{File: file, Errors: []checkError{}, Warnings: []warning{}}
 	var found *fileErrors
 	switch {
@@ -104,42 +109,23 @@ func newCheckReport(file string, p *Pipeline, err error) checkReport {
 	case err != nil:
 		out.Errors = append(out.Errors, checkError{Message: err.Error()})
 	default:
-		out.Pipeline, out.Warnings = p.Metadata.Name, p.warnings()
+		out.Pipeline, out.Warnings = p.Metadata.Name, p.warnings(orchestrator)
 	}
 	return out
 }
 
 // warnings looks at what the file names: programs, folders, files, ports and events.
-func (p *Pipeline) warnings() []warning {
+func (p *Pipeline) warnings(orchestrator string) []warning {
 	out := []warning{}
 	ports := make(map[string]string) // the component that has it
 	for _, c := range p.components() {
 		warn := func(field, format string, args ...any) {
 			out = append(out, warning{c.ID, field, fmt.Sprintf(format, args...)})
 		}
-		if dir, err := os.Stat(c.WorkingDir); err != nil {
-			warn("working_dir", "%v", err)
-		} else if !dir.IsDir() {
-			warn("working_dir", "%q is no folder", c.WorkingDir)
-		}
-		if program, err := exec.LookPath(c.Command[0]); err != nil {
-			warn("command", "%v", describeProgram(c, err))
-		} else if !filepath.IsAbs(program) {
-			warn("command", "%q is found in PATH as %q, which depends on the folder that flowctl is started in", c.Command[0], program)
-		} else if interpreter := interpreterOf(program); interpreter != "" {
-			if _, err := os.Stat(interpreter); err != nil {
-				warn("command", "cannot run %q: the interpreter that it names, %q, does not exist", c.Command[0], interpreter)
-			}
-		}
-		if line, ok := strings.CutPrefix(c.HealthCheck, "exec:"); ok {
-			if err := findIn(c.WorkingDir, strings.Fields(line)[0]); err != nil {
-				warn("health_check", "cannot run %q: %v", strings.Fields(line)[0], cause(err))
-			}
-		}
-		if len(c.HealthCommand) > 0 {
-			if _, err := exec.LookPath(c.HealthCommand[0]); err != nil {
-				warn("health_check", "cannot run %q: %v", c.HealthCommand[0], cause(err))
-			}
+		if c.Image == "" {
+			c.commandWarnings(warn)
+		} else {
+			c.imageWarnings(orchestrator, warn)
 		}
 		for _, name := range slices.Sorted(maps.Keys(c.EnvFiles)) {
 			if f, err := os.Open(c.EnvFiles[name]); err != nil {
@@ -161,6 +147,28 @@ func (p *Pipeline) warnings() []warning {
 	return out
 }
 
+func (c *Component) commandWarnings(warn func(field, format string, args ...any)) {
+	if dir, err := os.Stat(c.WorkingDir); err != nil {
+		warn("working_dir", "%v", err)
+	} else if !dir.IsDir() {
+		warn("working_dir", "%q is no folder", c.WorkingDir)
+	}
+	if program, err := exec.LookPath(c.Command[0]); err != nil {
+		warn("command", "%v", describeProgram(c.Command[0], c.WorkingDir, err))
+	} else if !filepath.IsAbs(program) {
+		warn("command", "%q is found in PATH as %q, which depends on the folder that flowctl is started in", c.Command[0], program)
+	} else if interpreter := interpreterOf(program); interpreter != "" {
+		if _, err := os.Stat(interpreter); err != nil {
+			warn("command", "cannot run %q: the interpreter that it names, %q, does not exist", c.Command[0], interpreter)
+		}
+	}
+	if len(c.HealthCommand) > 0 {
+		if _, err := exec.LookPath(c.HealthCommand[0]); err != nil {
+			warn("health_check", "cannot run %q: %v", c.HealthCommand[0], cause(err))
+		}
+	}
+}
+
 // interpreterOf returns what the #! line of a program names, "" for none (execve(2)).
 func interpreterOf(program string) string {
 	f, err := os.Open(program)
@@ -178,13 +186,17 @@ func interpreterOf(program string) string {
 	return ""
 }
 
-// findIn fails where a process in folder finds no such program.
-func findIn(folder, program string) error {
-	if strings.Contains(program, "/") && !filepath.IsAbs(program) {
-		program = filepath.Join(folder, program)
+func (c *Component) imageWarnings(orchestrator string, warn func(field, format string, args ...any)) {
+	if orchestrator != orchestrateContainers {
+		warn("image", "needs -orchestrator container")
 	}
-	_, err := exec.LookPath(program)
-	return err
+	for i, volume := range c.Volumes {
+		if host, _, isPath := volumeHost(volume); !isPath {
+			continue
+		} else if _, err := os.Stat(host); err != nil {
+			warn(fmt.Sprintf("volumes[%d]", i), "%v", err)
+		}
+	}
 }
 
 // unheard returns the events that c reads and none of its inputs puts out, where they
@@ -286,7 +298,11 @@ func textSchema(rule string) map[string]any {
 		out["pattern"] = namePattern.String() + "|" + anyReference
 	case "health":
 		out["pattern"] = `^((https?|tcp|grpc)://|exec:)|` + anyReference
-	case "filled", "path":
+	case "volume":
+		out["pattern"] = `^[^:]+:/|` + anyReference
+	case "port":
+		out["pattern"] = portPattern.String() + "|" + anyReference
+	case "filled", "path", "image":
 		out["minLength"] = 1
 	}
 	return out

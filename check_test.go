@@ -51,6 +51,9 @@ func TestCheckWarnings(t *testing.T) {
 			`component b: env.HEALTH_PORT: port 9001 is that of component a too`}},
 		{"an event nobody puts out", []Component{{ID: "a", Command: []string{"sh"}, OutputEventTypes: []string{"x"}}, reads}, []string{
 			`component reads: input_event_types: no input of it puts out "y"`}},
+		{"images", []Component{{ID: "a", Image: "i:1", WorkingDir: "/nowhere", Volumes: []string{dir + "/none:/x", "name:/y"}}}, []string{
+			`component a: image: needs -orchestrator container`,
+			`component a: volumes[0]: stat ` + dir + `/none: no such file or directory`}},
 		{"an input that does not say what it puts out", []Component{shell("a", "true"), reads}, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -119,6 +122,7 @@ func TestSchema(t *testing.T) {
 	c := schema.Defs["Component"]
 	full, err := json.Marshal(Component{
 		ID: "a", Type: "t", Labels: map[string]string{"a": "b"}, Command: []string{"c"}, Args: []string{"d"}, Image: "i",
+		Volumes: []string{"v"}, Ports: []string{"p"}, User: "u",
 		Env: map[string]string{"a": "b"}, EnvFiles: map[string]string{"a": "b"}, Config: map[string]any{"a": 1}, WorkingDir: "/",
 		Inputs: []string{"x"}, DependsOn: []string{"x"}, Register: new(false), TLS: true, HealthCheck: "h", HealthInterval: 1, HealthTimeout: 1,
 		HealthRetries: 1, RestartPolicy: "no", MaxRestarts: 1, StartTimeout: 1, StopTimeout: 1, StopSignal: "s",

@@ -97,7 +97,7 @@ func commands() []command {
 		{name: "server", args: "[flags]", summary: "run the control plane alone", hidden: true, run: serverCommand, examples: `
   flowctl server -control-plane-port 9090
 `},
-		{name: "guard", args: "RUN PID CGROUP", summary: "end what is left of a run whose flowctl was killed", hidden: true, run: guardCommand},
+		{name: "guard", args: "RUN PID CGROUP ENGINE", summary: "end what is left of a run whose flowctl was killed", hidden: true, run: guardCommand},
 		{name: "version", summary: "print the version", run: versionCommand},
 		{name: "help", args: "[command]", summary: "explain flowctl, or one command", run: helpCommand},
 	}
@@ -367,7 +367,10 @@ type runFlags struct {
 	showStatus       bool
 	until            string
 	logDir           string
-	logDirSet        bool     // on the command line
+	logDirSet        bool // on the command line
+	orchestrator     string
+	engineName       string
+	engine           *engine  // nil for none
 	command          []string // after --
 }
 
@@ -380,12 +383,40 @@ const (
 func (o *runFlags) define(fs *flag.FlagSet) {
 	o.planeFlags.define(fs)
 	fs.StringVar(&o.file, "f", "flow.json", "pipeline `file`")
+	defineOrchestrator(fs, &o.orchestrator)
+	fs.StringVar(&o.engineName, "engine", "", "`program` that runs containers (default docker, else podman)")
 	fs.DurationVar(&o.startTimeout, "start-timeout", 30*time.Second, "from a component's start until it is ready")
 	fs.DurationVar(&o.unhealthyTimeout, "unhealthy-timeout", 30*time.Second, "how long a component may stay unhealthy")
 	fs.DurationVar(&o.stopTimeout, "stop-timeout", 10*time.Second, "from the stop signal to SIGKILL")
 	fs.BoolVar(&o.showStatus, "show-status", true, "a status line at each change; =false for none")
 	fs.StringVar(&o.logDir, "log-dir", "", "log each component to `dir`/ID.log; \"\" for none (on a terminal: logs beside the pipeline file)")
 	fs.StringVar(&o.until, "until", untilStopped, "run until `event`: stopped, ready or done")
+}
+
+// defineOrchestrator defines the flag that says whether there may be containers.
+func defineOrchestrator(fs *flag.FlagSet, value *string) {
+	fs.StringVar(value, "orchestrator", orchestrateProcesses, "`kind` of component that is run: process, or container for those with an image, too")
+}
+
+func checkOrchestrator(fs *flag.FlagSet, value string) error {
+	if value != orchestrateProcesses && value != orchestrateContainers {
+		return &usageError{fs.Name(), fmt.Errorf("-orchestrator %q: it must be process or container", value)}
+	}
+	return nil
+}
+
+// openEngine finds the engine for the containers of p, if there may be any.
+func (o *runFlags) openEngine(p *Pipeline) (err error) {
+	if o.orchestrator == orchestrateContainers {
+		if o.engine, err = findEngine(o.engineName); err != nil {
+			return err
+		}
+		o.engine.pipeline = p.Metadata.Name
+	}
+	if err := o.engine.checkImages(p); err != nil {
+		return fmt.Errorf("%s: %w", o.file, err)
+	}
+	return nil
 }
 
 func runCommand(args []string) error {
@@ -409,6 +440,12 @@ func runCommand(args []string) error {
 	if err := errors.Join(o.check(fs), positive(fs, "start-timeout", "unhealthy-timeout", "stop-timeout")); err != nil {
 		return err
 	}
+	if err := checkOrchestrator(fs, o.orchestrator); err != nil {
+		return err
+	}
+	if o.engineName != "" && o.orchestrator != orchestrateContainers {
+		return &usageError{"run", fmt.Errorf("-engine %q has no effect without -orchestrator container", o.engineName)}
+	}
 	if o.until != untilStopped && o.until != untilReady && o.until != untilDone {
 		return &usageError{"run", fmt.Errorf("-until %q: it must be stopped, ready or done", o.until)}
 	}
@@ -422,6 +459,9 @@ func runCommand(args []string) error {
 	}
 	if err := o.tls.checkPipeline(pipeline); err != nil {
 		return &exitError{exitUsage, fmt.Errorf("%s: %w", o.file, err)}
+	}
+	if err := o.openEngine(pipeline); err != nil {
+		return &exitError{exitUsage, err}
 	}
 	return runPipeline(pipeline, o)
 }
@@ -599,10 +639,10 @@ func serverCommand(args []string) error {
 
 // guardCommand is what flowctl starts beside itself; it is not for people.
 func guardCommand(args []string) error {
-	if len(args) != 3 {
+	if len(args) != 4 {
 		return &usageError{err: errors.New("guard: flowctl starts it by itself")}
 	}
-	runGuard(args[0], args[1], args[2], os.Stdin)
+	runGuard(args[0], args[1], args[2], args[3], os.Stdin)
 	return nil
 }
 

@@ -267,7 +267,7 @@ func TestOneLookupForEachConnection(t *testing.T) {
 	var lookups atomic.Int64
 	trace := func(net.Conn, string) origin {
 		lookups.Add(1)
-		return origin{"store", true}
+		return origin{component: "store", known: true}
 	}
 	p := servePlane(lis, testRegistry(), planeSettings{trace: trace}, slog.New(slog.DiscardHandler))
 	t.Cleanup(p.stop)

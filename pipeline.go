@@ -66,7 +66,10 @@ type Component struct {
 	Labels           map[string]string `json:"labels,omitempty"`
 	Command          []string          `json:"command,omitempty"`
 	Args             []string          `json:"args,omitempty"`
-	Image            string            `json:"image,omitempty" check:"filled"`
+	Image            string            `json:"image,omitempty" check:"image"`
+	Volumes          []string          `json:"volumes,omitempty" check:"volume"`
+	Ports            []string          `json:"ports,omitempty" check:"port"`
+	User             string            `json:"user,omitempty" check:"filled"`
 	Env              map[string]string `json:"env,omitempty"`
 	EnvFiles         map[string]string `json:"env_files,omitempty" check:"path"`
 	Config           map[string]any    `json:"config,omitempty"` // string, json.Number, bool, []any or map[string]any
@@ -356,11 +359,18 @@ func (p *Pipeline) resolve(folder string) {
 		}
 		if line, ok := strings.CutPrefix(c.HealthCheck, "exec:"); ok {
 			c.HealthCommand, _ = words(line) // checkHealth has found it right
-			if strings.Contains(c.HealthCommand[0], "/") {
+			if c.Image == "" && strings.Contains(c.HealthCommand[0], "/") {
 				c.HealthCommand[0] = absolute(c.HealthCommand[0])
 			}
 		}
-		c.WorkingDir = absolute(c.WorkingDir)
+		if c.Image == "" { // else it is one of the container
+			c.WorkingDir = absolute(c.WorkingDir)
+		}
+		for i, volume := range c.Volumes {
+			if host, rest, isPath := volumeHost(volume); isPath {
+				c.Volumes[i] = absolute(host) + ":" + rest
+			}
+		}
 		for name, path := range c.EnvFiles {
 			c.EnvFiles[name] = absolute(path)
 		}
@@ -1049,6 +1059,9 @@ var rules = map[string]func(text string) error{
 	"kind":    oneOf("Pipeline"),
 	"name":    checkName,
 	"path":    checkPath,
+	"image":   checkImage,
+	"volume":  checkVolume,
+	"port":    checkPort,
 	"filled":  checkFilled,
 	"health":  checkHealth,
 	"policy":  oneOf(restartNo, restartOnFailure, restartAlways),
@@ -1103,6 +1116,38 @@ func checkPath(text string) error {
 		return errors.New("~ is not the home folder here, write ${HOME}")
 	}
 	return checkFilled(text)
+}
+
+// checkImage refuses what the engine's command line would take for something else.
+func checkImage(text string) error {
+	if strings.HasPrefix(text, "-") || strings.ContainsAny(text, " \t\r\n") {
+		return fmt.Errorf("must be the name of an image such as redis:7, not %s", quote(text))
+	}
+	return checkFilled(text)
+}
+
+func checkVolume(text string) error {
+	host, rest, _ := strings.Cut(text, ":")
+	inside, options, _ := strings.Cut(rest, ":")
+	if host == "" || !strings.HasPrefix(inside, "/") || strings.Contains(options, ":") {
+		return fmt.Errorf("must be like ./folder:/path, /folder:/path:ro or name:/path, not %s", quote(text))
+	}
+	return checkPath(host)
+}
+
+var portPattern = regexp.MustCompile(`^(?:(?:[0-9.]+|\[[0-9A-Fa-f:.]+\]):)?([0-9]+):([0-9]+)(?:/(?:tcp|udp|sctp))?$`)
+
+func checkPort(text string) error {
+	m := portPattern.FindStringSubmatch(text)
+	if m == nil {
+		return fmt.Errorf("must be like 8080:80, 127.0.0.1:8080:80 or 5353:53/udp, not %s", quote(text))
+	}
+	for _, number := range m[1:] {
+		if port, err := strconv.ParseUint(number, 10, 16); err != nil || port == 0 {
+			return fmt.Errorf("port %s is not from 1 to 65535", clip(number))
+		}
+	}
+	return nil
 }
 
 const healthForms = "http://, https://, tcp://, grpc:// or exec:"
@@ -1205,14 +1250,20 @@ func (r *reader) checkCommand(n *node) {
 	case command != nil && image != nil:
 		r.errorf(image, "cannot be given beside command")
 	case image != nil:
-		if !image.bad {
-			r.errorf(image, "containers are not supported by this version, give a command")
+		if dir := n.sound("working_dir"); dir != nil && !strings.HasPrefix(dir.text, "/") {
+			r.errorf(dir, "must be an absolute path in the container, not %s", quote(dir.text))
 		}
+		return
 	case command.bad:
 	case len(command.kids) == 0:
 		r.errorf(command, "must not be empty")
 	default:
 		r.apply(checkPath, command.kids[0])
+	}
+	for _, name := range []string{"volumes", "ports", "user"} {
+		if kid := n.sound(name); kid != nil && image == nil {
+			r.errorf(kid, "has no effect without image")
+		}
 	}
 }
 

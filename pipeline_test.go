@@ -295,8 +295,27 @@ b"}`, []string{
 	{"empty program", componentFile(`"command": ["", ""]`), []string{
 		`2:40: spec.processors[0].command[0]: must not be empty`,
 	}},
-	{"image", componentFile(`"image": "alpine:3", "args": ["x"]`), []string{
-		`2:37: spec.processors[0].image: containers are not supported by this version, give a command`,
+	{"bad image", componentFile(`"image": "--privileged"`), []string{
+		`2:37: spec.processors[0].image: must be the name of an image such as redis:7, not "--privileged"`,
+	}},
+	{"image", componentFile(`"image": "alpine:3", "working_dir": "data", "user": "",
+ "volumes": ["x", "./a:b", "~/a:/b", "a:/b:ro:z"],
+ "ports": ["80", "0:80", "8080:65536", "x:1:1"]`), []string{
+		`2:64: spec.processors[0].working_dir: must be an absolute path in the container, not "data"`,
+		`2:80: spec.processors[0].user: must not be empty`,
+		`3:14: spec.processors[0].volumes[0]: must be like ./folder:/path, /folder:/path:ro or name:/path, not "x"`,
+		`3:19: spec.processors[0].volumes[1]: must be like ./folder:/path, /folder:/path:ro or name:/path, not "./a:b"`,
+		`3:28: spec.processors[0].volumes[2]: ~ is not the home folder here, write ${HOME}`,
+		`3:38: spec.processors[0].volumes[3]: must be like ./folder:/path, /folder:/path:ro or name:/path, not "a:/b:ro:z"`,
+		`4:12: spec.processors[0].ports[0]: must be like 8080:80, 127.0.0.1:8080:80 or 5353:53/udp, not "80"`,
+		`4:18: spec.processors[0].ports[1]: port 0 is not from 1 to 65535`,
+		`4:26: spec.processors[0].ports[2]: port 65536 is not from 1 to 65535`,
+		`4:40: spec.processors[0].ports[3]: must be like 8080:80, 127.0.0.1:8080:80 or 5353:53/udp, not "x:1:1"`,
+	}},
+	{"a container's fields", commandFile(`"user": "0", "ports": ["80:80"], "volumes": ["a:/a"]`), []string{
+		`2:54: spec.processors[0].user: has no effect without image`,
+		`2:68: spec.processors[0].ports: has no effect without image`,
+		`2:90: spec.processors[0].volumes: has no effect without image`,
 	}},
 	{"image and command", commandFile(`"image": "alpine:3"`), []string{
 		`2:55: spec.processors[0].image: cannot be given beside command`,
@@ -832,7 +851,8 @@ func TestReadPipeline(t *testing.T) {
 	dir := t.TempDir()
 	file := filepath.Join(dir, "flow.json")
 	in := specFile(`"sources": [{"id": "a", "command": ["./bin/x", "./arg"], "working_dir": "w/../v", "env_files": {"A": "a", "B": "/b"}},
-		{"id": "b", "command": ["x"], "args": ["./arg"]}, {"id": "c", "command": ["/x/y"], "working_dir": "/w"}]`)
+		{"id": "b", "command": ["x"], "args": ["./arg"]}, {"id": "c", "command": ["/x/y"], "working_dir": "/w"},
+		{"id": "d", "image": "i:1", "args": ["./arg"], "volumes": ["../e:/e:ro", "f/g:/f", "/h:/h", "i:/i"], "ports": ["80:80", "[::1]:1:2/udp"]}]`)
 	if err := os.WriteFile(file, []byte(in), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -844,6 +864,7 @@ func TestReadPipeline(t *testing.T) {
 		{ID: "a", Command: []string{dir + "/bin/x", "./arg"}, WorkingDir: dir + "/v", EnvFiles: map[string]string{"A": dir + "/a", "B": "/b"}},
 		{ID: "b", Command: []string{"x"}, Args: []string{"./arg"}, WorkingDir: dir},
 		{ID: "c", Command: []string{"/x/y"}, WorkingDir: "/w"},
+		{ID: "d", Image: "i:1", Args: []string{"./arg"}, Volumes: []string{filepath.Dir(dir) + "/e:/e:ro", dir + "/f/g:/f", "/h:/h", "i:/i"}, Ports: []string{"80:80", "[::1]:1:2/udp"}},
 	}
 	if !reflect.DeepEqual(p.Spec.Sources, want) {
 		t.Errorf("got  %+v\nwant %+v", p.Spec.Sources, want)

@@ -127,6 +127,7 @@ type registration struct {
 type origin struct {
 	component string // its id in the pipeline, "" for a process that is of none
 	known     bool   // false where the kernel cannot tell, as for another machine
+	hidden    bool   // it is a process of another user, whom flowctl may not look into; it could be one in a container
 }
 
 // processReport is what a component's process does, in the words of who runs it. The
@@ -647,7 +648,7 @@ func (r *registry) identifyLocked(reg *registration, from origin) (*service, err
 // refuse fails where s is a component that flowctl started and the kernel knows
 // that the caller is not of its process tree.
 func (s *service) refuse(from origin) error {
-	if s.member == nil || !from.known || from.component == s.member.ID {
+	if s.member == nil || !from.known || from.component == s.member.ID || from.hidden && s.member.Image != "" {
 		return nil
 	}
 	who := "a process that is no component of this pipeline"

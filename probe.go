@@ -25,8 +25,8 @@ import (
 )
 
 // probe asks once how c is by its health_check. It fails with the reason why that did
-// not pass; ctx bounds how long it takes. The environment is that of c's process ch, in
-// which an exec: check runs, too.
+// not pass; ctx bounds how long it takes. An exec: check runs in the folder and the
+// environment of c's process ch, or in its container.
 func probe(ctx context.Context, c *Component, ch *child) error {
 	if len(c.HealthCommand) > 0 {
 		argv := slices.Clone(c.HealthCommand)
@@ -54,15 +54,9 @@ func probe(ctx context.Context, c *Component, ch *child) error {
 	return fmt.Errorf("unknown scheme %q", u.Scheme)
 }
 
-// fill puts in for $HEALTH_PORT what that is in the environment of the process, where
-// the last entry counts.
+// fill puts in for $HEALTH_PORT what that is.
 func (c *child) fill(check string) string {
-	for _, entry := range slices.Backward(c.cmd.Env) {
-		if port, ok := strings.CutPrefix(entry, "HEALTH_PORT="); ok {
-			return healthPortName.ReplaceAllLiteralString(check, port)
-		}
-	}
-	return check
+	return healthPortName.ReplaceAllLiteralString(check, c.healthPort)
 }
 
 // probeHTTP passes on any 2xx or 3xx, as a load balancer would.
@@ -118,6 +112,7 @@ func probeGRPC(ctx context.Context, target, service string) error {
 // it printed. It leads a process group, which is killed when its time is up, and of
 // which nothing is left when it has ended.
 func probeExec(ctx context.Context, argv []string, ch *child) error {
+	argv = ch.container.inside(argv)
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.Env, cmd.Dir = ch.cmd.Env, ch.cmd.Dir
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}

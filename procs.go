@@ -130,6 +130,8 @@ type procSettings struct {
 	heartbeat    time.Duration // FLOWCTL_HEARTBEAT_INTERVAL
 	endpoint     string        // FLOWCTL_ENDPOINT
 	tlsEnv       []string      // of components with "tls": true, that one included
+	gateway      string        // FLOWCTL_ENDPOINT of containers that are not on the host's network; "" for out of reach
+	engine       *engine       // of components with an image, nil for none
 }
 
 // runMark is the variable by which the guard, and flowctl itself, know the processes
@@ -156,6 +158,8 @@ type supervisor struct {
 	reaper   *reaper
 	cgroup   *cgroup // nil for none
 	leaders  leaders
+
+	boxed int // starts of containers
 
 	guard      *guard
 	guardBegun time.Time     // when it was started last
@@ -200,7 +204,8 @@ type exit struct {
 	proc  *proc
 	child *child
 	state *os.ProcessState
-	lost  bool // nobody took the rest of its output
+	lost  bool  // nobody took the rest of its output
+	left  error // its container may be there still
 }
 
 // reserveThreads makes the runtime start threads before the components can use up
@@ -243,7 +248,10 @@ func newSupervisor(p *Pipeline, settings procSettings, emit emitter, log *slog.L
 	reserveThreads()
 	s.cgroup = makeCgroup(s.run)
 	var err error
-	if s.guard, err = startGuard(s.run, s.cgroup, r); err != nil {
+	if settings.engine != nil {
+		settings.engine.join(s.run)
+	}
+	if s.guard, err = startGuard(s.run, s.cgroup, settings.engine, r); err != nil {
 		s.cgroup.remove()
 		s.releasePorts()
 		return nil, fmt.Errorf("cannot start the guard, which ends the components of a flowctl that is killed: %v", err)
@@ -254,6 +262,9 @@ func newSupervisor(p *Pipeline, settings procSettings, emit emitter, log *slog.L
 // close ends what has left its component, and the guard. Every component is over.
 func (s *supervisor) close() {
 	s.sweep(sweepGrace)
+	if s.boxed > 0 {
+		s.removeContainers()
+	}
 	s.guard.dismiss()
 	s.cgroup.remove()
 }
@@ -314,11 +325,8 @@ func (s *supervisor) start(p *proc, now time.Time) {
 	}
 	p.started = now
 	s.ports[p.ID].release()
-	env, err := s.environ(p.Component)
-	if err == nil {
-		p.child, err = s.spawn(p.Component, env)
-	}
-	if err != nil {
+	var err error
+	if p.child, err = s.spawn(p.Component); err != nil {
 		p.last = nil // what is to be said is of this start
 		s.fail(p, failStart, err.Error(), now)
 		s.transition(p, procFailed, time.Time{})
@@ -328,8 +336,8 @@ func (s *supervisor) start(p *proc, now time.Time) {
 	s.transition(p, procStarting, p.readyBy)
 	p.log.Info("started", "pid", p.child.pid)
 	go func(child *child) {
-		state, lost := child.reap()
-		s.exits <- exit{p, child, state, lost}
+		state, lost, left := child.reap()
+		s.exits <- exit{p, child, state, lost, left}
 	}(p.child)
 }
 
@@ -357,6 +365,9 @@ func (s *supervisor) exited(e exit, now time.Time) {
 	p.log.Info("ended", "pid", e.child.pid, "reason", reason, "lived", now.Sub(p.started).Round(time.Millisecond))
 	if e.lost {
 		p.log.Error("the rest of its output is lost: standard output is not read")
+	}
+	if e.left != nil {
+		p.log.Error("cannot remove its container", "err", e.left)
 	}
 	switch {
 	case p.failure != nil:
@@ -536,7 +547,7 @@ func (s *supervisor) expire(now time.Time) {
 			}
 			s.kill(p, now)
 		case p.state == procKilled:
-			s.fail(p, failStuck, fmt.Sprintf("pid %d is still running %s after SIGKILL", p.child.pid, killPatience), now)
+			s.fail(p, failStuck, fmt.Sprintf("pid %d is still running %s after SIGKILL", p.child.pid, p.killPatience()), now)
 			s.transition(p, procFailed, time.Time{})
 		}
 	}
@@ -617,7 +628,7 @@ func (s *supervisor) stopBound() time.Duration {
 		for _, e := range s.before[id] {
 			longest = max(longest, bound(e.id))
 		}
-		memo[id] = longest + s.stopTimeout(s.byID[id]) + killPatience
+		memo[id] = longest + s.stopTimeout(s.byID[id]) + s.byID[id].killPatience()
 		return memo[id]
 	}
 	var longest time.Duration
@@ -759,7 +770,15 @@ func (s *supervisor) killAll(now time.Time) {
 
 func (s *supervisor) kill(p *proc, now time.Time) {
 	p.child.kill()
-	s.transition(p, procKilled, now.Add(killPatience))
+	s.transition(p, procKilled, now.Add(p.killPatience()))
+}
+
+// killPatience is longer for a container, which its engine has to kill.
+func (p *proc) killPatience() time.Duration {
+	if p.Image != "" {
+		return killPatience + 2*engineTimeout
+	}
+	return killPatience
 }
 
 func (s *supervisor) startTimeout(p *proc) time.Duration {
@@ -779,17 +798,20 @@ func (s *supervisor) stopTimeout(p *proc) time.Duration {
 // child is one process and the group that it leads. Its pumps and its reaper run
 // beside the supervisor; what they share is named below.
 type child struct {
-	cmd     *exec.Cmd
-	reaper  *reaper
-	guard   *guard
-	cgroup  *cgroup
-	pidfd   int // -1 for none; Linux
-	pid     int
-	outputs []*os.File    // read ends of its output
-	drained chan struct{} // closed when no output will come any more
-	expired chan struct{} // closed when what is left of the group gets SIGKILL
-	pumping atomic.Int32  // pumps that still run
-	tail    tail
+	cmd       *exec.Cmd
+	container *container // nil for none
+	reaper    *reaper
+	guard     *guard
+	cgroup    *cgroup
+	pidfd     int // -1 for none; Linux
+	pid       int
+	outputs   []*os.File    // read ends of its output
+	drained   chan struct{} // closed when no output will come any more
+	expired   chan struct{} // closed when what is left of the group gets SIGKILL
+	pumping   atomic.Int32  // pumps that still run
+	tail      tail
+
+	healthPort string // HEALTH_PORT of its component
 
 	mu     sync.Mutex // guards the fields below
 	asked  bool       // a signal to stop was sent
@@ -799,11 +821,13 @@ type child struct {
 
 // spawn starts c as the leader of a process group of its own, its output read by
 // pumps that hand it on.
-func (s *supervisor) spawn(c *Component, env []string) (*child, error) {
-	cmd := exec.Command(c.Command[0], slices.Concat(c.Command[1:], c.Args)...)
-	cmd.Dir, cmd.Env = c.WorkingDir, env
+func (s *supervisor) spawn(c *Component) (*child, error) {
+	cmd, box, err := s.command(c)
+	if err != nil {
+		return nil, err
+	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	ch := &child{cmd: cmd, reaper: s.reaper, guard: s.guard, cgroup: s.cgroup, drained: make(chan struct{}), expired: make(chan struct{})}
+	ch := &child{cmd: cmd, container: box, healthPort: s.ports[c.ID].number, reaper: s.reaper, guard: s.guard, cgroup: s.cgroup, drained: make(chan struct{}), expired: make(chan struct{})}
 	ch.cgroup.hold(cmd.SysProcAttr)
 	ch.usePidfd()
 	var theirs []*os.File
@@ -816,7 +840,7 @@ func (s *supervisor) spawn(c *Component, env []string) (*child, error) {
 		r, w, err := os.Pipe()
 		if err != nil {
 			ch.closeOutputs()
-			return nil, describeStart(c, err)
+			return nil, describeStart(cmd, err)
 		}
 		ch.outputs, theirs = append(ch.outputs, r), append(theirs, w)
 	}
@@ -828,7 +852,7 @@ func (s *supervisor) spawn(c *Component, env []string) (*child, error) {
 		return cmd.Process.Pid, nil
 	}); err != nil {
 		ch.closeOutputs()
-		return nil, describeStart(c, err)
+		return nil, describeStart(cmd, err)
 	}
 	ch.pid = cmd.Process.Pid
 	s.guard.lead(ch.pid)
@@ -838,36 +862,53 @@ func (s *supervisor) spawn(c *Component, env []string) (*child, error) {
 	return ch, nil
 }
 
+// command is what runs c: its program, or the engine's command line, of which box is
+// the container.
+func (s *supervisor) command(c *Component) (cmd *exec.Cmd, box *container, err error) {
+	given, err := s.given(c)
+	if err != nil {
+		return nil, nil, err
+	}
+	if c.Image != "" {
+		s.boxed++
+		cmd, box = s.settings.engine.container(c, given, s.boxed)
+		return cmd, box, nil
+	}
+	cmd = exec.Command(c.Command[0], slices.Concat(c.Command[1:], c.Args)...)
+	cmd.Dir = c.WorkingDir
+	cmd.Env = slices.Concat(slices.DeleteFunc(os.Environ(), hidden), []string{"PWD=" + c.WorkingDir}, given)
+	return cmd, nil, nil
+}
+
 func (c *child) closeOutputs() {
 	for _, r := range c.outputs {
 		r.Close()
 	}
 }
 
-// describeStart says what keeps c from being started.
-func describeStart(c *Component, err error) error {
-	dir, dirErr := os.Stat(cmp.Or(c.WorkingDir, "."))
+// describeStart says what keeps cmd from being started.
+func describeStart(cmd *exec.Cmd, err error) error {
+	dir, dirErr := os.Stat(cmp.Or(cmd.Dir, "."))
 	if dirErr == nil && !dir.IsDir() {
 		dirErr = syscall.ENOTDIR
 	}
 	if dirErr != nil {
-		return fmt.Errorf("cannot enter its working_dir %q: %v", c.WorkingDir, cause(dirErr))
+		return fmt.Errorf("cannot enter its working_dir %q: %v", cmd.Dir, cause(dirErr))
 	}
-	if err := syscall.Access(cmp.Or(c.WorkingDir, "."), 1); err != nil { // X_OK
-		return fmt.Errorf("cannot enter its working_dir %q: %v", c.WorkingDir, err)
+	if err := syscall.Access(cmp.Or(cmd.Dir, "."), 1); err != nil { // X_OK
+		return fmt.Errorf("cannot enter its working_dir %q: %v", cmd.Dir, err)
 	}
-	return describeProgram(c, err)
+	return describeProgram(cmd.Args[0], cmd.Dir, err)
 }
 
-// describeProgram says what is wrong with the program of c.
-func describeProgram(c *Component, err error) error {
-	program := c.Command[0]
+// describeProgram says what is wrong with a program that is to run in the folder dir.
+func describeProgram(program, dir string, err error) error {
 	file, fileErr := os.Stat(program)
 	why := cause(err).Error()
 	switch err := cause(err); {
 	case errors.Is(err, exec.ErrNotFound):
 		why = "it is not found in PATH"
-		if _, err := os.Stat(filepath.Join(c.WorkingDir, program)); err == nil {
+		if _, err := os.Stat(filepath.Join(dir, program)); err == nil {
 			why += fmt.Sprintf("; the file in its folder is %q", "./"+program)
 		}
 	case errors.Is(err, fs.ErrNotExist) && fileErr == nil:
@@ -910,7 +951,11 @@ func (c *child) signal(sig syscall.Signal) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.asked = true
-	if !c.reaped {
+	switch {
+	case c.reaped:
+	case c.container != nil:
+		c.container.signal(sig)
+	default:
 		_ = syscall.Kill(-c.pid, sig) // fails only for a group that is already gone
 		_ = syscall.Kill(-c.pid, syscall.SIGCONT)
 	}
@@ -932,8 +977,8 @@ func (c *child) kill() {
 // when SIGKILL is due. A process that ended unasked leaves a group that nobody wants.
 // One that was asked to end may have members that still write their last lines, so
 // they get the time until SIGKILL is due.
-func (c *child) reap() (state *os.ProcessState, lost bool) {
-	c.awaitExit()
+func (c *child) reap() (state *os.ProcessState, lost bool, left error) {
+	left = c.awaitEnd()
 	c.mu.Lock()
 	if !c.asked {
 		_ = syscall.Kill(-c.pid, syscall.SIGKILL)
@@ -966,7 +1011,7 @@ func (c *child) reap() (state *os.ProcessState, lost bool) {
 			lost = true
 		}
 	}
-	return c.cmd.ProcessState, lost
+	return c.cmd.ProcessState, lost, left
 }
 
 // isReaped tells whether nothing is left of the group.
@@ -1159,14 +1204,13 @@ func fileEnv(c *Component, name string) string {
 	return c.configEnv()[name]
 }
 
-// environ is the environment of c: flowctl's own, then what flowctl gives, then what
-// the file gives, and last what the file cannot change. It fails where a file of
-// env_files cannot be read.
-func (s *supervisor) environ(c *Component) ([]string, error) {
-	env := slices.DeleteFunc(os.Environ(), hidden)
+// given is the environment that c is given: what flowctl gives, then what the file
+// gives, and last what the file cannot change. It fails where a file of env_files
+// cannot be read. To this a process has flowctl's own, and a container its image's.
+func (s *supervisor) given(c *Component) ([]string, error) {
+	var env []string
 	set := func(name, value string) { env = append(env, name+"="+value) }
 	port := s.ports[c.ID].number
-	set("PWD", c.WorkingDir)
 	set("COMPONENT_ID", c.ID)
 	set("SERVICE_ID", c.ID)
 	set("HEALTH_PORT", port)
@@ -1190,6 +1234,9 @@ func (s *supervisor) environ(c *Component) ([]string, error) {
 	set("FLOWCTL_ENDPOINT", s.settings.endpoint)
 	if c.TLS {
 		env = append(env, s.settings.tlsEnv...)
+	}
+	if len(c.Ports) > 0 {
+		set("FLOWCTL_ENDPOINT", cmp.Or(s.settings.gateway, s.settings.endpoint))
 	}
 	set("FLOWCTL_COMPONENT_ID", c.ID)
 	set("FLOWCTL_SERVICE_ID", c.ID)

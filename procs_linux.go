@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"debug/elf"
 	"errors"
 	"fmt"
@@ -472,26 +473,28 @@ func (s *supervisor) strays(id string) []procInfo {
 // it, or what it has started. claim is the one to begin with. known is false where
 // the kernel cannot tell: for another machine, a container, which a component may be
 // the client of, or a process that flowctl may not look into. With an id of "" it is
-// known that the other end is of no component.
-func (s *supervisor) componentAt(conn net.Conn, claim string) (id string, known bool) {
+// known that the other end is of no component, unless it is hidden: that of another
+// user, as whom a container may run.
+func (s *supervisor) componentAt(conn net.Conn, claim string) (id string, known, hidden bool) {
 	switch conn := conn.(type) {
 	case *net.UnixConn:
-		return s.componentOf(peerPID(conn))
+		id, known = s.componentOf(peerPID(conn))
+		return id, known, false
 	default:
 		local, ok := conn.LocalAddr().(*net.TCPAddr)
 		remote, alsoOK := conn.RemoteAddr().(*net.TCPAddr)
 		if !ok || !alsoOK {
-			return "", false
+			return "", false, false
 		}
 		inode, uid, ok := socketOwner(remote.AddrPort(), local.AddrPort())
 		if ok {
-			if id, known := s.componentHolding(inode, uid, claim); known {
-				return id, true
+			if id, known, hidden := s.componentHolding(inode, uid, claim); known {
+				return id, true, hidden
 			}
 			_, _, ok = socketOwner(remote.AddrPort(), local.AddrPort())
 		}
 		// Who has closed it did not wait for an answer, as components do.
-		return "", !ok && remote.IP.IsLoopback() && socketsVisible()
+		return "", !ok && remote.IP.IsLoopback() && socketsVisible(), false
 	}
 }
 
@@ -512,14 +515,14 @@ func peerPID(conn *net.UnixConn) int {
 }
 
 // componentHolding is componentAt for the TCP socket inode of the user uid.
-func (s *supervisor) componentHolding(inode uint64, uid int, claim string) (id string, known bool) {
+func (s *supervisor) componentHolding(inode uint64, uid int, claim string) (id string, known, hidden bool) {
 	leaders := s.leaders.now()
 	for pid, id := range leaders {
 		if id != claim {
 			continue
 		}
 		if held, _ := holdsSocket(pid, inode); held {
-			return id, true
+			return id, true, false
 		}
 	}
 	for range 2 { // a process can hand its socket on and end while /proc is read
@@ -527,7 +530,7 @@ func (s *supervisor) componentHolding(inode uint64, uid int, claim string) (id s
 		for pid, id := range leaders {
 			held, readable := holdsSocket(pid, inode)
 			if held {
-				return id, true
+				return id, true, false
 			}
 			blind = blind || !readable
 		}
@@ -538,18 +541,31 @@ func (s *supervisor) componentHolding(inode uint64, uid int, claim string) (id s
 			}
 			held, readable := holdsSocket(p.pid, inode)
 			if held {
-				return s.componentOf(p.pid)
+				id, known = s.componentOf(p.pid)
+				return id, known, false
 			}
 			blind = blind || !readable
 		}
 		if blind || len(below) == 0 && len(leaders) > 0 { // of which the second is a /proc that does not show them
-			return "", false
+			return "", false, false
 		}
 	}
 	if pid, _, ok := socketHolder(inode); ok {
-		return "", inPIDNamespace(pid)
+		id, known = s.componentOutside(pid)
+		return id, known, false
 	}
-	return "", uid != os.Getuid() // another user's, into whom flowctl may not look
+	other := uid != os.Getuid() // another user's, into whom flowctl may not look
+	return "", other, other
+}
+
+// componentOutside tells which component a process is of that is not below flowctl:
+// none, or in a container, whose processes are below its engine, one that its
+// environment names.
+func (s *supervisor) componentOutside(pid int) (id string, known bool) {
+	if inPIDNamespace(pid) {
+		return "", true
+	}
+	return s.markedComponent(pid)
 }
 
 // inPIDNamespace tells whether a process is in flowctl's own pid namespace, and not in
@@ -584,7 +600,7 @@ func (s *supervisor) componentOf(pid int) (id string, known bool) {
 		}
 		at = p.parent
 	}
-	return "", inPIDNamespace(pid)
+	return s.componentOutside(pid)
 }
 
 // markedComponent is the component of this run that the environment of a process
@@ -655,6 +671,7 @@ func (s *supervisor) sweep(grace time.Duration) {
 type guard struct {
 	run    string
 	cgroup string // its path, "" for none
+	engine string // its path, "" for none
 	reaper *reaper
 
 	mu      sync.Mutex // guards the fields below
@@ -669,8 +686,11 @@ type guard struct {
 const guardName = "run-guard"
 
 // startGuard starts the guard of run.
-func startGuard(run string, cg *cgroup, r *reaper) (*guard, error) {
+func startGuard(run string, cg *cgroup, e *engine, r *reaper) (*guard, error) {
 	g := &guard{run: run, cgroup: cg.path(), reaper: r, leaders: make(map[int]bool)}
+	if e != nil {
+		g.engine = e.path
+	}
 	return g, g.start()
 }
 
@@ -684,7 +704,7 @@ func (g *guard) start() error {
 	}
 	defer theirs.Close()
 	// The link stays good when the file that flowctl was started from is replaced.
-	cmd := exec.Command("/proc/self/exe", "guard", g.run, strconv.Itoa(os.Getpid()), g.cgroup)
+	cmd := exec.Command("/proc/self/exe", "guard", g.run, strconv.Itoa(os.Getpid()), g.cgroup, g.engine)
 	cmd.Args[0] = guardName
 	cmd.Stdin, cmd.Dir = theirs, "/"
 	cmd.Env = slices.DeleteFunc(os.Environ(), func(entry string) bool { return strings.HasPrefix(entry, runMark+"=") || hidden(entry) })
@@ -768,7 +788,7 @@ func (g *guard) dismiss() {
 
 // runGuard is the guard itself. It returns when it was dismissed, or when nothing of
 // the run is left that can be killed.
-func runGuard(run, flowctl, cgroup string, in io.Reader) {
+func runGuard(run, flowctl, cgroup, enginePath string, in io.Reader) {
 	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE, syscall.SIGTSTP)
 	_ = os.WriteFile("/proc/self/comm", []byte(guardName), 0)
 	runtime.GOMAXPROCS(1)
@@ -806,6 +826,26 @@ func runGuard(run, flowctl, cgroup string, in io.Reader) {
 	}
 	if cgroup != "" {
 		removeCgroup(cgroup)
+	}
+	if enginePath != "" {
+		removeLeft(enginePath, run)
+	}
+}
+
+// removeLeft removes the containers of run, of which the engine may still be making
+// one for a command line that was killed.
+func removeLeft(enginePath, run string) {
+	e, err := findEngine(enginePath)
+	if err != nil {
+		return
+	}
+	e.reaper = newReaper()
+	deadline := time.Now().Add(2 * engineTimeout)
+	for quiet := 0; quiet < guardTries && time.Now().Before(deadline); quiet++ {
+		if names, _ := e.remove(context.Background(), "label="+labelRun+"="+run); len(names) > 0 {
+			quiet = 0
+		}
+		time.Sleep(10 * guardStep) // nothing tells of a container that is about to be made
 	}
 }
 

@@ -52,19 +52,21 @@ type procInfo struct {
 
 func (p procInfo) send(syscall.Signal) {}
 
-func (s *supervisor) componentAt(net.Conn, string) (string, bool) { return "", false }
-func (s *supervisor) componentOf(int) (string, bool)              { return "", false }
+func (s *supervisor) componentOf(int) (string, bool) { return "", false }
+func (s *supervisor) componentAt(net.Conn, string) (id string, known, hidden bool) {
+	return "", false, false
+}
 
 func (s *supervisor) strays(string) []procInfo { return nil }
 func (s *supervisor) sweep(time.Duration)      {}
 
 type guard struct{}
 
-func startGuard(string, *cgroup, *reaper) (*guard, error) { return &guard{}, nil }
-func (g *guard) ended() <-chan struct{}                   { return nil }
-func (g *guard) restart() error                           { return nil }
-func (g *guard) lead(int)                                 {}
-func (g *guard) leave(int)                                {}
-func (g *guard) dismiss()                                 {}
+func startGuard(string, *cgroup, *engine, *reaper) (*guard, error) { return &guard{}, nil }
+func (g *guard) ended() <-chan struct{}                            { return nil }
+func (g *guard) restart() error                                    { return nil }
+func (g *guard) lead(int)                                          {}
+func (g *guard) leave(int)                                         {}
+func (g *guard) dismiss()                                          {}
 
-func runGuard(string, string, string, io.Reader) {}
+func runGuard(string, string, string, string, io.Reader) {}

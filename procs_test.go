@@ -545,12 +545,12 @@ func TestEnvironment(t *testing.T) {
 			"FLOWCTL_COMPONENT_ID": "own", "FLOWCTL_HEARTBEAT_INTERVAL": "2s", "RETRIES": "3", "BOTH": "env", "TOKEN": "hush",
 		}},
 	} {
-		env, err := s.environ(s.byID[tt.id].Component)
+		cmd, _, err := s.command(s.byID[tt.id].Component)
 		if err != nil {
 			t.Fatal(err)
 		}
 		got := make(map[string]string)
-		for _, entry := range env {
+		for _, entry := range cmd.Env {
 			name, value, _ := strings.Cut(entry, "=")
 			got[name] = value // the last one wins, as in exec.Cmd
 		}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -87,6 +88,12 @@ func (r *run) applyFile() (reloaded, error) {
 	}
 	if ids := p.speakTLS(false); r.flags.tls.cert != "" && !r.entrance && len(ids) > 0 {
 		return reloaded{}, fmt.Errorf("%s: %s would need a listener without TLS, which there is not: restart flowctl, or set \"tls\": true", r.flags.file, enumerate(ids))
+	}
+	if err := r.flags.engine.checkImages(p); err != nil {
+		return reloaded{}, fmt.Errorf("%s: %w", r.flags.file, err)
+	}
+	if err := cmp.Or(r.sup.settings.checkReach(p), r.flags.engine.checkNew(p, r.sup.procs)); err != nil {
+		return reloaded{}, err
 	}
 	if r.files != nil {
 		for _, c := range p.components() {

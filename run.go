@@ -107,6 +107,19 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		log.Warn("list cannot find this run by itself, and a second one would not be refused", "err", err)
 	}
 	defer file.release()
+	children := newReaper()
+	if err := children.adopt(); err != nil {
+		log.Warn("processes that leave their process group cannot be ended", "err", err)
+	}
+	defer children.close()
+	if o.engine != nil {
+		o.engine.reaper, o.engine.claim = children, file.claim()
+	}
+	if stopped, err := o.engine.prepareUntil(signals, p, log); err != nil {
+		return &exitError{exitUsage, err}
+	} else if stopped {
+		return nil
+	}
 	certs, err := openCertificates(o.tls, log)
 	if err != nil {
 		return &exitError{exitPlane, err}
@@ -131,11 +144,14 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		guest: guest, journal: records, entrance: certs == nil || way.private != nil,
 	}
 	r.console = newConsole(patient{os.Stdout}, o.format, useColours(os.Stdout), ids)
-	children := newReaper()
-	if err := children.adopt(); err != nil {
-		log.Warn("processes that leave their process group cannot be ended", "err", err)
+	settings := procSettings{
+		startTimeout: o.startTimeout, stopTimeout: o.stopTimeout, heartbeat: o.ttl / 3,
+		endpoint: way.endpoint, tlsEnv: way.tlsEnv, gateway: gatewayEndpoint(lis.Addr(), endpoint), engine: o.engine,
 	}
-	defer children.close()
+	if err := settings.checkReach(p); err != nil {
+		lis.Close()
+		return &exitError{exitUsage, err}
+	}
 	if r.files, err = o.logFiles(ids, log); err != nil {
 		lis.Close()
 		return &exitError{exitUsage, err}
@@ -143,9 +159,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	if r.files != nil {
 		defer r.files.close()
 	}
-	r.sup, err = newSupervisor(p, procSettings{
-		startTimeout: o.startTimeout, stopTimeout: o.stopTimeout, heartbeat: o.ttl / 3, endpoint: way.endpoint, tlsEnv: way.tlsEnv,
-	}, r.emit, log, children)
+	r.sup, err = newSupervisor(p, settings, r.emit, log, children)
 	if err != nil {
 		lis.Close()
 		return &exitError{exitFailed, err}
@@ -207,8 +221,8 @@ func (r *run) end(stderr io.Writer) error {
 
 // trace tells the control plane of which component a caller is.
 func (r *run) trace(conn net.Conn, claim string) origin {
-	id, known := r.sup.componentAt(conn, claim)
-	return origin{id, known}
+	id, known, hidden := r.sup.componentAt(conn, claim)
+	return origin{id, known, hidden}
 }
 
 // report is what the registry passes on of a component's process.

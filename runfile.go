@@ -121,6 +121,17 @@ func claimRunIn(folder string, info runInfo) (*runFile, error) {
 	return r, nil
 }
 
+// claim names the run file, and by that whoever holds it, among those of all users
+// and machines that share a container engine. It is "" where there is none.
+func (r *runFile) claim() string {
+	if r == nil {
+		return ""
+	}
+	host, _ := os.Hostname()
+	machine, _ := os.ReadFile("/etc/machine-id") // machine-id(5), Linux
+	return fmt.Sprintf("%s:%s:%s", host, strings.TrimSpace(string(machine)), r.file.Name())
+}
+
 // publish tells others where the control plane listens.
 func (r *runFile) publish(endpoint string) error {
 	if r == nil {
