@@ -8,7 +8,6 @@ import (
 	"slices"
 	"syscall"
 	"time"
-	"unsafe"
 )
 
 // guest is the command after --, which a pipeline that is ready is run for. It is no
@@ -69,7 +68,7 @@ func (g *guest) pass(sig os.Signal) bool {
 	if g.signals++; g.signals > 1 {
 		return false
 	}
-	if sig != syscall.SIGINT || !inForeground() {
+	if sig != syscall.SIGINT || !takesInterrupts() {
 		_ = g.cmd.Process.Signal(sig)
 	}
 	return true
@@ -91,17 +90,15 @@ func (g *guest) expire(now time.Time) {
 	}
 }
 
-// inForeground tells whether flowctl is in the foreground process group of its
-// terminal, all of which gets SIGINT by Ctrl-C (tty_ioctl(4)).
-func inForeground() bool {
+// takesInterrupts tells whether Ctrl-C in flowctl's terminal reaches it, and so what
+// is in its process group.
+func takesInterrupts() bool {
 	tty, err := os.OpenFile("/dev/tty", os.O_RDONLY, 0)
 	if err != nil {
 		return false
 	}
 	defer tty.Close()
-	var group int32
-	_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, tty.Fd(), syscall.TIOCGPGRP, uintptr(unsafe.Pointer(&group)))
-	return errno == 0 && int(group) == syscall.Getpgrp()
+	return inForeground(tty)
 }
 
 var errUntilAndCommand = errors.New("-until and a command after -- contradict each other: the run ends with the command")

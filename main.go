@@ -388,7 +388,7 @@ func (o *runFlags) define(fs *flag.FlagSet) {
 	fs.DurationVar(&o.startTimeout, "start-timeout", 30*time.Second, "from a component's start until it is ready")
 	fs.DurationVar(&o.unhealthyTimeout, "unhealthy-timeout", 30*time.Second, "how long a component may stay unhealthy")
 	fs.DurationVar(&o.stopTimeout, "stop-timeout", 10*time.Second, "from the stop signal to SIGKILL")
-	fs.BoolVar(&o.showStatus, "show-status", true, "a status line at each change; =false for none")
+	fs.BoolVar(&o.showStatus, "show-status", true, "keep a status below the log; =false for none")
 	fs.StringVar(&o.logDir, "log-dir", "", "log each component to `dir`/ID.log; \"\" for none (on a terminal: logs beside the pipeline file)")
 	fs.StringVar(&o.until, "until", untilStopped, "run until `event`: stopped, ready or done")
 }

@@ -195,6 +195,18 @@ func (r *registry) pipelineLocked() *operatorv1.Pipeline {
 	return out
 }
 
+// own is the pipeline with its own components.
+func (r *registry) own(now time.Time) *operatorv1.Pipeline {
+	r.mu.Lock()
+	out := r.pipelineLocked()
+	members := slices.Clone(r.all[:r.members])
+	r.mu.Unlock()
+	for some := range slices.Chunk(members, batch) {
+		out.Components = append(out.Components, r.components(some, now)...)
+	}
+	return out
+}
+
 // components is what some have to show, without those that are gone.
 func (r *registry) components(some []*service, now time.Time) []*operatorv1.Component {
 	now = r.lockAt(now)

@@ -344,8 +344,9 @@ func readFile(path string) (data []byte, regular bool, err error) {
 	return data, info.Mode().IsRegular(), err
 }
 
-// resolve makes the paths in p absolute, also that of the program of an exec: check. The name of a program without a slash
-// stays: it is looked up in PATH when the program starts.
+// resolve makes the paths in p absolute, also that of the program of an exec: check.
+// The name of a program without a slash stays: it is looked up in PATH when the program
+// starts.
 func (p *Pipeline) resolve(folder string) {
 	absolute := func(path string) string {
 		if filepath.IsAbs(path) {

@@ -70,3 +70,9 @@ func (g *guard) leave(int)                                         {}
 func (g *guard) dismiss()                                          {}
 
 func runGuard(string, string, string, string, io.Reader) {}
+
+// ioctlUnread is FIONREAD of tty(4).
+const ioctlUnread = 0x4004667f
+
+// stopSelf returns when flowctl goes on.
+func stopSelf() { _ = syscall.Kill(syscall.Getpid(), syscall.SIGSTOP) }

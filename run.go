@@ -33,6 +33,9 @@ type run struct {
 	registry   *registry
 	sup        *supervisor
 	console    *console
+	screen     *screen   // nil where there is no footer
+	shown      time.Time // when it was given a footer last
+	stale      bool      // something has happened since
 	about      about
 	files      *logFiles   // nil for none
 	entrance   bool        // there is a listener without TLS, or no TLS
@@ -86,7 +89,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	for _, c := range p.components() {
 		ids = append(ids, c.ID)
 	}
-	stderr := newLogWriter(patient{os.Stderr}, o.format)
+	stderr, stdout, screen := openOutputs(o)
 	defer stderr.close()
 	log := newLogger(stderr, o.format, o.logLevel)
 	var records *journalLog // nil where the log is not in the journal
@@ -137,13 +140,13 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		return &exitError{exitPlane, err}
 	}
 	r := &run{
-		flags: o, log: log, about: about{name: p.Metadata.Name, version: versionName(), started: time.Now()},
+		flags: o, log: log, screen: screen, about: about{name: p.Metadata.Name, version: versionName(), started: time.Now()},
 		conditions: make(map[string]change), unhealthy: make(map[string]time.Time),
 		verdicts: make(chan verdict), watches: make(map[string]context.CancelFunc),
 		reloads: make(chan reloadRequest), over: make(chan struct{}), watchdog: watchdogInterval(log),
 		guest: guest, journal: records, entrance: certs == nil || way.private != nil,
 	}
-	r.console = newConsole(patient{os.Stdout}, o.format, useColours(os.Stdout), ids)
+	r.console = newConsole(stdout, o.format, useColours(os.Stdout), ids)
 	settings := procSettings{
 		startTimeout: o.startTimeout, stopTimeout: o.stopTimeout, heartbeat: o.ttl / 3,
 		endpoint: way.endpoint, tlsEnv: way.tlsEnv, gateway: gatewayEndpoint(lis.Addr(), endpoint), engine: o.engine,
@@ -200,6 +203,7 @@ func (r *run) emit(id, stream string, lines []byte) {
 
 // end says what has failed, last of all, and returns an *exitError unless nothing has.
 func (r *run) end(stderr io.Writer) error {
+	r.screen.dismiss()
 	if len(r.sup.failures()) > 0 && r.code == exitOK {
 		r.code = exitFailed // found while stopping: a process that survived SIGKILL
 	}
@@ -262,6 +266,9 @@ func (r *run) loop(signals <-chan os.Signal) {
 		select {
 		case sig := <-signals:
 			r.signalled(sig, time.Now())
+		case sig := <-r.screen.events():
+			r.screen.signalled(sig)
+		case <-r.footerDue(): // not by timer: that one is late tells nothing
 		case <-r.registry.wake:
 		case e := <-r.sup.exits:
 			r.exited(e, time.Now())
@@ -349,6 +356,7 @@ func (r *run) advance(now time.Time) {
 		r.sup.advanceStop(now)
 	}
 	r.showStatus()
+	r.showFooter(now)
 }
 
 // failed ends the run because of failures. The first decides the exit code.
@@ -533,6 +541,7 @@ func (r *run) checkReady(now time.Time) {
 	if r.guest == nil {
 		return
 	}
+	r.screen.dismiss() // the terminal is the command's now
 	if err := r.guest.start(r.sup); err != nil {
 		r.log.Error("the command did not start", "err", err)
 		r.blame = err
@@ -590,7 +599,7 @@ func (r *run) showStatus() {
 	}
 	r.about.status = status
 	r.registry.report(r.about)
-	if r.flags.showStatus {
+	if r.flags.showStatus && !r.screen.shows() {
 		r.log.Info("status", o.attrs()...)
 	}
 	states := []string{"STATUS=" + status}
@@ -598,4 +607,33 @@ func (r *run) showStatus() {
 		states = append(states, extendTimeout(time.Until(at)))
 	}
 	notify(r.log, states...)
+}
+
+// showFooter gives the screen a new footer, unless the last is too young.
+func (r *run) showFooter(now time.Time) {
+	if r.screen == nil {
+		return
+	}
+	if r.stale = now.Sub(r.shown) < footerTime; r.stale {
+		return
+	}
+	r.shown = now
+	own := r.registry.own(now)
+	shown := listPipeline(own)
+	for _, c := range own.GetComponents() {
+		shown.Components = append(shown.Components, listComponent(c))
+	}
+	r.screen.show(shown.footerRows(now))
+}
+
+// footerDue gets the time when showFooter has something to do although nothing happens.
+func (r *run) footerDue() <-chan time.Time {
+	wait := uptimeTime
+	switch {
+	case r.screen == nil:
+		return nil
+	case r.stale:
+		wait = footerTime
+	}
+	return time.After(time.Until(r.shown.Add(wait)))
 }

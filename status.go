@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -74,21 +75,25 @@ type logWriter struct {
 	w    io.Writer
 	json bool          // what it is given, and so what it says itself
 	more chan struct{} // gets a token when there is something to do
-	done chan struct{}
 
-	mu     sync.Mutex // guards the fields below
-	queue  []byte
-	lost   int // lines
-	closed bool
+	mu      sync.Mutex // guards the fields below
+	queue   []byte
+	room    sync.Cond     // signalled when queue has been taken, or nothing will be
+	written chan struct{} // closed when what is queued now has been written, nil when nobody waits for that
+	lost    int           // lines
+	err     error         // the first of w
+	closed  bool
 }
 
 const (
-	maxQueued = 1 << 20
-	flushTime = 5 * time.Second // for the last lines, when flowctl ends
+	maxQueued  = 1 << 20
+	maxWaiting = 64 << 10        // queued bytes from which on those wait that can
+	flushTime  = 5 * time.Second // for the last lines, when flowctl ends
 )
 
 func newLogWriter(w io.Writer, format string) *logWriter {
-	l := &logWriter{w: w, json: format == formatJSON, more: make(chan struct{}, 1), done: make(chan struct{})}
+	l := &logWriter{w: w, json: format == formatJSON, more: make(chan struct{}, 1)}
+	l.room.L = &l.mu
 	go l.run()
 	return l
 }
@@ -102,11 +107,33 @@ func (l *logWriter) Write(line []byte) (int, error) {
 	} else {
 		l.queue = append(l.queue, line...)
 	}
-	l.wake()
+	l.poke()
 	return len(line), nil
 }
 
-func (l *logWriter) wake() {
+// waiting is how components write to a logWriter: none of their lines is dropped, and
+// they wait while many are queued. It fails after w has.
+type waiting struct{ *logWriter }
+
+func (l waiting) Write(lines []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for len(l.queue) >= maxWaiting && l.err == nil && !l.closed {
+		l.room.Wait()
+	}
+	switch {
+	case l.err != nil:
+		return 0, l.err
+	case l.closed:
+		return 0, os.ErrClosed
+	}
+	l.queue = append(l.queue, lines...)
+	l.poke()
+	return len(lines), nil
+}
+
+// poke has w written to, though there may be no lines.
+func (l *logWriter) poke() {
 	select {
 	case l.more <- struct{}{}:
 	default:
@@ -114,7 +141,6 @@ func (l *logWriter) wake() {
 }
 
 func (l *logWriter) run() {
-	defer close(l.done)
 	var lines []byte
 	for closed := false; !closed; {
 		<-l.more
@@ -123,9 +149,41 @@ func (l *logWriter) run() {
 		if l.lost > 0 {
 			lines = l.appendLost(lines)
 		}
-		l.lost, closed = 0, l.closed
+		written := l.written
+		l.lost, l.written, closed = 0, nil, l.closed
+		l.room.Broadcast()
 		l.mu.Unlock()
-		_, _ = l.w.Write(lines) // there is nowhere to say that it failed
+		if _, err := l.w.Write(lines); err != nil {
+			l.fail(err)
+		}
+		if written != nil {
+			close(written)
+		}
+	}
+}
+
+// fail notes err for those that wait: to those that do not, there is nothing to say.
+func (l *logWriter) fail(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.err = cmp.Or(l.err, err)
+	l.room.Broadcast()
+}
+
+// flush returns when all that is queued has been written, or after most.
+func (l *logWriter) flush(most time.Duration) {
+	l.mu.Lock()
+	if l.written == nil {
+		l.written = make(chan struct{})
+	}
+	written := l.written
+	l.poke()
+	l.mu.Unlock()
+	timer := time.NewTimer(most)
+	defer timer.Stop()
+	select {
+	case <-written:
+	case <-timer.C:
 	}
 }
 
@@ -144,14 +202,9 @@ func (l *logWriter) appendLost(lines []byte) []byte {
 func (l *logWriter) close() {
 	l.mu.Lock()
 	l.closed = true
-	l.wake()
+	l.room.Broadcast()
 	l.mu.Unlock()
-	timer := time.NewTimer(flushTime)
-	defer timer.Stop()
-	select {
-	case <-l.done:
-	case <-timer.C:
-	}
+	l.flush(flushTime)
 }
 
 // palette are the colours of components on a terminal, readable on black and white.
