@@ -38,7 +38,7 @@ func TestCheckWarnings(t *testing.T) {
 			`component a: command: cannot run "notes": it is not found in PATH; the file in its folder is "./notes"`}},
 		{"health_check", []Component{
 			{ID: "a", Command: []string{"sh"}, HealthCheck: "exec:no-such-program x"},
-			{ID: "b", Command: []string{"sh"}, HealthCheck: "exec:./script", WorkingDir: dir}}, []string{
+			{ID: "b", Command: []string{"sh"}, HealthCheck: "exec:" + script + " x"}}, []string{
 			`component a: health_check: cannot run "no-such-program": executable file not found in $PATH`}},
 		{"folders and files", []Component{{ID: "a", Command: []string{"sh"}, WorkingDir: text, EnvFiles: map[string]string{"KEY": dir + "/key"}}}, []string{
 			`component a: working_dir: "` + text + `" is no folder`,

@@ -375,7 +375,7 @@ func TestCommandsOnATerminal(t *testing.T) {
 	if _, err := exec.LookPath("script"); err != nil {
 		t.Skip("no script(1) here, which makes a terminal")
 	}
-	const want = `msg="in another terminal" see="flowctl list" follow="flowctl list -watch" reload="flowctl reload"`
+	const want = `msg="in another terminal" see="flowctl list" reload="flowctl reload"`
 	file := writePipeline(t, shell("a", "exec sleep 300"))
 	for _, tt := range []struct {
 		more  string

@@ -214,7 +214,8 @@ func TestFooter(t *testing.T) {
 	c.let()
 	log = append(log,
 		"time=15:04:05 level=INFO msg=ready component=b after=1s",
-		`time=15:04:05 level=INFO msg="pipeline ready" components=2 endpoint=127.0.0.1:8080 after=1s`)
+		`time=15:04:05 level=INFO msg="pipeline ready" components=2 endpoint=127.0.0.1:8080 after=1s`,
+		`time=15:04:05 level=INFO msg="in another terminal" see="flowctl list" reload="flowctl reload"`)
 	c.shows(slices.Concat(log, footerOf("a", "b"))...)
 	c.keys("C-c")
 	c.shows(append(log,
@@ -405,6 +406,7 @@ func TestFooterAtTheEnd(t *testing.T) {
 			"flowctl: the last lines of a:",
 			"  up",
 			"  boom",
+			`flowctl: try: if it may fail and be started again, give it "restart_policy": "on-failure"`,
 		}},
 		{"SIGKILL", shell("a", "echo up; exec sleep 300"), func(c *terminal) { _ = syscall.Kill(c.pid(), syscall.SIGKILL) }, nil},
 	} {
@@ -432,8 +434,10 @@ func TestFooterAtTheEnd(t *testing.T) {
 // The command after -- has the terminal for itself.
 func TestFooterIsGoneForACommand(t *testing.T) {
 	t.Parallel()
-	c := openTerminal(t, 80, 24, []Component{onGo("a", "echo up", "echo more")}, "-log-level", "warn", "--", "sh", "-c", "stty -g >modes; printf Name:; read name; echo $name; exec sleep 1.2")
+	c := openTerminal(t, 80, 24, []Component{onGo("a", "echo up", "echo more")}, "-log-level", "warn", "--", "sh", "-c", "until [ -e shown ]; do sleep 0.02; done; stty -g >modes; printf Name:; read name; echo $name; exec sleep 1.2")
 	c.run()
+	c.shows("$ ./run", "15:04:05 a | up")
+	writeFile(t, filepath.Join(c.dir, "shown"), "")
 	c.shows("$ ./run", "15:04:05 a | up", "Name:")
 	c.let()
 	c.shows("$ ./run", "15:04:05 a | up", "Name:15:04:05 a | more")

@@ -558,7 +558,7 @@ func (r *run) commands() []any {
 			with += " -tls-cert FILE -tls-key FILE"
 		}
 	}
-	out := []any{"see", "flowctl list" + with, "follow", "flowctl list -watch" + with}
+	out := []any{"see", "flowctl list" + with}
 	if !fromStandardInput(r.flags.file) {
 		out = append(out, "reload", "flowctl reload"+with)
 	}
