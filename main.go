@@ -611,6 +611,13 @@ func serverCommand(args []string) error {
 	plane := servePlane(lis, registry, planeSettings{store: st, certs: certs}, log)
 	defer plane.stop()
 	notify(log, daemon.SdNotifyReady, "STATUS=listening on "+endpoint)
+	watchAlone(registry, signals, log)
+	return nil
+}
+
+// watchAlone logs what changes in a registry that has no run, and feeds the watchdog,
+// until a signal asks for the end.
+func watchAlone(registry *registry, signals <-chan os.Signal, log *slog.Logger) {
 	var bark <-chan time.Time
 	if interval := watchdogInterval(log); interval > 0 {
 		ticker := time.NewTicker(interval / 2)
@@ -632,7 +639,7 @@ func serverCommand(args []string) error {
 			}
 			log.Info("stopping", "signal", sig.String())
 			notify(log, daemon.SdNotifyStopping)
-			return nil
+			return
 		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -30,7 +31,13 @@ const echoTime = 50 * time.Millisecond
 type run struct {
 	flags      runFlags
 	log        *slog.Logger
+	stderr     *logWriter
+	cleanups   []func() // of what was opened, in that order
+	file       *runFile
+	certs      *certificates // nil without TLS
+	endpoint   string        // where the plane listens
 	registry   *registry
+	children   *reaper
 	sup        *supervisor
 	console    *console
 	screen     *screen   // nil where there is no footer
@@ -85,99 +92,43 @@ func (o *runFlags) logFiles(ids []string, log *slog.Logger) (*logFiles, error) {
 
 // runPipeline runs p and returns an *exitError for everything but success.
 func runPipeline(p *Pipeline, o runFlags) error {
+	r := &run{
+		flags: o, about: about{name: p.Metadata.Name, version: versionName(), started: time.Now()},
+		conditions: make(map[string]change), unhealthy: make(map[string]time.Time),
+		verdicts: make(chan verdict), watches: make(map[string]context.CancelFunc),
+		reloads: make(chan reloadRequest), over: make(chan struct{}),
+	}
+	defer r.cleanUp()
 	var ids []string
 	for _, c := range p.components() {
 		ids = append(ids, c.ID)
 	}
-	stderr, stdout, screen := openOutputs(o)
-	defer stderr.close()
-	log := newLogger(stderr, o.format, o.logLevel)
-	var records *journalLog // nil where the log is not in the journal
-	if o.format == formatJournal {
-		records = openJournal(p.Metadata.Name, ids)
-		defer records.close()
-		log = slog.New(records.handler(o.logLevel))
-	}
+	r.openLog(ids)
+	r.watchdog = watchdogInterval(r.log)
 	signals := catchSignals()
-	guest, err := newGuest(o.command)
-	if err != nil {
-		return &exitError{exitUsage, err}
+	if stopped, err := r.prepare(p, signals); err != nil || stopped {
+		return err
 	}
-	file, err := claimRun(runInfo{Pipeline: p.Metadata.Name, TLS: o.tls.cert != ""})
-	if running := (*runningError)(nil); errors.As(err, &running) {
-		return &exitError{exitPlane, &hintedError{err, "flowctl list"}}
-	} else if err != nil {
-		log.Warn("list cannot find this run by itself, and a second one would not be refused", "err", err)
-	}
-	defer file.release()
-	children := newReaper()
-	if err := children.adopt(); err != nil {
-		log.Warn("processes that leave their process group cannot be ended", "err", err)
-	}
-	defer children.close()
-	if o.engine != nil {
-		o.engine.reaper, o.engine.claim = children, file.claim()
-	}
-	if stopped, err := o.engine.prepareUntil(signals, p, log); err != nil {
-		return &exitError{exitUsage, err}
-	} else if stopped {
-		return nil
-	}
-	certs, err := openCertificates(o.tls, log)
+	lis, way, err := r.listen(p)
 	if err != nil {
 		return &exitError{exitPlane, err}
 	}
-	lis, endpoint, err := openPlane(o.planeFlags, log)
-	if err != nil {
-		return &exitError{exitPlane, err}
-	}
-	if err := file.publish(endpoint); err != nil {
-		log.Warn("list cannot find this run by itself", "err", err)
-	}
-	way, err := openEntrance(p, certs, endpoint, log)
-	if err != nil {
-		lis.Close()
-		return &exitError{exitPlane, err}
-	}
-	r := &run{
-		flags: o, log: log, screen: screen, about: about{name: p.Metadata.Name, version: versionName(), started: time.Now()},
-		conditions: make(map[string]change), unhealthy: make(map[string]time.Time),
-		verdicts: make(chan verdict), watches: make(map[string]context.CancelFunc),
-		reloads: make(chan reloadRequest), over: make(chan struct{}), watchdog: watchdogInterval(log),
-		guest: guest, journal: records, entrance: certs == nil || way.private != nil,
-	}
-	r.console = newConsole(stdout, o.format, useColours(os.Stdout), ids)
 	settings := procSettings{
-		startTimeout: o.startTimeout, stopTimeout: o.stopTimeout, heartbeat: o.ttl / 3,
-		endpoint: way.endpoint, tlsEnv: way.tlsEnv, gateway: gatewayEndpoint(lis.Addr(), endpoint), engine: o.engine,
+		startTimeout: o.startTimeout, stopTimeout: o.stopTimeout, heartbeat: o.ttl / 3, endpoint: way.endpoint,
+		tlsEnv: way.tlsEnv, gateway: gatewayEndpoint(lis.Addr(), r.endpoint), engine: r.flags.engine,
 	}
-	if err := settings.checkReach(p); err != nil {
-		lis.Close()
-		return &exitError{exitUsage, err}
+	if err := r.supervise(p, ids, settings); err != nil {
+		return err
 	}
-	if r.files, err = o.logFiles(ids, log); err != nil {
-		lis.Close()
-		return &exitError{exitUsage, err}
-	}
-	if r.files != nil {
-		defer r.files.close()
-	}
-	r.sup, err = newSupervisor(p, settings, r.emit, log, children)
+	st, err := o.openState(r.registry, &r.about, false, r.log)
 	if err != nil {
-		lis.Close()
-		return &exitError{exitFailed, err}
-	}
-	r.registry, r.edition = newRegistry(o.ttl, o.interval, endpoint, r.sup.members()), r.sup.edition
-	st, err := o.openState(r.registry, &r.about, false, log)
-	if err != nil {
-		lis.Close()
 		r.sup.close()
 		return &exitError{exitPlane, err}
 	}
-	defer st.close()
+	r.atEnd(st.close)
 	r.registry.given = way.endpoint
 	r.registry.report(r.about)
-	plane := servePlane(lis, r.registry, planeSettings{store: st, trace: r.trace, certs: certs, private: way.private, reload: r.requestReload}, log)
+	plane := servePlane(lis, r.registry, planeSettings{store: st, trace: r.trace, certs: r.certs, private: way.private, reload: r.requestReload}, r.log)
 	r.loop(signals)
 	close(r.over)
 	for _, end := range r.watches {
@@ -186,7 +137,100 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	r.watching.Wait()
 	r.sup.close()
 	plane.stop()
-	return r.end(stderr)
+	return r.end()
+}
+
+// atEnd has f called when the run is over, or cannot begin, before what was given
+// earlier.
+func (r *run) atEnd(f func()) { r.cleanups = append(r.cleanups, f) }
+
+func (r *run) cleanUp() {
+	for _, f := range slices.Backward(r.cleanups) {
+		f()
+	}
+}
+
+// openLog opens flowctl's own log and what the lines of the components ids go to.
+func (r *run) openLog(ids []string) {
+	var stdout io.Writer
+	r.stderr, stdout, r.screen = openOutputs(r.flags)
+	r.atEnd(r.stderr.close)
+	r.log = newLogger(r.stderr, r.flags.format, r.flags.logLevel)
+	if r.flags.format == formatJournal {
+		r.journal = openJournal(r.about.name, ids)
+		r.atEnd(r.journal.close)
+		r.log = slog.New(r.journal.handler(r.flags.logLevel))
+	}
+	r.console = newConsole(stdout, r.flags.format, useColours(os.Stdout), ids)
+}
+
+// prepare does what comes before anything that others could see: it claims the name of
+// the pipeline, and has the engine get the images. A signal that comes meanwhile ends
+// the run.
+func (r *run) prepare(p *Pipeline, signals <-chan os.Signal) (stopped bool, err error) {
+	if r.guest, err = newGuest(r.flags.command); err != nil {
+		return false, &exitError{exitUsage, err}
+	}
+	r.file, err = claimRun(runInfo{Pipeline: r.about.name, TLS: r.flags.tls.cert != ""})
+	if running := (*runningError)(nil); errors.As(err, &running) {
+		return false, &exitError{exitPlane, &hintedError{err, "flowctl list"}}
+	} else if err != nil {
+		r.log.Warn("list cannot find this run by itself, and a second one would not be refused", "err", err)
+	}
+	r.atEnd(r.file.release)
+	r.children = newReaper()
+	if err := r.children.adopt(); err != nil {
+		r.log.Warn("processes that leave their process group cannot be ended", "err", err)
+	}
+	r.atEnd(r.children.close)
+	if engine := r.flags.engine; engine != nil {
+		engine.reaper, engine.claim = r.children, r.file.claim()
+	}
+	if stopped, err = r.flags.engine.prepareUntil(signals, p, r.log); err != nil {
+		return false, &exitError{exitUsage, err}
+	}
+	return stopped, nil
+}
+
+// listen opens the control plane's listeners: where the flags say, and where the
+// components come in.
+func (r *run) listen(p *Pipeline) (lis net.Listener, way entrance, err error) {
+	if r.certs, err = openCertificates(r.flags.tls, r.log); err != nil {
+		return nil, way, err
+	}
+	if lis, r.endpoint, err = openPlane(r.flags.planeFlags, r.log); err != nil {
+		return nil, way, err
+	}
+	r.atEnd(func() { lis.Close() }) // again, where a control plane has served
+	if err := r.file.publish(r.endpoint); err != nil {
+		r.log.Warn("list cannot find this run by itself", "err", err)
+	}
+	if way, err = openEntrance(p, r.certs, r.endpoint, r.log); err != nil {
+		return nil, way, err
+	}
+	if way.private != nil {
+		r.atEnd(func() { way.private.Close() })
+	}
+	r.entrance = r.certs == nil || way.private != nil
+	return lis, way, nil
+}
+
+// supervise makes the supervisor, and the registry that knows its components.
+func (r *run) supervise(p *Pipeline, ids []string, settings procSettings) (err error) {
+	if err := settings.checkReach(p); err != nil {
+		return &exitError{exitUsage, err}
+	}
+	if r.files, err = r.flags.logFiles(ids, r.log); err != nil {
+		return &exitError{exitUsage, err}
+	}
+	if r.files != nil {
+		r.atEnd(r.files.close)
+	}
+	if r.sup, err = newSupervisor(p, settings, r.emit, r.log, r.children); err != nil {
+		return &exitError{exitFailed, err}
+	}
+	r.registry, r.edition = newRegistry(r.flags.ttl, r.flags.interval, r.endpoint, r.sup.members()), r.sup.edition
+	return nil
 }
 
 // emit is the emitter of all components: what is shown is in the files.
@@ -202,7 +246,7 @@ func (r *run) emit(id, stream string, lines []byte) {
 }
 
 // end says what has failed, last of all, and returns an *exitError unless nothing has.
-func (r *run) end(stderr io.Writer) error {
+func (r *run) end() error {
 	r.screen.dismiss()
 	if len(r.sup.failures()) > 0 && r.code == exitOK {
 		r.code = exitFailed // found while stopping: a process that survived SIGKILL
@@ -214,11 +258,11 @@ func (r *run) end(stderr io.Writer) error {
 	case r.journal != nil:
 		r.journal.report(report)
 	case r.flags.format == formatJSON:
-		report.writeJSON(stderr)
+		report.writeJSON(r.stderr)
 	default:
 		var text bytes.Buffer // a line at a time could be lost by half
 		report.writeText(&text)
-		_, _ = text.WriteTo(stderr)
+		_, _ = text.WriteTo(r.stderr)
 	}
 	return &exitError{code: r.code}
 }
