@@ -51,12 +51,13 @@ type screen struct {
 // openOutputs returns where the log of a run goes, where the lines of its components
 // go, and the screen that both are on. That is nil where the status goes into the log:
 // it is not to be shown otherwise, standard error is no terminal that can have a
-// footer, or standard output is another one.
+// footer, or standard output is another one, or a pipe.
 func openOutputs(o runFlags) (stderr *logWriter, stdout io.Writer, s *screen) {
 	out, _ := os.Stdout.Stat()
 	err, _ := os.Stderr.Stat()
 	piped := !isTerminal(os.Stdout)
-	if !o.showStatus || o.format != formatText || !isTerminal(os.Stderr) || os.Getenv("TERM") == "dumb" || !piped && !os.SameFile(out, err) {
+	maybeHere := out.Mode()&(os.ModeNamedPipe|os.ModeSocket) != 0 // of tee, say: what it gets can come to this terminal
+	if !o.showStatus || o.format != formatText || !isTerminal(os.Stderr) || os.Getenv("TERM") == "dumb" || maybeHere || !piped && !os.SameFile(out, err) {
 		return newLogWriter(patient{os.Stderr}, o.format), patient{os.Stdout}, nil
 	}
 	s = &screen{f: os.Stderr, signals: make(chan os.Signal, 4)}

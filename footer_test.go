@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"os"
@@ -571,6 +572,48 @@ func TestFooterWithoutStandardOutput(t *testing.T) {
 	}
 }
 
+// heldWriter takes nothing until let is closed.
+type heldWriter struct {
+	began, let chan struct{}
+	got        bytes.Buffer
+}
+
+func (w *heldWriter) Write(p []byte) (int, error) {
+	select {
+	case w.began <- struct{}{}:
+	default:
+	}
+	<-w.let
+	return w.got.Write(p)
+}
+
+// A terminal that is held gets all that components printed, however long it is held,
+// and what they print takes no room from flowctl's own log.
+func TestHeldTerminal(t *testing.T) {
+	t.Parallel()
+	w := &heldWriter{began: make(chan struct{}, 1), let: make(chan struct{})}
+	l := newLogWriter(w, formatText)
+	lines := waiting{l}
+	_, _ = lines.Write([]byte("first\n"))
+	<-w.began // it is in hand, and what follows is queued
+	long := strings.Repeat("x", maxQueued) + "\n"
+	_, _ = lines.Write([]byte(long))
+	_, _ = l.Write([]byte("report\n"))
+	written := make(chan struct{})
+	go func() { lines.await(); close(written) }()
+	select {
+	case <-written:
+		t.Error("await returns although nothing is written")
+	case <-time.After(20 * time.Millisecond): // time in which it could
+	}
+	close(w.let)
+	<-written
+	if got := w.got.String(); got != "first\n"+long+"report\n" {
+		t.Errorf("%d bytes are written, beginning with %.20q and ending in %.20q", len(got), got, got[max(0, len(got)-20):])
+	}
+	l.close()
+}
+
 // Where there is no footer the status is in the log.
 func TestNoFooter(t *testing.T) {
 	t.Parallel()
@@ -579,6 +622,7 @@ func TestNoFooter(t *testing.T) {
 		status        bool
 	}{
 		{"dumb", "TERM=dumb ./run", true},
+		{"to a pipe, which may lead back here", "./run | cat", true},
 		{"turned off", "./run -show-status=false", false},
 		{"json", "./run -log-format json", true},
 		{"background", "./run &", true},

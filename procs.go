@@ -130,6 +130,7 @@ type procSettings struct {
 	heartbeat    time.Duration // FLOWCTL_HEARTBEAT_INTERVAL
 	endpoint     string        // FLOWCTL_ENDPOINT
 	tlsEnv       []string      // of components with "tls": true, that one included
+	flush        func()        // returns when what was emitted has been written
 	gateway      string        // FLOWCTL_ENDPOINT of containers that are not on the host's network; "" for out of reach
 	engine       *engine       // of components with an image, nil for none
 }
@@ -857,8 +858,8 @@ func (s *supervisor) spawn(c *Component) (*child, error) {
 	ch.pid = cmd.Process.Pid
 	s.guard.lead(ch.pid)
 	ch.pumping.Store(2)
-	go ch.pump(c.ID, "stdout", ch.outputs[0], s.emit)
-	go ch.pump(c.ID, "stderr", ch.outputs[1], s.emit)
+	go ch.pump(c.ID, "stdout", ch.outputs[0], s.emit, s.settings.flush)
+	go ch.pump(c.ID, "stderr", ch.outputs[1], s.emit, s.settings.flush)
 	return ch, nil
 }
 
@@ -1035,10 +1036,11 @@ func awaitExit(pid int) {
 }
 
 // pump hands on what comes from r in whole lines until it ends, or, after reap has
-// set a deadline, until nothing is left in the pipe.
-func (c *child) pump(id, stream string, r *os.File, emit emitter) {
+// set a deadline, until nothing is left in the pipe, and that is written.
+func (c *child) pump(id, stream string, r *os.File, emit emitter, flush func()) {
 	defer func() {
 		r.Close()
+		flush()
 		if c.pumping.Add(-1) == 0 {
 			close(c.drained)
 		}

@@ -640,7 +640,7 @@ func pumpAll(t testing.TB, write func(io.Writer)) []byte {
 			t.Errorf("handed on %.20q, not whole lines", lines)
 		}
 		got = append(got, lines...)
-	})
+	}, func() {})
 	write(w)
 	w.Close()
 	<-c.drained
@@ -700,7 +700,7 @@ func BenchmarkPump(b *testing.B) {
 	}
 	c := &child{drained: make(chan struct{})}
 	c.pumping.Store(1)
-	go c.pump("a", "stdout", r, out.lines)
+	go c.pump("a", "stdout", r, out.lines, out.flush)
 	b.SetBytes(int64(len(lines)))
 	b.ReportAllocs()
 	for b.Loop() {

@@ -115,7 +115,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	}
 	settings := procSettings{
 		startTimeout: o.startTimeout, stopTimeout: o.stopTimeout, heartbeat: o.ttl / 3, endpoint: way.endpoint,
-		tlsEnv: way.tlsEnv, gateway: gatewayEndpoint(lis.Addr(), r.endpoint), engine: r.flags.engine,
+		tlsEnv: way.tlsEnv, gateway: gatewayEndpoint(lis.Addr(), r.endpoint), engine: r.flags.engine, flush: r.console.flush,
 	}
 	if err := r.supervise(p, ids, settings); err != nil {
 		return err

@@ -78,6 +78,7 @@ type logWriter struct {
 
 	mu      sync.Mutex // guards the fields below
 	queue   []byte
+	own     int           // bytes of queue that are of the log, and not of components
 	room    sync.Cond     // signalled when queue has been taken, or nothing will be
 	written chan struct{} // closed when what is queued now has been written, nil when nobody waits for that
 	lost    int           // lines
@@ -102,10 +103,10 @@ func newLogWriter(w io.Writer, format string) *logWriter {
 func (l *logWriter) Write(line []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if len(l.queue)+len(line) > maxQueued {
+	if l.own+len(line) > maxQueued {
 		l.lost++
 	} else {
-		l.queue = append(l.queue, line...)
+		l.queue, l.own = append(l.queue, line...), l.own+len(line)
 	}
 	l.poke()
 	return len(line), nil
@@ -132,6 +133,27 @@ func (l waiting) Write(lines []byte) (int, error) {
 	return len(lines), nil
 }
 
+// await returns when all that is queued has been written, or never will be.
+func (l waiting) await() {
+	l.mu.Lock()
+	if l.closed {
+		l.mu.Unlock()
+		return
+	}
+	written := l.awaitLocked()
+	l.mu.Unlock()
+	<-written
+}
+
+// awaitLocked returns what is closed when all that is queued has been written.
+func (l *logWriter) awaitLocked() <-chan struct{} {
+	if l.written == nil {
+		l.written = make(chan struct{})
+	}
+	l.poke()
+	return l.written
+}
+
 // poke has w written to, though there may be no lines.
 func (l *logWriter) poke() {
 	select {
@@ -145,7 +167,7 @@ func (l *logWriter) run() {
 	for closed := false; !closed; {
 		<-l.more
 		l.mu.Lock()
-		lines, l.queue = l.queue, lines[:0]
+		lines, l.queue, l.own = l.queue, lines[:0], 0
 		if l.lost > 0 {
 			lines = l.appendLost(lines)
 		}
@@ -173,11 +195,7 @@ func (l *logWriter) fail(err error) {
 // flush returns when all that is queued has been written, or after most.
 func (l *logWriter) flush(most time.Duration) {
 	l.mu.Lock()
-	if l.written == nil {
-		l.written = make(chan struct{})
-	}
-	written := l.written
-	l.poke()
+	written := l.awaitLocked()
 	l.mu.Unlock()
 	timer := time.NewTimer(most)
 	defer timer.Stop()
@@ -284,6 +302,13 @@ func (c *console) lines(id, stream string, lines []byte) {
 	}
 	if cap(c.buf) > 2*maxLine {
 		c.buf = nil
+	}
+}
+
+// flush returns when the lines that it was given are written, however long that takes.
+func (c *console) flush() {
+	if w, ok := c.w.(waiting); ok {
+		w.await()
 	}
 }
 
