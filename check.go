@@ -128,23 +128,38 @@ func (p *Pipeline) warnings(orchestrator string) []warning {
 			c.imageWarnings(orchestrator, warn)
 		}
 		for _, name := range slices.Sorted(maps.Keys(c.EnvFiles)) {
-			if f, err := os.Open(c.EnvFiles[name]); err != nil {
+			if _, err := readEnvFile(c.EnvFiles[name]); err != nil {
 				warn("env_files."+name, "%v", err)
-			} else {
-				f.Close()
 			}
 		}
-		if port := fileEnv(c, "HEALTH_PORT"); port != "" {
+		take := func(field, port string) {
 			if other, taken := ports[port]; taken {
-				warn("env.HEALTH_PORT", "port %s is that of component %s too", port, other)
+				warn(field, "port %s is that of component %s too", port, other)
 			}
 			ports[port] = c.ID
+		}
+		if port := fileEnv(c, "HEALTH_PORT"); port != "" {
+			take("env.HEALTH_PORT", port)
+		}
+		for i, port := range c.Ports {
+			take(fmt.Sprintf("ports[%d]", i), publishedPort(port))
 		}
 		for _, event := range p.unheard(c) {
 			warn("input_event_types", "no input of it puts out %q", event)
 		}
 	}
 	return out
+}
+
+// publishedPort is what an entry of ports takes of the host: without the port of the
+// container, and TCP not named.
+func publishedPort(entry string) string {
+	entry, protocol, _ := strings.Cut(entry, "/")
+	port := entry[:strings.LastIndexByte(entry, ':')] // checkPort has found it right
+	if protocol != "" && protocol != "tcp" {
+		port += "/" + protocol
+	}
+	return port
 }
 
 func (c *Component) commandWarnings(warn func(field, format string, args ...any)) {

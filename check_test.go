@@ -54,6 +54,12 @@ func TestCheckWarnings(t *testing.T) {
 		{"images", []Component{{ID: "a", Image: "i:1", WorkingDir: "/nowhere", Volumes: []string{dir + "/none:/x", "name:/y"}}}, []string{
 			`component a: image: needs -orchestrator container`,
 			`component a: volumes[0]: stat ` + dir + `/none: no such file or directory`}},
+		{"a port published twice", []Component{{ID: "a", Image: "i:1", Ports: []string{"8080:80"}}, {ID: "b", Image: "i:1", Ports: []string{"8080:80/udp", "8080:81/tcp"}}}, []string{
+			`component a: image: needs -orchestrator container`,
+			`component b: image: needs -orchestrator container`,
+			`component b: ports[1]: port 8080 is that of component a too`}},
+		{"a folder for a secret", []Component{{ID: "a", Command: []string{"sh"}, EnvFiles: map[string]string{"KEY": dir}}}, []string{
+			`component a: env_files.KEY: read ` + dir + `: is a directory`}},
 		{"an input that does not say what it puts out", []Component{shell("a", "true"), reads}, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

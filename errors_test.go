@@ -237,7 +237,7 @@ var runErrors = []errorRow{
 	{name: "ended before ready", args: quietRun, prepare: havePipeline(changed(shell("a", "echo connecting; echo no such host; exit 3"), func(c *Component) { c.Register = nil })), code: exitFailed,
 		want: "flowctl: component a failed: exit status 3 before it was ready (pid N, ran for T, not registered)\nflowctl: the last lines of a:\n  connecting\n  no such host\n"},
 	{name: "silent", args: quietRun, prepare: havePipeline(changed(shell("a", "exit 3"), func(c *Component) { c.Register = nil })), code: exitFailed,
-		want: "flowctl: component a failed: exit status 3 before it was ready (pid N, ran for T, not registered)\nflowctl: try: it printed nothing: run it by hand: cd DIR && sh -c 'exit 3'\n"},
+		want: "flowctl: component a failed: exit status 3 before it was ready (pid N, ran for T, not registered)\nflowctl: try: it printed nothing: run sh by hand, in the folder DIR\n"},
 	{name: "done before ready", args: quietRun, prepare: havePipeline(changed(shell("a", "exit 0"), func(c *Component) { c.Register = nil })), code: exitFailed,
 		want: "flowctl: component a failed: exit status 0 before it was ready (pid N, ran for T, not registered)\nflowctl: try: if a does not speak to flowctl, give it \"register\": false\n"},
 	{name: "ended", args: quietRun, prepare: havePipeline(actor("a", role{Dialect: "v1", OnUSR1: "exit", Code: 7}), reading(actor("b", role{Dialect: "v1"}), "a")), act: onceReady(syscall.SIGUSR1), code: exitFailed,

@@ -210,8 +210,11 @@ func (s *supervisor) warnOfStranger(c *Component, ch *child) {
 
 // howOften says how often in a row a check has failed, 0 for a start.
 func howOften(failures int) string {
-	if failures == 0 {
+	switch failures {
+	case 0:
 		return "has not passed yet"
+	case 1:
+		return "failed"
 	}
 	return fmt.Sprintf("failed %d times running", failures)
 }

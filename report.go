@@ -205,7 +205,7 @@ var symptoms = []struct {
 
 // try is what may help against f, "" where its last lines are all there is.
 func (f *failure) try(file string) string {
-	c, lines := f.component, strings.ToLower(strings.Join(f.tail, "\n"))
+	c, lines := f.component, strings.ToLower(strings.Join(f.tail[max(0, len(f.tail)-3):], "\n")) // what came before may have been mended
 	for _, s := range symptoms {
 		if in := map[bool]string{true: lines, false: f.reason}[s.inLines]; strings.Contains(in, s.text) {
 			return strings.ReplaceAll(s.try, "%s", c.ID)
@@ -235,6 +235,8 @@ func (f *failure) tryExit() string {
 	c := f.component
 	status, _ := f.exit.Sys().(syscall.WaitStatus)
 	switch {
+	case c.Image != "":
+		return f.tryContainer(status)
 	case status.Signaled():
 		return trySignal(status.Signal())
 	case status.ExitStatus() == 127:
@@ -244,9 +246,27 @@ func (f *failure) tryExit() string {
 	case status.ExitStatus() == 0 && !f.registered && c.registers():
 		return fmt.Sprintf("if %s does not speak to flowctl, give it \"register\": false", c.ID)
 	case len(f.tail) == 0:
-		return "it printed nothing: run it by hand: cd " + shellWord(c.WorkingDir) + " && " + c.commandLine()
+		return "it printed nothing: run " + shellWord(c.Command[0]) + " by hand, in the folder " + shellWord(c.WorkingDir)
 	case f.wasReady && c.RestartPolicy != restartOnFailure && c.RestartPolicy != restartAlways:
 		return "if it may fail and be started again, give it \"restart_policy\": \"on-failure\""
+	}
+	return ""
+}
+
+// tryContainer is tryExit for the engine's command line, which ends as the container
+// did, or by a code of its own (docker-run(1), podman-run(1)).
+func (f *failure) tryContainer(status syscall.WaitStatus) string {
+	switch code := status.ExitStatus(); {
+	case status.Signaled():
+		return trySignal(status.Signal())
+	case code == 125:
+		return "the engine has refused to run the container: its lines say why"
+	case code == 126 || code == 127:
+		return "the image " + shellWord(f.component.Image) + " has no such program, or it is not executable: see \"args\" and the image's entrypoint"
+	case code > 128:
+		return trySignal(syscall.Signal(code - 128))
+	case len(f.tail) == 0:
+		return "it printed nothing: run the image " + shellWord(f.component.Image) + " by hand"
 	}
 	return ""
 }
@@ -263,13 +283,4 @@ func trySignal(sig syscall.Signal) string {
 		return "it wrote to a connection or pipe that nobody reads any more: see what it was connected to"
 	}
 	return "flowctl did not send it: something else on this machine has ended it"
-}
-
-// commandLine is what a shell would start c by.
-func (c *Component) commandLine() string {
-	var words []string
-	for _, word := range append(c.Command[:len(c.Command):len(c.Command)], c.Args...) {
-		words = append(words, shellWord(word))
-	}
-	return strings.Join(words, " ")
 }
