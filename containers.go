@@ -432,6 +432,18 @@ func (b *container) inside(argv []string) []string {
 	return slices.Concat([]string{b.engine.path, "exec", b.name}, argv)
 }
 
+// checkRuns fails unless the container runs.
+func (b *container) checkRuns(ctx context.Context) error {
+	out, err := b.engine.ask(ctx, "inspect", "--format", "{{.State.Running}}", b.name)
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case err == nil && strings.TrimSpace(out) != "true":
+		return errors.New("not started")
+	}
+	return err
+}
+
 // remove removes the container, if it is still there.
 func (b *container) remove() error {
 	if _, err := b.engine.remove(context.Background(), "name="+b.name); err != nil {

@@ -223,6 +223,7 @@ func (l *engineLab) testAll(t *testing.T) {
 		"registers": l.testRegisters, "tls": l.testTLS, "stops": l.testStops, "stops early": l.testStopsEarly, "is deaf": l.testDeaf, "second signal": l.testSecondSignal,
 		"flowctl is killed": l.testKilled, "all is killed": l.testAllKilled, "its command line is killed": l.testCommandLineKilled,
 		"environment": l.testEnvironment, "health": l.testHealth, "no image": l.testNoImage, "reload": l.testReload, "fails": l.testFails,
+		"does not start": l.testDoesNotStart, "completes": l.testCompletes,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -275,6 +276,22 @@ func TestContainerWithPorts(t *testing.T) {
 	p.has(p.stderr, `flowctl: store: ports take a container off the host's network, from where it cannot register at 127.0.0.1:`,
 		`: leave out ports, or set "register": false, or give -control-plane-address 0.0.0.0`)
 	p.hasNot(p.stderr, "msg=started")
+}
+
+// One whose end comes before it is seen to run has run if it ended well.
+func TestContainerThatIsNotSeen(t *testing.T) {
+	t.Parallel()
+	for status, want := range map[string]int{"0": exitOK, "127": exitFailed} {
+		engine := writeFile(t, filepath.Join(t.TempDir(), "engine"), "#!/bin/sh\ncase $1 in run) exit "+status+" ;; inspect) echo no such object >&2; exit 1 ;; esac\n")
+		if err := os.Chmod(engine, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		p := (&engineLab{program: engine}).launch(t, "unseen", []Component{box("store", "live")}, "-until", "ready")
+		p.exit(want)
+		if ready := strings.Contains(p.stderr.String(), "msg=ready"); ready != (want == exitOK) {
+			t.Errorf("exit status %s: ready is %t\n%s", status, ready, p)
+		}
+	}
 }
 
 func TestImageWithoutContainers(t *testing.T) {
@@ -537,6 +554,32 @@ func (l *engineLab) testFails(t *testing.T) {
 	p.exit(exitFailed)
 	p.has(p.stderr, "flowctl: component store failed: exit status 7")
 	l.none(t, "fails")
+}
+
+// The engine's command line runs before it is known whether the container will.
+func (l *engineLab) testDoesNotStart(t *testing.T) {
+	missing, nobody := box("store", "live"), box("store", "live")
+	missing.Args = []string{"/nonesuch"}
+	nobody.User = "nosuchuser"
+	for _, store := range []Component{missing, nobody} {
+		ledgers := shell("ledgers", "exec sleep 300")
+		ledgers.DependsOn = []string{"store"}
+		p := l.launch(t, "nonesuch", []Component{store, ledgers}, "-until", "ready")
+		p.exit(exitFailed)
+		p.has(p.stderr, "flowctl: component store failed: exit status 12", " before it was ready")
+		p.hasNot(p.stderr, "msg=ready", "msg=started component=ledgers")
+		l.none(t, "nonesuch")
+	}
+}
+
+// One that is over before it is seen to run has run, and what waits for it starts.
+func (l *engineLab) testCompletes(t *testing.T) {
+	ledgers := shell("ledgers", "echo started")
+	ledgers.DependsOn = []string{"store"}
+	p := l.launch(t, "completes", []Component{box("store", "exit", "0"), ledgers})
+	p.exit(exitOK)
+	p.has(p.stderr, "msg=ready component=store", "msg=started component=ledgers")
+	l.none(t, "completes")
 }
 
 func (l *engineLab) testRefusedSocket(t *testing.T) {

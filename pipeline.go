@@ -126,6 +126,12 @@ var (
 
 func (c *Component) registers() bool { return c.Register == nil || *c.Register }
 
+// readyOnceRunning is for a container of which nothing else tells: its engine may take
+// long to start it, or fail to, while the engine's command line already runs.
+func (c *Component) readyOnceRunning() bool {
+	return c.Image != "" && !c.registers() && c.HealthCheck == ""
+}
+
 func (c *Component) healthInterval() time.Duration {
 	return cmp.Or(time.Duration(c.HealthInterval), 5*time.Second)
 }

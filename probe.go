@@ -28,6 +28,9 @@ import (
 // not pass; ctx bounds how long it takes. An exec: check runs in the folder and the
 // environment of c's process ch, or in its container.
 func probe(ctx context.Context, c *Component, ch *child) error {
+	if c.readyOnceRunning() {
+		return ch.container.checkRuns(ctx)
+	}
 	if len(c.HealthCommand) > 0 {
 		argv := slices.Clone(c.HealthCommand)
 		for i := range argv {
@@ -152,7 +155,8 @@ type verdict struct {
 // steps at first, so that its start waits for no interval, and then at its interval.
 // It sends a verdict for each pass, and for each failure from the health_retries-th
 // in a row on. Failures at the steps, when it may not listen yet, do not count; where
-// it is ready only by a pass they are sent too, as the reason why it is not.
+// it is ready only by a pass they are sent too, as the reason why it is not. Of what is
+// ready once it runs the first pass is the last: from then on its process stands for it.
 func watch(ctx context.Context, s *supervisor, c *Component, ch *child, verdicts chan<- verdict) {
 	const firstStep = 20 * time.Millisecond
 	failures, step, passed := 0, min(firstStep, c.healthInterval()), false
@@ -178,7 +182,7 @@ func watch(ctx context.Context, s *supervisor, c *Component, ch *child, verdicts
 			failures++
 		}
 		if err != nil {
-			v.failing = fmt.Sprintf("health_check %s %s: %.200s", withoutPassword(ch.fill(c.HealthCheck)), howOften(failures), printable(err.Error()))
+			v.failing = fmt.Sprintf("%s: %.200s", describeFailing(c, ch, failures), printable(err.Error()))
 		}
 		if err == nil || !passed && !c.registers() || failures >= c.healthRetries() {
 			select {
@@ -186,6 +190,9 @@ func watch(ctx context.Context, s *supervisor, c *Component, ch *child, verdicts
 			case <-ctx.Done():
 				return
 			}
+		}
+		if passed && c.readyOnceRunning() {
+			return
 		}
 		timer.Reset(step)
 	}
@@ -206,6 +213,13 @@ func (s *supervisor) warnOfStranger(c *Component, ch *child) {
 	if id, known := s.componentOf(pid); known && id != c.ID {
 		s.log.Warn("health_check passes, but what listens there is not of this component", "component", c.ID, "addr", u.Host, "pid", pid, "name", clean(name))
 	}
+}
+
+func describeFailing(c *Component, ch *child, failures int) string {
+	if c.readyOnceRunning() {
+		return "its container does not run yet"
+	}
+	return fmt.Sprintf("health_check %s %s", withoutPassword(ch.fill(c.HealthCheck)), howOften(failures))
 }
 
 // howOften says how often in a row a check has failed, 0 for a start.

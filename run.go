@@ -429,8 +429,8 @@ func (r *run) start(p *proc) {
 	r.sup.start(p, time.Now())
 	switch {
 	case !p.runs():
-	case p.HealthCheck != "":
-		if !p.registers() {
+	case p.HealthCheck != "" || p.readyOnceRunning():
+		if p.HealthCheck != "" && !p.registers() {
 			r.registry.checked(p.ID, "health_check "+p.HealthCheck+" has not been answered yet", time.Now())
 		}
 		var ctx context.Context
@@ -499,8 +499,11 @@ func (r *run) expireUnhealthy(now time.Time) {
 
 // exited takes the end of a process in, after what the process did before it ended.
 func (r *run) exited(e exit, now time.Time) {
-	r.takeChanges(now)
 	id := e.proc.ID
+	if e.proc.readyOnceRunning() && e.state.Success() {
+		r.checked(verdict{child: e.child, id: id}, now) // it has run, if it was over before that was seen
+	}
+	r.takeChanges(now)
 	if end := r.watches[id]; end != nil {
 		end()
 		delete(r.watches, id)
