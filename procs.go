@@ -130,7 +130,7 @@ type procSettings struct {
 	heartbeat    time.Duration // FLOWCTL_HEARTBEAT_INTERVAL
 	endpoint     string        // FLOWCTL_ENDPOINT
 	tlsEnv       []string      // of components with "tls": true, that one included
-	flush        func()        // returns when what was emitted has been written
+	flush        func()        // returns when what was emitted has been written; nil where emit returns no sooner
 	gateway      string        // FLOWCTL_ENDPOINT of containers that are not on the host's network; "" for out of reach
 	engine       *engine       // of components with an image, nil for none
 }
@@ -1040,7 +1040,9 @@ func awaitExit(pid int) {
 func (c *child) pump(id, stream string, r *os.File, emit emitter, flush func()) {
 	defer func() {
 		r.Close()
-		flush()
+		if flush != nil {
+			flush()
+		}
 		if c.pumping.Add(-1) == 0 {
 			close(c.drained)
 		}

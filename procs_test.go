@@ -640,7 +640,7 @@ func pumpAll(t testing.TB, write func(io.Writer)) []byte {
 			t.Errorf("handed on %.20q, not whole lines", lines)
 		}
 		got = append(got, lines...)
-	}, func() {})
+	}, nil)
 	write(w)
 	w.Close()
 	<-c.drained
