@@ -3,11 +3,14 @@
 package main
 
 import (
+	"bufio"
 	"context"
+	bin "encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,7 +24,7 @@ import (
 	"testing"
 	"time"
 
-	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
 
 	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
 	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
@@ -87,16 +90,160 @@ func plainBinary(tb testing.TB) string {
 	return build(tb, "flowctl-plain", ".")
 }
 
-// heartbeatAs sends a heartbeat with three metrics in the dialect of service i.
-func (c planeClient) heartbeatAs(ctx context.Context, i int) error {
+// heartbeatOf is a heartbeat with three metrics in the dialect of service i.
+func heartbeatOf(i int) proto.Message {
 	id := fmt.Sprint("service-", i)
-	var err error
 	if i%2 == 0 {
-		_, err = c.legacy.Heartbeat(ctx, &flowctlpb.ServiceHeartbeat{ServiceId: id, Metrics: map[string]float64{"events": float64(i), "errors": 2, "lag": 3}})
-	} else {
-		_, err = c.v1.Heartbeat(ctx, &flowctlv1.HeartbeatRequest{ServiceId: id, Metrics: map[string]string{"events": strconv.Itoa(i), "errors": "2", "lag": "3"}})
+		return &flowctlpb.ServiceHeartbeat{ServiceId: id, Metrics: map[string]float64{"events": float64(i), "errors": 2, "lag": 3}}
 	}
+	return &flowctlv1.HeartbeatRequest{ServiceId: id, Metrics: map[string]string{"events": strconv.Itoa(i), "errors": "2", "lag": "3"}}
+}
+
+// A beater sends heartbeats over one connection and takes their answers, with the
+// HTTP/2 that this needs and nothing else (RFC 9113 sections 4 and 6, RFC 7541
+// section 6). A client of grpc-go costs as much as the server that it measures, and
+// services that heartbeat have machines of their own.
+type beater struct {
+	conn net.Conn
+
+	mu     sync.Mutex           // guards what follows
+	block  []byte               // the header block of the next call
+	again  []byte               // and of each further one, by the server's table of headers
+	stream uint32               // of the last call
+	open   map[uint32]time.Time // when each call without an answer was due
+	out    []byte
+	last   bool // no further call begins
+}
+
+// frameHeader is the length of an HTTP/2 frame's header.
+const frameHeader = 9
+
+// The types and flags of the frames that a beater sends or looks at.
+const (
+	frameData, frameHeaders, frameReset, frameSettings, framePing, frameGoAway, frameWindow = 0, 1, 3, 4, 6, 7, 8
+
+	flagEnd, flagAck, flagEndHeaders = 1, 1, 4
+)
+
+// appendFrame appends a frame with its payload.
+func appendFrame(b []byte, kind, flags byte, stream uint32, payload ...byte) []byte {
+	b = append(b, byte(len(payload)>>16), byte(len(payload)>>8), byte(len(payload)), kind, flags)
+	return append(bin.BigEndian.AppendUint32(b, stream), payload...)
+}
+
+// newBeater connects to the plane at endpoint, to call its method.
+func newBeater(tb testing.TB, endpoint, method string) *beater {
+	tb.Helper()
+	conn, err := net.Dial("tcp", endpoint)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { conn.Close() })
+	text := func(b []byte, s string) []byte { return append(append(b, byte(len(s))), s...) } // below 127 bytes
+	block := []byte{0x83, 0x86}                                                              // :method POST, :scheme http
+	block = text(append(block, 0x44), method)                                                // :path, and the server remembers it
+	block = text(append(block, 0x41), endpoint)                                              // :authority
+	block = text(append(block, 0x5f), "application/grpc")                                    // content-type
+	block = text(text(append(block, 0x40), "te"), "trailers")
+	const everything = 1<<31 - 1 - 1<<16 // the window for answers: they are counted, not held
+	hello := []byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+	hello = appendFrame(hello, frameSettings, 0, 0)
+	hello = appendFrame(hello, frameWindow, 0, 0, bin.BigEndian.AppendUint32(nil, everything)...)
+	if _, err := conn.Write(hello); err != nil {
+		tb.Fatal(err)
+	}
+	return &beater{
+		conn: conn, block: block, open: make(map[uint32]time.Time), stream: 1<<32 - 1,
+		again: []byte{0x83, 0x86, 0x80 | 65, 0x80 | 64, 0x80 | 63, 0x80 | 62}, // the newest is 62
+	}
+}
+
+// send begins a call that was due at the time due.
+func (b *beater) send(due time.Time, in proto.Message) error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.stream += 2
+	b.out = appendFrame(b.out[:0], frameHeaders, flagEndHeaders, b.stream, b.block...)
+	b.block = b.again
+	message := len(b.out) + frameHeader
+	var err error
+	b.out, err = proto.MarshalOptions{}.MarshalAppend(append(b.out, make([]byte, frameHeader+5)...), in)
+	if err != nil {
+		return err
+	}
+	size := len(b.out) - message
+	appendFrame(b.out[:message-frameHeader], frameData, flagEnd, b.stream)
+	b.out[message-frameHeader+1], b.out[message-frameHeader+2] = byte(size>>8), byte(size)
+	bin.BigEndian.PutUint32(b.out[message+1:], uint32(size-5))
+	b.open[b.stream] = due
+	_, err = b.conn.Write(b.out)
 	return err
+}
+
+// finish says that no further call begins. It is for whoever calls send.
+func (b *beater) finish() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.last = true; len(b.open) == 0 {
+		b.conn.Close()
+	}
+}
+
+// receive has ended called with each answer, to the last one after finish.
+func (b *beater) receive(ended func(due time.Time, err error)) error {
+	in := bufio.NewReader(b.conn)
+	answered := make(map[uint32]bool)
+	for {
+		head, err := in.Peek(frameHeader)
+		if errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		size, kind, flags := int(head[0])<<16|int(head[1])<<8|int(head[2]), head[3], head[4]
+		stream := bin.BigEndian.Uint32(head[5:])
+		frame, err := in.Peek(frameHeader + size) // those of a plane are far smaller than in's room
+		if err != nil {
+			return err
+		}
+		var reply []byte
+		switch {
+		case kind == frameSettings && flags&flagAck == 0:
+			reply = appendFrame(nil, frameSettings, flagAck, 0)
+		case kind == framePing && flags&flagAck == 0:
+			reply = appendFrame(nil, framePing, flagAck, 0, frame[frameHeader:]...)
+		case kind == frameGoAway:
+			return fmt.Errorf("the plane says GOAWAY: %q", frame)
+		case kind == frameData:
+			answered[stream] = true
+		case kind == frameReset || kind == frameHeaders && flags&flagEnd != 0:
+			err := error(nil)
+			if !answered[stream] { // grpc-go answers with nothing but trailers what has failed
+				err = fmt.Errorf("no answer but %q", frame)
+			}
+			delete(answered, stream)
+			b.mu.Lock()
+			due := b.open[stream]
+			delete(b.open, stream)
+			over := b.last && len(b.open) == 0
+			b.mu.Unlock()
+			if ended(due, err); over {
+				return nil
+			}
+		}
+		if _, err := in.Discard(frameHeader + size); err != nil {
+			return err
+		}
+		if reply != nil {
+			b.mu.Lock()
+			_, err = b.conn.Write(reply)
+			b.mu.Unlock()
+			if err != nil {
+				return err
+			}
+		}
+	}
 }
 
 // TestScale has many services heartbeat every ten seconds, while their state is
@@ -114,8 +261,8 @@ func TestScale(t *testing.T) {
 	p, endpoint := startAlone(t, []string{"-db-path", file}, withBinary(plainBinary(t)))
 	pid := p.cmd.Process.Pid
 	clients := make([]planeClient, conns)
-	for i := range clients { // which cost as little as a client in Go can: the server is what is measured
-		clients[i] = dialPlane(t, endpoint, grpc.WithStaticStreamWindowSize(64<<10), grpc.WithStaticConnWindowSize(64<<10))
+	for i := range clients {
+		clients[i] = dialPlane(t, endpoint)
 	}
 
 	begun := time.Now()
@@ -150,30 +297,40 @@ func TestScale(t *testing.T) {
 			time.Sleep(time.Millisecond) // a look at the disk, not a wait
 		}
 	})
-	// Few enough that this process is not what is measured, and enough for a call that
-	// takes long to hold no other up.
-	const workers = 4 // of a connection
-	pause := 10 * time.Second / time.Duration(services) * time.Duration(conns) * workers
-	for w := range conns * workers {
-		c := clients[w%conns]
+	beaters := make([]*beater, conns)
+	for i := range beaters {
+		b := newBeater(t, endpoint, []string{flowctlpb.ControlPlane_Heartbeat_FullMethodName, flowctlv1.ControlPlaneService_Heartbeat_FullMethodName}[i%2])
+		beaters[i] = b
 		load.Go(func() {
-			next := time.Now().Add(pause * time.Duration(w) / time.Duration(conns*workers))
-			for i := w; ctx.Err() == nil; i = (i + conns*workers) % services {
-				if wait := time.Until(next); wait > 0 {
-					time.Sleep(wait)
-				}
-				next = next.Add(pause)
-				during := writing.Load()
-				begun := time.Now()
-				err := c.heartbeatAs(t.Context(), i)
-				took := time.Since(begun)
-				all.add(took, err)
-				if during && writing.Load() {
+			err := b.receive(func(due time.Time, err error) {
+				took := time.Since(due)
+				if all.add(took, err); writing.Load() {
 					whileWritten.add(took, err)
 				}
+			})
+			if err != nil {
+				t.Error(err)
 			}
 		})
 	}
+	load.Go(func() {
+		first, pause := time.Now(), 10*time.Second/time.Duration(services)
+		for n := 0; ctx.Err() == nil; n++ {
+			// What is late is counted from when it was due: a plane that holds others up
+			// has that in its own figures.
+			due := first.Add(time.Duration(n) * pause)
+			if wait := time.Until(due); wait > 0 {
+				time.Sleep(wait)
+			}
+			if err := beaters[n%conns].send(due, heartbeatOf(n%services)); err != nil {
+				t.Errorf("heartbeat %d: %v", n, err)
+				break
+			}
+		}
+		for _, b := range beaters {
+			b.finish()
+		}
+	})
 	time.Sleep(length / 3) // the load is what is measured
 	report := func(what string, l *latencies) time.Duration {
 		count, p50, p99, most, errs := l.take()
