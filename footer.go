@@ -27,10 +27,11 @@ const (
 // be erased before the next lines is always what is below the cursor, so neither the
 // width of lines, nor what a terminal makes of them when it is resized, nor what the
 // user types in a line needs to be known. Where Enter has taken the cursor away, it is
-// brought back to where it was saved. A terminal may be narrower by now than it was
-// when it was asked, so rows are written with autowrap off (DECAWM), and on again by
-// the same write(2): that is all that is ever changed of it, and there is nothing to
-// restore, however flowctl ends.
+// brought back to where it was saved; but Enter pressed so often between two redraws
+// that the terminal scrolls the footer leaves a copy of it among the lines. A terminal
+// may be narrower by now than it was when it was asked, so rows are written with
+// autowrap off (DECAWM), and on again by the same write(2): that is all that is ever
+// changed of it, and there is nothing to restore, however flowctl ends.
 type screen struct {
 	f       *os.File
 	lines   *logWriter
