@@ -2069,7 +2069,7 @@ func TestRunOutputClosed(t *testing.T) {
 	p.waitErr("msg=ready component=b")
 	deadline := time.Now().Add(patience)
 	for !slices.Contains(readJournal(t, journal), "gate a") && time.Now().Before(deadline) {
-		time.Sleep(time.Millisecond)
+		time.Sleep(time.Millisecond) // a file has no event for us
 	}
 	_ = syscall.Kill(p.pid("a"), syscall.SIGUSR2) // now it says that it is registered, if it still lives
 	p.exit(exitFailed)

@@ -132,13 +132,11 @@ func appendFrame(b []byte, kind, flags byte, stream uint32, payload ...byte) []b
 }
 
 // newBeater connects to the plane at endpoint, to call its method.
-func newBeater(tb testing.TB, endpoint, method string) *beater {
-	tb.Helper()
+func newBeater(endpoint, method string) (*beater, error) {
 	conn, err := net.Dial("tcp", endpoint)
 	if err != nil {
-		tb.Fatal(err)
+		return nil, err
 	}
-	tb.Cleanup(func() { conn.Close() })
 	text := func(b []byte, s string) []byte { return append(append(b, byte(len(s))), s...) } // below 127 bytes
 	block := []byte{0x83, 0x86}                                                              // :method POST, :scheme http
 	block = text(append(block, 0x44), method)                                                // :path, and the server remembers it
@@ -150,12 +148,13 @@ func newBeater(tb testing.TB, endpoint, method string) *beater {
 	hello = appendFrame(hello, frameSettings, 0, 0)
 	hello = appendFrame(hello, frameWindow, 0, 0, bin.BigEndian.AppendUint32(nil, everything)...)
 	if _, err := conn.Write(hello); err != nil {
-		tb.Fatal(err)
+		conn.Close()
+		return nil, err
 	}
 	return &beater{
 		conn: conn, block: block, open: make(map[uint32]time.Time), stream: 1<<32 - 1,
 		again: []byte{0x83, 0x86, 0x80 | 65, 0x80 | 64, 0x80 | 63, 0x80 | 62}, // the newest is 62
-	}
+	}, nil
 }
 
 // send begins a call that was due at the time due.
@@ -246,6 +245,43 @@ func (b *beater) receive(ended func(due time.Time, err error)) error {
 	}
 }
 
+// heartbeats has each of the services heartbeat every ten seconds over conns
+// connections until ctx ends, and returns when all are answered. ended hears of each
+// answer with the time when its call was due: what is late counts from then on, so a
+// plane that holds others up has that in its own figures.
+func heartbeats(ctx context.Context, t *testing.T, endpoint string, services, conns int, ended func(due time.Time, err error)) {
+	var answers sync.WaitGroup
+	defer answers.Wait()
+	beaters := make([]*beater, conns)
+	for i := range beaters {
+		method := []string{flowctlpb.ControlPlane_Heartbeat_FullMethodName, flowctlv1.ControlPlaneService_Heartbeat_FullMethodName}[i%2]
+		b, err := newBeater(endpoint, method)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		beaters[i] = b
+		defer b.finish()
+		answers.Go(func() {
+			defer b.conn.Close()
+			if err := b.receive(ended); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	first, pause := time.Now(), 10*time.Second/time.Duration(services)
+	for n := 0; ctx.Err() == nil; n++ {
+		due := first.Add(time.Duration(n) * pause)
+		if wait := time.Until(due); wait > 0 {
+			time.Sleep(wait)
+		}
+		if err := beaters[n%conns].send(due, heartbeatOf(n%services)); err != nil {
+			t.Errorf("heartbeat %d: %v", n, err)
+			return
+		}
+	}
+}
+
 // TestScale has many services heartbeat every ten seconds, while their state is
 // written and listed, and looks at what a heartbeat takes and what the server costs.
 func TestScale(t *testing.T) {
@@ -297,39 +333,13 @@ func TestScale(t *testing.T) {
 			time.Sleep(time.Millisecond) // a look at the disk, not a wait
 		}
 	})
-	beaters := make([]*beater, conns)
-	for i := range beaters {
-		b := newBeater(t, endpoint, []string{flowctlpb.ControlPlane_Heartbeat_FullMethodName, flowctlv1.ControlPlaneService_Heartbeat_FullMethodName}[i%2])
-		beaters[i] = b
-		load.Go(func() {
-			err := b.receive(func(due time.Time, err error) {
-				took := time.Since(due)
-				if all.add(took, err); writing.Load() {
-					whileWritten.add(took, err)
-				}
-			})
-			if err != nil {
-				t.Error(err)
+	load.Go(func() {
+		heartbeats(ctx, t, endpoint, services, conns, func(due time.Time, err error) {
+			took := time.Since(due)
+			if all.add(took, err); writing.Load() {
+				whileWritten.add(took, err)
 			}
 		})
-	}
-	load.Go(func() {
-		first, pause := time.Now(), 10*time.Second/time.Duration(services)
-		for n := 0; ctx.Err() == nil; n++ {
-			// What is late is counted from when it was due: a plane that holds others up
-			// has that in its own figures.
-			due := first.Add(time.Duration(n) * pause)
-			if wait := time.Until(due); wait > 0 {
-				time.Sleep(wait)
-			}
-			if err := beaters[n%conns].send(due, heartbeatOf(n%services)); err != nil {
-				t.Errorf("heartbeat %d: %v", n, err)
-				break
-			}
-		}
-		for _, b := range beaters {
-			b.finish()
-		}
 	})
 	time.Sleep(length / 3) // the load is what is measured
 	report := func(what string, l *latencies) time.Duration {
