@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -15,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -236,16 +236,8 @@ func conditionNamed(name string) condition {
 	return unregistered
 }
 
-// saved is a number where JSON has it, else a text. An infinite number comes back as
-// a text, of which both dialects make the same.
-func (m metric) saved() any {
-	if m.isText || math.IsInf(m.number, 0) || math.IsNaN(m.number) {
-		return m.String()
-	}
-	return m.number
-}
-
-// savedMetrics is the reverse of saved for all metrics of a service.
+// savedMetrics is the reverse of jsonLine.metrics. An infinite number comes back as a
+// text, of which both dialects make the same.
 func savedMetrics(in map[string]any) entries[metric] {
 	out := make(map[string]metric, len(in))
 	for name, value := range in {
@@ -282,35 +274,166 @@ func (in *savedService) check() error {
 
 // typeName and statusName are the enums in the words of list and of the state file.
 func typeName(t flowctlpb.ServiceType) string {
-	return strings.ToLower(strings.TrimPrefix(t.String(), "SERVICE_TYPE_"))
+	if name, ok := typeNames[int32(t)]; ok {
+		return name
+	}
+	return t.String() // from another control plane: its number
 }
 
-func statusName(s flowctlv1.HealthStatus) string {
-	return strings.ToLower(strings.TrimPrefix(s.String(), "HEALTH_STATUS_"))
-}
+func statusName(s flowctlv1.HealthStatus) string { return statusNames[int32(s)] }
 
-// savedLocked is s for the state file.
-func (s *service) savedLocked() savedService {
-	out := savedService{
-		ID: s.id, Component: s.component(), Names: s.names, Type: typeName(s.kind), Name: s.name,
-		Description: s.description, Version: s.version, InputEvents: s.inputEvents, OutputEvents: s.outputEvents,
-		Endpoint: s.endpoint, MaxInflight: s.maxInflight, Metadata: s.labels.toMap(),
-		LastSeen: s.lastSeen.UTC(), Declared: statusName(s.declared), Health: s.known.String(),
-		History: make([]savedChange, len(s.history)),
-	}
-	if s.registered {
-		out.Registered = s.since.UTC()
-	}
-	if len(s.metrics) > 0 {
-		out.Metrics = make(map[string]any, len(s.metrics))
-	}
-	for _, m := range s.metrics {
-		out.Metrics[m.name] = m.value.saved()
-	}
-	for i, h := range s.history {
-		out.History[i] = savedChange{h.at.UTC(), h.now.String(), h.cause}
+var (
+	typeNames   = lowered(flowctlpb.ServiceType_name, "SERVICE_TYPE_")
+	statusNames = lowered(flowctlv1.HealthStatus_name, "HEALTH_STATUS_")
+)
+
+// lowered is an enum's names without what they have in common.
+func lowered(names map[int32]string, prefix string) map[int32]string {
+	out := make(map[int32]string, len(names))
+	for number, name := range names {
+		out[number] = strings.ToLower(strings.TrimPrefix(name, prefix))
 	}
 	return out
+}
+
+// A jsonLine is an object of the state file, to which members are appended. All
+// services are written every interval: by way of a savedService, encoding/json and its
+// maps, that was more than half of all that a busy plane allocated, and the garbage
+// collector's work is what its heartbeats wait for.
+type jsonLine []byte
+
+// next begins another element or member.
+func (l *jsonLine) next() {
+	if last := (*l)[len(*l)-1]; last != '{' && last != '[' {
+		*l = append(*l, ',')
+	}
+}
+
+func (l *jsonLine) key(name string) {
+	l.next()
+	l.quote(name)
+	*l = append(*l, ':')
+}
+
+func (l *jsonLine) open(name string, bracket byte) {
+	l.key(name)
+	*l = append(*l, bracket)
+}
+
+func (l *jsonLine) close(bracket byte) { *l = append(*l, bracket) }
+
+// quote appends a text as encoding/json does.
+func (l *jsonLine) quote(text string) {
+	for i := range len(text) {
+		if c := text[i]; c < ' ' || c > '~' || c == '"' || c == '\\' {
+			quoted, _ := json.Marshal(text) // which fails for no text
+			*l = append(*l, quoted...)
+			return
+		}
+	}
+	*l = append(append(append(*l, '"'), text...), '"')
+}
+
+// text appends a member, unless it is empty. So do the methods that follow.
+func (l *jsonLine) text(name, text string) {
+	if text != "" {
+		l.key(name)
+		l.quote(text)
+	}
+}
+
+func (l *jsonLine) time(name string, t time.Time) {
+	if !t.IsZero() {
+		l.key(name)
+		*l = append(t.UTC().AppendFormat(append(*l, '"'), time.RFC3339Nano), '"')
+	}
+}
+
+func (l *jsonLine) texts(name string, texts []string) {
+	if len(texts) == 0 {
+		return
+	}
+	l.open(name, '[')
+	for _, text := range texts {
+		l.next()
+		l.quote(text)
+	}
+	l.close(']')
+}
+
+func (l *jsonLine) labels(name string, labels entries[string]) {
+	if len(labels) == 0 {
+		return
+	}
+	l.open(name, '{')
+	for _, label := range labels {
+		l.key(label.name)
+		l.quote(label.value)
+	}
+	l.close('}')
+}
+
+// metrics has a number where JSON has it, else a text.
+func (l *jsonLine) metrics(name string, metrics entries[metric]) {
+	if len(metrics) == 0 {
+		return
+	}
+	l.open(name, '{')
+	for _, m := range metrics {
+		l.key(m.name)
+		if n := m.value.number; m.value.isText || math.IsInf(n, 0) || math.IsNaN(n) {
+			l.quote(m.value.String())
+		} else {
+			*l = strconv.AppendFloat(*l, n, 'g', -1, 64)
+		}
+	}
+	l.close('}')
+}
+
+func (l *jsonLine) history(name string, history []healthChange) {
+	if len(history) == 0 {
+		return
+	}
+	l.open(name, '[')
+	for _, h := range history {
+		l.next()
+		*l = append(*l, '{')
+		l.time("time", h.at)
+		l.text("health", h.now.String())
+		l.text("cause", h.cause)
+		l.close('}')
+	}
+	l.close(']')
+}
+
+// appendSavedLocked appends s as the state file has it, to be read as a savedService.
+func (s *service) appendSavedLocked(b []byte) []byte {
+	l := jsonLine(append(b, '{'))
+	l.key("id")
+	l.quote(s.id)
+	l.text("component", s.component())
+	l.texts("names", s.names)
+	l.text("type", typeName(s.kind))
+	l.text("name", s.name)
+	l.text("description", s.description)
+	l.text("version", s.version)
+	l.texts("input_event_types", s.inputEvents)
+	l.texts("output_event_types", s.outputEvents)
+	l.text("endpoint", s.endpoint)
+	if s.maxInflight != 0 {
+		l.key("max_inflight")
+		l = strconv.AppendInt(l, int64(s.maxInflight), 10)
+	}
+	l.labels("metadata", s.labels)
+	if s.registered {
+		l.time("registered_at", s.since)
+	}
+	l.time("last_seen", s.lastSeen)
+	l.text("declared", statusName(s.declared))
+	l.metrics("metrics", s.metrics)
+	l.text("health", s.known.String())
+	l.history("history", s.history)
+	return append(l, '}')
 }
 
 // save writes the state file's text and returns how many changes are in it. It calls
@@ -323,27 +446,20 @@ func (r *registry) save(w io.Writer, pause func()) (uint64, error) {
 	if _, err := fmt.Fprintf(w, "{\"format\": %q, \"services\": [", stateFormat); err != nil {
 		return 0, err
 	}
-	var text bytes.Buffer
-	enc := json.NewEncoder(&text)
-	enc.SetEscapeHTML(false)
+	var text []byte
 	separator := "\n"
 	for some := range slices.Chunk(all, batch) {
-		text.Reset()
+		text = text[:0]
 		r.mu.Lock()
 		for _, s := range some {
 			if s.registered || s.member != nil && len(s.history) > 0 {
-				text.WriteString(separator)
-				if err := enc.Encode(s.savedLocked()); err != nil {
-					r.mu.Unlock()
-					return 0, err
-				}
-				text.Truncate(text.Len() - 1) // its newline
+				text = s.appendSavedLocked(append(text, separator...))
 				separator = ",\n"
 			}
 		}
 		r.mu.Unlock()
 		pause()
-		if _, err := w.Write(text.Bytes()); err != nil {
+		if _, err := w.Write(text); err != nil {
 			return 0, err
 		}
 	}
