@@ -222,11 +222,12 @@ func (r *registry) components(some []*service, now time.Time) []*operatorv1.Comp
 
 func (r *registry) componentLocked(s *service, now time.Time) *operatorv1.Component {
 	c, cause := r.conditionLocked(s, now)
+	w := s.details()
 	out := &operatorv1.Component{
 		Record: int64(s.record), Id: s.key(), InPipeline: s.member != nil, Type: typeName(s.kind),
-		Name: s.name, Description: s.description, Version: s.version,
-		InputEventTypes: s.inputEvents, OutputEventTypes: s.outputEvents,
-		Endpoint: s.endpoint, Metadata: s.labels.toMap(),
+		Name: w.name, Description: w.description, Version: w.version,
+		InputEventTypes: w.inputEvents, OutputEventTypes: w.outputEvents,
+		Endpoint: w.endpoint, Metadata: w.labels.toMap(),
 		Health: c.String(), Cause: cause, Declared: statusName(s.declared),
 	}
 	if s.id != out.Id {

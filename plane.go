@@ -5,6 +5,7 @@ import (
 	"container/list"
 	"context"
 	"crypto/rand"
+	bin "encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -19,6 +20,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unique"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -88,10 +90,24 @@ type metric struct {
 	number float64
 	text   string
 	isText bool
+	digits bool // the text is what String makes of number, and not kept
+}
+
+// compact is m without a text that its number stands for, as most texts are numbers.
+func (m metric) compact() metric {
+	if !m.isText || m.text == "" || m.text[0] != '-' && (m.text[0] < '0' || m.text[0] > '9') {
+		return m
+	}
+	f, err := strconv.ParseFloat(m.text, 64)
+	var buf [32]byte
+	if err != nil || string(strconv.AppendFloat(buf[:0], f, 'g', -1, 64)) != m.text {
+		return m
+	}
+	return metric{number: f, isText: true, digits: true}
 }
 
 func (m metric) String() string {
-	if m.isText {
+	if m.isText && !m.digits {
 		return m.text
 	}
 	return strconv.FormatFloat(m.number, 'g', -1, 64)
@@ -99,7 +115,7 @@ func (m metric) String() string {
 
 // float returns false for a text that is no number.
 func (m metric) float() (float64, bool) {
-	if !m.isText {
+	if !m.isText || m.digits {
 		return m.number, true
 	}
 	f, err := strconv.ParseFloat(m.text, 64)
@@ -174,6 +190,82 @@ func (e entries[V]) toMap() map[string]V {
 	return m
 }
 
+// details are what a service says of itself for others to read.
+type details struct {
+	name, description, version, endpoint string
+	inputEvents, outputEvents            []string
+	labels                               entries[string]
+}
+
+// packed are details one after the other, each text behind its length. There may be a
+// hundred thousand services of which nobody reads the details: as a string each and a slice for
+// some, they were most of what the garbage collector had to follow, again and again,
+// while heartbeats waited.
+type packed string
+
+func (w *details) pack() packed {
+	var b []byte
+	number := func(n int) { b = bin.AppendUvarint(b, uint64(n)) }
+	text := func(s string) { number(len(s)); b = append(b, s...) }
+	for _, s := range []string{w.name, w.description, w.version, w.endpoint} {
+		text(s)
+	}
+	for _, events := range [][]string{w.inputEvents, w.outputEvents} {
+		number(len(events))
+		for _, event := range events {
+			text(event)
+		}
+	}
+	number(len(w.labels))
+	for _, label := range w.labels {
+		text(label.name)
+		text(label.value)
+	}
+	return packed(b)
+}
+
+// nothing is what a service has said that has not said anything.
+var nothing = (&details{}).pack()
+
+// unpack takes p apart into w, whose slices it uses again.
+func (p packed) unpack(w *details) {
+	number := func() int {
+		n, shift := 0, 0
+		for p[0] >= 0x80 {
+			n |= int(p[0]&0x7f) << shift
+			p, shift = p[1:], shift+7
+		}
+		n |= int(p[0]) << shift
+		p = p[1:]
+		return n
+	}
+	text := func() (s string) {
+		n := number()
+		s, p = string(p[:n]), p[n:]
+		return s
+	}
+	for _, s := range []*string{&w.name, &w.description, &w.version, &w.endpoint} {
+		*s = text()
+	}
+	for _, events := range []*[]string{&w.inputEvents, &w.outputEvents} {
+		*events = (*events)[:0]
+		for range number() {
+			*events = append(*events, text())
+		}
+	}
+	w.labels = w.labels[:0]
+	for range number() {
+		w.labels = append(w.labels, entry[string]{text(), text()})
+	}
+}
+
+// details are those of s, for the caller to keep.
+func (s *service) details() *details {
+	w := &details{}
+	s.said.unpack(w)
+	return w
+}
+
 // healthChange is one entry of a service's history.
 type healthChange struct {
 	at    time.Time
@@ -183,23 +275,26 @@ type healthChange struct {
 
 // service is one record of the registry. registry.mu guards it.
 type service struct {
-	registration // its metadata is in labels
-	labels       entries[string]
-	member       *member // nil: not in the pipeline
-	record       int     // tells it from others
-	registered   bool
-	names        []string // ids that it chose, the latest last; one may be another component's by now
-	declared     flowctlv1.HealthStatus
-	ended        string // how its process ended, "" while it lives
-	failing      string // why its health check fails, "" while it passes
-	timeless     bool   // never stale: it has no heartbeat, its process stands for it
-	lastSeen     time.Time
-	since        time.Time // registered at
-	metrics      entries[metric]
-	size         int            // bytes of its texts
-	expiry       *list.Element  // its place in registry.live, nil when it has none
-	silent       *list.Element  // its place in registry.stale, nil when it has none
-	process      *processReport // nil for what is not of this run
+	id          string // the one that it chose last, if it has it
+	kind        flowctlpb.ServiceType
+	maxInflight int32
+	said        packed
+	member      *member // nil: not in the pipeline
+	record      int     // tells it from others
+	registered  bool
+	names       []string  // ids that it chose, the latest last; one may be another component's by now
+	name        [1]string // room for names, as most have one
+	declared    flowctlv1.HealthStatus
+	ended       string // how its process ended, "" while it lives
+	failing     string // why its health check fails, "" while it passes
+	timeless    bool   // never stale: it has no heartbeat, its process stands for it
+	lastSeen    time.Time
+	since       time.Time // registered at
+	metrics     entries[metric]
+	size        int            // bytes of its texts
+	expiry      *list.Element  // its place in registry.live, nil when it has none
+	silent      *list.Element  // its place in registry.stale, nil when it has none
+	process     *processReport // nil for what is not of this run
 
 	known    condition // of which the latest entry of history tells
 	history  []healthChange
@@ -285,9 +380,8 @@ func (r *registry) setMembersLocked(members []member) (gone []*service) {
 			if s != nil {
 				r.loseNameLocked(s, m.ID, r.observed)
 			}
-			s = &service{record: r.next}
+			s = r.makeLocked()
 			s.id = m.ID
-			r.next++
 			r.services[m.ID] = s
 		}
 		if s.member = m; !s.registered {
@@ -313,9 +407,15 @@ func (r *registry) setMembersLocked(members []member) (gone []*service) {
 
 // newServiceLocked returns a record that no id leads to yet.
 func (r *registry) newServiceLocked() *service {
-	s := &service{record: r.next}
-	r.next++
+	s := r.makeLocked()
 	r.all = append(r.all, s)
+	return s
+}
+
+func (r *registry) makeLocked() *service {
+	s := &service{record: r.next}
+	s.said, s.names = nothing, s.name[:0]
+	r.next++
 	return s
 }
 
@@ -361,7 +461,7 @@ func (r *registry) lockAt(now time.Time) time.Time {
 		r.grace = now
 	}
 	if now.After(r.observed) {
-		r.observed = now
+		r.observed = now.UTC() // without a pointer to a location in each time that is kept
 	}
 	return r.observed
 }
@@ -555,9 +655,8 @@ func (r *registry) resetLocked(s *service) {
 		r.unnameLocked(s, s.names[0])
 	}
 	r.forgetExpiryLocked(s)
-	s.registration = registration{id: s.member.ID}
-	s.fillLocked()
-	s.labels, s.metrics = nil, nil
+	s.describeLocked(registration{id: s.member.ID})
+	s.metrics = nil
 	r.resizeLocked(s, 0)
 	s.registered, s.ended, s.failing, s.timeless = false, "", "", false
 	s.declared = flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN
@@ -610,19 +709,31 @@ func (s *service) component() string {
 	return s.member.ID
 }
 
-// fillLocked lets the pipeline file have its word: its role wins, its event types
+// describeLocked takes in what s says of itself.
+func (s *service) describeLocked(reg registration) {
+	s.id, s.kind, s.maxInflight = reg.id, reg.kind, reg.maxInflight
+	s.keepLocked(&details{
+		name: reg.name, description: reg.description, version: reg.version, endpoint: reg.endpoint,
+		inputEvents: reg.inputEvents, outputEvents: reg.outputEvents, labels: newEntries(reg.metadata),
+	})
+}
+
+// fillLocked is for when s has become a member.
+func (s *service) fillLocked() { s.keepLocked(s.details()) }
+
+// keepLocked lets the pipeline file have its word: its role wins, its event types
 // serve where the component sent none.
-func (s *service) fillLocked() {
-	if s.member == nil {
-		return
+func (s *service) keepLocked(w *details) {
+	if s.member != nil {
+		s.kind = flowctlpb.ServiceType(s.member.Role) + flowctlpb.ServiceType_SERVICE_TYPE_SOURCE
+		if len(w.inputEvents) == 0 {
+			w.inputEvents = s.member.InputEventTypes
+		}
+		if len(w.outputEvents) == 0 {
+			w.outputEvents = s.member.OutputEventTypes
+		}
 	}
-	s.kind = flowctlpb.ServiceType(s.member.Role) + flowctlpb.ServiceType_SERVICE_TYPE_SOURCE
-	if len(s.inputEvents) == 0 {
-		s.inputEvents = s.member.InputEventTypes
-	}
-	if len(s.outputEvents) == 0 {
-		s.outputEvents = s.member.OutputEventTypes
-	}
+	s.said = w.pack()
 }
 
 // identifyLocked finds the component of the pipeline that reg comes from, or nil.
@@ -749,7 +860,6 @@ func (r *registry) register(reg registration, from origin, now time.Time, ack fu
 	}
 	reg.id = cmp.Or(reg.id, s.component())
 	s.describeLocked(reg)
-	s.fillLocked()
 	r.nameLocked(s, now, reg.id, reg.componentID)
 	if r.services[s.id] != s { // it calls itself by another component's id
 		s.id = s.key()
@@ -762,13 +872,6 @@ func (r *registry) register(reg registration, from origin, now time.Time, ack fu
 	r.changedLocked(s)
 	ack(reg.id, s.topics(), r.connectionInfoLocked(s))
 	return s.durable, nil
-}
-
-// describeLocked takes in what s says of itself.
-func (s *service) describeLocked(reg registration) {
-	s.labels = newEntries(reg.metadata)
-	reg.metadata = nil
-	s.registration = reg
 }
 
 // nameLocked makes s known under ids. An id of another component of the pipeline
@@ -841,8 +944,8 @@ func (s *service) topics() []string {
 	if s.kind != flowctlpb.ServiceType_SERVICE_TYPE_SOURCE && s.kind != flowctlpb.ServiceType_SERVICE_TYPE_PROCESSOR {
 		return nil
 	}
-	topics := make([]string, len(s.outputEvents))
-	for i, event := range s.outputEvents {
+	topics := s.details().outputEvents
+	for i, event := range topics {
 		topics[i] = event + ".v1"
 	}
 	return topics
@@ -859,8 +962,10 @@ func (r *registry) connectionInfoLocked(s *service) map[string]string {
 		info["control_plane_endpoint"] = cmp.Or(r.given, r.endpoint)
 	}
 	for _, id := range s.member.Inputs {
-		if in := r.services[id]; in.registered && in.endpoint != "" {
-			info[id] = in.endpoint
+		if in := r.services[id]; in.registered {
+			if endpoint := in.details().endpoint; endpoint != "" {
+				info[id] = endpoint
+			}
 		}
 	}
 	return info
@@ -930,6 +1035,7 @@ var errMetrics = status.Errorf(codes.ResourceExhausted, "too many metrics: a ser
 // setMetric merges one value in, and fails with full where that is set and it would
 // take more room.
 func (s *service) setMetric(name string, m metric, full error) error {
+	m = m.compact()
 	at, known := s.metrics.find(name)
 	if !known {
 		if len(s.metrics) >= maxEntries {
@@ -947,6 +1053,7 @@ func (s *service) setMetric(name string, m metric, full error) error {
 	}
 	if !known {
 		s.size += len(name) + entrySize
+		name = unique.Make(name).Value()                                                         // many services have metrics of the same names
 		s.metrics = slices.Concat(s.metrics[:at], entries[metric]{{name: name}}, s.metrics[at:]) // with no room for more
 	}
 	s.size += len(m.text) - len(s.metrics[at].value.text)
@@ -1196,13 +1303,14 @@ func (s *service) matches(in *flowctlv1.DiscoveryRequest) bool {
 	if in.GetType() != flowctlv1.ComponentType_COMPONENT_TYPE_UNSPECIFIED && in.GetType() != s.v1Type() {
 		return false
 	}
+	w := s.details()
 	for key, value := range in.GetMetadataFilters() {
-		if at, ok := s.labels.find(key); !ok || s.labels[at].value != value {
+		if at, ok := w.labels.find(key); !ok || w.labels[at].value != value {
 			return false
 		}
 	}
 	return len(in.GetEventTypes()) == 0 || slices.ContainsFunc(in.GetEventTypes(), func(event string) bool {
-		return slices.Contains(s.inputEvents, event) || slices.Contains(s.outputEvents, event)
+		return slices.Contains(w.inputEvents, event) || slices.Contains(w.outputEvents, event)
 	})
 }
 
@@ -1249,10 +1357,11 @@ func (s *service) v1Type() flowctlv1.ComponentType {
 }
 
 func (s *service) info() *flowctlv1.ComponentInfo {
+	w := s.details()
 	return &flowctlv1.ComponentInfo{
-		Id: s.id, Name: s.name, Description: s.description, Version: s.version, Type: s.v1Type(),
-		InputEventTypes: s.inputEvents, OutputEventTypes: s.outputEvents,
-		Endpoint: s.endpoint, Metadata: s.labels.toMap(),
+		Id: s.id, Name: w.name, Description: w.description, Version: w.version, Type: s.v1Type(),
+		InputEventTypes: w.inputEvents, OutputEventTypes: w.outputEvents,
+		Endpoint: w.endpoint, Metadata: w.labels.toMap(),
 	}
 }
 

@@ -245,7 +245,7 @@ func savedMetrics(in map[string]any) entries[metric] {
 		case float64:
 			out[name] = metric{number: v}
 		case string:
-			out[name] = metric{text: v, isText: true}
+			out[name] = metric{text: v, isText: true}.compact()
 		}
 	}
 	return newEntries(out)
@@ -407,24 +407,26 @@ func (l *jsonLine) history(name string, history []healthChange) {
 }
 
 // appendSavedLocked appends s as the state file has it, to be read as a savedService.
-func (s *service) appendSavedLocked(b []byte) []byte {
+// w is room for its details.
+func (s *service) appendSavedLocked(b []byte, w *details) []byte {
+	s.said.unpack(w)
 	l := jsonLine(append(b, '{'))
 	l.key("id")
 	l.quote(s.id)
 	l.text("component", s.component())
 	l.texts("names", s.names)
 	l.text("type", typeName(s.kind))
-	l.text("name", s.name)
-	l.text("description", s.description)
-	l.text("version", s.version)
-	l.texts("input_event_types", s.inputEvents)
-	l.texts("output_event_types", s.outputEvents)
-	l.text("endpoint", s.endpoint)
+	l.text("name", w.name)
+	l.text("description", w.description)
+	l.text("version", w.version)
+	l.texts("input_event_types", w.inputEvents)
+	l.texts("output_event_types", w.outputEvents)
+	l.text("endpoint", w.endpoint)
 	if s.maxInflight != 0 {
 		l.key("max_inflight")
 		l = strconv.AppendInt(l, int64(s.maxInflight), 10)
 	}
-	l.labels("metadata", s.labels)
+	l.labels("metadata", w.labels)
 	if s.registered {
 		l.time("registered_at", s.since)
 	}
@@ -447,13 +449,14 @@ func (r *registry) save(w io.Writer, pause func()) (uint64, error) {
 		return 0, err
 	}
 	var text []byte
+	var room details
 	separator := "\n"
 	for some := range slices.Chunk(all, batch) {
 		text = text[:0]
 		r.mu.Lock()
 		for _, s := range some {
 			if s.registered || s.member != nil && len(s.history) > 0 {
-				text = s.appendSavedLocked(append(text, separator...))
+				text = s.appendSavedLocked(append(text, separator...), &room)
 				separator = ",\n"
 			}
 		}
@@ -536,13 +539,13 @@ func (r *registry) restoreLocked(in savedService, now time.Time) *service {
 		in.LastSeen = now // the clock was set back: it would not be stale for long
 	}
 	s := r.newServiceLocked()
-	s.labels = newEntries(in.Metadata)
-	s.registration = registration{
+	reg := registration{
 		id: in.ID, kind: flowctlpb.ServiceType(flowctlpb.ServiceType_value["SERVICE_TYPE_"+strings.ToUpper(in.Type)]),
 		name: in.Name, description: in.Description, version: in.Version,
 		inputEvents: in.InputEvents, outputEvents: in.OutputEvents,
-		endpoint: in.Endpoint, maxInflight: in.MaxInflight,
+		endpoint: in.Endpoint, maxInflight: in.MaxInflight, metadata: in.Metadata,
 	}
+	s.describeLocked(reg)
 	for _, name := range names {
 		if r.services[name] == nil {
 			r.services[name] = s
@@ -557,10 +560,7 @@ func (r *registry) restoreLocked(in savedService, now time.Time) *service {
 	s.metrics = savedMetrics(in.Metrics)
 	s.known, s.history = conditionNamed(in.Health), in.changes()
 	s.told = s.known
-	size := s.registration.size()
-	for _, l := range s.labels {
-		size += len(l.name) + len(l.value) + entrySize
-	}
+	size := reg.size()
 	for _, m := range s.metrics {
 		size += len(m.name) + len(m.value.text) + entrySize
 	}

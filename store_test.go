@@ -210,8 +210,9 @@ func TestOldStateFileIsRead(t *testing.T) {
 	for _, l := range []string{"stellar-source", "silent", "leaving", "pipeline-1", "bare"} {
 		if err := r.view(l, now, func(s *service) {
 			c, cause := r.conditionLocked(s, now)
-			got = append(got, fmt.Sprintf("%s %q %s %q %q %q %q %q %q %d %v %s %s %s %v %s (%s) %d", s.id, s.names, typeName(s.kind), s.name, s.description, s.version, s.inputEvents,
-				s.outputEvents, s.endpoint, s.maxInflight, s.labels.toMap(), s.since.Format(time.RFC3339Nano), s.lastSeen.Format(time.RFC3339), statusName(s.declared), s.metrics.toMap(), c, cause, len(s.history)))
+			w := s.details()
+			got = append(got, fmt.Sprintf("%s %q %s %q %q %q %q %q %q %d %v %s %s %s %v %s (%s) %d", s.id, s.names, typeName(s.kind), w.name, w.description, w.version, w.inputEvents,
+				w.outputEvents, w.endpoint, s.maxInflight, w.labels.toMap(), s.since.Format(time.RFC3339Nano), s.lastSeen.Format(time.RFC3339), statusName(s.declared), s.metrics.toMap(), c, cause, len(s.history)))
 		}); err != nil {
 			t.Error(err)
 		}
