@@ -1,7 +1,6 @@
 package main
 
 import (
-	"container/list"
 	"context"
 	"errors"
 	"os"
@@ -35,10 +34,9 @@ type about struct {
 
 // standing is where a service stands in what is written and what is told.
 type standing struct {
-	durable  uint64        // journal.count at its last change
-	held     bool          // is in journal.held
-	revision uint64        // feed.revision when its last change was let out
-	place    *list.Element // in feed.recent
+	durable  uint64 // journal.count at its last change
+	revision uint64 // feed.revision when its last change was let out
+	held     bool   // is in journal.held
 }
 
 // feed is what has changed, in order, so that any number of streams can each go on
@@ -47,10 +45,10 @@ type standing struct {
 type feed struct {
 	about     about
 	revision  uint64
-	stirred   uint64     // revision of about, and of whether the registry is durable
-	recent    *list.List // of *service, the one that changed last at the end, and of *follower, behind what it has told
-	removed   []removal  // the last at the end
-	lost      uint64     // removals up to this revision are forgotten
+	stirred   uint64    // revision of about, and of whether the registry is durable
+	recent    chain     // the one that changed last at the end, and the mark of each follower, behind what it has told
+	removed   []removal // the last at the end
+	lost      uint64    // removals up to this revision are forgotten
 	news      chan struct{}
 	followers int
 }
@@ -60,7 +58,7 @@ type removal struct {
 	revision uint64
 }
 
-func newFeed() feed { return feed{recent: list.New()} }
+func newFeed() feed { return feed{recent: chain{kind: byChanged}} }
 
 // touch lets out that s has changed.
 func (f *feed) touch(s *service) {
@@ -68,15 +66,12 @@ func (f *feed) touch(s *service) {
 	s.revision = f.revision
 	switch {
 	case s.member == nil && !s.registered:
-		if s.place != nil {
-			f.recent.Remove(s.place)
-			s.place = nil
+		if f.recent.has(s) {
+			f.recent.remove(s)
 			f.remove(removal{s.record, f.revision})
 		}
-	case s.place == nil:
-		s.place = f.recent.PushBack(s)
 	default:
-		f.recent.MoveToBack(s.place)
+		f.recent.moveToBack(s)
 	}
 }
 
@@ -125,18 +120,20 @@ func (f *feed) after(w *follower) (changed []*service, removed []int64, ok bool)
 	if w.revision < f.lost {
 		return nil, nil, false
 	}
-	told, last := w.revision, w.place
-	for e := w.place.Next(); e != nil && len(changed) < batch; e = e.Next() {
-		if s, ok := e.Value.(*service); ok {
+	told, last := w.revision, &w.mark
+	for s := f.recent.next(&w.mark); s != nil && len(changed) < batch; s = f.recent.next(s) {
+		if s.record != followerMark {
 			changed = append(changed, s)
 			w.revision = s.revision
 		}
-		last = e
+		last = s
 	}
-	if last == f.recent.Back() {
+	if last == f.recent.last {
 		w.revision = f.revision
 	}
-	f.recent.MoveAfter(w.place, last)
+	if last != &w.mark {
+		f.recent.insert(&w.mark, last)
+	}
 	for i := len(f.removed) - 1; i >= 0 && f.removed[i].revision > told; i-- {
 		if f.removed[i].revision <= w.revision {
 			removed = append(removed, int64(f.removed[i].record))
@@ -303,13 +300,16 @@ func (o operatorServer) Watch(in *operatorv1.WatchRequest, stream grpc.ServerStr
 	}
 }
 
+// followerMark is the record of what is no service but a follower's mark.
+const followerMark = -1
+
 // follower is one stream of changes.
 type follower struct {
 	*registry
 	send     func(*operatorv1.WatchResponse) error
-	revision uint64        // what it has told of
-	place    *list.Element // in feed.recent, behind that
-	beat     time.Time     // when heartbeats were told last
+	revision uint64    // what it has told of
+	mark     service   // stands in feed.recent behind that, and for no service
+	beat     time.Time // when heartbeats were told last
 }
 
 // leave ends the part of w in the feed.
@@ -317,19 +317,15 @@ func (w *follower) leave() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.feed.followers--
-	if w.place != nil {
-		w.feed.recent.Remove(w.place)
-	}
+	w.feed.recent.remove(&w.mark)
 }
 
 // snapshot sends everything.
 func (w *follower) snapshot() error {
 	w.mu.Lock()
 	w.revision, w.beat = w.feed.revision, w.observed
-	if w.place == nil {
-		w.place = w.feed.recent.PushBack(w)
-	}
-	w.feed.recent.MoveToBack(w.place)
+	w.mark.record = followerMark
+	w.feed.recent.moveToBack(&w.mark)
 	out := &operatorv1.WatchResponse{Pipeline: w.pipelineLocked(), Reset_: true}
 	all := slices.Clone(w.all)
 	w.mu.Unlock()
@@ -377,8 +373,8 @@ func (w *follower) catchUp() (<-chan struct{}, error) {
 func (w *follower) heard(now time.Time) error {
 	w.mu.Lock()
 	var heard []*service
-	for e := w.live.Back(); e != nil && e.Value.(*service).lastSeen.After(w.beat); e = e.Prev() {
-		heard = append(heard, e.Value.(*service))
+	for s := w.live.last; s != nil && s.lastSeen.After(w.beat); s = w.live.prev(s) {
+		heard = append(heard, s)
 	}
 	w.beat = now
 	w.mu.Unlock()

@@ -2,7 +2,6 @@ package main
 
 import (
 	"cmp"
-	"container/list"
 	"context"
 	"crypto/rand"
 	bin "encoding/binary"
@@ -62,7 +61,7 @@ const minStall = time.Second
 const metadataComponentID = "component_id"
 
 // condition is what the registry thinks of a service.
-type condition int
+type condition uint8
 
 const (
 	unregistered condition = iota // never registered, or not since its process started
@@ -273,34 +272,106 @@ type healthChange struct {
 	cause string
 }
 
+// A chain is services one behind the other, each of which knows its neighbours: what
+// container/list allocates for each is as much again for the garbage collector to follow.
+type chain struct {
+	kind        int // of the place that its services have in it
+	first, last *service
+	length      int
+}
+
+// A service has a place of each kind, and so is in at most one chain of each.
+const (
+	bySeen    = iota // in registry.live or registry.stale
+	byChanged        // in feed.recent
+	placeKinds
+)
+
+// place is where a service stands.
+type place struct {
+	in         *chain // nil for nowhere
+	prev, next *service
+}
+
+func (c *chain) next(s *service) *service { return s.places[c.kind].next }
+func (c *chain) prev(s *service) *service { return s.places[c.kind].prev }
+func (c *chain) has(s *service) bool      { return s.places[c.kind].in == c }
+
+// insert puts s behind at, or first where that is nil. It leaves where it was.
+func (c *chain) insert(s, at *service) {
+	if was := s.places[c.kind].in; was != nil {
+		was.remove(s)
+	}
+	next := c.first
+	if at != nil {
+		next = c.next(at)
+		at.places[c.kind].next = s
+	} else {
+		c.first = s
+	}
+	if next != nil {
+		next.places[c.kind].prev = s
+	} else {
+		c.last = s
+	}
+	s.places[c.kind] = place{c, at, next}
+	c.length++
+}
+
+// remove takes s out, if it is in c.
+func (c *chain) remove(s *service) {
+	if !c.has(s) {
+		return
+	}
+	prev, next := c.prev(s), c.next(s)
+	if prev != nil {
+		prev.places[c.kind].next = next
+	} else {
+		c.first = next
+	}
+	if next != nil {
+		next.places[c.kind].prev = prev
+	} else {
+		c.last = prev
+	}
+	s.places[c.kind] = place{}
+	c.length--
+}
+
+// moveToBack makes s the last.
+func (c *chain) moveToBack(s *service) {
+	if c.last != s {
+		c.insert(s, c.last)
+	}
+}
+
 // service is one record of the registry. registry.mu guards it.
 type service struct {
 	id          string // the one that it chose last, if it has it
 	kind        flowctlpb.ServiceType
 	maxInflight int32
 	said        packed
-	member      *member // nil: not in the pipeline
-	record      int     // tells it from others
-	registered  bool
+	member      *member   // nil: not in the pipeline
+	record      int       // tells it from others
 	names       []string  // ids that it chose, the latest last; one may be another component's by now
 	name        [1]string // room for names, as most have one
-	declared    flowctlv1.HealthStatus
-	ended       string // how its process ended, "" while it lives
-	failing     string // why its health check fails, "" while it passes
-	timeless    bool   // never stale: it has no heartbeat, its process stands for it
+	ended       string    // how its process ended, "" while it lives
+	failing     string    // why its health check fails, "" while it passes
 	lastSeen    time.Time
 	since       time.Time // registered at
 	metrics     entries[metric]
 	size        int            // bytes of its texts
-	expiry      *list.Element  // its place in registry.live, nil when it has none
-	silent      *list.Element  // its place in registry.stale, nil when it has none
 	process     *processReport // nil for what is not of this run
-
-	known    condition // of which the latest entry of history tells
-	history  []healthChange
-	told     condition // what the subscriber knows
-	queued   bool      // waits in registry.changed
-	standing           // in what is written and what is told
+	history     []healthChange
+	begun       [1]healthChange // room for history, as most have one entry
+	places      [placeKinds]place
+	declared    flowctlv1.HealthStatus
+	registered  bool
+	timeless    bool      // never stale: it has no heartbeat, its process stands for it
+	known       condition // of which the latest entry of history tells
+	told        condition // what the subscriber knows
+	queued      bool      // waits in registry.changed
+	standing              // in what is written and what is told
 }
 
 // change tells the subscriber how a service is now. Changes that follow each other
@@ -330,8 +401,8 @@ type registry struct {
 	next     int                 // record of the next service
 	count    int                 // services that are not in the pipeline
 	bytes    int                 // the sizes of all services
-	live     *list.List          // services with a heartbeat to come, the longest silent first
-	stale    *list.List          // services without, the longest silent first; none of the pipeline's
+	live     chain               // services with a heartbeat to come, the longest silent first
+	stale    chain               // services without, the longest silent first; none of the pipeline's
 	changed  []*service
 	observed time.Time // the latest time that any method was given
 	grace    time.Time // silence before this moment is not held against anyone
@@ -346,7 +417,7 @@ func newRegistry(ttl, interval time.Duration, endpoint string, members []member)
 		wake:     make(chan struct{}, 1),
 		ports:    make(map[string]*service),
 		services: make(map[string]*service),
-		live:     list.New(), stale: list.New(),
+		live:     chain{kind: bySeen}, stale: chain{kind: bySeen},
 		feed:    newFeed(),
 		journal: journal{written: make(chan struct{})},
 	}
@@ -414,7 +485,7 @@ func (r *registry) newServiceLocked() *service {
 
 func (r *registry) makeLocked() *service {
 	s := &service{record: r.next}
-	s.said, s.names = nothing, s.name[:0]
+	s.said, s.names, s.history = nothing, s.name[:0], s.begun[:0]
 	r.next++
 	return s
 }
@@ -444,7 +515,7 @@ func (r *registry) conditionLocked(s *service, now time.Time) (condition, string
 // One that a sweep found stale, and so has no place in live, gets no grace.
 func (r *registry) expiryLocked(s *service) time.Time {
 	from := s.lastSeen
-	if s.expiry != nil && from.Before(r.grace) {
+	if r.live.has(s) && from.Before(r.grace) {
 		from = r.grace
 	}
 	return from.Add(r.ttl)
@@ -573,24 +644,11 @@ func (r *registry) reportProcess(id string, p processReport) {
 // seenLocked notes a sign of life.
 func (r *registry) seenLocked(s *service, now time.Time) {
 	s.lastSeen = now
-	if s.silent != nil {
-		r.stale.Remove(s.silent)
-		s.silent = nil
-	}
-	switch {
-	case s.timeless:
-		r.forgetExpiryLocked(s)
-	case s.expiry == nil:
-		s.expiry = r.live.PushBack(s)
-	default:
-		r.live.MoveToBack(s.expiry)
-	}
-}
-
-func (r *registry) forgetExpiryLocked(s *service) {
-	if s.expiry != nil {
-		r.live.Remove(s.expiry)
-		s.expiry = nil
+	r.stale.remove(s)
+	if s.timeless {
+		r.live.remove(s)
+	} else {
+		r.live.moveToBack(s)
 	}
 }
 
@@ -601,23 +659,22 @@ func (r *registry) sweep(now time.Time) time.Time {
 	defer r.mu.Unlock()
 	wake := now.Add(min(r.interval/2, r.ttl))
 	for n := 0; ; n++ {
-		e := r.live.Front()
-		if e == nil {
+		s := r.live.first
+		if s == nil {
 			break
 		}
 		if n == batch {
 			return now
 		}
-		s := e.Value.(*service)
 		if at := r.expiryLocked(s); !now.After(at) {
 			if at = at.Add(1); at.Before(wake) {
 				wake = at
 			}
 			break
 		}
-		r.forgetExpiryLocked(s)
+		r.live.remove(s)
 		if s.member == nil {
-			s.silent = r.stale.PushBack(s)
+			r.stale.moveToBack(s)
 		}
 		r.noteLocked(s, now)
 	}
@@ -654,7 +711,7 @@ func (r *registry) resetLocked(s *service) {
 	for len(s.names) > 0 {
 		r.unnameLocked(s, s.names[0])
 	}
-	r.forgetExpiryLocked(s)
+	r.live.remove(s)
 	s.describeLocked(registration{id: s.member.ID})
 	s.metrics = nil
 	r.resizeLocked(s, 0)
@@ -812,11 +869,11 @@ func (r *registry) recordLocked(reg *registration, from origin, now time.Time) (
 // evictLocked makes room: it forgets the service that has been silent for the
 // longest time, if one is stale.
 func (r *registry) evictLocked(now time.Time) bool {
-	e := r.stale.Front()
-	if e == nil {
+	s := r.stale.first
+	if s == nil {
 		return false
 	}
-	r.removeLocked(e.Value.(*service), now)
+	r.removeLocked(s, now)
 	return true
 }
 
@@ -924,11 +981,8 @@ func (r *registry) removeLocked(s *service, now time.Time) {
 	for len(s.names) > 0 {
 		r.unnameLocked(s, s.names[0])
 	}
-	r.forgetExpiryLocked(s)
-	if s.silent != nil {
-		r.stale.Remove(s.silent)
-		s.silent = nil
-	}
+	r.live.remove(s)
+	r.stale.remove(s)
 	s.registered = false
 	r.resizeLocked(s, 0)
 	r.count--

@@ -1125,7 +1125,8 @@ func setLastSeen(r *registry, id string, at time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.services[id].lastSeen = at
-	r.live.MoveToFront(r.services[id].expiry)
+	s := r.services[id]
+	r.live.insert(s, nil)
 }
 
 // Lists
@@ -1481,23 +1482,23 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 				t.Errorf("foreign service %q is kept though it is not registered", s.id)
 			}
 		}
-		if s.expiry != nil {
+		if r.live.has(s) {
 			expiring++
 		}
-		if s.silent != nil {
+		if r.stale.has(s) {
 			silent++
 		}
 		bytes += s.size
 		if len(s.history) > maxHistory || len(s.history) > 0 && s.history[len(s.history)-1].now != s.known {
 			t.Errorf("service %q is known as %v, its history is %v", s.id, s.known, s.history)
 		}
-		if s.place == nil || s.revision > r.feed.revision || !slices.Contains(r.all, s) {
+		if !r.feed.recent.has(s) || s.revision > r.feed.revision || !slices.Contains(r.all, s) {
 			t.Errorf("service %q is not in the feed or in the list of all", s.id)
 		}
 		if s.registered {
 			registered++
 		}
-		stale := !s.timeless && s.expiry == nil
+		stale := !s.timeless && !r.live.has(s)
 		if condition, _ := r.conditionLocked(s, now); s.registered && stale && condition.ok() {
 			t.Errorf("service %q is %v, but nothing will tell of its expiry", s.id, condition)
 		}
@@ -1505,16 +1506,15 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 	if r.count != foreign {
 		t.Errorf("the count of foreign services is %d, there are %d", r.count, foreign)
 	}
-	if r.stale.Len() != silent || r.feed.recent.Len()-r.feed.followers != len(known) || r.bytes != bytes {
-		t.Errorf("%d of %d stale, %d of %d in the feed, %d of %d bytes", r.stale.Len(), silent, r.feed.recent.Len(), len(known), r.bytes, bytes)
+	if r.stale.length != silent || r.feed.recent.length-r.feed.followers != len(known) || r.bytes != bytes {
+		t.Errorf("%d of %d stale, %d of %d in the feed, %d of %d bytes", r.stale.length, silent, r.feed.recent.length, len(known), r.bytes, bytes)
 	}
-	if r.live.Len() != expiring {
-		t.Errorf("%d services wait for their expiry, %d have one", r.live.Len(), expiring)
+	if r.live.length != expiring {
+		t.Errorf("%d services wait for their expiry, %d have one", r.live.length, expiring)
 	}
 	var last time.Time
-	for e := r.live.Front(); e != nil; e = e.Next() {
-		s := e.Value.(*service)
-		if s.expiry != e || !known[s] || s.timeless || !s.registered {
+	for s := r.live.first; s != nil; s = r.live.next(s) {
+		if !r.live.has(s) || !known[s] || s.timeless || !s.registered {
 			t.Errorf("service %q does not belong among the live", s.id)
 		}
 		if s.lastSeen.Before(last) {

@@ -500,9 +500,9 @@ func (r *registry) restore(state []savedService, now time.Time) (dropped int) {
 	slices.SortStableFunc(back, func(a, b *service) int { return a.lastSeen.Compare(b.lastSeen) })
 	for _, s := range back {
 		if s.known.ok() || s.lastSeen.Add(r.ttl).After(now) {
-			s.expiry = r.live.PushBack(s)
+			r.live.moveToBack(s)
 		} else {
-			s.silent = r.stale.PushBack(s)
+			r.stale.moveToBack(s)
 		}
 		r.noteLocked(s, now)
 	}
