@@ -1,6 +1,8 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -8,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"os"
 	"slices"
 	"strings"
@@ -31,16 +34,16 @@ import (
 
 // listedPipeline is one element of what list -json prints. README documents it.
 type listedPipeline struct {
-	Pipeline   string            `json:"pipeline"` // "" for a control plane alone
-	Endpoint   string            `json:"endpoint"`
-	PID        int64             `json:"pid,omitempty"`
-	Version    string            `json:"version,omitempty"`
-	Started    *time.Time        `json:"started,omitempty"`
-	Status     string            `json:"status,omitempty"`
-	Ready      bool              `json:"ready"`
-	StateFile  string            `json:"state_file,omitempty"`
-	NotDurable string            `json:"not_durable,omitempty"`
-	Components []listedComponent `json:"components"`
+	Pipeline   string             `json:"pipeline"` // "" for a control plane alone
+	Endpoint   string             `json:"endpoint"`
+	PID        int64              `json:"pid,omitempty"`
+	Version    string             `json:"version,omitempty"`
+	Started    *time.Time         `json:"started,omitempty"`
+	Status     string             `json:"status,omitempty"`
+	Ready      bool               `json:"ready"`
+	StateFile  string             `json:"state_file,omitempty"`
+	NotDurable string             `json:"not_durable,omitempty"`
+	Components []*listedComponent `json:"components"`
 }
 
 // listedComponent is one component in what list prints.
@@ -106,9 +109,9 @@ var errLegacy = errors.New("no operator service")
 type listClient struct {
 	endpoint string
 	conn     *grpc.ClientConn
-	pipeline listedPipeline            // as it was told last, without its components
-	records  map[int64]listedComponent // as they were told last
-	order    []int64                   // of records, as they were told first
+	pipeline listedPipeline             // as it was told last, without its components
+	records  map[int64]*listedComponent // as they were told last
+	order    []int64                    // of records, as they were told first
 }
 
 // newListClient makes a client of the control plane at endpoint. With wait its calls
@@ -122,7 +125,7 @@ func newListClient(endpoint string, creds credentials.TransportCredentials, wait
 	if err != nil {
 		return nil, err
 	}
-	return &listClient{endpoint: endpoint, conn: conn, records: make(map[int64]listedComponent)}, nil
+	return &listClient{endpoint: endpoint, conn: conn, records: make(map[int64]*listedComponent)}, nil
 }
 
 func (c *listClient) close() { c.conn.Close() }
@@ -169,7 +172,7 @@ func (c *listClient) take(out *operatorv1.WatchResponse) []listedEvent {
 	for _, in := range out.GetComponents() {
 		component := listComponent(in)
 		c.put(component)
-		event().Component = &component
+		event().Component = component
 	}
 	for _, record := range out.GetRemoved() {
 		if _, known := c.records[record]; !known {
@@ -182,7 +185,7 @@ func (c *listClient) take(out *operatorv1.WatchResponse) []listedEvent {
 	return events
 }
 
-func (c *listClient) put(l listedComponent) {
+func (c *listClient) put(l *listedComponent) {
 	if _, known := c.records[l.record]; !known {
 		c.order = append(c.order, l.record)
 	}
@@ -197,7 +200,7 @@ func (c *listClient) fetchLegacy(ctx context.Context) error {
 	}
 	c.pipeline = listedPipeline{Endpoint: c.endpoint}
 	for i, s := range services.GetServices() {
-		component := listedComponent{
+		component := &listedComponent{
 			record: int64(i), ID: s.GetServiceId(), InPipeline: s.GetComponentId() != "",
 			Type: typeName(s.GetServiceType()), Health: map[bool]string{true: "healthy", false: "unhealthy"}[s.GetIsHealthy()],
 			Healthy: s.GetIsHealthy(), LastSeen: listTime(s.GetLastHeartbeat()),
@@ -217,13 +220,13 @@ func (c *listClient) fetchLegacy(ctx context.Context) error {
 // only those that have it. It is false where that id was asked for and is not there.
 func (c *listClient) listed(id string) (listedPipeline, bool) {
 	out := c.pipeline
-	out.Components = make([]listedComponent, 0, len(c.records))
+	out.Components = make([]*listedComponent, 0, len(c.records))
 	for _, record := range c.order {
 		if l := c.records[record]; id == "" || l.is(id) {
 			out.Components = append(out.Components, l)
 		}
 	}
-	slices.SortStableFunc(out.Components, func(a, b listedComponent) int { return a.rank() - b.rank() })
+	slices.SortStableFunc(out.Components, func(a, b *listedComponent) int { return a.rank() - b.rank() })
 	return out, id == "" || len(out.Components) > 0
 }
 
@@ -244,9 +247,9 @@ func listPipeline(p *operatorv1.Pipeline) listedPipeline {
 	}
 }
 
-func listComponent(c *operatorv1.Component) listedComponent {
+func listComponent(c *operatorv1.Component) *listedComponent {
 	p := c.GetProcess()
-	l := listedComponent{
+	l := &listedComponent{
 		record: c.GetRecord(), ID: c.GetId(), InPipeline: c.GetInPipeline(), ServiceID: c.GetServiceId(), Type: c.GetType(),
 		Name: c.GetName(), Description: c.GetDescription(), Version: c.GetVersion(),
 		InputEvents: c.GetInputEventTypes(), OutputEvents: c.GetOutputEventTypes(),
@@ -280,8 +283,8 @@ func (l *listedComponent) setMetric(name string, value any) {
 	if l.Metrics == nil {
 		l.Metrics = make(map[string]any)
 	}
-	if _, err := json.Marshal(value); err != nil {
-		value = fmt.Sprint(value)
+	if f, ok := value.(float64); ok && (math.IsInf(f, 0) || math.IsNaN(f)) {
+		value = fmt.Sprint(f)
 	}
 	l.Metrics[name] = value
 }
@@ -298,7 +301,7 @@ func (p *listedPipeline) writeTable(w io.Writer, now time.Time) error {
 		fmt.Fprintln(w, "nothing is registered")
 		return nil
 	}
-	starts := slices.ContainsFunc(p.Components, func(l listedComponent) bool { return l.State != "" })
+	starts := slices.ContainsFunc(p.Components, func(l *listedComponent) bool { return l.State != "" })
 	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	columns := []string{"ID", "TYPE", "STATE", "PID", "RESTARTS", "HEALTH", "LAST SEEN", "ENDPOINT", "METRICS"}
 	row := func(cells []string) {
@@ -430,12 +433,39 @@ func (l *listedComponent) writeDetails(w io.Writer, p *listedPipeline, now time.
 	return nil
 }
 
-// writeJSON shows pipelines to a program: one array.
+// writeJSON shows pipelines to a program: one array. There may be many components, so
+// they are not made into one text first, and theirs is the last member of a pipeline.
 func writeJSON(w io.Writer, pipelines []listedPipeline) error {
-	enc := json.NewEncoder(w)
+	var text bytes.Buffer
+	enc := json.NewEncoder(&text)
 	enc.SetEscapeHTML(false)
-	enc.SetIndent("", "  ")
-	return enc.Encode(pipelines)
+	encode := func(v any, depth int) []byte {
+		text.Reset()
+		enc.SetIndent(strings.Repeat("  ", depth), "  ")
+		_ = enc.Encode(v) // nothing that json does not know is in there
+		return bytes.TrimSuffix(text.Bytes(), []byte("\n"))
+	}
+	out := bufio.NewWriter(w)
+	between := "[\n  "
+	for _, p := range pipelines {
+		components := p.Components
+		p.Components = []*listedComponent{}
+		out.WriteString(between)
+		out.Write(bytes.TrimSuffix(encode(p, 1), []byte("]\n  }")))
+		before := "\n      "
+		for _, l := range components {
+			out.WriteString(before)
+			out.Write(encode(l, 3))
+			before = ",\n      "
+		}
+		if len(components) > 0 {
+			out.WriteString("\n    ")
+		}
+		out.WriteString("]\n  }")
+		between = ",\n  "
+	}
+	out.WriteString("\n]\n") // there is at least one
+	return out.Flush()
 }
 
 // listPlanes asks all at once and shows what they answer. It returns an *exitError
@@ -479,7 +509,7 @@ func listPlanes(clients []*listClient, o listOptions) error {
 		return err
 	}
 	unhealthy := func(p listedPipeline) bool {
-		return slices.ContainsFunc(p.Components, func(l listedComponent) bool { return !l.Healthy })
+		return slices.ContainsFunc(p.Components, func(l *listedComponent) bool { return !l.Healthy })
 	}
 	if len(failed) > 0 || slices.ContainsFunc(pipelines, unhealthy) {
 		return &exitError{exitFailed, errors.Join(failed...)}

@@ -35,7 +35,7 @@ func listed(tb testing.TB, endpoint string) (map[string]listedComponent, []strin
 	}
 	byID, ids := make(map[string]listedComponent), []string(nil)
 	for _, c := range pipelines[0].Components {
-		byID[c.ID] = c
+		byID[c.ID] = *c
 		ids = append(ids, c.ID)
 	}
 	return byID, ids
