@@ -233,18 +233,18 @@ func (r *registry) componentLocked(s *service, now time.Time) *operatorv1.Compon
 	if s.registered {
 		out.RegisteredAt, out.LastSeen = timestamppb.New(s.since), timestamppb.New(s.lastSeen)
 	}
-	for _, m := range s.metrics {
-		if f, ok := m.value.float(); ok {
+	for name, m := range s.metrics.all() {
+		if f, ok := m.float(); ok {
 			if out.Metrics == nil {
-				out.Metrics = make(map[string]float64, len(s.metrics))
+				out.Metrics = make(map[string]float64)
 			}
-			out.Metrics[m.name] = f
+			out.Metrics[name] = f
 			continue
 		}
 		if out.TextMetrics == nil {
 			out.TextMetrics = make(map[string]string)
 		}
-		out.TextMetrics[m.name] = m.value.text
+		out.TextMetrics[name] = m.text
 	}
 	for _, h := range s.history {
 		out.History = append(out.History, &operatorv1.Change{Time: timestamppb.New(h.at), Health: h.now.String(), Cause: h.cause})

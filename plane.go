@@ -7,8 +7,10 @@ import (
 	bin "encoding/binary"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"maps"
+	"math"
 	"net"
 	"net/url"
 	"os"
@@ -19,7 +21,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-	"unique"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -89,7 +90,7 @@ type metric struct {
 	number float64
 	text   string
 	isText bool
-	digits bool // the text is what String makes of number, and not kept
+	digits bool // its text is what String makes of number, and not kept
 }
 
 // compact is m without a text that its number stands for, as most texts are numbers.
@@ -153,47 +154,109 @@ type processReport struct {
 	restarts int
 }
 
-// entries are a map that takes little memory, as there are many with few entries: by
-// name.
-type entries[V any] []entry[V]
+// labels are a service's metadata, by name.
+type labels []label
 
-type entry[V any] struct {
-	name  string
-	value V
-}
+type label struct{ name, value string }
 
-func (e entries[V]) find(name string) (at int, found bool) {
-	return slices.BinarySearchFunc(e, name, func(e entry[V], name string) int { return strings.Compare(e.name, name) })
-}
-
-func newEntries[V any](m map[string]V) entries[V] {
-	if len(m) == 0 {
-		return nil
-	}
-	e := make(entries[V], 0, len(m))
+func newLabels(m map[string]string) labels {
+	l := make(labels, 0, len(m))
 	for _, name := range slices.Sorted(maps.Keys(m)) {
-		e = append(e, entry[V]{name, m[name]})
+		l = append(l, label{name, m[name]})
 	}
-	return e
+	return l
 }
+
+func (l labels) has(name, value string) bool { return slices.Contains(l, label{name, value}) }
 
 // toMap is nil for none.
-func (e entries[V]) toMap() map[string]V {
-	if len(e) == 0 {
+func (l labels) toMap() map[string]string {
+	if len(l) == 0 {
 		return nil
 	}
-	m := make(map[string]V, len(e))
-	for _, e := range e {
-		m[e.name] = e.value
+	m := make(map[string]string, len(l))
+	for _, label := range l {
+		m[label.name] = label.value
 	}
 	return m
+}
+
+// metrics are values by name, one after the other in the order of their names: the
+// name behind its length, and the value behind its own, of which the first byte is its
+// kind. It is what packed is, but for values that change all the time.
+type metrics []byte
+
+// The kinds of a value in metrics.
+const (
+	aNumber = iota // then the eight bytes of a float64
+	digits         // as that, but it came as a text, which is what String makes of it
+	aText
+)
+
+// append appends an entry.
+func (m metrics) append(name string, v metric) metrics {
+	b := append(bin.AppendUvarint(m, uint64(len(name))), name...)
+	switch {
+	case v.isText && !v.digits:
+		b = bin.AppendUvarint(b, uint64(1+len(v.text)))
+		return append(append(b, aText), v.text...)
+	case v.isText:
+		b = append(b, 9, digits)
+	default:
+		b = append(b, 9, aNumber)
+	}
+	return bin.LittleEndian.AppendUint64(b, math.Float64bits(v.number))
+}
+
+// next takes the first entry apart.
+func (m metrics) next() (name, value []byte, rest metrics) {
+	n, length := bin.Uvarint(m)
+	name, m = m[length:length+int(n)], m[length+int(n):]
+	n, length = bin.Uvarint(m)
+	return name, m[length : length+int(n)], m[length+int(n):]
+}
+
+// find returns the place of a metric and of what follows it, or twice the place where
+// it would be, and how many there are before that.
+func (m metrics) find(name string) (at, end, before int, known bool) {
+	for at < len(m) {
+		other, _, rest := m[at:].next()
+		end = len(m) - len(rest)
+		if string(other) >= name {
+			if known = string(other) == name; !known {
+				end = at
+			}
+			return at, end, before, known
+		}
+		at, before = end, before+1
+	}
+	return at, at, before, false
+}
+
+// all gives each metric by name.
+func (m metrics) all() iter.Seq2[string, metric] {
+	return func(yield func(string, metric) bool) {
+		for len(m) > 0 {
+			var name, value []byte
+			if name, value, m = m.next(); !yield(string(name), metricOf(value)) {
+				return
+			}
+		}
+	}
+}
+
+func metricOf(value []byte) metric {
+	if value[0] == aText {
+		return metric{text: string(value[1:]), isText: true}
+	}
+	return metric{number: math.Float64frombits(bin.LittleEndian.Uint64(value[1:])), isText: value[0] == digits, digits: value[0] == digits}
 }
 
 // details are what a service says of itself for others to read.
 type details struct {
 	name, description, version, endpoint string
 	inputEvents, outputEvents            []string
-	labels                               entries[string]
+	labels                               labels
 }
 
 // packed are details one after the other, each text behind its length. There may be a
@@ -254,7 +317,7 @@ func (p packed) unpack(w *details) {
 	}
 	w.labels = w.labels[:0]
 	for range number() {
-		w.labels = append(w.labels, entry[string]{text(), text()})
+		w.labels = append(w.labels, label{text(), text()})
 	}
 }
 
@@ -359,7 +422,7 @@ type service struct {
 	failing     string    // why its health check fails, "" while it passes
 	lastSeen    time.Time
 	since       time.Time // registered at
-	metrics     entries[metric]
+	metrics     metrics
 	size        int            // bytes of its texts
 	process     *processReport // nil for what is not of this run
 	history     []healthChange
@@ -771,7 +834,7 @@ func (s *service) describeLocked(reg registration) {
 	s.id, s.kind, s.maxInflight = reg.id, reg.kind, reg.maxInflight
 	s.keepLocked(&details{
 		name: reg.name, description: reg.description, version: reg.version, endpoint: reg.endpoint,
-		inputEvents: reg.inputEvents, outputEvents: reg.outputEvents, labels: newEntries(reg.metadata),
+		inputEvents: reg.inputEvents, outputEvents: reg.outputEvents, labels: newLabels(reg.metadata),
 	})
 }
 
@@ -1086,13 +1149,50 @@ func (r *registry) findLocked(id string) (*service, error) {
 // errMetrics is made once because one message can bring a hundred thousand metrics.
 var errMetrics = status.Errorf(codes.ResourceExhausted, "too many metrics: a service has at most %d", maxEntries)
 
+// takeMetrics merges in what a heartbeat brings. It fails as setMetric does, and takes
+// what it can all the same: the values that have a place, then others while there is room.
+func takeMetrics[V any](s *service, in map[string]V, as func(V) metric, full error) (err error) {
+	if len(in) > maxEntries { // not to look for each of a hundred thousand
+		for name := range s.metrics.all() {
+			if v, ok := in[name]; ok {
+				_ = s.setMetric(name, as(v), full)
+			}
+		}
+		for name, v := range in {
+			if err := s.setMetric(name, as(v), full); err != nil && (err == errMetrics || err == full) {
+				break
+			}
+		}
+		return errMetrics
+	}
+	for name, v := range in {
+		err = cmp.Or(s.setMetric(name, as(v), full), err)
+	}
+	return err
+}
+
 // setMetric merges one value in, and fails with full where that is set and it would
 // take more room.
 func (s *service) setMetric(name string, m metric, full error) error {
 	m = m.compact()
-	at, known := s.metrics.find(name)
-	if !known {
-		if len(s.metrics) >= maxEntries {
+	at, end, before, known := s.metrics.find(name)
+	was := 0 // bytes of its text
+	if known {
+		_, value, _ := s.metrics[at:].next()
+		if value[0] != aText && (!m.isText || m.digits) {
+			value[0] = aNumber
+			if m.digits {
+				value[0] = digits
+			}
+			bin.LittleEndian.PutUint64(value[1:], math.Float64bits(m.number))
+			return nil
+		}
+		was = len(metricOf(value).text)
+	} else {
+		for rest := s.metrics[at:]; len(rest) > 0; before++ {
+			_, _, rest = rest.next()
+		}
+		if before >= maxEntries {
 			return errMetrics
 		}
 		if err := checkLength("the name of a metric", name, maxID); err != nil {
@@ -1102,16 +1202,14 @@ func (s *service) setMetric(name string, m metric, full error) error {
 	if err := checkLength("the value of a metric", m.text, maxText); err != nil {
 		return err
 	}
-	if full != nil && (!known || len(m.text) > len(s.metrics[at].value.text)) {
+	if full != nil && (!known || len(m.text) > was) {
 		return full
 	}
 	if !known {
 		s.size += len(name) + entrySize
-		name = unique.Make(name).Value()                                                         // many services have metrics of the same names
-		s.metrics = slices.Concat(s.metrics[:at], entries[metric]{{name: name}}, s.metrics[at:]) // with no room for more
 	}
-	s.size += len(m.text) - len(s.metrics[at].value.text)
-	s.metrics[at].value = m
+	s.size += len(m.text) - was
+	s.metrics = slices.Concat(s.metrics[:at], metrics(nil).append(name, m), s.metrics[end:]) // with no room for more
 	return nil
 }
 
@@ -1264,11 +1362,8 @@ func (l legacyServer) Register(ctx context.Context, in *flowctlpb.ServiceInfo) (
 }
 
 func (l legacyServer) Heartbeat(ctx context.Context, in *flowctlpb.ServiceHeartbeat) (*emptypb.Empty, error) {
-	change, err := l.heartbeat(in.GetServiceId(), originOf(ctx, in.GetServiceId()), flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, time.Now(), func(s *service, full error) (err error) {
-		for name, number := range in.GetMetrics() {
-			err = cmp.Or(s.setMetric(name, metric{number: number}, full), err)
-		}
-		return err
+	change, err := l.heartbeat(in.GetServiceId(), originOf(ctx, in.GetServiceId()), flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, time.Now(), func(s *service, full error) error {
+		return takeMetrics(s, in.GetMetrics(), func(number float64) metric { return metric{number: number} }, full)
 	})
 	if change > 0 && err == nil {
 		err = l.durable(ctx, change)
@@ -1296,12 +1391,12 @@ func (l legacyServer) statusLocked(s *service, now time.Time) *flowctlpb.Service
 		ServiceId: s.id, ComponentId: s.component(), ServiceType: s.kind,
 		IsHealthy: c.ok(), LastHeartbeat: timestamppb.New(s.lastSeen),
 	}
-	for _, m := range s.metrics {
-		if f, ok := m.value.float(); ok {
+	for name, m := range s.metrics.all() {
+		if f, ok := m.float(); ok {
 			if out.Metrics == nil {
-				out.Metrics = make(map[string]float64, len(s.metrics))
+				out.Metrics = make(map[string]float64)
 			}
-			out.Metrics[m.name] = f
+			out.Metrics[name] = f
 		}
 	}
 	return out
@@ -1359,7 +1454,7 @@ func (s *service) matches(in *flowctlv1.DiscoveryRequest) bool {
 	}
 	w := s.details()
 	for key, value := range in.GetMetadataFilters() {
-		if at, ok := w.labels.find(key); !ok || w.labels[at].value != value {
+		if !w.labels.has(key, value) {
 			return false
 		}
 	}
@@ -1369,11 +1464,8 @@ func (s *service) matches(in *flowctlv1.DiscoveryRequest) bool {
 }
 
 func (v v1Server) Heartbeat(ctx context.Context, in *flowctlv1.HeartbeatRequest) (*emptypb.Empty, error) {
-	change, err := v.heartbeat(in.GetServiceId(), originOf(ctx, in.GetServiceId()), in.GetStatus(), time.Now(), func(s *service, full error) (err error) {
-		for name, text := range in.GetMetrics() {
-			err = cmp.Or(s.setMetric(name, metric{text: text, isText: true}, full), err)
-		}
-		return err
+	change, err := v.heartbeat(in.GetServiceId(), originOf(ctx, in.GetServiceId()), in.GetStatus(), time.Now(), func(s *service, full error) error {
+		return takeMetrics(s, in.GetMetrics(), func(text string) metric { return metric{text: text, isText: true} }, full)
 	})
 	if change > 0 && err == nil {
 		err = v.durable(ctx, change)
@@ -1426,10 +1518,10 @@ func (v v1Server) statusLocked(s *service, now time.Time) *flowctlv1.ComponentSt
 		LastHeartbeat: timestamppb.New(s.lastSeen), RegisteredAt: timestamppb.New(s.since),
 	}
 	if len(s.metrics) > 0 {
-		out.Metrics = make(map[string]string, len(s.metrics))
+		out.Metrics = make(map[string]string)
 	}
-	for _, m := range s.metrics {
-		out.Metrics[m.name] = m.value.String()
+	for name, m := range s.metrics.all() {
+		out.Metrics[name] = m.String()
 	}
 	return out
 }

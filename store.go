@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"math"
 	"os"
 	"path/filepath"
@@ -238,17 +239,16 @@ func conditionNamed(name string) condition {
 
 // savedMetrics is the reverse of jsonLine.metrics. An infinite number comes back as a
 // text, of which both dialects make the same.
-func savedMetrics(in map[string]any) entries[metric] {
-	out := make(map[string]metric, len(in))
-	for name, value := range in {
-		switch v := value.(type) {
+func savedMetrics(in map[string]any) (out metrics) {
+	for _, name := range slices.Sorted(maps.Keys(in)) {
+		switch v := in[name].(type) {
 		case float64:
-			out[name] = metric{number: v}
+			out = out.append(name, metric{number: v})
 		case string:
-			out[name] = metric{text: v, isText: true}.compact()
+			out = out.append(name, metric{text: v, isText: true}.compact())
 		}
 	}
-	return newEntries(out)
+	return slices.Clip(out)
 }
 
 // check fails for what no flowctl has written.
@@ -361,7 +361,7 @@ func (l *jsonLine) texts(name string, texts []string) {
 	l.close(']')
 }
 
-func (l *jsonLine) labels(name string, labels entries[string]) {
+func (l *jsonLine) labels(name string, labels labels) {
 	if len(labels) == 0 {
 		return
 	}
@@ -374,17 +374,17 @@ func (l *jsonLine) labels(name string, labels entries[string]) {
 }
 
 // metrics has a number where JSON has it, else a text.
-func (l *jsonLine) metrics(name string, metrics entries[metric]) {
+func (l *jsonLine) metrics(name string, metrics metrics) {
 	if len(metrics) == 0 {
 		return
 	}
 	l.open(name, '{')
-	for _, m := range metrics {
-		l.key(m.name)
-		if n := m.value.number; m.value.isText || math.IsInf(n, 0) || math.IsNaN(n) {
-			l.quote(m.value.String())
+	for name, m := range metrics.all() {
+		l.key(name)
+		if m.isText || math.IsInf(m.number, 0) || math.IsNaN(m.number) {
+			l.quote(m.String())
 		} else {
-			*l = strconv.AppendFloat(*l, n, 'g', -1, 64)
+			*l = strconv.AppendFloat(*l, m.number, 'g', -1, 64)
 		}
 	}
 	l.close('}')
@@ -561,8 +561,8 @@ func (r *registry) restoreLocked(in savedService, now time.Time) *service {
 	s.known, s.history = conditionNamed(in.Health), in.changes()
 	s.told = s.known
 	size := reg.size()
-	for _, m := range s.metrics {
-		size += len(m.name) + len(m.value.text) + entrySize
+	for name, m := range s.metrics.all() {
+		size += len(name) + len(m.text) + entrySize
 	}
 	r.resizeLocked(s, size)
 	r.count++

@@ -212,7 +212,7 @@ func TestOldStateFileIsRead(t *testing.T) {
 			c, cause := r.conditionLocked(s, now)
 			w := s.details()
 			got = append(got, fmt.Sprintf("%s %q %s %q %q %q %q %q %q %d %v %s %s %s %v %s (%s) %d", s.id, s.names, typeName(s.kind), w.name, w.description, w.version, w.inputEvents,
-				w.outputEvents, w.endpoint, s.maxInflight, w.labels.toMap(), s.since.Format(time.RFC3339Nano), s.lastSeen.Format(time.RFC3339), statusName(s.declared), s.metrics.toMap(), c, cause, len(s.history)))
+				w.outputEvents, w.endpoint, s.maxInflight, w.labels.toMap(), s.since.Format(time.RFC3339Nano), s.lastSeen.Format(time.RFC3339), statusName(s.declared), maps.Collect(s.metrics.all()), c, cause, len(s.history)))
 		}); err != nil {
 			t.Error(err)
 		}
