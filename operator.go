@@ -58,7 +58,7 @@ type removal struct {
 	revision uint64
 }
 
-func newFeed() feed { return feed{recent: chain{kind: byChanged}} }
+func newFeed(t *table) feed { return feed{recent: chain{table: t, kind: byChanged}} }
 
 // touch lets out that s has changed.
 func (f *feed) touch(s *service) {
@@ -70,6 +70,7 @@ func (f *feed) touch(s *service) {
 			f.recent.remove(s)
 			f.remove(removal{s.record, f.revision})
 		}
+		f.recent.drop(s)
 	default:
 		f.recent.moveToBack(s)
 	}
@@ -128,7 +129,7 @@ func (f *feed) after(w *follower) (changed []*service, removed []int64, ok bool)
 		}
 		last = s
 	}
-	if last == f.recent.last {
+	if last == f.recent.back() {
 		w.revision = f.revision
 	}
 	if last != &w.mark {
@@ -318,13 +319,17 @@ func (w *follower) leave() {
 	defer w.mu.Unlock()
 	w.feed.followers--
 	w.feed.recent.remove(&w.mark)
+	w.table.drop(&w.mark)
 }
 
 // snapshot sends everything.
 func (w *follower) snapshot() error {
 	w.mu.Lock()
 	w.revision, w.beat = w.feed.revision, w.observed
-	w.mark.record = followerMark
+	if w.mark.slot == 0 {
+		w.mark.record = followerMark
+		w.table.add(&w.mark)
+	}
 	w.feed.recent.moveToBack(&w.mark)
 	out := &operatorv1.WatchResponse{Pipeline: w.pipelineLocked(), Reset_: true}
 	all := slices.Clone(w.all)
@@ -373,7 +378,7 @@ func (w *follower) catchUp() (<-chan struct{}, error) {
 func (w *follower) heard(now time.Time) error {
 	w.mu.Lock()
 	var heard []*service
-	for s := w.live.last; s != nil && s.lastSeen.After(w.beat); s = w.live.prev(s) {
+	for s := w.live.back(); s != nil && s.lastSeen.After(w.beat); s = w.live.prev(s) {
 		heard = append(heard, s)
 	}
 	w.beat = now

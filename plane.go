@@ -335,11 +335,44 @@ type healthChange struct {
 	cause string
 }
 
-// A chain is services one behind the other, each of which knows its neighbours: what
-// container/list allocates for each is as much again for the garbage collector to follow.
+// slot is where a service is found in a table, 0 for none. Services that lead to each
+// other and ids that lead to them do so by slots: the garbage collector followed the
+// pointers that these would be for longer than all others.
+type slot int32
+
+// table has the services that there are, by slot.
+type table struct {
+	services []*service
+	free     []slot
+}
+
+func newTable() *table { return &table{services: []*service{nil}} }
+
+// add gives s a slot.
+func (t *table) add(s *service) {
+	if last := len(t.free) - 1; last >= 0 {
+		s.slot, t.free = t.free[last], t.free[:last]
+		t.services[s.slot] = s
+		return
+	}
+	s.slot = slot(len(t.services))
+	t.services = append(t.services, s)
+}
+
+// drop takes the slot of s back, if it has one. Nothing leads there any more.
+func (t *table) drop(s *service) {
+	if s.slot != 0 {
+		t.services[s.slot] = nil
+		t.free = append(t.free, s.slot)
+		s.slot = 0
+	}
+}
+
+// A chain is services one behind the other, each of which knows its neighbours.
 type chain struct {
+	*table
 	kind        int // of the place that its services have in it
-	first, last *service
+	first, last slot
 	length      int
 }
 
@@ -353,11 +386,13 @@ const (
 // place is where a service stands.
 type place struct {
 	in         *chain // nil for nowhere
-	prev, next *service
+	prev, next slot
 }
 
-func (c *chain) next(s *service) *service { return s.places[c.kind].next }
-func (c *chain) prev(s *service) *service { return s.places[c.kind].prev }
+func (c *chain) front() *service          { return c.services[c.first] }
+func (c *chain) back() *service           { return c.services[c.last] }
+func (c *chain) next(s *service) *service { return c.services[s.places[c.kind].next] }
+func (c *chain) prev(s *service) *service { return c.services[s.places[c.kind].prev] }
 func (c *chain) has(s *service) bool      { return s.places[c.kind].in == c }
 
 // insert puts s behind at, or first where that is nil. It leaves where it was.
@@ -365,51 +400,49 @@ func (c *chain) insert(s, at *service) {
 	if was := s.places[c.kind].in; was != nil {
 		was.remove(s)
 	}
-	next := c.first
+	here := place{in: c, next: c.first}
 	if at != nil {
-		next = c.next(at)
-		at.places[c.kind].next = s
-	} else {
-		c.first = s
+		here.prev, here.next = at.slot, at.places[c.kind].next
 	}
-	if next != nil {
-		next.places[c.kind].prev = s
-	} else {
-		c.last = s
-	}
-	s.places[c.kind] = place{c, at, next}
+	c.join(here.prev, s.slot)
+	c.join(s.slot, here.next)
+	s.places[c.kind].in = c
 	c.length++
 }
 
 // remove takes s out, if it is in c.
 func (c *chain) remove(s *service) {
-	if !c.has(s) {
-		return
+	if c.has(s) {
+		c.join(s.places[c.kind].prev, s.places[c.kind].next)
+		s.places[c.kind] = place{}
+		c.length--
 	}
-	prev, next := c.prev(s), c.next(s)
-	if prev != nil {
-		prev.places[c.kind].next = next
+}
+
+// join makes two neighbours, of which the end of the chain may be one.
+func (c *chain) join(prev, next slot) {
+	if prev != 0 {
+		c.services[prev].places[c.kind].next = next
 	} else {
 		c.first = next
 	}
-	if next != nil {
-		next.places[c.kind].prev = prev
+	if next != 0 {
+		c.services[next].places[c.kind].prev = prev
 	} else {
 		c.last = prev
 	}
-	s.places[c.kind] = place{}
-	c.length--
 }
 
 // moveToBack makes s the last.
 func (c *chain) moveToBack(s *service) {
-	if c.last != s {
-		c.insert(s, c.last)
+	if c.last != s.slot {
+		c.insert(s, c.back())
 	}
 }
 
 // service is one record of the registry. registry.mu guards it.
 type service struct {
+	slot        slot   // in registry.table
 	id          string // the one that it chose last, if it has it
 	kind        flowctlpb.ServiceType
 	maxInflight int32
@@ -456,10 +489,11 @@ type registry struct {
 	given    string        // FLOWCTL_ENDPOINT of components without "tls": true, "" for endpoint
 	wake     chan struct{} // gets a token when changes wait to be taken
 
-	mu       sync.Mutex          // guards the fields below and all services
+	mu       sync.Mutex // guards the fields below and all services
+	table    *table
 	members  int                 // components of the pipeline
 	ports    map[string]*service // of the pipeline, by HEALTH_PORT
-	services map[string]*service // by each id that one is known under
+	services map[string]slot     // by each id that one is known under
 	all      []*service          // the pipeline's own first, in file order; what is gone is taken out now and then
 	next     int                 // record of the next service
 	count    int                 // services that are not in the pipeline
@@ -475,13 +509,14 @@ type registry struct {
 
 // newRegistry returns a registry that knows members before they register.
 func newRegistry(ttl, interval time.Duration, endpoint string, members []member) *registry {
+	all := newTable()
 	r := &registry{
 		ttl: ttl, interval: interval, endpoint: endpoint, members: len(members),
-		wake:     make(chan struct{}, 1),
-		ports:    make(map[string]*service),
-		services: make(map[string]*service),
-		live:     chain{kind: bySeen}, stale: chain{kind: bySeen},
-		feed:    newFeed(),
+		wake:  make(chan struct{}, 1),
+		ports: make(map[string]*service),
+		table: all, services: make(map[string]slot),
+		live: chain{table: all, kind: bySeen}, stale: chain{table: all, kind: bySeen},
+		feed:    newFeed(all),
 		journal: journal{written: make(chan struct{})},
 	}
 	r.setMembersLocked(members)
@@ -509,14 +544,14 @@ func (r *registry) setMembersLocked(members []member) (gone []*service) {
 	listed := make(map[*service]bool)
 	for i := range members {
 		m := &members[i]
-		s := r.services[m.ID]
+		s := r.service(m.ID)
 		if s == nil || s.component() != m.ID {
 			if s != nil {
 				r.loseNameLocked(s, m.ID, r.observed)
 			}
 			s = r.makeLocked()
 			s.id = m.ID
-			r.services[m.ID] = s
+			r.services[m.ID] = s.slot
 		}
 		if s.member = m; !s.registered {
 			s.fillLocked()
@@ -549,6 +584,7 @@ func (r *registry) newServiceLocked() *service {
 func (r *registry) makeLocked() *service {
 	s := &service{record: r.next}
 	s.said, s.names, s.history = nothing, s.name[:0], s.begun[:0]
+	r.table.add(s)
 	r.next++
 	return s
 }
@@ -638,6 +674,9 @@ func (r *registry) wakeLocked() {
 	}
 }
 
+// service is the one that is known under id, nil for none.
+func (r *registry) service(id string) *service { return r.table.services[r.services[id]] }
+
 // changes takes what has changed since it was last called, or a part of it and
 // leaves a token in wake. There is one caller: it comes when wake has a token.
 func (r *registry) changes(now time.Time) []change {
@@ -666,7 +705,7 @@ func (r *registry) changes(now time.Time) []change {
 func (r *registry) condition(id string, now time.Time) (condition, string) {
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
-	s := r.services[id]
+	s := r.service(id)
 	if s == nil {
 		return unregistered, "not registered"
 	}
@@ -697,7 +736,7 @@ func (r *registry) report(about about) {
 func (r *registry) reportProcess(id string, p processReport) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if s := r.services[id]; s.process == nil || *s.process != p {
+	if s := r.service(id); s.process == nil || *s.process != p {
 		kept := p // of which only a change is to cost an allocation
 		s.process = &kept
 		r.feed.touch(s)
@@ -722,7 +761,7 @@ func (r *registry) sweep(now time.Time) time.Time {
 	defer r.mu.Unlock()
 	wake := now.Add(min(r.interval/2, r.ttl))
 	for n := 0; ; n++ {
-		s := r.live.first
+		s := r.live.front()
 		if s == nil {
 			break
 		}
@@ -764,7 +803,7 @@ func (r *registry) runJanitor(ctx context.Context) {
 func (r *registry) starting(id string, now time.Time) {
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
-	s := r.services[id]
+	s := r.service(id)
 	r.resetLocked(s)
 	s.told = unregistered
 	r.noteLocked(s, now)
@@ -787,7 +826,7 @@ func (r *registry) resetLocked(s *service) {
 func (r *registry) finished(id, cause string, now time.Time) {
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
-	s := r.services[id]
+	s := r.service(id)
 	if cause == "" {
 		r.resetLocked(s)
 	}
@@ -800,7 +839,7 @@ func (r *registry) finished(id, cause string, now time.Time) {
 func (r *registry) admit(id string, now time.Time) {
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
-	s := r.services[id]
+	s := r.service(id)
 	s.registered, s.timeless, s.since = true, true, now
 	s.fillLocked()
 	r.seenLocked(s, now)
@@ -813,7 +852,7 @@ func (r *registry) admit(id string, now time.Time) {
 func (r *registry) checked(id, failing string, now time.Time) {
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
-	s := r.services[id]
+	s := r.service(id)
 	s.failing = failing
 	if failing == "" && s.registered {
 		r.seenLocked(s, now)
@@ -860,11 +899,11 @@ func (s *service) keepLocked(w *details) {
 // It fails with PERMISSION_DENIED for one that the kernel knows it is not from.
 func (r *registry) identifyLocked(reg *registration, from origin) (*service, error) {
 	for _, id := range []string{reg.componentID, reg.metadata[metadataComponentID], reg.id} {
-		if s := r.services[id]; s != nil && id != "" && s.component() == id {
+		if s := r.service(id); s != nil && id != "" && s.component() == id {
 			return s, s.refuse(from)
 		}
 	}
-	if s := r.services[from.component]; s != nil && s.component() == from.component {
+	if s := r.service(from.component); s != nil && s.component() == from.component {
 		return s, nil
 	}
 	for _, endpoint := range []string{reg.endpoint, reg.metadata["health_endpoint"]} {
@@ -913,13 +952,13 @@ func (r *registry) recordLocked(reg *registration, from origin, now time.Time) (
 		reg.id = strings.ToLower(kind + "-" + rand.Text()[:10])
 	}
 	for _, id := range []string{reg.id, reg.componentID} { // nameLocked would take both from who has them
-		if s := r.services[id]; s != nil {
+		if s := r.service(id); s != nil {
 			if err := s.refuse(from); err != nil {
 				return nil, err
 			}
 		}
 	}
-	if s := r.services[reg.id]; s != nil {
+	if s := r.service(reg.id); s != nil {
 		return s, nil
 	}
 	if r.count >= maxServices && !r.evictLocked(now) {
@@ -932,7 +971,7 @@ func (r *registry) recordLocked(reg *registration, from origin, now time.Time) (
 // evictLocked makes room: it forgets the service that has been silent for the
 // longest time, if one is stale.
 func (r *registry) evictLocked(now time.Time) bool {
-	s := r.stale.first
+	s := r.stale.front()
 	if s == nil {
 		return false
 	}
@@ -968,7 +1007,7 @@ func (r *registry) register(reg registration, from origin, now time.Time, ack fu
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
 	size, more := reg.size(), 0
-	if known := r.services[cmp.Or(reg.id, reg.componentID, reg.metadata[metadataComponentID])]; known != nil {
+	if known := r.service(cmp.Or(reg.id, reg.componentID, reg.metadata[metadataComponentID])); known != nil {
 		more = -known.size // it takes the place of what it said before
 	}
 	if err := r.fitLocked(more+size, now); err != nil {
@@ -981,7 +1020,7 @@ func (r *registry) register(reg registration, from origin, now time.Time, ack fu
 	reg.id = cmp.Or(reg.id, s.component())
 	s.describeLocked(reg)
 	r.nameLocked(s, now, reg.id, reg.componentID)
-	if r.services[s.id] != s { // it calls itself by another component's id
+	if r.service(s.id) != s { // it calls itself by another component's id
 		s.id = s.key()
 	}
 	s.registered, s.since = true, now // one that has ended stays so until starting
@@ -999,7 +1038,7 @@ func (r *registry) register(reg registration, from origin, now time.Time, ack fu
 // chose it too is still found by it through its own connections.
 func (r *registry) nameLocked(s *service, now time.Time, ids ...string) {
 	for _, id := range ids {
-		known := r.services[id]
+		known := r.service(id)
 		if id == "" || known != nil && known.component() == id {
 			continue
 		}
@@ -1008,7 +1047,7 @@ func (r *registry) nameLocked(s *service, now time.Time, ids ...string) {
 			r.unnameLocked(s, s.names[0])
 		}
 		s.names = append(s.names, id)
-		r.services[id] = s
+		r.services[id] = s.slot
 		if known != nil && known != s {
 			r.loseNameLocked(known, id, now)
 		}
@@ -1030,7 +1069,7 @@ func (r *registry) loseNameLocked(s *service, id string, now time.Time) {
 
 // unnameLocked takes a name from s.
 func (r *registry) unnameLocked(s *service, id string) {
-	if r.services[id] == s {
+	if r.service(id) == s {
 		delete(r.services, id)
 	}
 	s.names = slices.DeleteFunc(s.names, func(name string) bool { return name == id })
@@ -1079,7 +1118,7 @@ func (r *registry) connectionInfoLocked(s *service) map[string]string {
 		info["control_plane_endpoint"] = cmp.Or(r.given, r.endpoint)
 	}
 	for _, id := range s.member.Inputs {
-		if in := r.services[id]; in.registered {
+		if in := r.service(id); in.registered {
 			if endpoint := in.details().endpoint; endpoint != "" {
 				info[id] = endpoint
 			}
@@ -1126,10 +1165,10 @@ func (r *registry) heartbeat(id string, from origin, declared flowctlv1.HealthSt
 // pipeline do, the one from which the call comes is meant. It fails with NOT_FOUND for
 // an id that nobody is registered under and with PERMISSION_DENIED for who is not it.
 func (r *registry) callerLocked(id string, from origin) (*service, error) {
-	if own := r.services[from.component]; own != nil && own.registered && slices.Contains(own.names, id) {
+	if own := r.service(from.component); own != nil && own.registered && slices.Contains(own.names, id) {
 		return own, nil
 	}
-	if s := r.services[id]; s != nil {
+	if s := r.service(id); s != nil {
 		if err := s.refuse(from); err != nil {
 			return nil, err
 		}
@@ -1139,7 +1178,7 @@ func (r *registry) callerLocked(id string, from origin) (*service, error) {
 
 // findLocked fails with NOT_FOUND for an id that nobody is registered under.
 func (r *registry) findLocked(id string) (*service, error) {
-	s := r.services[id]
+	s := r.service(id)
 	if s == nil || !s.registered {
 		return nil, status.Errorf(codes.NotFound, "no service %q is registered", clip(id))
 	}

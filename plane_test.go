@@ -1124,8 +1124,8 @@ func TestHeartbeatPastABoundIsASignOfLife(t *testing.T) {
 func setLastSeen(r *registry, id string, at time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.services[id].lastSeen = at
-	s := r.services[id]
+	r.service(id).lastSeen = at
+	s := r.service(id)
 	r.live.insert(s, nil)
 }
 
@@ -1460,7 +1460,8 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 	t.Helper()
 	r.mu.Lock()
 	known := make(map[*service]bool)
-	for id, s := range r.services {
+	for id := range r.services {
+		s := r.service(id)
 		known[s] = true
 		if !slices.Contains(s.names, id) && s.component() != id {
 			t.Errorf("id %q leads to a service that does not have it among %q", id, s.names)
@@ -1469,11 +1470,11 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 	foreign, expiring, registered, silent, bytes := 0, 0, 0, 0, 0
 	for s := range known {
 		for i, id := range s.names {
-			if s.member == nil && r.services[id] != s || slices.Contains(s.names[:i], id) {
+			if s.member == nil && r.service(id) != s || slices.Contains(s.names[:i], id) {
 				t.Errorf("service %q has the name %q, which is another's or doubled", s.id, id)
 			}
 		}
-		if len(s.names) > maxIDs || r.services[s.id] != s || s.key() == "" {
+		if len(s.names) > maxIDs || r.service(s.id) != s || s.key() == "" {
 			t.Errorf("service %q (component %q) has %d names %q, its own not among them or too many", s.id, s.component(), len(s.names), s.names)
 		}
 		if s.member == nil {
@@ -1509,11 +1510,20 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 	if r.stale.length != silent || r.feed.recent.length-r.feed.followers != len(known) || r.bytes != bytes {
 		t.Errorf("%d of %d stale, %d of %d in the feed, %d of %d bytes", r.stale.length, silent, r.feed.recent.length, len(known), r.bytes, bytes)
 	}
+	held := 0 // gone, but that is not on disk yet
+	for _, s := range r.journal.held {
+		if !known[s] {
+			held++
+		}
+	}
+	if slots := len(r.table.services) - 1 - len(r.table.free); slots != len(known)+held+r.feed.followers {
+		t.Errorf("%d slots are taken, by %d services, %d that are gone, and %d followers", slots, len(known), held, r.feed.followers)
+	}
 	if r.live.length != expiring {
 		t.Errorf("%d services wait for their expiry, %d have one", r.live.length, expiring)
 	}
 	var last time.Time
-	for s := r.live.first; s != nil; s = r.live.next(s) {
+	for s := r.live.front(); s != nil; s = r.live.next(s) {
 		if !r.live.has(s) || !known[s] || s.timeless || !s.registered {
 			t.Errorf("service %q does not belong among the live", s.id)
 		}
@@ -1551,7 +1561,8 @@ func checkTold(t testing.TB, r *registry, now time.Time) {
 	t.Helper()
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, s := range r.services {
+	for id := range r.services {
+		s := r.service(id)
 		if is, _ := r.conditionLocked(s, now); s.told != is {
 			t.Errorf("service %q is %v, the subscriber believes %v", s.id, is, s.told)
 		}

@@ -482,7 +482,7 @@ func (r *registry) restore(state []savedService, now time.Time) (dropped int) {
 	r.grace = now
 	var back []*service
 	for _, in := range state {
-		member := r.services[in.Component]
+		member := r.service(in.Component)
 		switch {
 		case in.Component != "" && member != nil && member.member != nil:
 			if member.history = in.changes(); len(member.history) > 0 {
@@ -525,7 +525,7 @@ func (r *registry) restoreLocked(in savedService, now time.Time) *service {
 	}
 	var names []string
 	for _, name := range in.Names[max(0, len(in.Names)-maxIDs):] {
-		if r.services[name] == nil && name != "" {
+		if r.service(name) == nil && name != "" {
 			names = append(names, name)
 		}
 	}
@@ -547,12 +547,12 @@ func (r *registry) restoreLocked(in savedService, now time.Time) *service {
 	}
 	s.describeLocked(reg)
 	for _, name := range names {
-		if r.services[name] == nil {
-			r.services[name] = s
+		if r.service(name) == nil {
+			r.services[name] = s.slot
 			s.names = append(s.names, name)
 		}
 	}
-	if r.services[s.id] != s {
+	if r.service(s.id) != s {
 		s.id = s.key()
 	}
 	s.registered, s.since, s.lastSeen = true, in.Registered, in.LastSeen

@@ -233,7 +233,7 @@ func TestOldStateFileIsRead(t *testing.T) {
 		t.Errorf("listed: %q", got)
 	}
 	wantChanges(t, r, now, "bare: unregistered > healthy")
-	last := r.services["stellar-source"].history[1]
+	last := r.service("stellar-source").history[1]
 	if last.cause != "it declared itself DEGRADED" || last.now != degraded || !last.at.Equal(time.Date(2026, 1, 2, 3, 30, 0, 0, time.UTC)) {
 		t.Errorf("history: %v", last)
 	}
