@@ -44,6 +44,8 @@ type listedPipeline struct {
 	StateFile  string             `json:"state_file,omitempty"`
 	NotDurable string             `json:"not_durable,omitempty"`
 	Components []*listedComponent `json:"components"`
+	texts      [][]byte           // or each of them as JSON
+	unhealthy  bool               // one of texts is
 }
 
 // listedComponent is one component in what list prints.
@@ -112,6 +114,10 @@ type listClient struct {
 	pipeline listedPipeline             // as it was told last, without its components
 	records  map[int64]*listedComponent // as they were told last
 	order    []int64                    // of records, as they were told first
+	asJSON   bool                       // components are only to be printed, and kept as that
+	texts    [2][][]byte                // of those, by rank
+	room     []byte                     // for one of those
+	sick     bool                       // one of those is not healthy
 }
 
 // newListClient makes a client of the control plane at endpoint. With wait its calls
@@ -163,7 +169,7 @@ func (c *listClient) take(out *operatorv1.WatchResponse) []listedEvent {
 	}
 	if out.GetReset_() {
 		clear(c.records)
-		c.order = nil
+		c.order, c.texts = nil, [2][][]byte{}
 	}
 	if p := out.GetPipeline(); p != nil {
 		c.pipeline = listPipeline(p)
@@ -186,6 +192,12 @@ func (c *listClient) take(out *operatorv1.WatchResponse) []listedEvent {
 }
 
 func (c *listClient) put(l *listedComponent) {
+	if c.asJSON {
+		c.room = appendJSON(c.room[:0], l, 3)
+		c.texts[l.rank()] = append(c.texts[l.rank()], bytes.Clone(c.room))
+		c.sick = c.sick || !l.Healthy
+		return
+	}
 	if _, known := c.records[l.record]; !known {
 		c.order = append(c.order, l.record)
 	}
@@ -220,6 +232,7 @@ func (c *listClient) fetchLegacy(ctx context.Context) error {
 // only those that have it. It is false where that id was asked for and is not there.
 func (c *listClient) listed(id string) (listedPipeline, bool) {
 	out := c.pipeline
+	out.texts, out.unhealthy = slices.Concat(c.texts[0], c.texts[1]), c.sick
 	out.Components = make([]*listedComponent, 0, len(c.records))
 	for _, record := range c.order {
 		if l := c.records[record]; id == "" || l.is(id) {
@@ -433,38 +446,41 @@ func (l *listedComponent) writeDetails(w io.Writer, p *listedPipeline, now time.
 	return nil
 }
 
-// writeJSON shows pipelines to a program: one array. There may be many components, so
-// they are not made into one text first, and theirs is the last member of a pipeline.
-func writeJSON(w io.Writer, pipelines []listedPipeline) error {
-	var text bytes.Buffer
-	enc := json.NewEncoder(&text)
+// appendJSON appends v as list -json prints it, so many levels deep. There is nothing in
+// it that JSON does not know.
+func appendJSON(b []byte, v any, depth int) []byte {
+	text := bytes.NewBuffer(b)
+	enc := json.NewEncoder(text)
 	enc.SetEscapeHTML(false)
-	encode := func(v any, depth int) []byte {
-		text.Reset()
-		enc.SetIndent(strings.Repeat("  ", depth), "  ")
-		_ = enc.Encode(v) // nothing that json does not know is in there
-		return bytes.TrimSuffix(text.Bytes(), []byte("\n"))
-	}
+	enc.SetIndent(strings.Repeat("  ", depth), "  ")
+	_ = enc.Encode(v)
+	return bytes.TrimSuffix(text.Bytes(), []byte("\n"))
+}
+
+// writeJSON shows pipelines, of which there is one at least, to a program: one array.
+// The components are the last member of each, and not made into one text first: there
+// may be a hundred thousand.
+func writeJSON(w io.Writer, pipelines []listedPipeline) error {
 	out := bufio.NewWriter(w)
 	between := "[\n  "
 	for _, p := range pipelines {
-		components := p.Components
+		texts := p.texts
+		for _, l := range p.Components {
+			texts = append(texts, appendJSON(nil, l, 3))
+		}
 		p.Components = []*listedComponent{}
 		out.WriteString(between)
-		out.Write(bytes.TrimSuffix(encode(p, 1), []byte("]\n  }")))
-		before := "\n      "
-		for _, l := range components {
+		out.Write(bytes.TrimSuffix(appendJSON(nil, p, 1), []byte("]\n  }")))
+		before, after := "\n      ", ""
+		for _, text := range texts {
 			out.WriteString(before)
-			out.Write(encode(l, 3))
-			before = ",\n      "
+			out.Write(text)
+			before, after = ",\n      ", "\n    "
 		}
-		if len(components) > 0 {
-			out.WriteString("\n    ")
-		}
-		out.WriteString("]\n  }")
+		out.WriteString(after + "]\n  }")
 		between = ",\n  "
 	}
-	out.WriteString("\n]\n") // there is at least one
+	out.WriteString("\n]\n")
 	return out.Flush()
 }
 
@@ -474,6 +490,7 @@ func listPlanes(clients []*listClient, o listOptions) error {
 	errs := make([]error, len(clients))
 	var asked sync.WaitGroup
 	for i, c := range clients {
+		c.asJSON = o.json && o.id == ""
 		asked.Go(func() {
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()
@@ -509,7 +526,7 @@ func listPlanes(clients []*listClient, o listOptions) error {
 		return err
 	}
 	unhealthy := func(p listedPipeline) bool {
-		return slices.ContainsFunc(p.Components, func(l *listedComponent) bool { return !l.Healthy })
+		return p.unhealthy || slices.ContainsFunc(p.Components, func(l *listedComponent) bool { return !l.Healthy })
 	}
 	if len(failed) > 0 || slices.ContainsFunc(pipelines, unhealthy) {
 		return &exitError{exitFailed, errors.Join(failed...)}

@@ -22,6 +22,13 @@ const (
 	maxAtOnce    = 1 << 14                   // components in one message of GetPipeline
 )
 
+// A snapshot of many services is sent in no hurry: all at once, it would take the
+// processors from the heartbeats for seconds, here and where it is read.
+const (
+	snapshotAtOnce = 1024 // services before the first pause
+	snapshotPause  = 3 * time.Millisecond
+)
+
 // about is what the operator service tells of the pipeline as a whole.
 type about struct {
 	name      string // "" for a control plane alone
@@ -334,12 +341,16 @@ func (w *follower) snapshot() error {
 	out := &operatorv1.WatchResponse{Pipeline: w.pipelineLocked(), Reset_: true}
 	all := slices.Clone(w.all)
 	w.mu.Unlock()
+	sent := 0
 	for some := range slices.Chunk(all, batch) {
 		out.Components = w.components(some, time.Now())
 		if err := w.send(out); err != nil {
 			return err
 		}
 		out = &operatorv1.WatchResponse{}
+		if sent += len(some); sent > snapshotAtOnce {
+			time.Sleep(snapshotPause)
+		}
 	}
 	out.Complete = true
 	return w.send(out)
