@@ -581,9 +581,6 @@ func serverCommand(args []string) error {
 	}
 	o.portSet = true // what components of other machines know must not wander
 	signals := catchSignals()
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(50) // a large registry shall not take twice its size
-	}
 	certs, err := openCertificates(o.tls, log)
 	if err != nil {
 		return &exitError{exitPlane, err}
