@@ -8,10 +8,12 @@ import (
 	"log/slog"
 	"maps"
 	"math"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -1127,6 +1129,73 @@ func setLastSeen(r *registry, id string, at time.Time) {
 	r.service(id).lastSeen = at
 	s := r.service(id)
 	r.live.insert(s, nil)
+}
+
+// What a service says of itself is kept as one text, whatever the lengths.
+func TestDetailsArePacked(t *testing.T) {
+	t.Parallel()
+	for _, n := range []int{0, 1, 127, 128, 300, 16383, 16384} {
+		text := strings.Repeat("ü", n/2) + strings.Repeat("\x00", n%2)
+		in := &details{name: text, version: "1", endpoint: text, inputEvents: []string{"", text}, labels: newLabels(map[string]string{"": text, text + "x": ""})}
+		for i := range n % 300 {
+			in.outputEvents = append(in.outputEvents, strconv.Itoa(i))
+		}
+		got := &details{description: "of before", outputEvents: []string{"of before"}, labels: labels{{"of", "before"}}}
+		in.pack().unpack(got)
+		if got.name != text || got.description != "" || got.version != "1" || got.endpoint != text || !slices.Equal(got.inputEvents, in.inputEvents) ||
+			!slices.Equal(got.outputEvents, in.outputEvents) || !slices.Equal(got.labels, in.labels) {
+			t.Errorf("%d bytes: got %+v, want %+v", n, got, in)
+		}
+	}
+}
+
+// Metrics come and change, from numbers to texts and back, and each is kept as it was
+// sent last.
+func TestMetricsAreKept(t *testing.T) {
+	t.Parallel()
+	values := []metric{
+		{number: 0}, {number: math.Copysign(0, -1)}, {number: 1e21}, {number: math.Inf(1)}, {number: math.NaN()}, {number: 0.1},
+		{isText: true}, {text: "0", isText: true}, {text: "-0", isText: true}, {text: "1.50", isText: true}, {text: "1e+21", isText: true}, {text: "1e999", isText: true},
+		{text: "-", isText: true}, {text: "9 apples", isText: true}, {text: "NaN", isText: true}, {text: strings.Repeat("7", maxText), isText: true}, {text: strings.Repeat("ü", 100), isText: true},
+	}
+	random := rand.New(rand.NewPCG(1, 2))
+	s, want := &service{}, make(map[string]string)
+	for i := range 20_000 {
+		name, m := strings.Repeat("n", random.IntN(maxID+1)), values[random.IntN(len(values))]
+		err := s.setMetric(name, m, nil)
+		if _, known := want[name]; !known && len(want) == maxEntries {
+			if err == nil {
+				t.Fatalf("%d metrics are taken", len(want)+1)
+			}
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		want[name] = m.String()
+		if i%20 > 0 {
+			continue
+		}
+		got, size := make(map[string]string), 0
+		for name, m := range s.metrics.all() {
+			got[name] = m.String()
+			size += len(name) + len(m.text) + entrySize
+			if f, ok := m.float(); ok != (m.String() != "" && (!m.isText || textIsNumber(m.String()))) {
+				t.Fatalf("%q is the number %v, %v", m, f, ok)
+			}
+		}
+		if !maps.Equal(got, want) || size != s.size {
+			t.Fatalf("after %q = %q: got %d metrics of %d bytes, want %d of %d", name, m, len(got), s.size, len(want), size)
+		}
+		if i%2000 == 0 {
+			s, want = &service{}, make(map[string]string)
+		}
+	}
+}
+
+func textIsNumber(text string) bool {
+	_, err := strconv.ParseFloat(text, 64)
+	return err == nil
 }
 
 // Lists

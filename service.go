@@ -1,0 +1,439 @@
+package main
+
+import (
+	"cmp"
+	bin "encoding/binary"
+	"iter"
+	"maps"
+	"math"
+	"slices"
+	"strconv"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
+)
+
+// healthChange is one entry of a service's history.
+type healthChange struct {
+	at    time.Time
+	now   condition
+	cause string
+}
+
+// service is one record of the registry. registry.mu guards it.
+type service struct {
+	slot        slot   // in registry.table
+	id          string // the one that it chose last, if it has it
+	kind        flowctlpb.ServiceType
+	maxInflight int32
+	said        packed
+	member      *member   // nil: not in the pipeline
+	record      int       // tells it from others
+	names       []string  // ids that it chose, the latest last; one may be another component's by now
+	name        [1]string // room for names, as most have one
+	ended       string    // how its process ended, "" while it lives
+	failing     string    // why its health check fails, "" while it passes
+	lastSeen    time.Time
+	since       time.Time // registered at
+	metrics     metrics
+	size        int            // bytes of its texts
+	process     *processReport // nil for what is not of this run
+	history     []healthChange
+	begun       [1]healthChange // room for history, as most have one entry
+	places      [placeKinds]place
+	declared    flowctlv1.HealthStatus
+	registered  bool
+	timeless    bool      // never stale: it has no heartbeat, its process stands for it
+	known       condition // of which the latest entry of history tells
+	told        condition // what the subscriber knows
+	queued      bool      // waits in registry.changed
+	standing              // in what is written and what is told
+}
+
+// details are what a service says of itself for others to read.
+type details struct {
+	name, description, version, endpoint string
+	inputEvents, outputEvents            []string
+	labels                               labels
+}
+
+// packed are details one after the other, each text behind its length. There may be a
+// hundred thousand services of which nobody reads the details: as a string each and a slice for
+// some, they were most of what the garbage collector had to follow, again and again,
+// while heartbeats waited.
+type packed string
+
+func (w *details) pack() packed {
+	var b []byte
+	number := func(n int) { b = bin.AppendUvarint(b, uint64(n)) }
+	text := func(s string) { number(len(s)); b = append(b, s...) }
+	for _, s := range []string{w.name, w.description, w.version, w.endpoint} {
+		text(s)
+	}
+	for _, events := range [][]string{w.inputEvents, w.outputEvents} {
+		number(len(events))
+		for _, event := range events {
+			text(event)
+		}
+	}
+	number(len(w.labels))
+	for _, label := range w.labels {
+		text(label.name)
+		text(label.value)
+	}
+	return packed(b)
+}
+
+// nothing is what a service has said that has not said anything.
+var nothing = (&details{}).pack()
+
+// unpack takes p apart into w, whose slices it uses again.
+func (p packed) unpack(w *details) {
+	number := func() int {
+		n, shift := 0, 0
+		for p[0] >= 0x80 {
+			n |= int(p[0]&0x7f) << shift
+			p, shift = p[1:], shift+7
+		}
+		n |= int(p[0]) << shift
+		p = p[1:]
+		return n
+	}
+	text := func() (s string) {
+		n := number()
+		s, p = string(p[:n]), p[n:]
+		return s
+	}
+	for _, s := range []*string{&w.name, &w.description, &w.version, &w.endpoint} {
+		*s = text()
+	}
+	for _, events := range []*[]string{&w.inputEvents, &w.outputEvents} {
+		*events = (*events)[:0]
+		for range number() {
+			*events = append(*events, text())
+		}
+	}
+	w.labels = w.labels[:0]
+	for range number() {
+		w.labels = append(w.labels, label{text(), text()})
+	}
+}
+
+// details are those of s, for the caller to keep.
+func (s *service) details() *details {
+	w := &details{}
+	s.said.unpack(w)
+	return w
+}
+
+// labels are a service's metadata, by name.
+type labels []label
+
+type label struct{ name, value string }
+
+func newLabels(m map[string]string) labels {
+	l := make(labels, 0, len(m))
+	for _, name := range slices.Sorted(maps.Keys(m)) {
+		l = append(l, label{name, m[name]})
+	}
+	return l
+}
+
+func (l labels) has(name, value string) bool { return slices.Contains(l, label{name, value}) }
+
+// toMap is nil for none.
+func (l labels) toMap() map[string]string {
+	if len(l) == 0 {
+		return nil
+	}
+	m := make(map[string]string, len(l))
+	for _, label := range l {
+		m[label.name] = label.value
+	}
+	return m
+}
+
+// metric is one value as it was sent: a number from the legacy dialect, a text
+// from v1.
+type metric struct {
+	number float64
+	text   string
+	isText bool
+	digits bool // its text is what String makes of number, and not kept
+}
+
+// compact is m without a text that its number stands for, as most texts are numbers.
+func (m metric) compact() metric {
+	if !m.isText || m.text == "" || m.text[0] != '-' && (m.text[0] < '0' || m.text[0] > '9') {
+		return m
+	}
+	f, err := strconv.ParseFloat(m.text, 64)
+	var buf [32]byte
+	if err != nil || string(strconv.AppendFloat(buf[:0], f, 'g', -1, 64)) != m.text {
+		return m
+	}
+	return metric{number: f, isText: true, digits: true}
+}
+
+func (m metric) String() string {
+	if m.isText && !m.digits {
+		return m.text
+	}
+	return strconv.FormatFloat(m.number, 'g', -1, 64)
+}
+
+// float returns false for a text that is no number.
+func (m metric) float() (float64, bool) {
+	if !m.isText || m.digits {
+		return m.number, true
+	}
+	f, err := strconv.ParseFloat(m.text, 64)
+	return f, err == nil
+}
+
+// metrics are values by name, one after the other in the order of their names: the
+// name behind its length, and the value behind its own, of which the first byte is its
+// kind. It is what packed is, but for values that change all the time.
+type metrics []byte
+
+// The kinds of a value in metrics.
+const (
+	aNumber = iota // then the eight bytes of a float64
+	digits         // as that, but it came as a text, which is what String makes of it
+	aText
+)
+
+// append appends an entry.
+func (m metrics) append(name string, v metric) metrics {
+	b := append(bin.AppendUvarint(m, uint64(len(name))), name...)
+	switch {
+	case v.isText && !v.digits:
+		b = bin.AppendUvarint(b, uint64(1+len(v.text)))
+		return append(append(b, aText), v.text...)
+	case v.isText:
+		b = append(b, 9, digits)
+	default:
+		b = append(b, 9, aNumber)
+	}
+	return bin.LittleEndian.AppendUint64(b, math.Float64bits(v.number))
+}
+
+// next takes the first entry apart.
+func (m metrics) next() (name, value []byte, rest metrics) {
+	n, length := bin.Uvarint(m)
+	name, m = m[length:length+int(n)], m[length+int(n):]
+	n, length = bin.Uvarint(m)
+	return name, m[length : length+int(n)], m[length+int(n):]
+}
+
+// find returns the place of a metric and of what follows it, or twice the place where
+// it would be, and how many there are before that.
+func (m metrics) find(name string) (at, end, before int, known bool) {
+	for at < len(m) {
+		other, _, rest := m[at:].next()
+		end = len(m) - len(rest)
+		if string(other) >= name {
+			if known = string(other) == name; !known {
+				end = at
+			}
+			return at, end, before, known
+		}
+		at, before = end, before+1
+	}
+	return at, at, before, false
+}
+
+// all gives each metric by name.
+func (m metrics) all() iter.Seq2[string, metric] {
+	return func(yield func(string, metric) bool) {
+		for len(m) > 0 {
+			var name, value []byte
+			if name, value, m = m.next(); !yield(string(name), metricOf(value)) {
+				return
+			}
+		}
+	}
+}
+
+func metricOf(value []byte) metric {
+	if value[0] == aText {
+		return metric{text: string(value[1:]), isText: true}
+	}
+	return metric{number: math.Float64frombits(bin.LittleEndian.Uint64(value[1:])), isText: value[0] == digits, digits: value[0] == digits}
+}
+
+// errMetrics is made once because one message can bring a hundred thousand metrics.
+var errMetrics = status.Errorf(codes.ResourceExhausted, "too many metrics: a service has at most %d", maxEntries)
+
+// takeMetrics merges in what a heartbeat brings. It fails as setMetric does, and takes
+// what it can all the same: the values that have a place, then others while there is room.
+func takeMetrics[V any](s *service, in map[string]V, as func(V) metric, full error) (err error) {
+	if len(in) > maxEntries { // not to look for each of a hundred thousand
+		for name := range s.metrics.all() {
+			if v, ok := in[name]; ok {
+				_ = s.setMetric(name, as(v), full)
+			}
+		}
+		for name, v := range in {
+			if err := s.setMetric(name, as(v), full); err != nil && (err == errMetrics || err == full) {
+				break
+			}
+		}
+		return errMetrics
+	}
+	for name, v := range in {
+		err = cmp.Or(s.setMetric(name, as(v), full), err)
+	}
+	return err
+}
+
+// setMetric merges one value in, and fails with full where that is set and it would
+// take more room.
+func (s *service) setMetric(name string, m metric, full error) error {
+	m = m.compact()
+	at, end, before, known := s.metrics.find(name)
+	was := 0 // bytes of its text
+	if known {
+		_, value, _ := s.metrics[at:].next()
+		if value[0] != aText && (!m.isText || m.digits) {
+			value[0] = aNumber
+			if m.digits {
+				value[0] = digits
+			}
+			bin.LittleEndian.PutUint64(value[1:], math.Float64bits(m.number))
+			return nil
+		}
+		was = len(metricOf(value).text)
+	} else {
+		for rest := s.metrics[at:]; len(rest) > 0; before++ {
+			_, _, rest = rest.next()
+		}
+		if before >= maxEntries {
+			return errMetrics
+		}
+		if err := checkLength("the name of a metric", name, maxID); err != nil {
+			return err
+		}
+	}
+	if err := checkLength("the value of a metric", m.text, maxText); err != nil {
+		return err
+	}
+	if full != nil && (!known || len(m.text) > was) {
+		return full
+	}
+	if !known {
+		s.size += len(name) + entrySize
+	}
+	s.size += len(m.text) - was
+	s.metrics = slices.Concat(s.metrics[:at], metrics(nil).append(name, m), s.metrics[end:]) // with no room for more
+	return nil
+}
+
+// slot is where a service is found in a table, 0 for none. Services that lead to each
+// other and ids that lead to them do so by slots: the garbage collector followed the
+// pointers that these would be for longer than all others.
+type slot int32
+
+// table has the services that there are, by slot.
+type table struct {
+	services []*service
+	free     []slot
+}
+
+func newTable() *table { return &table{services: []*service{nil}} }
+
+// add gives s a slot.
+func (t *table) add(s *service) {
+	if last := len(t.free) - 1; last >= 0 {
+		s.slot, t.free = t.free[last], t.free[:last]
+		t.services[s.slot] = s
+		return
+	}
+	s.slot = slot(len(t.services))
+	t.services = append(t.services, s)
+}
+
+// drop takes the slot of s back, if it has one. Nothing leads there any more.
+func (t *table) drop(s *service) {
+	if s.slot != 0 {
+		t.services[s.slot] = nil
+		t.free = append(t.free, s.slot)
+		s.slot = 0
+	}
+}
+
+// A chain is services one behind the other, each of which knows its neighbours.
+type chain struct {
+	*table
+	kind        int // of the place that its services have in it
+	first, last slot
+	length      int
+}
+
+// A service has a place of each kind, and so is in at most one chain of each.
+const (
+	bySeen    = iota // in registry.live or registry.stale
+	byChanged        // in feed.recent
+	placeKinds
+)
+
+// place is where a service stands.
+type place struct {
+	in         *chain // nil for nowhere
+	prev, next slot
+}
+
+func (c *chain) front() *service          { return c.services[c.first] }
+func (c *chain) back() *service           { return c.services[c.last] }
+func (c *chain) next(s *service) *service { return c.services[s.places[c.kind].next] }
+func (c *chain) prev(s *service) *service { return c.services[s.places[c.kind].prev] }
+func (c *chain) has(s *service) bool      { return s.places[c.kind].in == c }
+
+// insert puts s behind at, or first where that is nil. It leaves where it was.
+func (c *chain) insert(s, at *service) {
+	if was := s.places[c.kind].in; was != nil {
+		was.remove(s)
+	}
+	here := place{in: c, next: c.first}
+	if at != nil {
+		here.prev, here.next = at.slot, at.places[c.kind].next
+	}
+	c.join(here.prev, s.slot)
+	c.join(s.slot, here.next)
+	s.places[c.kind].in = c
+	c.length++
+}
+
+// remove takes s out, if it is in c.
+func (c *chain) remove(s *service) {
+	if c.has(s) {
+		c.join(s.places[c.kind].prev, s.places[c.kind].next)
+		s.places[c.kind] = place{}
+		c.length--
+	}
+}
+
+// join makes two neighbours, of which the end of the chain may be one.
+func (c *chain) join(prev, next slot) {
+	if prev != 0 {
+		c.services[prev].places[c.kind].next = next
+	} else {
+		c.first = next
+	}
+	if next != 0 {
+		c.services[next].places[c.kind].prev = prev
+	} else {
+		c.last = prev
+	}
+}
+
+// moveToBack makes s the last.
+func (c *chain) moveToBack(s *service) {
+	if c.last != s.slot {
+		c.insert(s, c.back())
+	}
+}
