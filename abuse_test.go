@@ -609,7 +609,7 @@ func TestFullOfBytes(t *testing.T) {
 	fill := func(id string) error {
 		_, err := r.heartbeat(id, origin{}, 0, now, func(s *service, full error) (err error) {
 			for i := range maxEntries {
-				err = cmp.Or(s.setMetric(fmt.Sprint(i), metric{text: large, isText: true}, full), err)
+				err = cmp.Or(setMetric(s, fmt.Sprint(i), metric{text: large, isText: true}, full), err)
 			}
 			return err
 		})

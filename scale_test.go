@@ -429,7 +429,7 @@ func silentRegistry(tb testing.TB, services int, ttl time.Duration, now time.Tim
 		id := fmt.Sprint("service-", i)
 		mustRegister(tb, r, registration{id: id, endpoint: "http://host:8080/health", outputEvents: []string{"ledger"}, metadata: map[string]string{"index": id}}, now)
 		_, err := r.heartbeat(id, origin{}, 0, now, func(s *service, full error) error {
-			return errors.Join(s.setMetric("events", metric{number: 1}, full), s.setMetric("lag", metric{number: 2}, full))
+			return errors.Join(setMetric(s, "events", metric{number: 1}, full), setMetric(s, "lag", metric{number: 2}, full))
 		})
 		if err != nil {
 			tb.Fatal(err)

@@ -230,21 +230,69 @@ func (m metrics) next() (name, value []byte, rest metrics) {
 	return name, m[length : length+int(n)], m[length+int(n):]
 }
 
-// find returns the place of a metric and of what follows it, or twice the place where
-// it would be, and how many there are before that.
-func (m metrics) find(name string) (at, end, before int, known bool) {
-	for at < len(m) {
-		other, _, rest := m[at:].next()
-		end = len(m) - len(rest)
+// find returns the value of a metric, nil where there is none of that name.
+func (m metrics) find(name string) []byte {
+	for len(m) > 0 {
+		other, value, rest := m.next()
 		if string(other) >= name {
-			if known = string(other) == name; !known {
-				end = at
+			if string(other) == name {
+				return value
 			}
-			return at, end, before, known
+			break
 		}
-		at, before = end, before+1
+		m = rest
 	}
-	return at, at, before, false
+	return nil
+}
+
+func (m metrics) count() (n int) {
+	for ; len(m) > 0; n++ {
+		_, _, m = m.next()
+	}
+	return n
+}
+
+// put writes v over a value, if it takes as much room.
+func (v metric) put(value []byte) bool {
+	text := v.isText && !v.digits
+	if text != (value[0] == aText) || text && len(value) != 1+len(v.text) {
+		return false
+	}
+	if text {
+		copy(value[1:], v.text)
+		return true
+	}
+	value[0] = aNumber
+	if v.digits {
+		value[0] = digits
+	}
+	bin.LittleEndian.PutUint64(value[1:], math.Float64bits(v.number))
+	return true
+}
+
+// named is a metric with its name.
+type named struct {
+	name string
+	metric
+}
+
+// merge is m with changes to it, whose names are in order. There is no room for more in it.
+func (m metrics) merge(changes []named) metrics {
+	var out metrics
+	for _, c := range changes {
+		for len(m) > 0 {
+			name, _, rest := m.next()
+			if string(name) > c.name {
+				break
+			}
+			if string(name) < c.name {
+				out = append(out, m[:len(m)-len(rest)]...)
+			}
+			m = rest
+		}
+		out = out.append(c.name, c.metric)
+	}
+	return slices.Concat(out, m)
 }
 
 // all gives each metric by name.
@@ -269,68 +317,88 @@ func metricOf(value []byte) metric {
 // errMetrics is made once because one message can bring a hundred thousand metrics.
 var errMetrics = status.Errorf(codes.ResourceExhausted, "too many metrics: a service has at most %d", maxEntries)
 
-// takeMetrics merges in what a heartbeat brings. It fails as setMetric does, and takes
-// what it can all the same: the values that have a place, then others while there is room.
+// takeMetrics merges in what a heartbeat brings. It takes what it can, and fails for what
+// is past a bound, and with full where that is set for what would take more room.
 func takeMetrics[V any](s *service, in map[string]V, as func(V) metric, full error) (err error) {
-	if len(in) > maxEntries { // not to look for each of a hundred thousand
-		for name := range s.metrics.all() {
-			if v, ok := in[name]; ok {
-				_ = s.setMetric(name, as(v), full)
-			}
-		}
+	t := taking{service: s, full: full}
+	if len(in) <= maxEntries {
 		for name, v := range in {
-			if err := s.setMetric(name, as(v), full); err != nil && (err == errMetrics || err == full) {
-				break
-			}
+			err = cmp.Or(t.take(name, as(v)), err)
 		}
-		return errMetrics
+		t.end()
+		return err
+	}
+	// Of a hundred thousand, most of which there is no room for, not each is looked for.
+	for name := range s.metrics.all() {
+		if v, ok := in[name]; ok {
+			_ = t.take(name, as(v))
+		}
 	}
 	for name, v := range in {
-		err = cmp.Or(s.setMetric(name, as(v), full), err)
+		if s.metrics.find(name) != nil {
+			continue
+		}
+		if err := t.take(name, as(v)); err != nil && (err == errMetrics || err == full) {
+			break
+		}
 	}
-	return err
+	t.end()
+	return errMetrics
 }
 
-// setMetric merges one value in, and fails with full where that is set and it would
-// take more room.
-func (s *service) setMetric(name string, m metric, full error) error {
+// taking is a heartbeat whose metrics are merged in: most in place, the others together
+// at the end.
+type taking struct {
+	*service
+	full    error
+	changes []named
+	known   int // metrics that there were before the first new one
+	new     int
+}
+
+func (t *taking) take(name string, m metric) error {
 	m = m.compact()
-	at, end, before, known := s.metrics.find(name)
-	was := 0 // bytes of its text
-	if known {
-		_, value, _ := s.metrics[at:].next()
-		if value[0] != aText && (!m.isText || m.digits) {
-			value[0] = aNumber
-			if m.digits {
-				value[0] = digits
-			}
-			bin.LittleEndian.PutUint64(value[1:], math.Float64bits(m.number))
-			return nil
+	value := t.metrics.find(name)
+	more := len(m.text)
+	if value == nil {
+		if t.new == 0 {
+			t.known = t.metrics.count()
 		}
-		was = len(metricOf(value).text)
-	} else {
-		for rest := s.metrics[at:]; len(rest) > 0; before++ {
-			_, _, rest = rest.next()
-		}
-		if before >= maxEntries {
+		if t.known+t.new >= maxEntries {
 			return errMetrics
 		}
 		if err := checkLength("the name of a metric", name, maxID); err != nil {
 			return err
 		}
+		more += len(name) + entrySize
+	} else {
+		if m.put(value) {
+			return nil
+		}
+		if value[0] == aText {
+			more -= len(value) - 1
+		}
 	}
 	if err := checkLength("the value of a metric", m.text, maxText); err != nil {
 		return err
 	}
-	if full != nil && (!known || len(m.text) > was) {
-		return full
+	if t.full != nil && more > 0 {
+		return t.full
 	}
-	if !known {
-		s.size += len(name) + entrySize
+	if value == nil {
+		t.new++
 	}
-	s.size += len(m.text) - was
-	s.metrics = slices.Concat(s.metrics[:at], metrics(nil).append(name, m), s.metrics[end:]) // with no room for more
+	t.size += more
+	t.changes = append(t.changes, named{name, m})
 	return nil
+}
+
+// end makes room for what has none in place.
+func (t *taking) end() {
+	if len(t.changes) > 0 {
+		slices.SortFunc(t.changes, func(a, b named) int { return cmp.Compare(a.name, b.name) })
+		t.metrics = t.metrics.merge(t.changes)
+	}
 }
 
 // slot is where a service is found in a table, 0 for none. Services that lead to each

@@ -118,7 +118,7 @@ func TestRestoreIsWhatWasSaved(t *testing.T) {
 	for id, declared := range map[string]flowctlv1.HealthStatus{"component": flowctlv1.HealthStatus_HEALTH_STATUS_DEGRADED, "new": flowctlv1.HealthStatus_HEALTH_STATUS_STOPPING, "names": flowctlv1.HealthStatus_HEALTH_STATUS_STARTING} {
 		if _, err := r.heartbeat(id, origin{}, declared, at(40*time.Second), func(s *service, full error) error {
 			for name, m := range map[string]metric{"n": {number: 1e21}, "inf": {text: "+Inf", isText: true}, "text": {text: "x", isText: true}, "number": {text: "1.50", isText: true}} {
-				if err := s.setMetric(name, m, full); err != nil {
+				if err := setMetric(s, name, m, full); err != nil {
 					return err
 				}
 			}
@@ -772,7 +772,7 @@ func TestChangesWaitForTheDisk(t *testing.T) {
 			}
 			return services[0].Metrics["lag"]
 		}
-		if change, err := r.heartbeat("a", origin{}, 0, time.Now(), func(s *service, full error) error { return s.setMetric("lag", metric{number: 7}, full) }); change != 0 || err != nil {
+		if change, err := r.heartbeat("a", origin{}, 0, time.Now(), func(s *service, full error) error { return setMetric(s, "lag", metric{number: 7}, full) }); change != 0 || err != nil {
 			t.Fatal(change, err)
 		}
 		synctest.Wait()
