@@ -278,7 +278,7 @@ func (o operatorServer) Watch(in *operatorv1.WatchRequest, stream grpc.ServerStr
 	if full {
 		return status.Errorf(codes.ResourceExhausted, "%d streams of changes are open, the most that there can be", maxFollowers)
 	}
-	w := &follower{registry: o.registry, send: stream.Send}
+	w := &follower{registry: o.registry, send: stream.Send, pause: snapshotPause}
 	defer w.leave()
 	if err := w.snapshot(); err != nil || !in.GetFollow() {
 		return err
@@ -315,9 +315,10 @@ const followerMark = -1
 type follower struct {
 	*registry
 	send     func(*operatorv1.WatchResponse) error
-	revision uint64    // what it has told of
-	mark     service   // stands in feed.recent behind that, and for no service
-	beat     time.Time // when heartbeats were told last
+	pause    time.Duration // between the messages of a large snapshot
+	revision uint64        // what it has told of
+	mark     service       // stands in feed.recent behind that, and for no service
+	beat     time.Time     // when heartbeats were told last
 }
 
 // leave ends the part of w in the feed.
@@ -349,7 +350,7 @@ func (w *follower) snapshot() error {
 		}
 		out = &operatorv1.WatchResponse{}
 		if sent += len(some); sent > snapshotAtOnce {
-			time.Sleep(snapshotPause)
+			time.Sleep(w.pause)
 		}
 	}
 	out.Complete = true
