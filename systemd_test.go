@@ -436,7 +436,7 @@ func testUnitStartStop(t *testing.T, l *lab) {
 
 func testUnitNotReady(t *testing.T, l *lab) {
 	u := l.install(t, "late", []Component{actor("good", role{Dialect: "v1"}), actor("mute", role{})},
-		"-control-plane-port 0 -start-timeout 500ms", "Restart=no\n")
+		"-control-plane-port 0 -start-timeout 3s", "Restart=no\n")
 	if out, err := l.try("systemctl", "start", u.name); err == nil {
 		t.Fatalf("start succeeds: %s", out)
 	}
@@ -444,7 +444,7 @@ func testUnitNotReady(t *testing.T, l *lab) {
 		t.Errorf("Result and status: %s", got)
 	}
 	status, _ := l.try("systemctl", "status", "--no-pager", u.name)
-	if !strings.Contains(status, "component mute failed: not ready within its start timeout of 500ms") {
+	if !strings.Contains(status, "component mute failed: not ready within its start timeout of 3s") {
 		t.Errorf("systemctl status does not say why:\n%s", status)
 	}
 }
