@@ -109,15 +109,15 @@ var errLegacy = errors.New("no operator service")
 
 // listClient asks one control plane.
 type listClient struct {
-	endpoint string
-	conn     *grpc.ClientConn
-	pipeline listedPipeline             // as it was told last, without its components
-	records  map[int64]*listedComponent // as they were told last
-	order    []int64                    // of records, as they were told first
-	asJSON   bool                       // components are only to be printed, and kept as that
-	texts    [2][][]byte                // of those, by rank
-	room     []byte                     // for one of those
-	sick     bool                       // one of those is not healthy
+	endpoint  string
+	conn      *grpc.ClientConn
+	pipeline  listedPipeline             // as it was told last, without its components
+	records   map[int64]*listedComponent // as they were told last
+	order     []int64                    // of records, as they were told first
+	asJSON    bool                       // components are only to be printed, and kept as that
+	texts     [2][][]byte                // of those, by rank
+	room      []byte                     // for one of those
+	unhealthy bool                       // one of those is
 }
 
 // newListClient makes a client of the control plane at endpoint. With wait its calls
@@ -169,7 +169,7 @@ func (c *listClient) take(out *operatorv1.WatchResponse) []listedEvent {
 	}
 	if out.GetReset_() {
 		clear(c.records)
-		c.order, c.texts = nil, [2][][]byte{}
+		c.order, c.texts, c.unhealthy = nil, [2][][]byte{}, false
 	}
 	if p := out.GetPipeline(); p != nil {
 		c.pipeline = listPipeline(p)
@@ -195,7 +195,7 @@ func (c *listClient) put(l *listedComponent) {
 	if c.asJSON {
 		c.room = appendJSON(c.room[:0], l, 3)
 		c.texts[l.rank()] = append(c.texts[l.rank()], bytes.Clone(c.room))
-		c.sick = c.sick || !l.Healthy
+		c.unhealthy = c.unhealthy || !l.Healthy
 		return
 	}
 	if _, known := c.records[l.record]; !known {
@@ -232,7 +232,7 @@ func (c *listClient) fetchLegacy(ctx context.Context) error {
 // only those that have it. It is false where that id was asked for and is not there.
 func (c *listClient) listed(id string) (listedPipeline, bool) {
 	out := c.pipeline
-	out.texts, out.unhealthy = slices.Concat(c.texts[0], c.texts[1]), c.sick
+	out.texts, out.unhealthy = slices.Concat(c.texts[0], c.texts[1]), c.unhealthy
 	out.Components = make([]*listedComponent, 0, len(c.records))
 	for _, record := range c.order {
 		if l := c.records[record]; id == "" || l.is(id) {

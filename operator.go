@@ -373,6 +373,7 @@ func (w *follower) catchUp() (<-chan struct{}, error) {
 		}
 		w.mu.Unlock()
 		if !ok {
+			w.pause = 0 // more is removed meanwhile than is remembered: with pauses it might never be up to date
 			if err := w.snapshot(); err != nil {
 				return nil, err
 			}

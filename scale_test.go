@@ -282,26 +282,13 @@ func heartbeats(ctx context.Context, t *testing.T, endpoint string, services, co
 	}
 }
 
-// TestScale has many services heartbeat every ten seconds, while their state is
-// written and listed, and looks at what a heartbeat takes and what the server costs.
-func TestScale(t *testing.T) {
-	services, conns, length, full := 2000, 20, 3*time.Second, os.Getenv(scaleVar) != ""
-	if full {
-		services, conns, length = 100_000, 100, 35*time.Second
-		defer debug.SetGCPercent(debug.SetGCPercent(400)) // the server is what is measured
-	} else {
-		t.Parallel()
-	}
-	started, machineBefore, ownBefore := time.Now(), machineTime(t), processorTime(t, os.Getpid())
-	file := filepath.Join(t.TempDir(), "state.json")
-	p, endpoint := startAlone(t, []string{"-db-path", file}, withBinary(plainBinary(t)))
-	pid := p.cmd.Process.Pid
+// registerAll registers services over conns connections.
+func registerAll(t *testing.T, endpoint string, services, conns int) {
+	t.Helper()
 	clients := make([]planeClient, conns)
 	for i := range clients {
 		clients[i] = dialPlane(t, endpoint)
 	}
-
-	begun := time.Now()
 	var calls sync.WaitGroup
 	const atOnce = 64 // on a connection
 	for w := range conns * atOnce {
@@ -318,6 +305,51 @@ func TestScale(t *testing.T) {
 		})
 	}
 	calls.Wait()
+}
+
+// listAll runs list -json, and returns what looks at its output: bytes and components.
+// To read it costs a second, which is not for when others are measured.
+func listAll(t *testing.T, binary, endpoint string) func() (size, components int) {
+	t.Helper()
+	answer, err := os.Create(filepath.Join(t.TempDir(), "list.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Close()
+	list := exec.Command(binary, "list", "-json", "-e", endpoint)
+	list.Stdout, list.Stderr = answer, os.Stderr
+	if err := list.Run(); err != nil {
+		t.Errorf("list -json: %v", err)
+	}
+	return func() (size, components int) {
+		text, err := os.ReadFile(answer.Name())
+		var pipelines []listedPipeline
+		if err == nil {
+			err = json.Unmarshal(text, &pipelines)
+		}
+		if err != nil || len(pipelines) != 1 {
+			t.Fatalf("list -json: %v, %d pipelines", err, len(pipelines))
+		}
+		return len(text), len(pipelines[0].Components)
+	}
+}
+
+// TestScale has many services heartbeat every ten seconds, while their state is
+// written and listed, and looks at what a heartbeat takes and what the server costs.
+func TestScale(t *testing.T) {
+	services, conns, length, full := 2000, 20, 3*time.Second, os.Getenv(scaleVar) != ""
+	if full {
+		services, conns, length = 100_000, 100, 35*time.Second
+		defer debug.SetGCPercent(debug.SetGCPercent(400)) // the server is what is measured
+	} else {
+		t.Parallel()
+	}
+	started, machineBefore, ownBefore := time.Now(), machineTime(t), processorTime(t, os.Getpid())
+	file := filepath.Join(t.TempDir(), "state.json")
+	p, endpoint := startAlone(t, []string{"-db-path", file}, withBinary(plainBinary(t)))
+	pid := p.cmd.Process.Pid
+	begun := time.Now()
+	registerAll(t, endpoint, services, conns)
 	registered := time.Since(begun)
 	t.Logf("%d registrations: %.1f s; VmRSS %.0f MiB", services, registered.Seconds(), mib(memory(t, pid, "VmRSS")))
 
@@ -352,32 +384,19 @@ func TestScale(t *testing.T) {
 		return p99
 	}
 	worst := report("heartbeats alone", &all)
-	answer, err := os.Create(filepath.Join(t.TempDir(), "list.json")) // to be looked at when the load is over
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer answer.Close()
-	list := exec.Command(p.cmd.Path, "list", "-json", "-e", endpoint)
-	list.Stdout, list.Stderr = answer, os.Stderr
 	begun = time.Now()
-	if err := list.Run(); err != nil {
-		t.Errorf("list -json: %v", err)
-	}
+	list := listAll(t, p.cmd.Path, endpoint)
 	took := time.Since(begun)
 	worst = max(worst, report("with list -json", &all))
 	<-ctx.Done()
 	load.Wait()
 	worst = max(worst, report("heartbeats to the end", &all))
 	worst = max(worst, report("while the state is written, in all", &whileWritten), report("all together", &total))
-	var pipelines []listedPipeline
-	out, err := os.ReadFile(answer.Name())
-	if err == nil {
-		err = json.Unmarshal(out, &pipelines)
+	out, count := list()
+	if count != services {
+		t.Errorf("list -json has %d components, want %d", count, services)
 	}
-	if err != nil || len(pipelines) != 1 || len(pipelines[0].Components) != services {
-		t.Errorf("list -json: %v, %d bytes; want %d components", err, len(out), services)
-	}
-	t.Logf("list -json: %.2f s, %.0f MiB, processor %v", took.Seconds(), mib(len(out)), list.ProcessState.UserTime()+list.ProcessState.SystemTime())
+	t.Logf("list -json: %.2f s, %.0f MiB", took.Seconds(), mib(out))
 	rss, peak := memory(t, pid, "VmRSS"), memory(t, pid, "VmHWM")
 	info, err := os.Stat(file)
 	if err != nil {

@@ -62,8 +62,8 @@ type details struct {
 }
 
 // packed are details one after the other, each text behind its length. There may be a
-// hundred thousand services of which nobody reads the details: as a string each and a slice for
-// some, they were most of what the garbage collector had to follow, again and again,
+// hundred thousand services whose details nobody reads: as a string each, and slices of
+// such, they were most of what the garbage collector had to follow, again and again,
 // while heartbeats waited.
 type packed string
 
