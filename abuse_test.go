@@ -264,7 +264,7 @@ func TestManyMetricNames(t *testing.T) {
 		t.Errorf("%d metrics are kept, want %d", len(v1.GetMetrics()), maxEntries)
 	}
 	check()
-	memoryGrew(t, p, before, 60)
+	memoryGrew(t, p, before, 40)
 }
 
 // Nothing that a component says can do anything to a terminal.
@@ -498,7 +498,7 @@ func TestFollowersThatDoNotRead(t *testing.T) {
 	}
 	calls.Wait()
 	check()
-	memoryGrew(t, p, before, 60)
+	memoryGrew(t, p, before, 40)
 	want := snapshotOf(t, c)
 	for _, stream := range streams {
 		make(watchedView).reaches(t, stream, want)

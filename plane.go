@@ -20,9 +20,11 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/experimental"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -52,6 +54,14 @@ const batch = 64
 // minStall is the shortest time that flowctl must not have run for to count as
 // stopped: less is a busy machine.
 const minStall = time.Second
+
+// init makes a message take a buffer of at most twice its size. Of grpc's own sizes the
+// one after 32 KiB is 1 MiB, and a follower that does not read holds several: 70 kB of
+// snapshot in each. Messages are encoded into the default pool alone, whatever the
+// server's options are, and it may be set here only.
+func init() {
+	experimental.SetDefaultBufferPool(mem.NewTieredBufferPool(256, 4<<10, 16<<10, 32<<10, 64<<10, 128<<10, 256<<10, 512<<10, maxMessage))
+}
 
 // metadataComponentID is the metadata key under which some components send the
 // id that flowctl gave them.
