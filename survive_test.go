@@ -159,15 +159,15 @@ func childrenOf(pid int) (living []int, zombies int) {
 	return living, zombies
 }
 
-// guardOf returns the process that flowctl runs beside its components.
+// guardOf returns the process that flowctl runs beside its components, which takes
+// its name as soon as it ignores signals.
 func guardOf(p *process) int {
 	p.tb.Helper()
 	var guard int
 	eventually(p.tb, "a guard", func() bool {
 		living, _ := childrenOf(p.cmd.Process.Pid)
 		for _, pid := range living {
-			line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-			if args := bytes.Split(line, []byte{0}); len(args) > 2 && string(args[1]) == "guard" {
+			if comm, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid)); string(comm) == guardName+"\n" {
 				guard = pid
 				return true
 			}
