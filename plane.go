@@ -20,6 +20,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/experimental"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -1251,32 +1252,37 @@ type planeSettings struct {
 	reload  func(context.Context) (reloaded, error)
 }
 
+// planeOptions are the options of a control plane's gRPC server.
+func planeOptions(creds credentials.TransportCredentials) []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.Creds(creds),
+		grpc.MaxRecvMsgSize(maxMessage),
+		// Ten thousand idle connections must not cost a gigabyte.
+		grpc.ReadBufferSize(4 << 10),
+		grpc.WriteBufferSize(4 << 10),
+		grpc.MaxConcurrentStreams(1024),
+		// Windows of a fixed size: to let them grow, grpc sends a ping for each message,
+		// which is more than a heartbeat costs, and a stranger could have them grow to 16 MiB.
+		grpc.StaticStreamWindowSize(64 << 10),
+		grpc.StaticConnWindowSize(1 << 20),
+		// Goroutines that are there already have the stack that a call needs: to grow
+		// one for each took 8 % of the time under load, when all of a few were busy.
+		grpc.NumStreamWorkers(64),
+		grpc.ConnectionTimeout(10 * time.Second),
+		// A client that pings more often than this is cut off, so it is low: a
+		// storm of pings costs less than a component that loses its connection.
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
+	}
+}
+
 // servePlane starts to answer on lis. It returns at once; stop ends what it began.
 func servePlane(lis net.Listener, r *registry, o planeSettings, log *slog.Logger) *plane {
 	creds := o.certs.credentials()
 	if o.trace != nil {
 		creds = tracing{creds, o.trace}
 	}
-	p := &plane{health: health.NewServer(), ended: make(chan struct{}), server: grpc.NewServer(
-		grpc.Creds(creds),
-		grpc.MaxRecvMsgSize(maxMessage),
-		// Ten thousand idle connections must not cost a gigabyte.
-		grpc.ReadBufferSize(4<<10),
-		grpc.WriteBufferSize(4<<10),
-		grpc.MaxConcurrentStreams(1024),
-		// Windows of a fixed size: to let them grow, grpc sends a ping for each message,
-		// which is more than a heartbeat costs, and a stranger could have them grow to 16 MiB.
-		grpc.StaticStreamWindowSize(64<<10),
-		grpc.StaticConnWindowSize(1<<20),
-		// Goroutines that are there already have the stack that a call needs: to grow
-		// one for each took 8 % of the time under load, when all of a few were busy.
-		grpc.NumStreamWorkers(64),
-		grpc.ConnectionTimeout(10*time.Second),
-		// A client that pings more often than this is cut off, so it is low: a
-		// storm of pings costs less than a component that loses its connection.
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
-	)}
+	p := &plane{health: health.NewServer(), ended: make(chan struct{}), server: grpc.NewServer(planeOptions(creds)...)}
 	flowctlpb.RegisterControlPlaneServer(p.server, legacyServer{registry: r})
 	flowctlv1.RegisterControlPlaneServiceServer(p.server, v1Server{registry: r})
 	operatorv1.RegisterOperatorServer(p.server, operatorServer{registry: r, ended: p.ended, reload: o.reload})

@@ -26,7 +26,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
-	"google.golang.org/grpc/keepalive"
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -1820,29 +1819,35 @@ func BenchmarkHeartbeat(b *testing.B) {
 	})
 }
 
-// floorServer does nothing: what a call to it costs is gRPC's part.
+// floorServer and floorV1Server do nothing: what a call to them costs is gRPC's part.
 type floorServer struct {
 	flowctlpb.UnimplementedControlPlaneServer
+}
+
+type floorV1Server struct {
+	flowctlv1.UnimplementedControlPlaneServiceServer
+}
+
+func (floorV1Server) Heartbeat(context.Context, *flowctlv1.HeartbeatRequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, nil
 }
 
 func (floorServer) Heartbeat(context.Context, *flowctlpb.ServiceHeartbeat) (*emptypb.Empty, error) {
 	return &emptypb.Empty{}, nil
 }
 
-// startFloor serves floorServer with the options of servePlane.
-func startFloor(b *testing.B) string {
-	b.Helper()
+// startFloor serves the floor's servers with the options of a plane.
+func startFloor(tb testing.TB) string {
+	tb.Helper()
 	lis, endpoint, err := listenPlane("127.0.0.1", 0)
 	if err != nil {
-		b.Fatal(err)
+		tb.Fatal(err)
 	}
-	server := grpc.NewServer(
-		grpc.MaxRecvMsgSize(maxMessage), grpc.MaxConcurrentStreams(1024),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
-	)
+	server := grpc.NewServer(planeOptions(insecure.NewCredentials())...)
 	flowctlpb.RegisterControlPlaneServer(server, floorServer{})
+	flowctlv1.RegisterControlPlaneServiceServer(server, floorV1Server{})
 	go server.Serve(lis)
-	b.Cleanup(server.Stop)
+	tb.Cleanup(server.Stop)
 	return endpoint
 }
 

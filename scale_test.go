@@ -3,14 +3,11 @@
 package main
 
 import (
-	"bufio"
 	"context"
-	bin "encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,24 +16,23 @@ import (
 	"slices"
 	"strconv"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
-	"google.golang.org/protobuf/proto"
+	"google.golang.org/grpc"
 
 	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
 	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 )
 
-// scaleVar makes TestScale one of a hundred thousand services, for a minute, that
-// fails for gross misses of its bounds: gross is how often a bound may be missed,
-// because machines are shared.
+// scaleVar makes the tests of bounds run at their size and hold their bounds. noisy is
+// how often the time may be taken that a server takes which does nothing, where that is
+// more than the bound: machines are shared.
 const (
 	scaleVar = "FLOWCTL_SCALE"
-	gross    = 3
+	noisy    = 2
 )
 
 // latencies are how long calls took.
@@ -71,6 +67,17 @@ func (l *latencies) take() (count int, p50, p99, most time.Duration, errs map[st
 	return len(all), all[len(all)/2], all[len(all)*99/100], all[len(all)-1], errs
 }
 
+// report logs what was added since it was last called and returns its p99. Errors fail t.
+func (l *latencies) report(t *testing.T, what string) time.Duration {
+	t.Helper()
+	count, p50, p99, most, errs := l.take()
+	t.Logf("%s: %d, p50 %.2f ms, p99 %.2f ms, most %.1f ms", what, count, p50.Seconds()*1000, p99.Seconds()*1000, most.Seconds()*1000)
+	if len(errs) > 0 {
+		t.Errorf("%s: %v", what, errs)
+	}
+	return p99
+}
+
 // mib is a number of bytes in MiB.
 func mib(n int) float64 { return float64(n) / (1 << 20) }
 
@@ -90,196 +97,42 @@ func plainBinary(tb testing.TB) string {
 	return build(tb, "flowctl-plain", ".")
 }
 
-// heartbeatOf is a heartbeat with three metrics in the dialect of service i.
-func heartbeatOf(i int) proto.Message {
+// heartbeats has each of the services heartbeat every ten seconds over conns
+// connections until ctx ends, and returns when all are answered. took hears of each
+// answer how long it took from when its call was due, not from when it was sent: a
+// plane that holds others up has that in its own figures.
+func heartbeats(ctx context.Context, t *testing.T, endpoint string, services, conns int, took func(time.Duration, error)) {
+	const callers = 4 // of a connection, so that a call that takes long holds no other up
+	pause := 10 * time.Second / time.Duration(services)
+	first := time.Now()
+	var calls sync.WaitGroup
+	for i := range conns {
+		c := dialPlane(t, endpoint, grpc.WithStaticStreamWindowSize(64<<10), grpc.WithStaticConnWindowSize(64<<10)) // no ping for each answer
+		for caller := range callers {
+			calls.Go(func() {
+				for n := caller*conns + i; ctx.Err() == nil; n += callers * conns {
+					due := first.Add(time.Duration(n) * pause)
+					if wait := time.Until(due); wait > 0 {
+						time.Sleep(wait)
+					}
+					err := c.heartbeatAs(n % services)
+					took(time.Since(due), err)
+				}
+			})
+		}
+	}
+	calls.Wait()
+}
+
+// heartbeatAs sends a heartbeat with three metrics in the dialect of service i.
+func (c planeClient) heartbeatAs(i int) (err error) {
 	id := fmt.Sprint("service-", i)
 	if i%2 == 0 {
-		return &flowctlpb.ServiceHeartbeat{ServiceId: id, Metrics: map[string]float64{"events": float64(i), "errors": 2, "lag": 3}}
+		_, err = c.legacy.Heartbeat(context.Background(), &flowctlpb.ServiceHeartbeat{ServiceId: id, Metrics: map[string]float64{"events": float64(i), "errors": 2, "lag": 3}})
+	} else {
+		_, err = c.v1.Heartbeat(context.Background(), &flowctlv1.HeartbeatRequest{ServiceId: id, Metrics: map[string]string{"events": strconv.Itoa(i), "errors": "2", "lag": "3"}})
 	}
-	return &flowctlv1.HeartbeatRequest{ServiceId: id, Metrics: map[string]string{"events": strconv.Itoa(i), "errors": "2", "lag": "3"}}
-}
-
-// A beater sends heartbeats over one connection and takes their answers, with the
-// HTTP/2 that this needs and nothing else (RFC 9113 sections 4 and 6, RFC 7541
-// section 6). A client of grpc-go costs as much as the server that it measures, and
-// services that heartbeat have machines of their own.
-type beater struct {
-	conn net.Conn
-
-	mu     sync.Mutex           // guards what follows
-	block  []byte               // the header block of the next call
-	again  []byte               // and of each further one, by the server's table of headers
-	stream uint32               // of the last call
-	open   map[uint32]time.Time // when each call without an answer was due
-	out    []byte
-	last   bool // no further call begins
-}
-
-// frameHeader is the length of an HTTP/2 frame's header.
-const frameHeader = 9
-
-// The types and flags of the frames that a beater sends or looks at.
-const (
-	frameData, frameHeaders, frameReset, frameSettings, framePing, frameGoAway, frameWindow = 0, 1, 3, 4, 6, 7, 8
-
-	flagEnd, flagAck, flagEndHeaders = 1, 1, 4
-)
-
-// appendFrame appends a frame with its payload.
-func appendFrame(b []byte, kind, flags byte, stream uint32, payload ...byte) []byte {
-	b = append(b, byte(len(payload)>>16), byte(len(payload)>>8), byte(len(payload)), kind, flags)
-	return append(bin.BigEndian.AppendUint32(b, stream), payload...)
-}
-
-// newBeater connects to the plane at endpoint, to call its method.
-func newBeater(endpoint, method string) (*beater, error) {
-	conn, err := net.Dial("tcp", endpoint)
-	if err != nil {
-		return nil, err
-	}
-	text := func(b []byte, s string) []byte { return append(append(b, byte(len(s))), s...) } // below 127 bytes
-	block := []byte{0x83, 0x86}                                                              // :method POST, :scheme http
-	block = text(append(block, 0x44), method)                                                // :path, and the server remembers it
-	block = text(append(block, 0x41), endpoint)                                              // :authority
-	block = text(append(block, 0x5f), "application/grpc")                                    // content-type
-	block = text(text(append(block, 0x40), "te"), "trailers")
-	const everything = 1<<31 - 1 - 1<<16 // the window for answers: they are counted, not held
-	hello := []byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-	hello = appendFrame(hello, frameSettings, 0, 0)
-	hello = appendFrame(hello, frameWindow, 0, 0, bin.BigEndian.AppendUint32(nil, everything)...)
-	if _, err := conn.Write(hello); err != nil {
-		conn.Close()
-		return nil, err
-	}
-	return &beater{
-		conn: conn, block: block, open: make(map[uint32]time.Time), stream: 1<<32 - 1,
-		again: []byte{0x83, 0x86, 0x80 | 65, 0x80 | 64, 0x80 | 63, 0x80 | 62}, // the newest is 62
-	}, nil
-}
-
-// send begins a call that was due at the time due.
-func (b *beater) send(due time.Time, in proto.Message) error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.stream += 2
-	b.out = appendFrame(b.out[:0], frameHeaders, flagEndHeaders, b.stream, b.block...)
-	b.block = b.again
-	message := len(b.out) + frameHeader
-	var err error
-	b.out, err = proto.MarshalOptions{}.MarshalAppend(append(b.out, make([]byte, frameHeader+5)...), in)
-	if err != nil {
-		return err
-	}
-	size := len(b.out) - message
-	appendFrame(b.out[:message-frameHeader], frameData, flagEnd, b.stream)
-	b.out[message-frameHeader+1], b.out[message-frameHeader+2] = byte(size>>8), byte(size)
-	bin.BigEndian.PutUint32(b.out[message+1:], uint32(size-5))
-	b.open[b.stream] = due
-	_, err = b.conn.Write(b.out)
 	return err
-}
-
-// finish says that no further call begins. It is for whoever calls send.
-func (b *beater) finish() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.last = true; len(b.open) == 0 {
-		b.conn.Close()
-	}
-}
-
-// receive has ended called with each answer, to the last one after finish.
-func (b *beater) receive(ended func(due time.Time, err error)) error {
-	in := bufio.NewReader(b.conn)
-	answered := make(map[uint32]bool)
-	for {
-		head, err := in.Peek(frameHeader)
-		if errors.Is(err, net.ErrClosed) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		size, kind, flags := int(head[0])<<16|int(head[1])<<8|int(head[2]), head[3], head[4]
-		stream := bin.BigEndian.Uint32(head[5:])
-		frame, err := in.Peek(frameHeader + size) // those of a plane are far smaller than in's room
-		if err != nil {
-			return err
-		}
-		var reply []byte
-		switch {
-		case kind == frameSettings && flags&flagAck == 0:
-			reply = appendFrame(nil, frameSettings, flagAck, 0)
-		case kind == framePing && flags&flagAck == 0:
-			reply = appendFrame(nil, framePing, flagAck, 0, frame[frameHeader:]...)
-		case kind == frameGoAway:
-			return fmt.Errorf("the plane says GOAWAY: %q", frame)
-		case kind == frameData:
-			answered[stream] = true
-		case kind == frameReset || kind == frameHeaders && flags&flagEnd != 0:
-			err := error(nil)
-			if !answered[stream] { // grpc-go answers with nothing but trailers what has failed
-				err = fmt.Errorf("no answer but %q", frame)
-			}
-			delete(answered, stream)
-			b.mu.Lock()
-			due := b.open[stream]
-			delete(b.open, stream)
-			over := b.last && len(b.open) == 0
-			b.mu.Unlock()
-			if ended(due, err); over {
-				return nil
-			}
-		}
-		if _, err := in.Discard(frameHeader + size); err != nil {
-			return err
-		}
-		if reply != nil {
-			b.mu.Lock()
-			_, err = b.conn.Write(reply)
-			b.mu.Unlock()
-			if err != nil {
-				return err
-			}
-		}
-	}
-}
-
-// heartbeats has each of the services heartbeat every ten seconds over conns
-// connections until ctx ends, and returns when all are answered. ended hears of each
-// answer with the time when its call was due: what is late counts from then on, so a
-// plane that holds others up has that in its own figures.
-func heartbeats(ctx context.Context, t *testing.T, endpoint string, services, conns int, ended func(due time.Time, err error)) {
-	var answers sync.WaitGroup
-	defer answers.Wait()
-	beaters := make([]*beater, conns)
-	for i := range beaters {
-		method := []string{flowctlpb.ControlPlane_Heartbeat_FullMethodName, flowctlv1.ControlPlaneService_Heartbeat_FullMethodName}[i%2]
-		b, err := newBeater(endpoint, method)
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		beaters[i] = b
-		defer b.finish()
-		answers.Go(func() {
-			defer b.conn.Close()
-			if err := b.receive(ended); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-	first, pause := time.Now(), 10*time.Second/time.Duration(services)
-	for n := 0; ctx.Err() == nil; n++ {
-		due := first.Add(time.Duration(n) * pause)
-		if wait := time.Until(due); wait > 0 {
-			time.Sleep(wait)
-		}
-		if err := beaters[n%conns].send(due, heartbeatOf(n%services)); err != nil {
-			t.Errorf("heartbeat %d: %v", n, err)
-			return
-		}
-	}
 }
 
 // registerAll registers services over conns connections.
@@ -344,91 +197,65 @@ func TestScale(t *testing.T) {
 	} else {
 		t.Parallel()
 	}
-	started, machineBefore, ownBefore := time.Now(), machineTime(t), processorTime(t, os.Getpid())
 	file := filepath.Join(t.TempDir(), "state.json")
 	p, endpoint := startAlone(t, []string{"-db-path", file}, withBinary(plainBinary(t)))
 	pid := p.cmd.Process.Pid
 	begun := time.Now()
 	registerAll(t, endpoint, services, conns)
-	registered := time.Since(begun)
-	t.Logf("%d registrations: %.1f s; VmRSS %.0f MiB", services, registered.Seconds(), mib(memory(t, pid, "VmRSS")))
+	t.Logf("%d registrations: %.1f s; VmRSS %.0f MiB", services, time.Since(begun).Seconds(), mib(memory(t, pid, "VmRSS")))
 
 	ctx, cancel := context.WithTimeout(t.Context(), length)
 	defer cancel()
-	var all, whileWritten, total latencies
-	var writing atomic.Bool
+	var phase, total latencies
 	var load sync.WaitGroup
 	load.Go(func() {
-		for ctx.Err() == nil {
-			_, err := os.Stat(file + ".tmp")
-			writing.Store(err == nil)
-			time.Sleep(time.Millisecond) // a look at the disk, not a wait
-		}
-	})
-	load.Go(func() {
-		heartbeats(ctx, t, endpoint, services, conns, func(due time.Time, err error) {
-			took := time.Since(due)
+		heartbeats(ctx, t, endpoint, services, conns, func(took time.Duration, err error) {
+			phase.add(took, err)
 			total.add(took, err)
-			if all.add(took, err); writing.Load() {
-				whileWritten.add(took, err)
-			}
 		})
 	})
 	time.Sleep(length / 3) // the load is what is measured
-	report := func(what string, l *latencies) time.Duration {
-		count, p50, p99, most, errs := l.take()
-		t.Logf("%s: %d heartbeats, p50 %.2f ms, p99 %.2f ms, most %.1f ms", what, count, p50.Seconds()*1000, p99.Seconds()*1000, most.Seconds()*1000)
-		if len(errs) > 0 {
-			t.Errorf("%s: %v", what, errs)
-		}
-		return p99
-	}
-	worst := report("heartbeats alone", &all)
+	phase.report(t, "heartbeats alone")
 	begun = time.Now()
 	list := listAll(t, p.cmd.Path, endpoint)
-	took := time.Since(begun)
-	worst = max(worst, report("with list -json", &all))
-	<-ctx.Done()
+	listed := time.Since(begun)
+	phase.report(t, "with list -json")
 	load.Wait()
-	worst = max(worst, report("heartbeats to the end", &all))
-	worst = max(worst, report("while the state is written, in all", &whileWritten), report("all together", &total))
-	out, count := list()
+	phase.report(t, "heartbeats to the end")
+	p99 := total.report(t, "all together")
+
+	size, count := list()
+	t.Logf("list -json: %.2f s, %.0f MiB", listed.Seconds(), mib(size))
 	if count != services {
 		t.Errorf("list -json has %d components, want %d", count, services)
 	}
-	t.Logf("list -json: %.2f s, %.0f MiB", took.Seconds(), mib(out))
 	rss, peak := memory(t, pid, "VmRSS"), memory(t, pid, "VmHWM")
-	info, err := os.Stat(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Logf("VmRSS %.0f MiB, VmHWM %.0f MiB, state file %.0f MiB, processor %v", mib(rss), mib(peak), mib(int(info.Size())), processorTime(t, pid))
-	share := float64(machineTime(t)-machineBefore-processorTime(t, os.Getpid())+ownBefore-processorTime(t, pid)) / float64(time.Since(started)) / float64(runtime.NumCPU())
-	t.Logf("others have %.0f %% of the machine", 100*share)
-	if bound := 10 * time.Millisecond * gross; full && worst > bound && share < 0.1 {
-		t.Errorf("p99 of a heartbeat is %s, more than %s", worst, bound)
-	}
-	if bound := 250 * gross; full && mib(rss) > float64(bound) {
-		t.Errorf("VmRSS is %.0f MiB, more than %d", mib(rss), bound)
+	t.Logf("VmRSS %.0f MiB, VmHWM %.0f MiB, processor %v", mib(rss), mib(peak), processorTime(t, pid))
+	if most := 250.0; full && mib(peak) > most {
+		t.Errorf("VmHWM is %.0f MiB, more than %.0f", mib(peak), most)
 	}
 	p.stop()
 	if got := countSaved(t, file); got != services {
 		t.Errorf("%d services are in the state file, want %d", got, services)
 	}
+	if full {
+		checkLate(t, p99, services, conns)
+	}
 }
 
-// machineTime is what all processes of the machine have used, list among the others.
-func machineTime(tb testing.TB) time.Duration {
-	tb.Helper()
-	data, err := os.ReadFile("/proc/stat")
-	if err != nil {
-		tb.Fatal(err)
+// checkLate fails for a p99 of more than 10 ms, unless this machine, which others may
+// use, takes as long for the same load on a server that does nothing.
+func checkLate(t *testing.T, p99 time.Duration, services, conns int) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	var idle latencies
+	heartbeats(ctx, t, startFloor(t), services, conns, idle.add)
+	floor := idle.report(t, "heartbeats that nobody takes in")
+	t.Logf("p99 is %.1f times that of a server that does nothing", float64(p99)/float64(floor))
+	if most := 10 * time.Millisecond; p99 > max(most, noisy*floor) {
+		t.Errorf("p99 of a heartbeat is %v, more than %v", p99, most)
 	}
-	var user, nice, system, idle, wait, irq, softirq, steal int
-	if _, err := fmt.Sscanf(string(data), "cpu %d %d %d %d %d %d %d %d", &user, &nice, &system, &idle, &wait, &irq, &softirq, &steal); err != nil {
-		tb.Fatal(err)
-	}
-	return time.Duration(user+nice+system+irq+softirq+steal) * 10 * time.Millisecond // as in processorTime
 }
 
 func countSaved(tb testing.TB, file string) int {
@@ -475,7 +302,7 @@ func longest(f func(step func())) (most time.Duration) {
 func TestNoPause(t *testing.T) {
 	services, rounds, bound := 5000, 1, 5*time.Second
 	if os.Getenv(scaleVar) != "" {
-		services, rounds, bound = 100_000, 3, gross*5*time.Millisecond
+		services, rounds, bound = 100_000, 3, 5*time.Millisecond
 	} else {
 		t.Parallel()
 	}
@@ -639,7 +466,7 @@ func TestListTime(t *testing.T) {
 		best = min(best, time.Since(begun))
 	}
 	t.Logf("list: %v", best)
-	if bound := 50 * time.Millisecond * 2 * gross; best > bound {
+	if bound := 50 * time.Millisecond; best > bound && os.Getenv(scaleVar) != "" {
 		t.Errorf("list takes %v, more than %v", best, bound)
 	}
 	p.stop()
@@ -652,7 +479,7 @@ func TestStaleOnTime(t *testing.T) {
 	if raceEnabled() {
 		services = 2000
 	} else if os.Getenv(scaleVar) != "" {
-		late = gross * 100 * time.Millisecond
+		late = 100 * time.Millisecond
 	}
 	t.Parallel()
 	const ttl = 3 * time.Second
