@@ -446,10 +446,16 @@ func BenchmarkHeartbeatGrowth(b *testing.B) {
 		growth = append(growth, float64(all)/float64(one))
 		following = append(following, float64(told)/float64(one))
 	}
-	slices.Sort(growth)
-	slices.Sort(following)
-	b.ReportMetric(growth[len(growth)/2], "x-100k-services")
-	b.ReportMetric(following[len(following)/2], "x-100-followers")
+	report := func(what string, times []float64) {
+		slices.Sort(times)
+		median := times[len(times)/2]
+		b.ReportMetric(median, what)
+		if most := 1.5; len(times) >= 20 && median > most { // of fewer rounds, one that was disturbed counts too much
+			b.Errorf("%s is %.2f, more than %v", what, median, most)
+		}
+	}
+	report("x-100k-services", growth)
+	report("x-100-followers", following)
 }
 
 // TestListTime is how long list takes, from its start to its end, on a pipeline of
