@@ -589,9 +589,9 @@ func TestFullRegistryForgetsTheSilent(t *testing.T) {
 	}
 	for i := range silent {
 		mustRegister(t, r, registration{id: fmt.Sprint("new-", i)}, now)
-		wantCode(t, "the longest silent", r.view(fmt.Sprint("service-", i), now, func(*service) {}), codes.NotFound)
+		wantCode(t, "the longest silent", r.view(fmt.Sprint("service-", i), now, func(*service, time.Time) {}), codes.NotFound)
 		if i < silent-1 {
-			wantCode(t, "the next", r.view(fmt.Sprint("service-", i+1), now, func(*service) {}), codes.OK)
+			wantCode(t, "the next", r.view(fmt.Sprint("service-", i+1), now, func(*service, time.Time) {}), codes.OK)
 		}
 	}
 	_, err := r.register(registration{id: "one-more"}, origin{}, now, func(string, []string, map[string]string) {})
@@ -641,7 +641,7 @@ func TestFullOfBytes(t *testing.T) {
 		}
 	}
 	mustRegister(t, r, registration{id: "new", description: large}, now)
-	wantCode(t, "the longest silent", r.view("large-1", now, func(*service) {}), codes.NotFound)
+	wantCode(t, "the longest silent", r.view("large-1", now, func(*service, time.Time) {}), codes.NotFound)
 	checkRegistry(t, r, now)
 }
 

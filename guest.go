@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -14,7 +13,7 @@ import (
 // component: its input, output and signals are its own, and its end is that of the run.
 type guest struct {
 	argv  []string
-	ended chan *os.ProcessState // gets its end, after which it is nil in run
+	ended chan *os.ProcessState // gets how it ended, once
 
 	cmd      *exec.Cmd // nil before it is started
 	over     bool
@@ -100,5 +99,3 @@ func takesInterrupts() bool {
 	defer tty.Close()
 	return inForeground(tty)
 }
-
-var errUntilAndCommand = errors.New("-until and a command after -- contradict each other: the run ends with the command")

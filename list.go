@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"maps"
@@ -24,6 +25,7 @@ import (
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -102,6 +104,84 @@ type listOptions struct {
 	wait     bool
 	tls      tlsFlags
 	id       string // of the one component to show, "" for all
+}
+
+// listPatience is how long list waits for an answer, and for a pipeline that is just
+// starting.
+const listPatience = 2 * time.Second
+
+func listCommand(args []string) error {
+	var o listOptions
+	fs := flag.NewFlagSet("list", flag.ContinueOnError)
+	o.define(fs)
+	fs.BoolVar(&o.json, "json", false, "print JSON")
+	fs.BoolVar(&o.watch, "watch", false, "go on, and show each change")
+	fs.BoolVar(&o.wait, "wait", true, "wait up to 2s for one that is starting; =false not to")
+	rest, err := parseFlags(fs, args, 1)
+	if err != nil {
+		return err
+	}
+	if err := o.tls.check(fs); err != nil {
+		return err
+	}
+	if len(rest) > 0 {
+		o.id = rest[0]
+	}
+	runs, err := o.runs()
+	if err != nil {
+		return &exitError{exitPlane, err}
+	}
+	clients, err := o.connect(runs)
+	if err != nil {
+		return &exitError{exitPlane, err}
+	}
+	defer func() {
+		for _, c := range clients {
+			c.close()
+		}
+	}()
+	if o.watch {
+		return watchPlanes(clients, o, catchSignals())
+	}
+	return listPlanes(clients, o)
+}
+
+// define defines the flags that say which control plane to ask, and how.
+func (o *listOptions) define(fs *flag.FlagSet) {
+	fs.StringVar(&o.endpoint, "endpoint", "", "`host:port` of the control plane, or unix:PATH (default: those of the pipelines that run here)")
+	fs.StringVar(&o.endpoint, "e", "", "short for -endpoint")
+	o.tls.define(fs, "client certificate in `file`, PEM", "dial TLS, and trust the CA in `file`, PEM")
+}
+
+// runs are the control planes that are to be asked.
+func (o *listOptions) runs() ([]runInfo, error) {
+	if o.endpoint != "" {
+		return []runInfo{{Endpoint: o.endpoint, TLS: o.tls != (tlsFlags{})}}, nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), listPatience)
+	defer cancel()
+	return awaitRuns(ctx, o.wait)
+}
+
+// connect returns a client for each of runs.
+func (o *listOptions) connect(runs []runInfo) ([]*listClient, error) {
+	creds, err := o.tls.clientCredentials()
+	if err != nil {
+		return nil, err
+	}
+	var clients []*listClient
+	for _, run := range runs {
+		with := creds
+		if !run.TLS {
+			with = insecure.NewCredentials()
+		}
+		c, err := newListClient(run.Endpoint, with, o.wait)
+		if err != nil {
+			return nil, fmt.Errorf("endpoint %q: %v", run.Endpoint, err)
+		}
+		clients = append(clients, c)
+	}
+	return clients, nil
 }
 
 // errLegacy says that a control plane has no operator service.
@@ -212,9 +292,13 @@ func (c *listClient) fetchLegacy(ctx context.Context) error {
 	}
 	c.pipeline = listedPipeline{Endpoint: c.endpoint}
 	for i, s := range services.GetServices() {
+		health := unhealthy
+		if s.GetIsHealthy() {
+			health = healthy
+		}
 		component := &listedComponent{
 			record: int64(i), ID: s.GetServiceId(), InPipeline: s.GetComponentId() != "",
-			Type: typeName(s.GetServiceType()), Health: map[bool]string{true: "healthy", false: "unhealthy"}[s.GetIsHealthy()],
+			Type: typeName(s.GetServiceType()), Health: health.String(),
 			Healthy: s.GetIsHealthy(), LastSeen: listTime(s.GetLastHeartbeat()),
 		}
 		if id := s.GetComponentId(); id != "" && id != component.ID {
@@ -407,7 +491,11 @@ func (l *listedComponent) writeDetails(w io.Writer, p *listedPipeline, now time.
 	}
 	line("id", clean(l.ID))
 	line("service id", clean(l.ServiceID))
-	line("pipeline", clean(p.Pipeline)+map[bool]string{false: " (not in its file)"}[l.InPipeline || p.Pipeline == ""])
+	pipeline := clean(p.Pipeline)
+	if !l.InPipeline && pipeline != "" {
+		pipeline += " (not in its file)"
+	}
+	line("pipeline", pipeline)
 	line("type", clean(l.Type))
 	line("name", clean(l.Name))
 	line("description", printable(l.Description))
@@ -656,7 +744,7 @@ func (o *listOptions) watchEnd(endpoint string, err error) error {
 	switch {
 	case errors.Is(err, errLegacy):
 		return fmt.Errorf("the control plane at %s has no operator service, which -watch needs", endpoint)
-	case err == nil || status.Convert(err).Message() == planeStops:
+	case err == nil:
 		return fmt.Errorf("the control plane at %s has stopped", endpoint)
 	}
 	return o.noAnswer(endpoint, err)

@@ -25,7 +25,6 @@ import (
 	"unicode/utf8"
 
 	"github.com/coreos/go-systemd/v22/daemon"
-	"google.golang.org/grpc/credentials/insecure"
 )
 
 //go:generate go run github.com/bufbuild/buf/cmd/buf@v1.75.0 generate --template proto/buf.gen.yaml
@@ -405,18 +404,24 @@ func checkOrchestrator(fs *flag.FlagSet, value string) error {
 	return nil
 }
 
-// openEngine finds the engine for the containers of p, if there may be any.
-func (o *runFlags) openEngine(p *Pipeline) (err error) {
+// openEngine finds the engine for containers, if there may be any.
+func (o *runFlags) openEngine() (err error) {
 	if o.orchestrator == orchestrateContainers {
-		if o.engine, err = findEngine(o.engineName); err != nil {
-			return err
-		}
-		o.engine.pipeline = p.Metadata.Name
+		o.engine, err = findEngine(o.engineName)
 	}
-	if err := o.engine.checkImages(p); err != nil {
-		return fmt.Errorf("%s: %w", o.file, err)
+	return err
+}
+
+// read reads the pipeline file. It fails also for what the flags leave no way to run.
+func (o *runFlags) read() (*Pipeline, error) {
+	p, err := readPipeline(o.file, os.LookupEnv)
+	if err != nil {
+		return nil, err
 	}
-	return nil
+	if err := cmp.Or(o.tls.checkPipeline(p), o.engine.checkImages(p)); err != nil {
+		return nil, fmt.Errorf("%s: %v", o.file, err)
+	}
+	return p, nil
 }
 
 func runCommand(args []string) error {
@@ -435,7 +440,7 @@ func runCommand(args []string) error {
 		return &usageError{"run", errors.New("a command must come after --")}
 	}
 	if len(o.command) > 0 && o.until != untilStopped {
-		return &usageError{"run", errUntilAndCommand}
+		return &usageError{"run", errors.New("-until and a command after -- contradict each other: the run ends with the command")}
 	}
 	if err := errors.Join(o.check(fs), positive(fs, "start-timeout", "unhealthy-timeout", "stop-timeout")); err != nil {
 		return err
@@ -453,14 +458,11 @@ func runCommand(args []string) error {
 		return err
 	}
 	fs.Visit(func(f *flag.Flag) { o.logDirSet = o.logDirSet || f.Name == "log-dir" })
-	pipeline, err := readPipeline(o.file, os.LookupEnv)
-	if err != nil {
+	if err := o.openEngine(); err != nil {
 		return &exitError{exitUsage, err}
 	}
-	if err := o.tls.checkPipeline(pipeline); err != nil {
-		return &exitError{exitUsage, fmt.Errorf("%s: %w", o.file, err)}
-	}
-	if err := o.openEngine(pipeline); err != nil {
+	pipeline, err := o.read()
+	if err != nil {
 		return &exitError{exitUsage, err}
 	}
 	return runPipeline(pipeline, o)
@@ -487,78 +489,6 @@ func fileArgument(fs *flag.FlagSet, file string, rest []string) (string, error) 
 		return "", &usageError{fs.Name(), fmt.Errorf("two pipeline files are named: %q by -f, and %q", file, rest[0])}
 	}
 	return rest[0], nil
-}
-
-// listPatience is how long list waits for an answer, and for a pipeline that is just
-// starting.
-const listPatience = 2 * time.Second
-
-func listCommand(args []string) error {
-	var o listOptions
-	fs := flag.NewFlagSet("list", flag.ContinueOnError)
-	o.define(fs)
-	fs.BoolVar(&o.json, "json", false, "print JSON")
-	fs.BoolVar(&o.watch, "watch", false, "go on, and show each change")
-	fs.BoolVar(&o.wait, "wait", true, "wait up to 2s for one that is starting; =false not to")
-	rest, err := parseFlags(fs, args, 1)
-	if err != nil {
-		return err
-	}
-	if err := o.tls.check(fs); err != nil {
-		return err
-	}
-	if len(rest) > 0 {
-		o.id = rest[0]
-	}
-	clients, err := o.connect()
-	if err != nil {
-		return &exitError{exitPlane, err}
-	}
-	defer func() {
-		for _, c := range clients {
-			c.close()
-		}
-	}()
-	if o.watch {
-		return watchPlanes(clients, o, catchSignals())
-	}
-	return listPlanes(clients, o)
-}
-
-// define defines the flags that say which control plane to ask, and how.
-func (o *listOptions) define(fs *flag.FlagSet) {
-	fs.StringVar(&o.endpoint, "endpoint", "", "`host:port` of the control plane, or unix:PATH (default: those of the pipelines that run here)")
-	fs.StringVar(&o.endpoint, "e", "", "short for -endpoint")
-	o.tls.define(fs, "client certificate in `file`, PEM", "dial TLS, and trust the CA in `file`, PEM")
-}
-
-// connect returns a client for each control plane that is to be asked.
-func (o *listOptions) connect() ([]*listClient, error) {
-	creds, err := o.tls.clientCredentials()
-	if err != nil {
-		return nil, err
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), listPatience)
-	defer cancel()
-	runs := []runInfo{{Endpoint: o.endpoint}}
-	if o.endpoint == "" {
-		if runs, err = awaitRuns(ctx, o.wait); err != nil {
-			return nil, err
-		}
-	}
-	var clients []*listClient
-	for _, run := range runs {
-		with := creds
-		if run.PID != 0 && !run.TLS {
-			with = insecure.NewCredentials()
-		}
-		c, err := newListClient(run.Endpoint, with, o.wait)
-		if err != nil {
-			return nil, fmt.Errorf("-endpoint %q: %v", run.Endpoint, err)
-		}
-		clients = append(clients, c)
-	}
-	return clients, nil
 }
 
 func serverCommand(args []string) error {
@@ -589,8 +519,8 @@ func serverCommand(args []string) error {
 	if err != nil {
 		return &exitError{exitPlane, err}
 	}
-	// Where another has its name, it listens elsewhere by the same name, as in a
-	// container: this one has the address.
+	// Another may have the same name although this one has the address: one in a
+	// container, say. That is no reason not to go on.
 	file, err := claimRun(runInfo{Endpoint: endpoint, TLS: certs != nil})
 	if err != nil {
 		log.Warn("list cannot find this control plane by itself", "err", err)
@@ -615,11 +545,11 @@ func serverCommand(args []string) error {
 // watchAlone logs what changes in a registry that has no run, and feeds the watchdog,
 // until a signal asks for the end.
 func watchAlone(registry *registry, signals <-chan os.Signal, log *slog.Logger) {
-	var bark <-chan time.Time
+	var feed <-chan time.Time
 	if interval := watchdogInterval(log); interval > 0 {
 		ticker := time.NewTicker(interval / 2)
 		defer ticker.Stop()
-		bark = ticker.C
+		feed = ticker.C
 	}
 	for {
 		select {
@@ -627,7 +557,7 @@ func watchAlone(registry *registry, signals <-chan os.Signal, log *slog.Logger) 
 			for _, c := range registry.changes(time.Now()) {
 				logChange(log, c)
 			}
-		case now := <-bark:
+		case now := <-feed:
 			registry.condition("", now) // if the registry hangs, systemd hears no more
 			notify(log, daemon.SdNotifyWatchdog)
 		case sig := <-signals:
@@ -799,24 +729,10 @@ func openPlane(o planeFlags, log *slog.Logger) (net.Listener, string, error) {
 		return nil, "", fmt.Errorf("-tls-cert %q: a control plane on a socket file (%s) has no TLS", o.tls.cert, endpoint)
 	}
 	if tcp, ok := lis.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() && o.tls.cert == "" {
-		log.Warn("the control plane listens off the loopback without TLS: who reaches it can register", "addr", lis.Addr().String())
+		log.Warn("the control plane listens off the loopback without TLS: who reaches it can register", "endpoint", endpoint)
 	}
 	log.Info("listening", "endpoint", endpoint)
 	return lis, endpoint, nil
-}
-
-// portHolder returns the process that keeps flowctl from listening, where it can be
-// known: that of another user cannot, but by root.
-func portHolder(address string, port int) (pid int, name string, ok bool) {
-	addr, err := net.ResolveTCPAddr("tcp", net.JoinHostPort(strings.Trim(address, "[]"), strconv.Itoa(port)))
-	if err != nil {
-		return 0, "", false
-	}
-	inode, ok := listenerInode(addr.AddrPort())
-	if !ok {
-		return 0, "", false
-	}
-	return socketHolder(inode)
 }
 
 // notify tells systemd, where it is there to listen.

@@ -16,17 +16,16 @@ import (
 )
 
 const (
-	maxFollowers = 256                       // streams of changes at a time
-	maxRemoved   = 4096                      // removals that are remembered for streams that are behind
-	planeStops   = "the control plane stops" // by which a client knows it from a lost connection
-	maxAtOnce    = 1 << 14                   // components in one message of GetPipeline
+	maxFollowers = 256     // streams of changes at a time
+	maxRemoved   = 4096    // removals that are remembered for streams that are behind
+	maxAtOnce    = 1 << 14 // components in one message of GetPipeline
 )
 
-// A snapshot of many services is sent in no hurry: all at once, it would take the
-// processors from the heartbeats for seconds, here and where it is read.
+// Of many services is told in no hurry: all at once, it would take the processors from
+// the heartbeats for seconds, here and where it is read.
 const (
-	snapshotAtOnce = 1024 // services before the first pause
-	snapshotPause  = 3 * time.Millisecond
+	toldAtOnce = 1024 // services before the first pause
+	toldPause  = 3 * time.Millisecond
 )
 
 // about is what the operator service tells of the pipeline as a whole.
@@ -169,7 +168,7 @@ func (o operatorServer) GetPipeline(context.Context, *operatorv1.GetPipelineRequ
 		return nil, status.Errorf(codes.ResourceExhausted, "%d components are too many for one message, of which %d fit: call Watch", count, maxAtOnce)
 	}
 	for some := range slices.Chunk(all, batch) {
-		out.Components = append(out.Components, o.components(some, now)...)
+		out.Components = append(out.Components, o.components(some, time.Time{}, now)...)
 	}
 	return out, nil
 }
@@ -207,18 +206,19 @@ func (r *registry) own(now time.Time) *operatorv1.Pipeline {
 	members := slices.Clone(r.all[:r.members])
 	r.mu.Unlock()
 	for some := range slices.Chunk(members, batch) {
-		out.Components = append(out.Components, r.components(some, now)...)
+		out.Components = append(out.Components, r.components(some, time.Time{}, now)...)
 	}
 	return out
 }
 
-// components is what some have to show, without those that are gone.
-func (r *registry) components(some []*service, now time.Time) []*operatorv1.Component {
+// components is what some have to show, those that were heard of after since, and
+// without those that are gone.
+func (r *registry) components(some []*service, since, now time.Time) []*operatorv1.Component {
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
-	out := make([]*operatorv1.Component, 0, len(some))
+	var out []*operatorv1.Component
 	for _, s := range some {
-		if s.registered || s.member != nil {
+		if (s.registered || s.member != nil) && (since.IsZero() || s.lastSeen.After(since)) {
 			out = append(out, r.componentLocked(s, now))
 		}
 	}
@@ -278,7 +278,7 @@ func (o operatorServer) Watch(in *operatorv1.WatchRequest, stream grpc.ServerStr
 	if full {
 		return status.Errorf(codes.ResourceExhausted, "%d streams of changes are open, the most that there can be", maxFollowers)
 	}
-	w := &follower{registry: o.registry, send: stream.Send, pause: snapshotPause}
+	w := &follower{registry: o.registry, send: stream.Send, pause: toldPause}
 	defer w.leave()
 	if err := w.snapshot(); err != nil || !in.GetFollow() {
 		return err
@@ -301,7 +301,7 @@ func (o operatorServer) Watch(in *operatorv1.WatchRequest, stream grpc.ServerStr
 				return err
 			}
 		case <-o.ended:
-			return status.Error(codes.Unavailable, planeStops)
+			return nil
 		case <-stream.Context().Done():
 			return nil
 		}
@@ -315,7 +315,7 @@ const followerMark = -1
 type follower struct {
 	*registry
 	send     func(*operatorv1.WatchResponse) error
-	pause    time.Duration // between the messages of a large snapshot
+	pause    time.Duration // between messages, where there are many
 	revision uint64        // what it has told of
 	mark     service       // stands in feed.recent behind that, and for no service
 	beat     time.Time     // when heartbeats were told last
@@ -342,19 +342,32 @@ func (w *follower) snapshot() error {
 	out := &operatorv1.WatchResponse{Pipeline: w.pipelineLocked(), Reset_: true}
 	all := slices.Clone(w.all)
 	w.mu.Unlock()
-	sent := 0
-	for some := range slices.Chunk(all, batch) {
-		out.Components = w.components(some, time.Now())
-		if err := w.send(out); err != nil {
-			return err
-		}
-		out = &operatorv1.WatchResponse{}
-		if sent += len(some); sent > snapshotAtOnce {
-			time.Sleep(w.pause)
-		}
+	out, err := w.tell(out, all, time.Time{})
+	if err != nil {
+		return err
 	}
 	out.Complete = true
 	return w.send(out)
+}
+
+// tell sends those of all that were heard of after since, the first of them in out, and
+// returns the message that is to be sent next: out, if there were none.
+func (w *follower) tell(out *operatorv1.WatchResponse, all []*service, since time.Time) (*operatorv1.WatchResponse, error) {
+	told := 0
+	for some := range slices.Chunk(all, batch) {
+		if out.Components = w.components(some, since, time.Now()); len(out.Components) == 0 {
+			continue
+		}
+		told += len(out.Components)
+		if err := w.send(out); err != nil {
+			return nil, err
+		}
+		out = &operatorv1.WatchResponse{}
+		if told > toldAtOnce {
+			time.Sleep(w.pause) // a stream that ends meanwhile fails the next send
+		}
+	}
+	return out, nil
 }
 
 // catchUp sends what has changed, and returns what is closed at the next change.
@@ -379,27 +392,19 @@ func (w *follower) catchUp() (<-chan struct{}, error) {
 			}
 			continue
 		}
-		out.Components = w.components(changed, time.Now())
+		out.Components = w.components(changed, time.Time{}, time.Now())
 		if err := w.send(out); err != nil {
 			return nil, err
 		}
 	}
 }
 
-// heard sends the services that were heard of since it last did. They stand at the
-// end of live.
+// heard sends the services that were heard of since it last did.
 func (w *follower) heard(now time.Time) error {
 	w.mu.Lock()
-	var heard []*service
-	for s := w.live.back(); s != nil && s.lastSeen.After(w.beat); s = w.live.prev(s) {
-		heard = append(heard, s)
-	}
+	since, all := w.beat, slices.Clone(w.all)
 	w.beat = now
 	w.mu.Unlock()
-	for some := range slices.Chunk(heard, batch) {
-		if err := w.send(&operatorv1.WatchResponse{Components: w.components(some, now)}); err != nil {
-			return err
-		}
-	}
-	return nil
+	_, err := w.tell(&operatorv1.WatchResponse{}, all, since)
+	return err
 }

@@ -281,7 +281,7 @@ func readPipeline(path string, env func(string) (string, bool)) (*Pipeline, erro
 		folder = "."
 	}
 	if folder, err = filepath.Abs(folder); err != nil {
-		return nil, fmt.Errorf("cannot find the folder of %s: %w", path, err)
+		return nil, fmt.Errorf("cannot find the folder of %s: %v", path, err)
 	}
 	p.resolve(folder)
 	return p, nil

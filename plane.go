@@ -234,6 +234,7 @@ func (r *registry) newServiceLocked() *service {
 	return s
 }
 
+// makeLocked returns a record that is not in all either.
 func (r *registry) makeLocked() *service {
 	s := &service{record: r.next}
 	s.said, s.names, s.history = nothing, s.name[:0], s.begun[:0]
@@ -366,15 +367,12 @@ func (r *registry) condition(id string, now time.Time) (condition, string) {
 }
 
 // strangers returns the ids of what is registered and is none of the pipeline's.
-func (r *registry) strangers() []string {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	var ids []string
-	for _, s := range r.all {
-		if s.member == nil && s.registered {
+func (r *registry) strangers(now time.Time) (ids []string) {
+	r.each(now, func(s *service, _ time.Time) {
+		if s.member == nil {
 			ids = append(ids, printable(s.id))
 		}
-	}
+	})
 	return ids
 }
 
@@ -390,7 +388,7 @@ func (r *registry) reportProcess(id string, p processReport) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if s := r.service(id); s.process == nil || *s.process != p {
-		kept := p // of which only a change is to cost an allocation
+		kept := p // a copy, so that only a change allocates
 		s.process = &kept
 		r.feed.touch(s)
 	}
@@ -497,7 +495,7 @@ func (r *registry) admit(id string, now time.Time) {
 	s.fillLocked()
 	r.seenLocked(s, now)
 	r.noteLocked(s, now)
-	r.tellLocked(s) // not when it is on disk: nobody asked for it, and its process may have ended by then
+	r.tellLocked(s) // without waiting for the disk: no caller does, and its process may have ended by then
 }
 
 // checked notes the outcome of a health check of component id: "" is a pass and
@@ -862,32 +860,33 @@ func (r *registry) unregister(id string, from origin, now time.Time) (uint64, er
 	return s.durable, nil
 }
 
-// view calls f with the service id, or fails with NOT_FOUND. f must not keep it.
-func (r *registry) view(id string, now time.Time, f func(*service)) error {
+// view calls f with the service id and the time to judge it by, or fails with
+// NOT_FOUND. f must not keep it.
+func (r *registry) view(id string, now time.Time, f func(s *service, now time.Time)) error {
 	if id == "" {
 		return status.Error(codes.InvalidArgument, "service_id is empty")
 	}
-	r.lockAt(now)
+	now = r.lockAt(now)
 	defer r.mu.Unlock()
 	s, err := r.findLocked(id)
 	if err != nil {
 		return err
 	}
-	f(s)
+	f(s, now)
 	return nil
 }
 
 // each calls f with every registered service, the pipeline's own first and then
-// in the order of first registration. f must not keep them.
-func (r *registry) each(now time.Time, f func(*service)) {
+// in the order of first registration, and the time to judge it by. f must not keep it.
+func (r *registry) each(now time.Time, f func(s *service, now time.Time)) {
 	r.mu.Lock()
 	all := slices.Clone(r.all)
 	r.mu.Unlock()
 	for some := range slices.Chunk(all, batch) {
-		r.lockAt(now)
+		now = r.lockAt(now)
 		for _, s := range some {
 			if s.registered {
-				f(s)
+				f(s, now)
 			}
 		}
 		r.mu.Unlock()
@@ -998,15 +997,13 @@ func (l legacyServer) Heartbeat(ctx context.Context, in *flowctlpb.ServiceHeartb
 
 func (l legacyServer) GetServiceStatus(_ context.Context, in *flowctlpb.ServiceInfo) (*flowctlpb.ServiceStatus, error) {
 	var out *flowctlpb.ServiceStatus
-	now := time.Now()
-	err := l.view(in.GetServiceId(), now, func(s *service) { out = l.statusLocked(s, now) })
+	err := l.view(in.GetServiceId(), time.Now(), func(s *service, now time.Time) { out = l.statusLocked(s, now) })
 	return out, err
 }
 
 func (l legacyServer) ListServices(context.Context, *emptypb.Empty) (*flowctlpb.ServiceList, error) {
 	out := &flowctlpb.ServiceList{}
-	now := time.Now()
-	l.each(now, func(s *service) { out.Services = append(out.Services, l.statusLocked(s, now)) })
+	l.each(time.Now(), func(s *service, now time.Time) { out.Services = append(out.Services, l.statusLocked(s, now)) })
 	return out, nil
 }
 
@@ -1065,7 +1062,7 @@ func (v v1Server) UnregisterComponent(ctx context.Context, in *flowctlv1.Unregis
 // more asks ListComponents.
 func (v v1Server) DiscoverComponents(_ context.Context, in *flowctlv1.DiscoveryRequest) (*flowctlv1.DiscoveryResponse, error) {
 	out := &flowctlv1.DiscoveryResponse{}
-	v.each(time.Now(), func(s *service) {
+	v.each(time.Now(), func(s *service, _ time.Time) {
 		if s.matches(in) {
 			out.Components = append(out.Components, s.info())
 		}
@@ -1100,15 +1097,13 @@ func (v v1Server) Heartbeat(ctx context.Context, in *flowctlv1.HeartbeatRequest)
 
 func (v v1Server) GetComponentStatus(_ context.Context, in *flowctlv1.ComponentStatusRequest) (*flowctlv1.ComponentStatusResponse, error) {
 	var out *flowctlv1.ComponentStatusResponse
-	now := time.Now()
-	err := v.view(in.GetServiceId(), now, func(s *service) { out = v.statusLocked(s, now) })
+	err := v.view(in.GetServiceId(), time.Now(), func(s *service, now time.Time) { out = v.statusLocked(s, now) })
 	return out, err
 }
 
 func (v v1Server) ListComponents(_ context.Context, in *flowctlv1.ListComponentsRequest) (*flowctlv1.ListComponentsResponse, error) {
 	out := &flowctlv1.ListComponentsResponse{}
-	now := time.Now()
-	v.each(now, func(s *service) {
+	v.each(time.Now(), func(s *service, now time.Time) {
 		if in.GetTypeFilter() != flowctlv1.ComponentType_COMPONENT_TYPE_UNSPECIFIED && in.GetTypeFilter() != s.v1Type() {
 			return
 		}

@@ -530,7 +530,7 @@ func TestRepeatedRegistrations(t *testing.T) {
 			}
 			for id, want := range test.known {
 				wantCode(t, "heartbeat as "+id, beat(r, id, now), codes.OK)
-				r.view(id, now, func(s *service) {
+				r.view(id, now, func(s *service, _ time.Time) {
 					if s.id != want {
 						t.Errorf("%q leads to %q, want %q", id, s.id, want)
 					}
@@ -1608,7 +1608,7 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 	r.mu.Unlock()
 
 	listed := make(map[string]condition)
-	r.each(now, func(s *service) {
+	r.each(now, func(s *service, _ time.Time) {
 		if _, double := listed[s.id]; double {
 			t.Errorf("service %q is listed twice", s.id)
 		}
@@ -1618,7 +1618,7 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 		t.Errorf("%d services are listed, %d are registered", len(listed), registered)
 	}
 	for id, want := range listed {
-		if err := r.view(id, now, func(s *service) {
+		if err := r.view(id, now, func(s *service, _ time.Time) {
 			if got, _ := r.conditionLocked(s, now); got != want {
 				t.Errorf("service %q: asked for alone it is %v, in the list %v", id, got, want)
 			}

@@ -78,7 +78,7 @@ func probeHTTP(ctx context.Context, u *url.URL) error {
 	}
 	resp, err := client.Do(req)
 	if named := (*url.Error)(nil); errors.As(err, &named) {
-		return named.Err // what was asked is said by who reports it
+		return named.Err // without the URL, which the caller names
 	} else if err != nil {
 		return err
 	}

@@ -142,7 +142,9 @@ const runMark = "FLOWCTL_RUN"
 
 // supervisor starts, restarts and stops the processes of a pipeline. One goroutine
 // owns it and calls its methods; it is told the time and never asks. What happens
-// elsewhere arrives in exits, and next says when a deadline is due.
+// elsewhere arrives in exits, and next says when a deadline is due. Only componentAt and
+// warnOfStranger are called from elsewhere: of its fields they use none that changes, but
+// for leaders and those that lock themselves.
 type supervisor struct {
 	settings procSettings
 	log      *slog.Logger
@@ -242,7 +244,7 @@ func newSupervisor(p *Pipeline, settings procSettings, emit emitter, log *slog.L
 		port, err := reservePort(c)
 		if err != nil {
 			s.releasePorts()
-			return nil, fmt.Errorf("component %s: cannot find a free port for its HEALTH_PORT: %v", c.ID, err)
+			return nil, fmt.Errorf("component %s: %v", c.ID, err)
 		}
 		s.ports[c.ID] = port
 	}
@@ -336,7 +338,7 @@ func (s *supervisor) start(p *proc, now time.Time) {
 	p.last, p.ended, p.registered, p.exit = p.child, time.Time{}, false, nil
 	s.transition(p, procStarting, p.readyBy)
 	p.log.Info("started", "pid", p.child.pid)
-	go func(child *child) {
+	go func(child *child) { // loop waits for exits, but for one that SIGKILL does not end
 		state, lost, left := child.reap()
 		s.exits <- exit{p, child, state, lost, left}
 	}(p.child)
@@ -432,11 +434,6 @@ func (s *supervisor) fail(p *proc, kind failKind, reason string, now time.Time) 
 		f.wasReady = p.readyAt.After(p.started)
 	}
 	p.failure = f
-}
-
-// failUnhealthy fails p, which runs, for how it is.
-func (s *supervisor) failUnhealthy(p *proc, reason string, now time.Time) {
-	s.fail(p, failUnhealthy, reason, now)
 }
 
 // failures returns those that failed, in file order.
@@ -570,28 +567,34 @@ func (s *supervisor) beginStop() {
 		s.before = stopOrder(all)
 	}
 	for _, p := range s.procs {
-		switch p.state {
-		case procWaiting, procBackoff:
-			s.transition(p, procStopped, time.Time{})
-		case procStarting:
-			p.deadline = time.Time{} // nobody waits for it to be ready any more
-		}
+		s.abandon(p)
 	}
 }
 
-// advanceStop sends their stop signal to those whose turn it is: everything that
-// has to stop before them has ended. Of an input half its stop timeout is enough,
-// because some servers end only once their reader has closed the stream.
+// abandon has p not started any more, and no deadline for it to be ready.
+func (s *supervisor) abandon(p *proc) {
+	switch p.state {
+	case procWaiting, procBackoff:
+		s.transition(p, procStopped, time.Time{})
+	case procStarting:
+		p.deadline = time.Time{}
+	}
+}
+
+// advanceStop stops those whose turn it is.
 func (s *supervisor) advanceStop(now time.Time) {
 	for _, p := range s.procs {
-		if !p.runs() || slices.ContainsFunc(s.before[p.ID], func(e stopEdge) bool { return s.holds(e, now) }) {
-			continue
-		}
-		s.stop(p, now)
+		s.stopInTurn(p, now)
 	}
 }
 
-func (s *supervisor) stop(p *proc, now time.Time) {
+// stopInTurn sends p its stop signal, if it runs and everything that has to stop before
+// it has ended. Of an input half its stop timeout is enough, because some servers end
+// only once their reader has closed the stream.
+func (s *supervisor) stopInTurn(p *proc, now time.Time) {
+	if !p.runs() || slices.ContainsFunc(s.before[p.ID], func(e stopEdge) bool { return s.holds(e, now) }) {
+		return
+	}
 	p.log.Info("stopping", "pid", p.child.pid, "signal", p.stopSignal().String())
 	p.stopSent = now
 	p.child.signal(p.stopSignal())
@@ -664,7 +667,7 @@ func (s *supervisor) reload(next *Pipeline) (reloaded, error) {
 			for _, port := range ports {
 				port.release()
 			}
-			return out, fmt.Errorf("component %s: cannot find a free port for its HEALTH_PORT: %v", c.ID, err)
+			return out, fmt.Errorf("component %s: %v", c.ID, err)
 		}
 		ports[c.ID] = port
 	}
@@ -702,23 +705,18 @@ func (s *supervisor) newProc(c *Component) *proc {
 // leave has p stopped, and successor take its place. What waits for it waits for that.
 func (s *supervisor) leave(p *proc, successor *Component) {
 	p.leaving, p.successor, p.wasReady = true, successor, false
-	switch p.state {
-	case procWaiting, procBackoff:
-		s.transition(p, procStopped, time.Time{})
-	case procStarting:
-		p.deadline = time.Time{} // nobody waits for it to be ready any more
-	}
+	s.abandon(p)
 }
 
-// advanceLeave sends their stop signal to those that leave and whose turn it is, in
-// the order of a stop.
+// advanceLeave stops those that leave, in the order of a stop, and lets go of those that
+// have ended.
 func (s *supervisor) advanceLeave(now time.Time) {
 	if s.target == nil || s.stopping {
 		return
 	}
 	for _, p := range s.procs {
-		if p.leaving && p.runs() && !slices.ContainsFunc(s.before[p.ID], func(e stopEdge) bool { return s.holds(e, now) }) {
-			s.stop(p, now)
+		if p.leaving {
+			s.stopInTurn(p, now)
 		}
 	}
 	s.settle()
@@ -739,7 +737,7 @@ func (s *supervisor) settle() {
 			s.procs[i] = s.newProc(p.successor)
 			port, err := reservePort(p.successor)
 			if err != nil {
-				s.fail(s.procs[i], failStart, fmt.Sprintf("cannot find a free port for its HEALTH_PORT: %v", err), time.Time{})
+				s.fail(s.procs[i], failStart, err.Error(), time.Time{})
 				s.transition(s.procs[i], procFailed, time.Time{})
 				port = new(reservedPort)
 			}
@@ -1182,7 +1180,7 @@ func reservePort(c *Component) (*reservedPort, error) {
 	}
 	hold, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("cannot find a free port for its HEALTH_PORT: %v", err)
 	}
 	return &reservedPort{number: strconv.Itoa(hold.Addr().(*net.TCPAddr).Port), hold: hold}, nil
 }

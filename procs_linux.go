@@ -459,14 +459,10 @@ func (s *supervisor) strays(id string) []procInfo {
 	if !s.reaper.strangers() {
 		return nil // what its leader has left is flowctl's child now
 	}
-	var out []procInfo
-	for _, p := range processes() {
-		env := environ(p.pid) // not those of a flowctl that is a component: they have a mark of their own
-		if bytes.Contains(env, []byte("\x00"+runMark+"="+s.run+"\x00")) && bytes.Contains(env, []byte("\x00FLOWCTL_COMPONENT_ID="+id+"\x00")) {
-			out = append(out, p)
-		}
-	}
-	return out
+	return slices.DeleteFunc(processes(), func(p procInfo) bool {
+		marked, known := s.markedComponent(p.pid)
+		return !known || marked != id
+	})
 }
 
 // componentAt tells which component holds the other end of a connection to flowctl:
@@ -546,7 +542,7 @@ func (s *supervisor) componentHolding(inode uint64, uid int, claim string) (id s
 			}
 			blind = blind || !readable
 		}
-		if blind || len(below) == 0 && len(leaders) > 0 { // of which the second is a /proc that does not show them
+		if blind || len(below) == 0 && len(leaders) > 0 { // a /proc that shows not even those hides them
 			return "", false, false
 		}
 	}
@@ -604,12 +600,12 @@ func (s *supervisor) componentOf(pid int) (id string, known bool) {
 }
 
 // markedComponent is the component of this run that the environment of a process
-// names.
+// names. What a flowctl starts that is itself a component has a mark of its own.
 func (s *supervisor) markedComponent(pid int) (id string, known bool) {
 	env := environ(pid)
 	_, rest, ok := bytes.Cut(env, []byte("\x00FLOWCTL_COMPONENT_ID="))
 	name, _, _ := bytes.Cut(rest, []byte{0})
-	if !ok || !bytes.Contains(env, []byte("\x00"+runMark+"="+s.run+"\x00")) { // also that of a flowctl that was a component
+	if !ok || !bytes.Contains(env, []byte("\x00"+runMark+"="+s.run+"\x00")) {
 		return "", false
 	}
 	return string(name), true

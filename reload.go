@@ -7,6 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -74,23 +75,17 @@ func (r *run) reload() (reloaded, error) {
 
 func (r *run) applyFile() (reloaded, error) {
 	if info, err := os.Stat(r.flags.file); err == nil && !info.Mode().IsRegular() {
-		return reloaded{}, fmt.Errorf("%s is no plain file, and cannot be read again", r.flags.file) // nor be waited for
+		return reloaded{}, fmt.Errorf("%s is no plain file, and cannot be read again", r.flags.file) // to open a FIFO would hold the loop
 	}
-	p, err := readPipeline(r.flags.file, os.LookupEnv)
+	p, err := r.flags.read()
 	if err != nil {
 		return reloaded{}, err
 	}
 	if p.Metadata.Name != r.about.name {
 		return reloaded{}, fmt.Errorf("%s: metadata.name is %q now: a pipeline keeps its name, %q, while it runs", r.flags.file, p.Metadata.Name, r.about.name)
 	}
-	if err := r.flags.tls.checkPipeline(p); err != nil {
-		return reloaded{}, err
-	}
 	if ids := p.speakTLS(false); r.flags.tls.cert != "" && !r.entrance && len(ids) > 0 {
 		return reloaded{}, fmt.Errorf("%s: %s would need a listener without TLS, which there is not: restart flowctl, or set \"tls\": true", r.flags.file, enumerate(ids))
-	}
-	if err := r.flags.engine.checkImages(p); err != nil {
-		return reloaded{}, fmt.Errorf("%s: %w", r.flags.file, err)
 	}
 	if err := cmp.Or(r.sup.settings.checkReach(p), r.flags.engine.checkNew(p, r.sup.procs)); err != nil {
 		return reloaded{}, err
@@ -166,10 +161,18 @@ func reloadCommand(args []string) error {
 	if name != "" && o.endpoint != "" {
 		return &usageError{"reload", fmt.Errorf("-endpoint %q and the pipeline %q: name one of them", o.endpoint, name)}
 	}
-	client, err := o.connectOne(name)
+	runs, err := o.runs()
+	if err == nil && o.endpoint == "" {
+		runs, err = choosePipeline(runs, name)
+	}
 	if err != nil {
 		return &exitError{exitPlane, err}
 	}
+	clients, err := o.connect(runs)
+	if err != nil {
+		return &exitError{exitPlane, err}
+	}
+	client := clients[0]
 	defer client.close()
 	ctx, cancel := context.WithTimeout(context.Background(), reloadPatience)
 	defer cancel()
@@ -187,50 +190,29 @@ func reloadCommand(args []string) error {
 	return nil
 }
 
-// connectOne is connect for one pipeline: that of the endpoint, or of the name, or,
-// in ExecReload= of a unit, of its main process (systemd.exec(5)), or the only one.
-func (o *listOptions) connectOne(name string) (*listClient, error) {
-	if o.endpoint == "" {
-		ctx, cancel := context.WithTimeout(context.Background(), listPatience)
-		defer cancel()
-		runs, err := awaitRuns(ctx, o.wait)
-		if err != nil {
-			return nil, err
-		}
-		main, _ := strconv.Atoi(os.Getenv("MAINPID"))
-		var names []string
-		for _, run := range runs {
-			if run.Pipeline == "" {
-				continue
-			}
-			names = append(names, run.Pipeline)
-			if name == run.Pipeline || name == "" && run.PID == main {
-				o.endpoint = run.Endpoint
-			}
-		}
-		switch {
-		case o.endpoint != "":
-		case name == "" && main != 0:
-			return nil, fmt.Errorf("process %d, the unit's (MAINPID), is no pipeline that runs here", main)
-		case name == "" && len(names) == 1:
-			for _, run := range runs {
-				if run.Pipeline != "" {
-					o.endpoint = run.Endpoint
-				}
-			}
-		case len(names) == 0:
-			return nil, errors.New("no pipeline is running here")
-		case name == "":
-			return nil, fmt.Errorf("%d pipelines are running: name one of %s", len(names), enumerate(names))
-		default:
-			return nil, fmt.Errorf("no pipeline %q is running, only %s", name, enumerate(names))
+// choosePipeline returns the one of runs that is the pipeline of that name, or without
+// a name, in ExecReload= of a unit, its main process (systemd.exec(5)), or the only one.
+func choosePipeline(runs []runInfo, name string) ([]runInfo, error) {
+	runs = slices.DeleteFunc(runs, func(r runInfo) bool { return r.Pipeline == "" })
+	main, _ := strconv.Atoi(os.Getenv("MAINPID"))
+	var names []string
+	for i, run := range runs {
+		names = append(names, run.Pipeline)
+		if name == run.Pipeline || name == "" && run.PID == main {
+			return runs[i : i+1], nil
 		}
 	}
-	clients, err := o.connect()
-	if err != nil {
-		return nil, err
+	switch {
+	case name == "" && main != 0:
+		return nil, fmt.Errorf("process %d, the unit's (MAINPID), is no pipeline that runs here", main)
+	case len(runs) == 0:
+		return nil, errors.New("no pipeline is running here")
+	case name != "":
+		return nil, fmt.Errorf("no pipeline %q is running, only %s", name, enumerate(names))
+	case len(runs) > 1:
+		return nil, fmt.Errorf("%d pipelines are running: name one of %s", len(names), enumerate(names))
 	}
-	return clients[0], nil
+	return runs, nil
 }
 
 // reloadText says what a reload has come to.

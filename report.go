@@ -138,7 +138,10 @@ func (f failedComponent) circumstances() string {
 	}
 	text := fmt.Sprintf(" (pid %d, ran for %s", f.PID, f.Lived)
 	if f.expected {
-		text += map[bool]string{true: ", registered", false: ", not registered"}[f.Registered]
+		if text += ", "; !f.Registered {
+			text += "not "
+		}
+		text += "registered"
 	}
 	return text + ")"
 }
@@ -207,7 +210,11 @@ var symptoms = []struct {
 func (f *failure) try(file string) string {
 	c, lines := f.component, strings.ToLower(strings.Join(f.tail[max(0, len(f.tail)-3):], "\n")) // what came before may have been mended
 	for _, s := range symptoms {
-		if in := map[bool]string{true: lines, false: f.reason}[s.inLines]; strings.Contains(in, s.text) {
+		in := f.reason
+		if s.inLines {
+			in = lines
+		}
+		if strings.Contains(in, s.text) {
 			return strings.ReplaceAll(s.try, "%s", c.ID)
 		}
 	}

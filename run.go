@@ -29,40 +29,40 @@ const echoTime = 50 * time.Millisecond
 // run is one run of a pipeline. One goroutine, in loop, owns it: everything that
 // happens reaches it as an event, and it alone decides.
 type run struct {
-	flags      runFlags
-	log        *slog.Logger
-	stderr     *logWriter
-	cleanups   []func() // of what was opened, in that order
-	file       *runFile
-	certs      *certificates // nil without TLS
-	endpoint   string        // where the plane listens
-	registry   *registry
-	children   *reaper
-	sup        *supervisor
-	console    *console
-	screen     *screen   // nil where there is no footer
-	shown      time.Time // when it was given a footer last
-	stale      bool      // something has happened since
-	about      about
-	files      *logFiles   // nil for none
-	entrance   bool        // there is a listener without TLS, or no TLS
-	edition    int         // of sup, which the registry knows
-	guest      *guest      // nil for none
-	journal    *journalLog // nil where the log is not in the journal
-	reloads    chan reloadRequest
-	over       chan struct{}        // closed when loop has returned
-	watchdog   time.Duration        // how often systemd wants to hear that flowctl turns, 0 for never
-	barked     time.Time            // when it was told last
-	conditions map[string]change    // by component: what the registry last told
-	unhealthy  map[string]time.Time // by component: since when
-	signal     os.Signal            // that began the stop, at signalAt
-	signalAt   time.Time
-	ready      bool // once and for all
-	code       int
-	blame      error // for code, where no component is
-	verdicts   chan verdict
-	watches    map[string]context.CancelFunc // by component: ends its health checks
-	watching   sync.WaitGroup
+	flags       runFlags
+	log         *slog.Logger
+	stderr      *logWriter
+	cleanups    []func() // of what was opened, in that order
+	file        *runFile
+	certs       *certificates // nil without TLS
+	endpoint    string        // where the plane listens
+	registry    *registry
+	children    *reaper
+	sup         *supervisor
+	console     *console
+	screen      *screen   // nil where there is no footer
+	shown       time.Time // when it was given a footer last
+	stale       bool      // showFooter has passed one over, which is due footerTime after shown
+	about       about
+	files       *logFiles   // nil for none
+	entrance    bool        // there is a listener without TLS, or no TLS
+	edition     int         // of sup, which the registry knows
+	guest       *guest      // nil for none
+	journal     *journalLog // nil where the log is not in the journal
+	reloads     chan reloadRequest
+	over        chan struct{}        // closed when loop has returned
+	watchdog    time.Duration        // how often systemd wants to hear that flowctl turns, 0 for never
+	watchdogFed time.Time            // when it heard that last
+	conditions  map[string]change    // by component: what the registry last told
+	unhealthy   map[string]time.Time // by component: since when
+	signal      os.Signal            // that began the stop, at signalAt
+	signalAt    time.Time
+	ready       bool // once and for all
+	code        int
+	blame       error // for code, where no component is
+	verdicts    chan verdict
+	watches     map[string]context.CancelFunc // by component: ends its health checks
+	watching    sync.WaitGroup
 }
 
 // logFiles opens the folder for the components' lines, nil for none. That one which
@@ -184,7 +184,7 @@ func (r *run) prepare(p *Pipeline, signals <-chan os.Signal) (stopped bool, err 
 	}
 	r.atEnd(r.children.close)
 	if engine := r.flags.engine; engine != nil {
-		engine.reaper, engine.claim = r.children, r.file.claim()
+		engine.reaper, engine.pipeline, engine.claim = r.children, r.about.name, r.file.claim()
 	}
 	if stopped, err = r.flags.engine.prepareUntil(signals, p, r.log); err != nil {
 		return false, &exitError{exitUsage, err}
@@ -233,7 +233,8 @@ func (r *run) supervise(p *Pipeline, ids []string, settings procSettings) (err e
 	return nil
 }
 
-// emit is the emitter of all components: what is shown is in the files.
+// emit is the emitter of all components. It writes the files first, so that what is shown
+// is in them.
 func (r *run) emit(id, stream string, lines []byte) {
 	if r.files != nil {
 		r.files.lines(id, stream, lines)
@@ -312,7 +313,7 @@ func (r *run) loop(signals <-chan os.Signal) {
 			r.signalled(sig, time.Now())
 		case sig := <-r.screen.events():
 			r.screen.signalled(sig)
-		case <-r.footerDue(): // not by timer: that one is late tells nothing
+		case <-r.footerDue(): // a timer of its own: that timer is late is how flowctl knows that it was stopped
 		case <-r.registry.wake:
 		case e := <-r.sup.exits:
 			r.exited(e, time.Now())
@@ -364,7 +365,7 @@ func (r *run) next(now time.Time) time.Time {
 		next = earliest(next, r.guest.deadline)
 	}
 	if r.watchdog > 0 {
-		next = earliest(next, r.barked.Add(r.watchdog/2))
+		next = earliest(next, r.watchdogFed.Add(r.watchdog/2))
 	}
 	if r.sup.stopping {
 		return next
@@ -378,8 +379,8 @@ func (r *run) next(now time.Time) time.Time {
 // advance does all that the state of things asks for at the time now.
 func (r *run) advance(now time.Time) {
 	r.takeChanges(now) // which needs the registry: if that hangs, systemd hears no more
-	if r.watchdog > 0 && now.Sub(r.barked) >= r.watchdog/2 {
-		r.barked = now
+	if r.watchdog > 0 && now.Sub(r.watchdogFed) >= r.watchdog/2 {
+		r.watchdogFed = now
 		notify(r.log, daemon.SdNotifyWatchdog)
 	}
 	r.sup.expire(now)
@@ -409,7 +410,7 @@ func (r *run) failed(failures []*failure, now time.Time) {
 		if f.kind == failNotReady {
 			c, cause := r.registry.condition(f.component.ID, now)
 			f.reason += ": " + cause
-			if others := r.registry.strangers(); c == unregistered && f.component.registers() && len(others) > 0 {
+			if others := r.registry.strangers(now); c == unregistered && f.component.registers() && len(others) > 0 {
 				f.reason += "; registered, and none of the pipeline's: " + enumerate(others)
 			}
 		}
@@ -492,7 +493,7 @@ func (r *run) expireUnhealthy(now time.Time) {
 		}
 		delete(r.unhealthy, id)
 		if c, cause := r.registry.condition(id, now); !c.ok() {
-			r.sup.failUnhealthy(r.sup.byID[id], fmt.Sprintf("unhealthy for %s (-unhealthy-timeout): %s", r.flags.unhealthyTimeout, cause), now)
+			r.sup.fail(r.sup.byID[id], failUnhealthy, fmt.Sprintf("unhealthy for %s (-unhealthy-timeout): %s", r.flags.unhealthyTimeout, cause), now)
 		}
 	}
 }

@@ -343,7 +343,7 @@ func TestNoPause(t *testing.T) {
 		})
 		n := 0
 		measure("list", func(step func()) {
-			r.each(later, func(*service) {
+			r.each(later, func(*service, time.Time) {
 				if n++; n%batch == 0 {
 					step()
 				}

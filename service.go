@@ -276,7 +276,7 @@ type named struct {
 	metric
 }
 
-// merge is m with changes to it, whose names are in order. There is no room for more in it.
+// merge is m with changes to it, whose names are in order. It has no spare capacity.
 func (m metrics) merge(changes []named) metrics {
 	var out metrics
 	for _, c := range changes {
@@ -328,7 +328,8 @@ func takeMetrics[V any](s *service, in map[string]V, as func(V) metric, full err
 		t.end()
 		return err
 	}
-	// Of a hundred thousand, most of which there is no room for, not each is looked for.
+	// There may be a hundred thousand, most of which there is no room for: the known ones
+	// are looked up in the message, and not each of the message among them.
 	for name := range s.metrics.all() {
 		if v, ok := in[name]; ok {
 			_ = t.take(name, as(v))
@@ -401,9 +402,9 @@ func (t *taking) end() {
 	}
 }
 
-// slot is where a service is found in a table, 0 for none. Services that lead to each
-// other and ids that lead to them do so by slots: the garbage collector followed the
-// pointers that these would be for longer than all others.
+// slot is where a service is found in a table, 0 for none. Chains and the map of ids
+// refer to services by slot and not by pointer: to follow these was most of the garbage
+// collector's work.
 type slot int32
 
 // table has the services that there are, by slot.

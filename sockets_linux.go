@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 )
@@ -226,6 +227,20 @@ func hasOpen(folder, link string) (held, some bool, err error) {
 		}
 	}
 	return false, len(names) > 0, err
+}
+
+// portHolder returns the process that listens on a port, or that keeps others from it.
+// It is not ok where that cannot be known: of another user's, only root can.
+func portHolder(address string, port int) (pid int, name string, ok bool) {
+	addr, err := net.ResolveTCPAddr("tcp", net.JoinHostPort(strings.Trim(address, "[]"), strconv.Itoa(port)))
+	if err != nil {
+		return 0, "", false
+	}
+	inode, ok := listenerInode(addr.AddrPort())
+	if !ok {
+		return 0, "", false
+	}
+	return socketHolder(inode)
 }
 
 // socketHolder returns the first process that can be seen to have the socket with

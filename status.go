@@ -73,7 +73,7 @@ func (p patient) Write(b []byte) (written int, err error) {
 // of all while it stops a pipeline. Past maxQueued bytes it drops lines and says so.
 type logWriter struct {
 	w    io.Writer
-	json bool          // what it is given, and so what it says itself
+	json bool          // its lines are JSON, and so must be what it says itself
 	more chan struct{} // gets a token when there is something to do
 
 	mu      sync.Mutex // guards the fields below
@@ -283,7 +283,7 @@ func useColours(f *os.File) bool {
 	return isTerminal(f) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
 }
 
-// lines is the emitter of all components.
+// lines writes lines of a component.
 func (c *console) lines(id, stream string, lines []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -68,7 +68,7 @@ func shown(r *registry, now time.Time) map[string]*operatorv1.Component {
 	all := slices.Clone(r.all)
 	r.mu.Unlock()
 	out := make(map[string]*operatorv1.Component)
-	for _, c := range r.components(all, now) {
+	for _, c := range r.components(all, time.Time{}, now) {
 		c.Record = 0
 		out[c.GetId()] = c
 	}
@@ -208,7 +208,7 @@ func TestOldStateFileIsRead(t *testing.T) {
 	checkRegistry(t, r, now)
 	var got []string
 	for _, l := range []string{"stellar-source", "silent", "leaving", "pipeline-1", "bare"} {
-		if err := r.view(l, now, func(s *service) {
+		if err := r.view(l, now, func(s *service, _ time.Time) {
 			c, cause := r.conditionLocked(s, now)
 			w := s.details()
 			got = append(got, fmt.Sprintf("%s %q %s %q %q %q %q %q %q %d %v %s %s %s %v %s (%s) %d", s.id, s.names, typeName(s.kind), w.name, w.description, w.version, w.inputEvents,

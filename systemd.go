@@ -197,7 +197,7 @@ func (j *journalLog) insist(message string, priority journald.Priority, fields m
 	}
 }
 
-// lines is the emitter of all components.
+// lines writes lines of a component, each a record.
 func (j *journalLog) lines(id, stream string, lines []byte) {
 	j.mu.RLock()
 	known := j.fields[id]

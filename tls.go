@@ -8,7 +8,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"net"
 	"os"
@@ -100,10 +99,7 @@ type tlsFiles struct {
 // error names the flag, the file and the reason.
 func (f tlsFlags) load(now time.Time) (files tlsFiles, err error) {
 	fail := func(name, file string, err error) (tlsFiles, error) {
-		if path := (*fs.PathError)(nil); errors.As(err, &path) {
-			err = path.Err // the file is named already
-		}
-		return tlsFiles{}, fmt.Errorf("%s %q: %w", name, file, err)
+		return tlsFiles{}, fmt.Errorf("%s %q: %v", name, file, cause(err))
 	}
 	if f.cert != "" {
 		var cert, key []byte
@@ -117,7 +113,7 @@ func (f tlsFlags) load(now time.Time) (files tlsFiles, err error) {
 			return fail("-tls-key", f.key, err)
 		}
 		if files.cert, err = tls.X509KeyPair(cert, key); err != nil {
-			return fail("-tls-key", f.key, fmt.Errorf("it cannot be used for -tls-cert %q: %w", f.cert, err))
+			return fail("-tls-key", f.key, fmt.Errorf("it cannot be used for -tls-cert %q: %v", f.cert, err))
 		}
 	}
 	if f.ca != "" {
@@ -161,7 +157,7 @@ func readCertificates(file string) (data []byte, list []*x509.Certificate, err e
 		}
 		c, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {
-			return nil, nil, fmt.Errorf("certificate %d in it is damaged: %w", len(list)+1, err)
+			return nil, nil, fmt.Errorf("certificate %d in it is damaged: %v", len(list)+1, err)
 		}
 		list = append(list, c)
 	}
@@ -363,7 +359,7 @@ func openEntrance(p *Pipeline, c *certificates, endpoint string, log *slog.Logge
 	for _, v := range [][2]string{{"FLOWCTL_TLS_CA", ca}, {"FLOWCTL_TLS_CERT", c.flags.cert}, {"FLOWCTL_TLS_KEY", c.flags.key}} {
 		file, err := filepath.Abs(v[1])
 		if err != nil {
-			return e, fmt.Errorf("cannot find the folder of %s: %w", v[1], err)
+			return e, fmt.Errorf("cannot find the folder of %s: %v", v[1], err)
 		}
 		e.tlsEnv = append(e.tlsEnv, v[0]+"="+file)
 	}
@@ -375,7 +371,7 @@ func openEntrance(p *Pipeline, c *certificates, endpoint string, log *slog.Logge
 	}
 	lis, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
-		return e, fmt.Errorf("cannot listen for the components: %w", err)
+		return e, fmt.Errorf("cannot listen for the components: %v", err)
 	}
 	e.endpoint, e.private = lis.Addr().String(), privateListener{lis}
 	log.Info("listening for components, without TLS", "endpoint", e.endpoint)

@@ -166,7 +166,8 @@ func (*GetPipelineRequest) Descriptor() ([]byte, []int) {
 
 type WatchRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Go on after the first snapshot, until the caller ends the stream.
+	// Go on after the first snapshot, until the caller ends the stream. It ends by itself
+	// only when the control plane stops, with OK.
 	Follow bool `protobuf:"varint,1,opt,name=follow,proto3" json:"follow,omitempty"`
 	// Once a second, send also what was heard of again and has not changed otherwise.
 	Heartbeats    bool `protobuf:"varint,2,opt,name=heartbeats,proto3" json:"heartbeats,omitempty"`
