@@ -39,12 +39,13 @@ func (g *guest) start(s *supervisor) error {
 	g.cmd = exec.Command(g.argv[0], g.argv[1:]...)
 	g.cmd.Stdin, g.cmd.Stdout, g.cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	g.cmd.Env = append(slices.DeleteFunc(os.Environ(), hidden), "FLOWCTL_ENDPOINT="+s.settings.endpoint, runMark+"="+s.run)
-	if err := s.reaper.start(g.cmd); err != nil {
+	if err := s.leaders.start(guestID, s.reaper, g.cmd); err != nil {
 		g.over = true
 		return fmt.Errorf("the command after --: cannot run %q: %v", g.argv[0], cause(err))
 	}
-	go func() {
+	go func() { // loop waits for it, but for one that SIGKILL does not end
 		_ = s.reaper.wait(g.cmd) // how it ended is in its state
+		s.leaders.ended(g.cmd.Process.Pid)
 		g.ended <- g.cmd.ProcessState
 	}()
 	return nil

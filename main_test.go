@@ -148,6 +148,7 @@ type role struct {
 	Alias     string `json:",omitempty"` // it registers as this service
 	Gate      bool   `json:",omitempty"` // before it registers or passes a check, it waits for SIGUSR2
 	Mute      bool   `json:",omitempty"` // it never heartbeats
+	Hidden    bool   `json:",omitempty"` // only root can look into it
 	OnUSR1    string `json:",omitempty"` // "exit", "mute", "unhealthy", "fail" its checks; SIGUSR2 undoes it
 	End       string `json:",omitempty"` // ends with Code: "early", before it registers, or "registered"
 	Starts    int    `json:",omitempty"` // so many first starts End so, 0 for all; needs a Journal
@@ -172,6 +173,9 @@ func (r role) play() int {
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGUSR2)
 	r.note("start")
+	if r.Hidden {
+		_, _, _ = syscall.RawSyscall(syscall.SYS_PRCTL, syscall.PR_SET_DUMPABLE, 0, 0)
+	}
 	os.Stdout.Write(r.Out)
 	os.Stderr.Write(r.Err)
 	if r.Long > 0 {

@@ -23,7 +23,9 @@ type tracing struct {
 }
 
 // ServerHandshake refuses a process that is of no component on the listener that is
-// there for components alone: it would go round TLS.
+// there for components alone: it would go round TLS. One that could be in a container of
+// the pipeline is let in, though it may be another's: the engine may be of another user,
+// and then flowctl cannot see whose its processes are.
 func (t tracing) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	secured, info, err := t.TransportCredentials.ServerHandshake(conn)
 	if err != nil {
@@ -31,7 +33,7 @@ func (t tracing) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo,
 	}
 	r := &remote{AuthInfo: info, conn: conn, trace: t.trace}
 	if _, private := conn.(privateConn); private {
-		if from := r.origin(""); from.known && from.component == "" {
+		if from := r.origin(""); from.known && from.component == "" && !from.hidden {
 			return nil, nil, errors.New("a process that is no component of this pipeline is to use TLS")
 		}
 	}

@@ -11,8 +11,10 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -371,4 +373,127 @@ func TestClaimOfAClosedSocket(t *testing.T) {
 	}
 	p.signal(syscall.SIGTERM)
 	p.exit(exitOK)
+}
+
+// A component that flowctl may not look into, as one with capabilities, is believed;
+// nobody else is for that.
+func TestHiddenComponentShieldsNobody(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		t.Skip("only root can be another user")
+	}
+	const uid, other = 65529, 65528
+	program := publicProgram(t)
+	own, hidden := actor("own", role{Dialect: "v1"}), actor("hidden", role{Dialect: "v1", Hidden: true})
+	own.Command, hidden.Command = []string{program}, []string{program}
+	p := start(t, runArgs(publicPipeline(t, own, hidden)), asNobody(uid))
+	p.waitReady()
+	endpoint := p.endpoint()
+	pose := func(uid int, r role) string {
+		cmd := exec.Command(program)
+		cmd.Dir = "/"
+		cmd.Env = append(slices.Clone(p.cmd.Env), "FLOWCTL_ENDPOINT="+endpoint, "FLOWCTL_COMPONENT_ID=own", roleVar+"="+actorRole(t, r))
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: 65534}}
+		out, _ := cmd.CombinedOutput()
+		return string(out)
+	}
+	ends := role{Dialect: "v1", End: "registered"}
+	for _, uid := range []int{uid, other} {
+		if out := pose(uid, ends); !strings.Contains(out, "PermissionDenied") {
+			t.Errorf("a foreign process of user %d: %s", uid, out)
+		}
+	}
+	endsHidden := ends
+	endsHidden.Hidden = true
+	if out := pose(other, endsHidden); !strings.Contains(out, "PermissionDenied") {
+		t.Errorf("a foreign process that is hidden itself: %s", out)
+	}
+	p.stop()
+}
+
+// actorRole is the value of roleVar for r.
+func actorRole(tb testing.TB, r role) string {
+	tb.Helper()
+	return actor("", r).Env[roleVar]
+}
+
+// publicProgram is this test's program, where every user can run it.
+func publicProgram(tb testing.TB) string {
+	tb.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	data, err := os.ReadFile(self)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	program := writeFile(tb, filepath.Join(publicDir(tb), "actor"), string(data))
+	if err := os.Chmod(program, 0o755); err != nil {
+		tb.Fatal(err)
+	}
+	return program
+}
+
+// Whoever calls itself by the id of another component of the pipeline goes on to be
+// known by it on its own connections, also when that component comes later.
+func TestServiceIDOfAnotherComponent(t *testing.T) {
+	t.Parallel()
+	r := testRegistry()
+	own, other := origin{component: "ledgers", known: true}, origin{component: "store", known: true}
+	for from, reg := range map[origin]registration{own: {id: "store", componentID: "ledgers"}, other: {id: "store"}} {
+		if _, err := r.register(reg, from, testEpoch, func(string, []string, map[string]string) {}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for from, want := range map[origin]codes.Code{own: codes.OK, other: codes.OK, {known: true}: codes.PermissionDenied} {
+		_, err := r.heartbeat("store", from, flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, testEpoch, func(*service, error) error { return nil })
+		wantCode(t, "heartbeat as store from "+from.component, err, want)
+	}
+}
+
+// A port that two components have tells neither, nor does that of another machine.
+func TestHealthPortThatTellsNothing(t *testing.T) {
+	t.Parallel()
+	r := newRegistry(testTTL, testInterval, "", []member{
+		{&Component{ID: "a"}, "9001"}, {&Component{ID: "b"}, "9001"}, {&Component{ID: "c"}, "9002"},
+	})
+	for endpoint, want := range map[string]string{
+		"http://localhost:9001/health": "x", "http://10.1.2.3:9002/health": "x", "10.1.2.3:9002": "x",
+		"http://localhost:9002/health": "c", "http://[::1]:9002/health": "c", "host.docker.internal:9002": "c",
+	} {
+		mustRegister(t, r, registration{id: "x", endpoint: endpoint}, testEpoch)
+		if _, taken := r.condition("c", testEpoch); (taken == "") != (want == "c") {
+			t.Errorf("%s: c is %q", endpoint, taken)
+		}
+		r.starting("c", testEpoch)
+	}
+}
+
+// The command after -- is no component, and speaks for none.
+func TestCommandIsNoComponent(t *testing.T) {
+	t.Parallel()
+	a := actor("a", role{Dialect: "v1"})
+	poser := roleVar + "=" + actorRole(t, role{Dialect: "v1", End: "registered"})
+	p := start(t, runArgs(writePipeline(t, a), "--", "env", "FLOWCTL_COMPONENT_ID=a", poser, a.Command[0]))
+	p.exit(99)
+	p.has(p.stderr, "the command after -- cannot speak for component a")
+}
+
+// To be in a pid namespace, as a container is, makes nobody a component.
+func TestForeignPIDNamespace(t *testing.T) {
+	t.Parallel()
+	a := actor("a", role{Dialect: "v1"})
+	p := launch(t, writePipeline(t, a))
+	p.waitReady()
+	cmd := exec.Command("unshare", "--user", "--map-root-user", "--pid", "--fork", a.Command[0])
+	cmd.Env = append(slices.Clone(p.cmd.Env), "FLOWCTL_ENDPOINT="+p.endpoint(), "FLOWCTL_COMPONENT_ID=a", roleVar+"="+actorRole(t, role{Dialect: "v1", End: "registered"}))
+	out, err := cmd.CombinedOutput()
+	if err != nil && bytes.Contains(out, []byte("unshare:")) {
+		t.Skip("this system does not let us have a pid namespace: ", string(out))
+	}
+	if !bytes.Contains(out, []byte("PermissionDenied")) {
+		t.Errorf("%v\n%s", err, out)
+	}
+	p.stop()
 }

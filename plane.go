@@ -107,11 +107,15 @@ type registration struct {
 	metadata     map[string]string
 }
 
+// guestID stands for the command after -- where an id of a component would. No component
+// can have it.
+const guestID = "--"
+
 // origin is who is at the other end of a connection, as far as the kernel tells.
 type origin struct {
-	component string // its id in the pipeline, "" for a process that is of none
+	component string // its id in the pipeline, guestID, or "" for a process that is of none
 	known     bool   // false where the kernel cannot tell, as for another machine
-	hidden    bool   // it is a process of another user, whom flowctl may not look into; it could be one in a container
+	hidden    bool   // flowctl cannot see the process, which could be one in a container
 }
 
 // processReport is what a component's process does, in the words of who runs it. The
@@ -212,7 +216,9 @@ func (r *registry) setMembersLocked(members []member) (gone []*service) {
 		listed[s] = true
 		r.all = append(r.all, s)
 		r.feed.touch(s)
-		if m.healthPort != "" {
+		if _, twice := r.ports[m.healthPort]; twice {
+			r.ports[m.healthPort] = nil // it tells nobody
+		} else if m.healthPort != "" {
 			r.ports[m.healthPort] = s
 		}
 	}
@@ -274,21 +280,27 @@ func (r *registry) expiryLocked(s *service) time.Time {
 	return from.Add(r.ttl)
 }
 
-// lockAt locks the registry and notes the time. The janitor notes it every half
-// interval, so a gap of more than an interval means that flowctl did not run:
-// heartbeats could not be heard, and everyone gets one TTL from now on. It returns
-// the time to go on with: who looked at the clock first may come to the lock last,
-// and must not judge by a time that has passed.
+// lockAt locks the registry and notes the time. The janitor does so at least twice in
+// stall, so a gap of more than that means that flowctl did not run: heartbeats could
+// not be heard, and everyone gets one TTL from now on. It returns the time to go on
+// with: who looked at the clock first may come to the lock last, and must not judge by a
+// time that has passed. Times keep what they have of the monotonic clock, so that it is
+// no matter if the other one is set.
 func (r *registry) lockAt(now time.Time) time.Time {
 	r.mu.Lock()
-	if !r.observed.IsZero() && now.Sub(r.observed) > max(r.interval, minStall) {
+	if !r.observed.IsZero() && now.Sub(r.observed) > max(r.stall(), minStall) {
 		r.grace = now
 	}
 	if now.After(r.observed) {
-		r.observed = now.UTC() // without a pointer to a location in each time that is kept
+		r.observed = now
 	}
 	return r.observed
 }
+
+// stall is the time without a look at the clock that a registry takes for a flowctl that
+// was stopped. It is short enough for nobody to go stale in it who heartbeats as told,
+// each third of the TTL.
+func (r *registry) stall() time.Duration { return min(r.interval, r.ttl/3) }
 
 // noteLocked writes a change of the health of s down, if there is one.
 func (r *registry) noteLocked(s *service, now time.Time) {
@@ -410,7 +422,7 @@ func (r *registry) seenLocked(s *service, now time.Time) {
 func (r *registry) sweep(now time.Time) time.Time {
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
-	wake := now.Add(min(r.interval/2, r.ttl))
+	wake := now.Add(r.stall() / 2)
 	for n := 0; ; n++ {
 		s := r.live.front()
 		if s == nil {
@@ -435,7 +447,7 @@ func (r *registry) sweep(now time.Time) time.Time {
 }
 
 // runJanitor sweeps until ctx ends, at the earliest next expiry each time and at
-// least every half interval.
+// least twice in stall.
 func (r *registry) runJanitor(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -558,7 +570,7 @@ func (r *registry) identifyLocked(reg *registration, from origin) (*service, err
 		return s, nil
 	}
 	for _, endpoint := range []string{reg.endpoint, reg.metadata["health_endpoint"]} {
-		if s := r.ports[portOf(endpoint)]; s != nil {
+		if s := r.ports[localPort(endpoint)]; s != nil {
 			return s, s.refuse(from)
 		}
 	}
@@ -571,22 +583,26 @@ func (s *service) refuse(from origin) error {
 	if s.member == nil || !from.known || from.component == s.member.ID || from.hidden && s.member.Image != "" {
 		return nil
 	}
-	who := "a process that is no component of this pipeline"
-	if from.component != "" {
-		who = "component " + from.component
+	who := "component " + from.component
+	switch from.component {
+	case "":
+		who = "a process that is no component of this pipeline"
+	case guestID:
+		who = "the command after --"
 	}
 	return status.Errorf(codes.PermissionDenied, "%s cannot speak for component %s: only its own processes can", who, s.member.ID)
 }
 
-// portOf returns the port in a URL or a host:port with or without a path, "" if
-// there is none.
-func portOf(endpoint string) string {
-	if u, err := url.Parse(endpoint); err == nil && u.Host != "" {
-		return u.Port()
-	}
+// localPort returns the port in a URL or a host:port with or without a path, "" if
+// there is none or if it is that of an address beyond the loopback: another machine's
+// ports say nothing of a component.
+func localPort(endpoint string) string {
 	hostport, _, _ := strings.Cut(endpoint, "/")
-	_, port, err := net.SplitHostPort(hostport)
-	if err != nil {
+	if u, err := url.Parse(endpoint); err == nil && u.Host != "" {
+		hostport = u.Host
+	}
+	host, port, err := net.SplitHostPort(hostport)
+	if ip := net.ParseIP(host); err != nil || ip != nil && !ip.IsLoopback() && !ip.IsUnspecified() {
 		return ""
 	}
 	return port
@@ -690,7 +706,8 @@ func (r *registry) register(reg registration, from origin, now time.Time, ack fu
 func (r *registry) nameLocked(s *service, now time.Time, ids ...string) {
 	for _, id := range ids {
 		known := r.service(id)
-		if id == "" || known != nil && known.component() == id {
+		others := known != nil && known != s && known.component() == id
+		if id == "" || id == s.component() || others && s.member == nil {
 			continue
 		}
 		s.names = slices.DeleteFunc(s.names, func(name string) bool { return name == id })
@@ -698,6 +715,9 @@ func (r *registry) nameLocked(s *service, now time.Time, ids ...string) {
 			r.unnameLocked(s, s.names[0])
 		}
 		s.names = append(s.names, id)
+		if others {
+			continue
+		}
 		r.services[id] = s.slot
 		if known != nil && known != s {
 			r.loseNameLocked(known, id, now)
@@ -1037,7 +1057,7 @@ func (v v1Server) RegisterComponent(ctx context.Context, in *flowctlv1.RegisterR
 	}
 	out := &flowctlv1.RegisterResponse{}
 	change, err := v.register(registration{
-		id: c.GetId(), componentID: in.GetComponentId(), kind: flowctlpb.ServiceType(c.GetType()),
+		id: c.GetId(), componentID: in.GetComponentId(), kind: legacyType(c.GetType()),
 		name: c.GetName(), description: c.GetDescription(), version: c.GetVersion(),
 		inputEvents: c.GetInputEventTypes(), outputEvents: c.GetOutputEventTypes(),
 		endpoint: c.GetEndpoint(), metadata: c.GetMetadata(),
@@ -1112,6 +1132,14 @@ func (v v1Server) ListComponents(_ context.Context, in *flowctlv1.ListComponents
 		}
 	})
 	return out, nil
+}
+
+// legacyType is a type of the v1 dialect in the other one, which has one more.
+func legacyType(t flowctlv1.ComponentType) flowctlpb.ServiceType {
+	if flowctlv1.ComponentType_name[int32(t)] == "" {
+		return flowctlpb.ServiceType_SERVICE_TYPE_UNSPECIFIED
+	}
+	return flowctlpb.ServiceType(t)
 }
 
 // v1Type is the type in the v1 dialect, which has no PIPELINE.

@@ -928,6 +928,7 @@ func TestCauseNamesWhatHappened(t *testing.T) {
 			if test.do != nil {
 				test.do(r, testEpoch)
 			}
+			pass(r, testEpoch.Add(min(test.after, testTTL)))
 			if got, cause := r.condition("store", testEpoch.Add(test.after)); got != test.want || cause != test.cause {
 				t.Errorf("got %v, %q, want %v, %q", got, cause, test.want, test.cause)
 			}
@@ -945,10 +946,37 @@ func TestChangeIsNotLostToAnOlderTime(t *testing.T) {
 	r := newRegistry(testTTL, time.Hour, "", nil)
 	mustRegister(t, r, registration{id: "x"}, testEpoch)
 	wantChanges(t, r, testEpoch, "x: unregistered > healthy")
-	r.sweep(testEpoch.Add(testTTL + 1))
+	pass(r, testEpoch.Add(testTTL+1))
 	got := append(takeChanges(r, testEpoch.Add(testTTL)), takeChanges(r, testEpoch.Add(testTTL+2))...)
 	if want := []string{"x: healthy > unhealthy"}; !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// The registry's times are of the monotonic clock, so that it is no matter if the other
+// one is set back: nothing would be stale for as long.
+func TestTimesAreMonotonic(t *testing.T) {
+	t.Parallel()
+	r := testRegistry()
+	mustRegister(t, r, registration{id: "store"}, time.Now())
+	r.sweep(time.Now())
+	for what, at := range map[string]time.Time{"observed": r.observed, "last seen": r.service("store").lastSeen} {
+		if !strings.Contains(at.String(), " m=") {
+			t.Errorf("%s: %v", what, at)
+		}
+	}
+}
+
+// pass is time that passes until at with a janitor that does its work.
+func pass(r *registry, at time.Time) {
+	for r.observed.Before(at) {
+		next := r.observed.Add(r.stall() / 2)
+		if next.After(at) {
+			next = at
+		}
+		for swept := r.sweep(next); !swept.After(next); {
+			swept = r.sweep(next)
+		}
 	}
 }
 
@@ -962,14 +990,14 @@ func TestSweepReturnsWhenToComeAgain(t *testing.T) {
 		at, want      time.Duration
 	}{
 		{"nobody", 30 * s, 10 * s, nil, 0, 5 * s},
-		{"nobody, TTL below the interval", 2 * s, 10 * s, nil, 0, 2 * s},
+		{"nobody, TTL below the interval", 6 * s, 10 * s, nil, 0, s},
 		{"expiry far off", 30 * s, 10 * s, []time.Duration{0}, 0, 5 * s},
 		{"expiry next", 30 * s, 10 * s, []time.Duration{0}, 27 * s, 30*s + 1},
 		{"expiry now", 30 * s, 10 * s, []time.Duration{0}, 30 * s, 30*s + 1},
 		{"expired", 30 * s, 10 * s, []time.Duration{0}, 30*s + 1, 35*s + 1},
 		{"the earliest of many", 30 * s, 10 * s, []time.Duration{2 * s, 4 * s}, 29 * s, 32*s + 1},
 		{"the earliest that is left", 30 * s, 10 * s, []time.Duration{2 * s, 4 * s}, 33 * s, 34*s + 1},
-		{"TTL below the interval", 2 * s, 10 * s, []time.Duration{0, s}, s, 2*s + 1},
+		{"TTL below the interval", 6 * s, 10 * s, []time.Duration{0, s}, s, 2 * s},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -977,9 +1005,8 @@ func TestSweepReturnsWhenToComeAgain(t *testing.T) {
 			for i, at := range test.seen {
 				mustRegister(t, r, registration{id: fmt.Sprint(i)}, testEpoch.Add(at))
 			}
-			for at := time.Duration(0); at < test.at; at += test.interval / 2 {
-				r.sweep(testEpoch.Add(at))
-			}
+			r.sweep(testEpoch)
+			pass(r, testEpoch.Add(test.at-1))
 			if got := r.sweep(testEpoch.Add(test.at)).Sub(testEpoch); got != test.want {
 				t.Errorf("got %v, want %v", got, test.want)
 			}

@@ -170,20 +170,20 @@ type supervisor struct {
 	guardWait  time.Duration // before it is replaced the next time
 }
 
-// leaders are the processes that supervisor has started and that lead a group now,
-// for who asks from elsewhere which component a process is of.
+// leaders are the processes that supervisor has started and that lead a group now, and
+// the command after --, for who asks from elsewhere which component a process is of.
 type leaders struct {
 	mu    sync.RWMutex // guards byPID; held over each start, so that no process can ask before it is known
 	byPID map[int]string
 }
 
-// start runs start, which returns the pid of a new leader of component id.
-func (l *leaders) start(id string, start func() (pid int, err error)) error {
+// start starts cmd, a leader of component id or the command itself.
+func (l *leaders) start(id string, r *reaper, cmd *exec.Cmd) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	pid, err := start()
+	err := r.start(cmd)
 	if err == nil {
-		l.byPID[pid] = id
+		l.byPID[cmd.Process.Pid] = id
 	}
 	return err
 }
@@ -844,12 +844,7 @@ func (s *supervisor) spawn(c *Component) (*child, error) {
 		ch.outputs, theirs = append(ch.outputs, r), append(theirs, w)
 	}
 	cmd.Stdout, cmd.Stderr = theirs[0], theirs[1]
-	if err := s.leaders.start(c.ID, func() (int, error) {
-		if err := s.reaper.start(cmd); err != nil {
-			return 0, err
-		}
-		return cmd.Process.Pid, nil
-	}); err != nil {
+	if err := s.leaders.start(c.ID, s.reaper, cmd); err != nil {
 		ch.closeOutputs()
 		return nil, describeStart(cmd, err)
 	}

@@ -468,9 +468,9 @@ func (s *supervisor) strays(id string) []procInfo {
 // componentAt tells which component holds the other end of a connection to flowctl:
 // it, or what it has started. claim is the one to begin with. known is false where
 // the kernel cannot tell: for another machine, a container, which a component may be
-// the client of, or a process that flowctl may not look into. With an id of "" it is
-// known that the other end is of no component, unless it is hidden: that of another
-// user, as whom a container may run.
+// the client of, or a process of a component that flowctl may not look into. With an id
+// of "" it is known that the other end is of no component, unless it is hidden: a process
+// that cannot be seen, and could be that of a container.
 func (s *supervisor) componentAt(conn net.Conn, claim string) (id string, known, hidden bool) {
 	switch conn := conn.(type) {
 	case *net.UnixConn:
@@ -482,15 +482,15 @@ func (s *supervisor) componentAt(conn net.Conn, claim string) (id string, known,
 		if !ok || !alsoOK {
 			return "", false, false
 		}
-		inode, uid, ok := socketOwner(remote.AddrPort(), local.AddrPort())
+		inode, uid, ok, err := socketOwner(remote.AddrPort(), local.AddrPort())
 		if ok {
 			if id, known, hidden := s.componentHolding(inode, uid, claim); known {
 				return id, true, hidden
 			}
-			_, _, ok = socketOwner(remote.AddrPort(), local.AddrPort())
+			_, _, ok, err = socketOwner(remote.AddrPort(), local.AddrPort())
 		}
 		// Who has closed it did not wait for an answer, as components do.
-		return "", !ok && remote.IP.IsLoopback() && socketsVisible(), false
+		return "", !ok && err == nil && remote.IP.IsLoopback() && socketsVisible(), false
 	}
 }
 
@@ -528,7 +528,7 @@ func (s *supervisor) componentHolding(inode uint64, uid int, claim string) (id s
 			if held {
 				return id, true, false
 			}
-			blind = blind || !readable
+			blind = blind || !readable && mayHaveMade(pid, uid)
 		}
 		below := s.descendants()
 		for _, p := range below {
@@ -540,28 +540,46 @@ func (s *supervisor) componentHolding(inode uint64, uid int, claim string) (id s
 				id, known = s.componentOf(p.pid)
 				return id, known, false
 			}
-			blind = blind || !readable
+			blind = blind || !readable && mayHaveMade(p.pid, uid)
+		}
+		if pid, _, ok := socketHolder(inode); ok && blind {
+			id, known = s.componentOf(pid)
+			return id, known, false
 		}
 		if blind || len(below) == 0 && len(leaders) > 0 { // a /proc that shows not even those hides them
 			return "", false, false
 		}
 	}
 	if pid, _, ok := socketHolder(inode); ok {
-		id, known = s.componentOutside(pid)
+		id, known = s.componentOf(pid)
 		return id, known, false
 	}
-	other := uid != os.Getuid() // another user's, into whom flowctl may not look
-	return "", other, other
+	return "", true, s.settings.engine != nil
+}
+
+// mayHaveMade tells whether a process can have made a socket that is of the user uid.
+func mayHaveMade(pid, uid int) bool {
+	status, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
+	if err != nil {
+		return false // it has ended
+	}
+	_, rest, _ := strings.Cut(string(status), "\nUid:")
+	uids, _, _ := strings.Cut(rest, "\n")                                       // real, effective, saved and file system: proc(5)
+	return uid == 0 || slices.Contains(strings.Fields(uids), strconv.Itoa(uid)) // it may have been root
 }
 
 // componentOutside tells which component a process is of that is not below flowctl:
-// none, or in a container, whose processes are below its engine, one that its
-// environment names.
+// none, or in a container, whose processes are below its engine, the one that its
+// environment names. known is false where that cannot be read.
 func (s *supervisor) componentOutside(pid int) (id string, known bool) {
 	if inPIDNamespace(pid) {
 		return "", true
 	}
-	return s.markedComponent(pid)
+	if id, known = s.markedComponent(pid); known {
+		return id, true
+	}
+	_, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/environ")
+	return "", err == nil
 }
 
 // inPIDNamespace tells whether a process is in flowctl's own pid namespace, and not in

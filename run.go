@@ -580,6 +580,7 @@ func (r *run) checkReady(now time.Time) {
 	}
 	r.ready, r.about.ready = true, true
 	r.log.Info("pipeline ready", "components", len(r.sup.procs), "endpoint", r.registry.endpoint, "after", now.Sub(r.about.started).Round(time.Millisecond))
+	r.showStatus() // who is told that all are ready finds it so when asking
 	notify(r.log, daemon.SdNotifyReady)
 	if r.flags.until == untilReady {
 		r.stop(exitOK, now)

@@ -323,7 +323,8 @@ func TestNoPause(t *testing.T) {
 		w := &follower{registry: r}
 		r.feed.followers++
 		measure("snapshot", func(step func()) { w.send = send(step); _ = w.snapshot() })
-		later := now.Add(2 * ttl)
+		pass(r, now.Add(ttl))
+		later := now.Add(ttl + 1)
 		measure("sweep", func(step func()) {
 			for next := later; !next.After(later); step() {
 				next = r.sweep(later)
@@ -353,7 +354,7 @@ func TestNoPause(t *testing.T) {
 			t.Errorf("%d services are told stale and %d listed, want %d", told, n, services)
 		}
 		w.leave()
-		checkedOften(t, r, services, now.Add(3*ttl), best)
+		checkedOften(t, r, services, now.Add(ttl+2), best)
 	}
 	for what, d := range best {
 		t.Logf("%s: %v at most", what, d)
@@ -370,7 +371,8 @@ func checkedOften(t *testing.T, r *registry, services int, now time.Time, best m
 	for i := range services {
 		_ = beat(r, fmt.Sprint("service-", i), now)
 	}
-	later := now.Add(2 * r.ttl)
+	pass(r, now.Add(r.ttl))
+	later := now.Add(r.ttl + 1)
 	w := &follower{registry: r, send: func(*operatorv1.WatchResponse) error { return nil }}
 	r.mu.Lock()
 	r.feed.followers++
@@ -560,7 +562,7 @@ func TestStaleOnTime(t *testing.T) {
 func TestStoppedPlaneBlamesNobody(t *testing.T) {
 	t.Parallel()
 	const ttl = 2 * time.Second
-	p, endpoint := startAlone(t, []string{"-no-persistence", "-heartbeat-ttl", ttl.String(), "-janitor-interval", "500ms"})
+	p, endpoint := startAlone(t, []string{"-no-persistence", "-heartbeat-ttl", ttl.String()})
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	var beats sync.WaitGroup

@@ -10,7 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"syscall"
 )
 
@@ -54,32 +54,33 @@ type diagAnswer struct {
 	Expires, ReadQueue, WriteQueue, UID, Inode uint32
 }
 
-// socketInode returns the inode of the TCP socket in this network namespace whose
-// own address is local and whose peer is remote. It is not ok when there is none,
-// when no process holds it (any more, or before it was accepted), and when the
-// kernel cannot tell: without its tcp_diag, or for an address with a zone.
-func socketInode(local, remote netip.AddrPort) (inode uint64, ok bool) {
-	inode, _, ok = socketOwner(local, remote)
-	return inode, ok
-}
-
-// socketOwner is socketInode, with the user who made the socket.
-func socketOwner(local, remote netip.AddrPort) (inode uint64, uid int, ok bool) {
+// socketOwner returns the inode of the TCP socket in this network namespace whose own
+// address is local and whose peer is remote, and the user who made it. It is not ok when
+// there is none, when no process holds it (any more, or before it was accepted), and when
+// the kernel cannot tell: without its tcp_diag, or for an address with a zone. It fails
+// when the kernel could not be asked, for want of a descriptor or of memory.
+func socketOwner(local, remote netip.AddrPort) (inode uint64, uid int, ok bool, err error) {
 	local, remote = unmap(local), unmap(remote)
-	found, ok := lookUpSocket(local, remote)
+	found, ok, err := lookUpSocket(local, remote)
 	if !ok || found.local() != local || found.remote() != remote {
-		return 0, 0, false // that was a listener
+		return 0, 0, false, err // that was a listener
 	}
 	switch found.State {
 	case tcpEstablished, tcpCloseWait, tcpFinWait1, tcpFinWait2:
-		return uint64(found.Inode), int(found.UID), found.Inode != 0
+		return uint64(found.Inode), int(found.UID), found.Inode != 0, nil
 	}
-	return 0, 0, false
+	return 0, 0, false, nil
 }
+
+// socketsSeen is whether socketsVisible was ever true.
+var socketsSeen atomic.Bool
 
 // socketsVisible tells whether the kernel can be asked at all, by a connection of
 // flowctl to itself.
-var socketsVisible = sync.OnceValue(func() bool {
+func socketsVisible() bool {
+	if socketsSeen.Load() {
+		return true
+	}
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return false
@@ -90,9 +91,10 @@ var socketsVisible = sync.OnceValue(func() bool {
 		return false
 	}
 	defer conn.Close()
-	_, ok := socketInode(conn.LocalAddr().(*net.TCPAddr).AddrPort(), conn.RemoteAddr().(*net.TCPAddr).AddrPort())
+	_, _, ok, _ := socketOwner(conn.LocalAddr().(*net.TCPAddr).AddrPort(), conn.RemoteAddr().(*net.TCPAddr).AddrPort())
+	socketsSeen.CompareAndSwap(false, ok)
 	return ok
-})
+}
 
 // listenerInode returns the inode of a listening TCP socket that keeps others from
 // listening on addr: its address is addr, or one of the two is that of all interfaces.
@@ -112,7 +114,7 @@ func listenerInode(addr netip.AddrPort) (inode uint64, ok bool) {
 		if want.Addr().Is4() {
 			none = netip.IPv4Unspecified()
 		}
-		found, ok := lookUpSocket(want, netip.AddrPortFrom(none, 0))
+		found, ok, _ := lookUpSocket(want, netip.AddrPortFrom(none, 0))
 		if ok && found.State == tcpListen && found.Inode != 0 && found.local().Port() == want.Port() &&
 			(found.local().Addr() == want.Addr() || found.local().Addr().IsUnspecified()) {
 			return uint64(found.Inode), true
@@ -122,14 +124,15 @@ func listenerInode(addr netip.AddrPort) (inode uint64, ok bool) {
 }
 
 // lookUpSocket asks the kernel for the one socket that a packet from remote to local
-// reaches: where there is no connection, that is a listener.
-func lookUpSocket(local, remote netip.AddrPort) (diagAnswer, bool) {
+// reaches: where there is no connection, that is a listener. It fails where it could not
+// ask.
+func lookUpSocket(local, remote netip.AddrPort) (found diagAnswer, ok bool, err error) {
 	family := uint8(syscall.AF_INET) // finds the IPv6 sockets of mapped addresses too
 	if local.Addr().Is6() {
 		family = syscall.AF_INET6
 	}
 	if local.Addr().Is6() != remote.Addr().Is6() {
-		return diagAnswer{}, false
+		return found, false, nil
 	}
 	request := diagRequest{Family: family, Protocol: syscall.IPPROTO_TCP, States: ^uint32(0)}
 	request.Header = syscall.NlMsghdr{Len: uint32(endian.Size(request)), Type: sockDiagByFamily, Flags: syscall.NLM_F_REQUEST}
@@ -140,29 +143,28 @@ func lookUpSocket(local, remote netip.AddrPort) (diagAnswer, bool) {
 	copy(request.ID.Remote[:], remote.Addr().AsSlice())
 	message, err := endian.Append(nil, endian.NativeEndian, request)
 	if err != nil {
-		return diagAnswer{}, false
+		return found, false, err
 	}
 
 	fd, err := syscall.Socket(syscall.AF_NETLINK, syscall.SOCK_DGRAM|syscall.SOCK_CLOEXEC, netlinkSockDiag)
 	if err != nil {
-		return diagAnswer{}, false
+		return found, false, err
 	}
 	defer syscall.Close(fd)
 	if err := syscall.Sendto(fd, message, 0, &syscall.SockaddrNetlink{Family: syscall.AF_NETLINK}); err != nil {
-		return diagAnswer{}, false
+		return found, false, err
 	}
 	var buf [1024]byte
 	n, _, err := syscall.Recvfrom(fd, buf[:], syscall.MSG_DONTWAIT) // the kernel answers before Sendto returns
 	if err != nil {
-		return diagAnswer{}, false
+		return found, false, err
 	}
 	answers, err := syscall.ParseNetlinkMessage(buf[:n])
-	if err != nil || len(answers) == 0 || answers[0].Header.Type != sockDiagByFamily { // else it is an error: there is none
-		return diagAnswer{}, false
+	if err != nil || len(answers) == 0 || answers[0].Header.Type != sockDiagByFamily { // that is NLMSG_ERROR: there is none
+		return found, false, err
 	}
-	var found diagAnswer
 	_, err = endian.Decode(answers[0].Data, endian.NativeEndian, &found)
-	return found, err == nil
+	return found, err == nil, err
 }
 
 func (a *diagAnswer) local() netip.AddrPort  { return a.addr(a.ID.Local, a.ID.LocalPort) }

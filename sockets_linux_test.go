@@ -51,6 +51,12 @@ func (p *tcpPair) connect(tb testing.TB, dial string) {
 	tb.Cleanup(func() { server.Close(); client.Close() })
 }
 
+// inodeBetween is the inode of the socket between two addresses.
+func inodeBetween(local, remote netip.AddrPort) (inode uint64, ok bool) {
+	inode, _, ok, _ = socketOwner(local, remote)
+	return inode, ok
+}
+
 // inodeOf is what fstat(2) says.
 func inodeOf(tb testing.TB, conn syscall.Conn) uint64 {
 	tb.Helper()
@@ -94,9 +100,9 @@ func TestSocketInode(t *testing.T) {
 					{p.server, server, client}, {p.client, client, server},
 					{p.server, mapped(server), mapped(client)}, {p.client, mapped(client), server}, {p.server, server, mapped(client)},
 				} {
-					got, ok := socketInode(end.local, end.remote)
+					got, ok := inodeBetween(end.local, end.remote)
 					if want := inodeOf(t, end.conn); !ok || got != want {
-						t.Fatalf("socketInode(%s, %s) = %d, %t, want %d", end.local, end.remote, got, ok, want)
+						t.Fatalf("inodeBetween(%s, %s) = %d, %t, want %d", end.local, end.remote, got, ok, want)
 					}
 					if held, readable := holdsSocket(os.Getpid(), got); !held || !readable {
 						t.Fatalf("holdsSocket = %t, %t", held, readable)
@@ -104,21 +110,21 @@ func TestSocketInode(t *testing.T) {
 				}
 				// What would be the listener, and what is nobody's.
 				for _, none := range []netip.AddrPort{netip.AddrPortFrom(client.Addr(), 1), server, {}} {
-					if got, ok := socketInode(server, none); ok {
-						t.Fatalf("socketInode(%s, %s) = %d", server, none, got)
+					if got, ok := inodeBetween(server, none); ok {
+						t.Fatalf("inodeBetween(%s, %s) = %d", server, none, got)
 					}
 				}
 				inode := inodeOf(t, p.client)
 				p.client.Close()
-				awaitNone(t, func() (uint64, bool) { return socketInode(client, server) })
+				awaitNone(t, func() (uint64, bool) { return inodeBetween(client, server) })
 				if held, readable := holdsSocket(os.Getpid(), inode); held || !readable {
 					t.Fatalf("holdsSocket of a closed socket = %t, %t", held, readable)
 				}
-				if got, ok := socketInode(server, client); !ok || got != inodeOf(t, p.server) {
-					t.Fatalf("socketInode of the end that is still open = %d, %t", got, ok)
+				if got, ok := inodeBetween(server, client); !ok || got != inodeOf(t, p.server) {
+					t.Fatalf("inodeBetween of the end that is still open = %d, %t", got, ok)
 				}
 				p.server.Close()
-				awaitNone(t, func() (uint64, bool) { return socketInode(server, client) })
+				awaitNone(t, func() (uint64, bool) { return inodeBetween(server, client) })
 			}
 		})
 	}
@@ -133,8 +139,8 @@ func TestSocketInodeBeforeAccept(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer client.Close()
-	if got, ok := socketInode(addrPort(p.lis.Addr()), addrPort(client.LocalAddr())); ok {
-		t.Errorf("socketInode = %d", got)
+	if got, ok := inodeBetween(addrPort(p.lis.Addr()), addrPort(client.LocalAddr())); ok {
+		t.Errorf("inodeBetween = %d", got)
 	}
 }
 
@@ -206,9 +212,9 @@ func TestSocketOfAnotherProcess(t *testing.T) {
 			want := inodeOf(t, p.client)
 			cmd := handOver(t, p.client, nil)
 			p.client.Close()
-			got, ok := socketInode(client, server)
+			got, ok := inodeBetween(client, server)
 			if !ok || got != want {
-				t.Fatalf("socketInode = %d, %t, want %d", got, ok, want)
+				t.Fatalf("inodeBetween = %d, %t, want %d", got, ok, want)
 			}
 			if held, readable := holdsSocket(cmd.Process.Pid, got); !held || !readable {
 				t.Errorf("the child: held %t, readable %t", held, readable)
@@ -295,7 +301,7 @@ func BenchmarkSocketInode(b *testing.B) {
 	server, client := addrPort(p.server.LocalAddr()), addrPort(p.client.LocalAddr())
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, ok := socketInode(client, server); !ok {
+		if _, ok := inodeBetween(client, server); !ok {
 			b.Fatal("not found")
 		}
 	}
