@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
@@ -509,7 +510,7 @@ func TestTooManyFollowers(t *testing.T) {
 	t.Parallel()
 	_, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
 	check := neighbour(t, endpoint)
-	c := dialPlane(t, endpoint)
+	var c planeClient
 	watch := func() (context.CancelFunc, error) {
 		ctx, cancel := context.WithCancel(t.Context())
 		t.Cleanup(cancel)
@@ -520,7 +521,10 @@ func TestTooManyFollowers(t *testing.T) {
 		return cancel, err
 	}
 	var cancel context.CancelFunc
-	for range maxFollowers {
+	for n := range maxFollowers {
+		if n%(maxCalls/2) == 0 {
+			c = dialPlane(t, endpoint) // which has so many calls at most
+		}
 		var err error
 		if cancel, err = watch(); err != nil {
 			t.Fatal(err)
@@ -528,12 +532,185 @@ func TestTooManyFollowers(t *testing.T) {
 	}
 	_, err := watch()
 	wantCode(t, "one too many", err, codes.ResourceExhausted)
+	if code, out, stderr := call(t, "list", "-e", endpoint); code != exitOK || !strings.Contains(out, "neighbour") {
+		t.Errorf("list beside them: exit %d\n%s%s", code, out, stderr)
+	}
 	cancel()
 	eventually(t, "room for another", func() bool {
 		_, err := watch()
 		return err == nil
 	})
 	check()
+}
+
+// closedWindow is an HTTP/2 connection over which calls are made whose answers the client
+// lets nothing come of: its window is closed (RFC 9113 section 6.9.2).
+type closedWindow struct {
+	conn   net.Conn
+	stream uint32
+}
+
+func dialClosed(t *testing.T, endpoint string) *closedWindow {
+	t.Helper()
+	conn, err := net.Dial("tcp", endpoint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	u := &closedWindow{conn: conn, stream: 1}
+	u.write("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, "\x00\x04\x00\x00\x00\x00"))
+	go io.Copy(io.Discard, conn) // what is said beside the answers
+	return u
+}
+
+// write may fail: a server may end the connection of who does such things.
+func (u *closedWindow) write(frames string) { _, _ = io.WriteString(u.conn, frames) }
+
+func frame(kind, flags byte, stream uint32, payload string) string {
+	head := []byte{byte(len(payload) >> 16), byte(len(payload) >> 8), byte(len(payload)), kind, flags}
+	return string(binary32(head, stream)) + payload
+}
+
+func binary32(b []byte, n uint32) []byte {
+	return append(b, byte(n>>24), byte(n>>16), byte(n>>8), byte(n))
+}
+
+// call begins a call with a message, of which more bytes are announced than come.
+func (u *closedWindow) call(method string, in proto.Message, more int, headers ...string) {
+	message, _ := proto.Marshal(in)
+	text := func(s string) string { return string(byte(len(s))) + s } // below 127 bytes
+	block := "\x83\x86\x04" + text(method) + "\x01" + text("x") + "\x0f\x10" + text("application/grpc") + "\x00" + text("te") + text("trailers")
+	const flagEnd, flagEndHeaders, most = 1, 4, 16 << 10
+	kind := byte(1) // HEADERS, then CONTINUATION
+	for rest := block + strings.Join(headers, ""); ; kind = 9 {
+		if len(rest) <= most {
+			u.write(frame(kind, flagEndHeaders, u.stream, rest))
+			break
+		}
+		u.write(frame(kind, 0, u.stream, rest[:most]))
+		rest = rest[most:]
+	}
+	rest := string(binary32([]byte{0}, uint32(len(message)+more))) + string(message)
+	for ; len(rest) > most; rest = rest[most:] {
+		u.write(frame(0, 0, u.stream, rest[:most]))
+	}
+	flags := byte(flagEnd)
+	if more > 0 {
+		flags = 0
+	}
+	u.write(frame(0, flags, u.stream, rest))
+	u.stream += 2
+}
+
+// large is a registration with metadata of about so many bytes.
+func large(id string, bytes int) registration {
+	metadata := make(map[string]string)
+	for i := range bytes / 4000 {
+		metadata[fmt.Sprint("key-", i)] = strings.Repeat("x", 4000)
+	}
+	return registration{id: id, metadata: metadata}
+}
+
+// Each of these took gigabytes.
+func TestWhatIsNotBounded(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name   string
+		large  int // services of half a mebibyte that are there
+		most   float64
+		attack func(t *testing.T, endpoint string)
+	}{
+		{"headers", 0, 40, func(t *testing.T, endpoint string) {
+			u := dialClosed(t, endpoint)
+			fields := "\x40\x01a\x00" + strings.Repeat("\xbe", 400_000) // each a field of one byte, by the table
+			for range 50 {
+				u.call(flowctlpb.ControlPlane_Heartbeat_FullMethodName, &emptypb.Empty{}, 1, fields)
+			}
+		}},
+		{"requests that are never whole", 0, 250, func(t *testing.T, endpoint string) {
+			u := dialClosed(t, endpoint)
+			for range 4 * maxCalls {
+				u.call(flowctlpb.ControlPlane_Heartbeat_FullMethodName, &flowctlpb.ServiceHeartbeat{ServiceId: strings.Repeat("x", maxMessage-1000)}, 100)
+			}
+		}},
+		{"services that come and go", 0, 150, func(t *testing.T, endpoint string) {
+			c := dialPlane(t, endpoint)
+			for i := range 500 {
+				c.mustRegister(t, "v1", registration{id: fmt.Sprint("small-", i)})
+			}
+			for range 500 {
+				c.mustRegister(t, "v1", large("large", 1<<20-1<<15))
+				if _, err := c.v1.UnregisterComponent(t.Context(), &flowctlv1.UnregisterRequest{ServiceId: "large"}); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}},
+		{"lists that are not read", 30, 300, func(t *testing.T, endpoint string) {
+			for range 4 {
+				u := dialClosed(t, endpoint)
+				for range 30 {
+					u.call(flowctlv1.ControlPlaneService_ListComponents_FullMethodName, &emptypb.Empty{}, 0)
+				}
+			}
+			c := dialPlane(t, endpoint)
+			eventually(t, "a list is refused", func() bool {
+				_, err := c.v1.ListComponents(t.Context(), &flowctlv1.ListComponentsRequest{})
+				return status.Code(err) == codes.ResourceExhausted && strings.Contains(err.Error(), "have not been read")
+			})
+		}},
+		{"snapshots that are not read", 60, 150, func(t *testing.T, endpoint string) {
+			u := dialClosed(t, endpoint)
+			for range maxCalls {
+				u.call(operatorv1.Operator_Watch_FullMethodName, &operatorv1.WatchRequest{Follow: true}, 0)
+			}
+		}},
+		{"names of health that are watched", 0, 40, func(t *testing.T, endpoint string) {
+			stream, err := healthpb.NewHealthClient(dialPlane(t, endpoint).conn).Watch(t.Context(), &healthpb.HealthCheckRequest{Service: strings.Repeat("x", maxID+1)})
+			if err == nil {
+				_, err = stream.Recv()
+			}
+			wantCode(t, "a long name", err, codes.ResourceExhausted)
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
+			c := dialPlane(t, endpoint)
+			for i := range tt.large {
+				c.mustRegister(t, "v1", large(fmt.Sprint("large-", i), 1<<19))
+			}
+			check := neighbour(t, endpoint)
+			before := memory(t, p.cmd.Process.Pid, "VmHWM")
+			tt.attack(t, endpoint)
+			dialPlane(t, endpoint).mustRegister(t, "v1", registration{id: "late"})
+			check()
+			memoryGrew(t, p, before, tt.most)
+		})
+	}
+}
+
+// Lists are answered again when those who have not read theirs are gone.
+func TestListAfterThoseWhoDoNotRead(t *testing.T) {
+	t.Parallel()
+	_, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
+	c := dialPlane(t, endpoint)
+	for i := range 30 {
+		c.mustRegister(t, "v1", large(fmt.Sprint("large-", i), 1<<19))
+	}
+	refused := func() bool {
+		_, err := c.legacy.ListServices(t.Context(), &emptypb.Empty{})
+		return status.Code(err) == codes.ResourceExhausted
+	}
+	u := dialClosed(t, endpoint)
+	for range 30 {
+		u.call(flowctlv1.ControlPlaneService_ListComponents_FullMethodName, &emptypb.Empty{}, 0)
+	}
+	eventually(t, "lists are refused", refused)
+	if code, out, stderr := call(t, "list", "-e", endpoint); code != exitOK {
+		t.Errorf("list, which is told in pieces: exit %d\n%s%s", code, out, stderr)
+	}
+	u.conn.Close()
+	eventually(t, "lists are answered", func() bool { return !refused() })
 }
 
 // Where file descriptors run out, those who are connected go on, and others get in

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"iter"
 	"os"
 	"slices"
 	"time"
@@ -16,9 +17,8 @@ import (
 )
 
 const (
-	maxFollowers = 256     // streams of changes at a time
-	maxRemoved   = 4096    // removals that are remembered for streams that are behind
-	maxAtOnce    = 1 << 14 // components in one message of GetPipeline
+	maxFollowers = 256  // streams of changes at a time, and of snapshots
+	maxRemoved   = 4096 // removals that are remembered for streams that are behind
 )
 
 // Of many services is told in no hurry: all at once, it would take the processors from
@@ -26,6 +26,7 @@ const (
 const (
 	toldAtOnce = 1024 // services before the first pause
 	toldPause  = 3 * time.Millisecond
+	maxPart    = 64 << 10 // bytes that the services of a message weigh, but for the last of them
 )
 
 // about is what the operator service tells of the pipeline as a whole.
@@ -56,7 +57,8 @@ type feed struct {
 	removed   []removal // the last at the end
 	lost      uint64    // removals up to this revision are forgotten
 	news      chan struct{}
-	followers int
+	followers int // streams that go on
+	snapshots int // streams that do not
 }
 
 type removal struct {
@@ -72,10 +74,8 @@ func (f *feed) touch(s *service) {
 	s.revision = f.revision
 	switch {
 	case s.member == nil && !s.registered:
-		if f.recent.has(s) {
-			f.recent.remove(s)
-			f.remove(removal{s.record, f.revision})
-		}
+		f.recent.remove(s)
+		f.remove(removal{s.record, f.revision}) // a snapshot may have told of it before it came here
 		f.recent.drop(s)
 	default:
 		f.recent.moveToBack(s)
@@ -157,20 +157,15 @@ type operatorServer struct {
 	reload func(context.Context) (reloaded, error) // nil where nothing can be
 }
 
-func (o operatorServer) GetPipeline(context.Context, *operatorv1.GetPipelineRequest) (*operatorv1.Pipeline, error) {
-	now := time.Now()
+func (o operatorServer) GetPipeline(ctx context.Context, _ *operatorv1.GetPipelineRequest) (*operatorv1.Pipeline, error) {
 	o.mu.Lock()
 	out := o.pipelineLocked()
-	all := slices.Clone(o.all)
-	count := o.count + o.members
 	o.mu.Unlock()
-	if count > maxAtOnce {
-		return nil, status.Errorf(codes.ResourceExhausted, "%d components are too many for one message, of which %d fit: call Watch", count, maxAtOnce)
-	}
-	for some := range slices.Chunk(all, batch) {
-		out.Components = append(out.Components, o.components(some, time.Time{}, now)...)
-	}
-	return out, nil
+	err := o.list(ctx, out, func(s *service, now time.Time) bool {
+		out.Components = append(out.Components, o.componentLocked(s, now))
+		return true
+	})
+	return out, err
 }
 
 func (o operatorServer) Reload(ctx context.Context, _ *operatorv1.ReloadRequest) (*operatorv1.ReloadResponse, error) {
@@ -205,24 +200,32 @@ func (r *registry) own(now time.Time) *operatorv1.Pipeline {
 	out := r.pipelineLocked()
 	members := slices.Clone(r.all[:r.members])
 	r.mu.Unlock()
-	for some := range slices.Chunk(members, batch) {
-		out.Components = append(out.Components, r.components(some, time.Time{}, now)...)
+	for components := range r.components(members, time.Time{}, now) {
+		out.Components = append(out.Components, components...)
 	}
 	return out
 }
 
-// components is what some have to show, those that were heard of after since, and
-// without those that are gone.
-func (r *registry) components(some []*service, since, now time.Time) []*operatorv1.Component {
-	now = r.lockAt(now)
-	defer r.mu.Unlock()
-	var out []*operatorv1.Component
-	for _, s := range some {
-		if (s.registered || s.member != nil) && (since.IsZero() || s.lastSeen.After(since)) {
-			out = append(out, r.componentLocked(s, now))
+// components gives what those of all have to show that were heard of after since, in
+// parts that fit a message, and without those that are gone.
+func (r *registry) components(all []*service, since, now time.Time) iter.Seq[[]*operatorv1.Component] {
+	return func(yield func([]*operatorv1.Component) bool) {
+		for len(all) > 0 {
+			var part []*operatorv1.Component
+			now := r.lockAt(now)
+			n, size := 0, 0
+			for ; n < min(batch, len(all)) && size < maxPart; n++ {
+				if s := all[n]; (s.registered || s.member != nil) && (since.IsZero() || s.lastSeen.After(since)) {
+					part = append(part, r.componentLocked(s, now))
+					size += s.size
+				}
+			}
+			r.mu.Unlock()
+			if all = all[n:]; len(part) > 0 && !yield(part) {
+				return
+			}
 		}
 	}
-	return out
 }
 
 func (r *registry) componentLocked(s *service, now time.Time) *operatorv1.Component {
@@ -269,16 +272,10 @@ func (r *registry) componentLocked(s *service, now time.Time) *operatorv1.Compon
 // Watch holds at most one message for each stream, and what a slow reader misses is
 // not kept: it gets the services that have changed as they are when it gets to them.
 func (o operatorServer) Watch(in *operatorv1.WatchRequest, stream grpc.ServerStreamingServer[operatorv1.WatchResponse]) error {
-	o.mu.Lock()
-	full := o.feed.followers >= maxFollowers
-	if !full {
-		o.feed.followers++
+	w := &follower{registry: o.registry, send: stream.Send, pause: toldPause, follows: in.GetFollow()}
+	if err := w.join(); err != nil {
+		return err
 	}
-	o.mu.Unlock()
-	if full {
-		return status.Errorf(codes.ResourceExhausted, "%d streams of changes are open, the most that there can be", maxFollowers)
-	}
-	w := &follower{registry: o.registry, send: stream.Send, pause: toldPause}
 	defer w.leave()
 	if err := w.snapshot(); err != nil || !in.GetFollow() {
 		return err
@@ -316,16 +313,37 @@ type follower struct {
 	*registry
 	send     func(*operatorv1.WatchResponse) error
 	pause    time.Duration // between messages, where there are many
+	follows  bool          // after the first snapshot
 	revision uint64        // what it has told of
 	mark     service       // stands in feed.recent behind that, and for no service
 	beat     time.Time     // when heartbeats were told last
+}
+
+// join fails with RESOURCE_EXHAUSTED where there are as many as there can be. Those who
+// want no more than a snapshot are not kept out by others who go on.
+func (w *follower) join() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	count := &w.feed.snapshots
+	if w.follows {
+		count = &w.feed.followers
+	}
+	if *count >= maxFollowers {
+		return status.Errorf(codes.ResourceExhausted, "%d streams are open, the most that there can be", maxFollowers)
+	}
+	*count++
+	return nil
 }
 
 // leave ends the part of w in the feed.
 func (w *follower) leave() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.feed.followers--
+	if w.follows {
+		w.feed.followers--
+	} else {
+		w.feed.snapshots--
+	}
 	w.feed.recent.remove(&w.mark)
 	w.table.drop(&w.mark)
 }
@@ -354,10 +372,7 @@ func (w *follower) snapshot() error {
 // returns the message that is to be sent next: out, if there were none.
 func (w *follower) tell(out *operatorv1.WatchResponse, all []*service, since time.Time) (*operatorv1.WatchResponse, error) {
 	told := 0
-	for some := range slices.Chunk(all, batch) {
-		if out.Components = w.components(some, since, time.Now()); len(out.Components) == 0 {
-			continue
-		}
+	for out.Components = range w.components(all, since, time.Now()) {
 		told += len(out.Components)
 		if err := w.send(out); err != nil {
 			return nil, err
@@ -392,9 +407,14 @@ func (w *follower) catchUp() (<-chan struct{}, error) {
 			}
 			continue
 		}
-		out.Components = w.components(changed, time.Time{}, time.Now())
-		if err := w.send(out); err != nil {
+		out, err := w.tell(out, changed, time.Time{})
+		if err != nil {
 			return nil, err
+		}
+		if out.Pipeline != nil || len(out.Removed) > 0 {
+			if err := w.send(out); err != nil {
+				return nil, err
+			}
 		}
 	}
 }

@@ -27,7 +27,10 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/reflection"
+	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
+	reflectionalphapb "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
 	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -44,16 +47,21 @@ const (
 	maxID       = 256  // bytes of an id, and of a key of metrics and metadata
 	maxText     = 4096 // bytes of any other text
 	maxMessage  = 1 << 20
-	maxBytes    = 256 << 20 // of all texts of all services
+	maxBytes    = 256 << 20 // of what all services hold, but for what each takes alike
 	maxHistory  = 32        // changes of health that are kept of one service
+	maxCalls    = 128       // of one connection at a time
 )
+
+// maxCallTime is how long a call may take, from its first byte: a request that is never
+// whole holds as much memory as it has announced.
+const maxCallTime = 30 * time.Second
 
 // batch is how many services are gone through while the registry is locked: a few
 // hundred microseconds of work, so that no heartbeat waits longer.
 const batch = 64
 
 // minStall is the shortest time that flowctl must not have run for to count as
-// stopped: less is a busy machine.
+// stopped, unless the TTL is short, too: less is a busy machine.
 const minStall = time.Second
 
 // init makes a message take a buffer of at most twice its size. Of grpc's own sizes the
@@ -145,6 +153,7 @@ type registry struct {
 	endpoint string        // where the plane listens
 	given    string        // FLOWCTL_ENDPOINT of components without "tls": true, "" for endpoint
 	wake     chan struct{} // gets a token when changes wait to be taken
+	answers  answers
 
 	mu       sync.Mutex // guards the fields below and all services
 	table    *table
@@ -154,7 +163,7 @@ type registry struct {
 	all      []*service          // the pipeline's own first, in file order; what is gone is taken out now and then
 	next     int                 // record of the next service
 	count    int                 // services that are not in the pipeline
-	bytes    int                 // the sizes of all services
+	bytes    int                 // of all services, by size
 	live     chain               // services with a heartbeat to come, the longest silent first
 	stale    chain               // services without, the longest silent first; none of the pipeline's
 	changed  []*service
@@ -212,6 +221,7 @@ func (r *registry) setMembersLocked(members []member) (gone []*service) {
 		}
 		if s.member = m; !s.registered {
 			s.fillLocked()
+			r.weighLocked(s)
 		}
 		listed[s] = true
 		r.all = append(r.all, s)
@@ -288,7 +298,7 @@ func (r *registry) expiryLocked(s *service) time.Time {
 // no matter if the other one is set.
 func (r *registry) lockAt(now time.Time) time.Time {
 	r.mu.Lock()
-	if !r.observed.IsZero() && now.Sub(r.observed) > max(r.stall(), minStall) {
+	if !r.observed.IsZero() && now.Sub(r.observed) > max(r.stall(), min(minStall, r.ttl/2)) {
 		r.grace = now
 	}
 	if now.After(r.observed) {
@@ -310,6 +320,7 @@ func (r *registry) noteLocked(s *service, now time.Time) {
 			s.history = slices.Delete(s.history, 0, 1)
 		}
 		s.history = append(s.history, healthChange{now, c, clip(cause)})
+		r.weighLocked(s)
 		r.changedLocked(s)
 	}
 }
@@ -380,10 +391,11 @@ func (r *registry) condition(id string, now time.Time) (condition, string) {
 
 // strangers returns the ids of what is registered and is none of the pipeline's.
 func (r *registry) strangers(now time.Time) (ids []string) {
-	r.each(now, func(s *service, _ time.Time) {
+	r.each(now, func(s *service, _ time.Time) bool {
 		if s.member == nil {
 			ids = append(ids, printable(s.id))
 		}
+		return true
 	})
 	return ids
 }
@@ -479,7 +491,7 @@ func (r *registry) resetLocked(s *service) {
 	r.live.remove(s)
 	s.describeLocked(registration{id: s.member.ID})
 	s.metrics = nil
-	r.resizeLocked(s, 0)
+	r.weighLocked(s)
 	s.registered, s.ended, s.failing, s.timeless = false, "", "", false
 	s.declared = flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN
 }
@@ -505,6 +517,7 @@ func (r *registry) admit(id string, now time.Time) {
 	s := r.service(id)
 	s.registered, s.timeless, s.since = true, true, now
 	s.fillLocked()
+	r.weighLocked(s)
 	r.seenLocked(s, now)
 	r.noteLocked(s, now)
 	r.tellLocked(s) // without waiting for the disk: no caller does, and its process may have ended by then
@@ -646,10 +659,11 @@ func (r *registry) evictLocked(now time.Time) bool {
 	return true
 }
 
-// resizeLocked takes note of how much the texts of s hold.
-func (r *registry) resizeLocked(s *service, size int) {
-	r.bytes += size - s.size
-	s.size = size
+// weighLocked takes note of how much s holds, after a change of that.
+func (r *registry) weighLocked(s *service) {
+	was := s.size
+	s.size = s.weight()
+	r.bytes += s.size - was
 }
 
 // fitLocked makes room for more bytes, or fails with RESOURCE_EXHAUSTED.
@@ -673,11 +687,11 @@ func (r *registry) register(reg registration, from origin, now time.Time, ack fu
 	reg.cleanKind()
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
-	size, more := reg.size(), 0
+	more := reg.size()
 	if known := r.service(cmp.Or(reg.id, reg.componentID, reg.metadata[metadataComponentID])); known != nil {
-		more = -known.size // it takes the place of what it said before
+		more -= known.size // it takes the place of what it said before
 	}
-	if err := r.fitLocked(more+size, now); err != nil {
+	if err := r.fitLocked(more, now); err != nil {
 		return 0, err
 	}
 	s, err := r.recordLocked(&reg, from, now)
@@ -692,7 +706,7 @@ func (r *registry) register(reg registration, from origin, now time.Time, ack fu
 	}
 	s.registered, s.since = true, now // one that has ended stays so until starting
 	s.declared, s.metrics = flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, nil
-	r.resizeLocked(s, size)
+	r.weighLocked(s)
 	r.seenLocked(s, now)
 	r.noteLocked(s, now)
 	r.changedLocked(s)
@@ -732,10 +746,13 @@ func (r *registry) loseNameLocked(s *service, id string, now time.Time) {
 	case s.member == nil:
 		if r.unnameLocked(s, id); len(s.names) == 0 {
 			r.removeLocked(s, now)
+			return
 		}
 	case s.id == id:
 		s.id = s.key()
 	}
+	r.weighLocked(s)
+	r.changedLocked(s)
 }
 
 // unnameLocked takes a name from s.
@@ -757,9 +774,10 @@ func (r *registry) removeLocked(s *service, now time.Time) {
 	r.live.remove(s)
 	r.stale.remove(s)
 	s.registered = false
-	r.resizeLocked(s, 0)
 	r.count--
 	r.noteLocked(s, now)
+	s.said, s.metrics, s.history = nothing, nil, nil // it stays in all for a while
+	r.weighLocked(s)
 	r.changedLocked(s)
 	if len(r.all) > 2*(r.count+r.members)+batch {
 		r.all = slices.DeleteFunc(r.all, func(s *service) bool { return s.member == nil && !s.registered })
@@ -826,9 +844,11 @@ func (r *registry) heartbeat(id string, from origin, declared flowctlv1.HealthSt
 	if s.known != known {
 		change = s.durable
 	}
-	size, full := s.size, r.fitLocked(0, now)
-	err = merge(s, full)
-	r.bytes += s.size - size
+	held := len(s.metrics)
+	err = merge(s, r.fitLocked(0, now))
+	if len(s.metrics) != held {
+		r.weighLocked(s)
+	}
 	return change, err
 }
 
@@ -896,20 +916,24 @@ func (r *registry) view(id string, now time.Time, f func(s *service, now time.Ti
 	return nil
 }
 
-// each calls f with every registered service, the pipeline's own first and then
-// in the order of first registration, and the time to judge it by. f must not keep it.
-func (r *registry) each(now time.Time, f func(s *service, now time.Time)) {
+// each calls f with every service, the pipeline's own first, which may not have
+// registered, and then in the order of first registration, and the time to judge it by,
+// until f returns false. f must not keep it.
+func (r *registry) each(now time.Time, f func(s *service, now time.Time) bool) {
 	r.mu.Lock()
 	all := slices.Clone(r.all)
 	r.mu.Unlock()
 	for some := range slices.Chunk(all, batch) {
 		now = r.lockAt(now)
+		more := true
 		for _, s := range some {
-			if s.registered {
-				f(s, now)
+			if more = !s.registered && s.member == nil || f(s, now); !more {
+				break
 			}
 		}
-		r.mu.Unlock()
+		if r.mu.Unlock(); !more {
+			return
+		}
 	}
 }
 
@@ -954,11 +978,10 @@ func (reg *registration) check() error {
 	return nil
 }
 
-// entrySize is what an entry of a map costs besides its texts, about.
+// entrySize is what an entry of a list or a map costs besides its texts, about.
 const entrySize = 32
 
-// size is how many bytes the texts of reg hold, about. Its metrics' is kept up to
-// date by setMetric.
+// size is how many bytes reg will hold, at most.
 func (reg *registration) size() int {
 	n := 0
 	for _, text := range slices.Concat([]string{reg.id, reg.componentID, reg.name, reg.description, reg.version, reg.endpoint}, reg.inputEvents, reg.outputEvents) {
@@ -1021,10 +1044,15 @@ func (l legacyServer) GetServiceStatus(_ context.Context, in *flowctlpb.ServiceI
 	return out, err
 }
 
-func (l legacyServer) ListServices(context.Context, *emptypb.Empty) (*flowctlpb.ServiceList, error) {
+func (l legacyServer) ListServices(ctx context.Context, _ *emptypb.Empty) (*flowctlpb.ServiceList, error) {
 	out := &flowctlpb.ServiceList{}
-	l.each(time.Now(), func(s *service, now time.Time) { out.Services = append(out.Services, l.statusLocked(s, now)) })
-	return out, nil
+	err := l.list(ctx, out, func(s *service, now time.Time) bool {
+		if s.registered {
+			out.Services = append(out.Services, l.statusLocked(s, now))
+		}
+		return s.registered
+	})
+	return out, err
 }
 
 func (l legacyServer) statusLocked(s *service, now time.Time) *flowctlpb.ServiceStatus {
@@ -1080,14 +1108,16 @@ func (v v1Server) UnregisterComponent(ctx context.Context, in *flowctlv1.Unregis
 
 // DiscoverComponents returns what matches, in whatever health: who wants to know
 // more asks ListComponents.
-func (v v1Server) DiscoverComponents(_ context.Context, in *flowctlv1.DiscoveryRequest) (*flowctlv1.DiscoveryResponse, error) {
+func (v v1Server) DiscoverComponents(ctx context.Context, in *flowctlv1.DiscoveryRequest) (*flowctlv1.DiscoveryResponse, error) {
 	out := &flowctlv1.DiscoveryResponse{}
-	v.each(time.Now(), func(s *service, _ time.Time) {
-		if s.matches(in) {
-			out.Components = append(out.Components, s.info())
+	err := v.list(ctx, out, func(s *service, _ time.Time) bool {
+		if !s.registered || !s.matches(in) {
+			return false
 		}
+		out.Components = append(out.Components, s.info())
+		return true
 	})
-	return out, nil
+	return out, err
 }
 
 func (s *service) matches(in *flowctlv1.DiscoveryRequest) bool {
@@ -1121,17 +1151,19 @@ func (v v1Server) GetComponentStatus(_ context.Context, in *flowctlv1.ComponentS
 	return out, err
 }
 
-func (v v1Server) ListComponents(_ context.Context, in *flowctlv1.ListComponentsRequest) (*flowctlv1.ListComponentsResponse, error) {
+func (v v1Server) ListComponents(ctx context.Context, in *flowctlv1.ListComponentsRequest) (*flowctlv1.ListComponentsResponse, error) {
 	out := &flowctlv1.ListComponentsResponse{}
-	v.each(time.Now(), func(s *service, now time.Time) {
-		if in.GetTypeFilter() != flowctlv1.ComponentType_COMPONENT_TYPE_UNSPECIFIED && in.GetTypeFilter() != s.v1Type() {
-			return
+	err := v.list(ctx, out, func(s *service, now time.Time) bool {
+		if !s.registered || in.GetTypeFilter() != flowctlv1.ComponentType_COMPONENT_TYPE_UNSPECIFIED && in.GetTypeFilter() != s.v1Type() {
+			return false
 		}
-		if c, _ := v.conditionLocked(s, now); c.ok() || in.GetIncludeUnhealthy() {
-			out.Components = append(out.Components, v.statusLocked(s, now))
+		if c, _ := v.conditionLocked(s, now); !c.ok() && !in.GetIncludeUnhealthy() {
+			return false
 		}
+		out.Components = append(out.Components, v.statusLocked(s, now))
+		return true
 	})
-	return out, nil
+	return out, err
 }
 
 // legacyType is a type of the v1 dialect in the other one, which has one more.
@@ -1275,15 +1307,40 @@ type planeSettings struct {
 	reload  func(context.Context) (reloaded, error)
 }
 
+// limitCall gives a call its maxCallTime. Those that go on by nature have none.
+func limitCall(ctx context.Context, call *tap.Info) (context.Context, error) {
+	switch call.FullMethodName {
+	case operatorv1.Operator_Watch_FullMethodName, healthpb.Health_Watch_FullMethodName,
+		reflectionpb.ServerReflection_ServerReflectionInfo_FullMethodName, reflectionalphapb.ServerReflection_ServerReflectionInfo_FullMethodName:
+		return ctx, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, maxCallTime)
+	_ = cancel // grpc ends what ctx is made from with the call
+	return ctx, nil
+}
+
+// healthServer is grpc.health.v1 for names that a service can have: one that is watched
+// is kept, whatever it is.
+type healthServer struct{ *health.Server }
+
+func (h healthServer) Watch(in *healthpb.HealthCheckRequest, stream healthpb.Health_WatchServer) error {
+	if err := checkLength("the name of a service", in.GetService(), maxID); err != nil {
+		return err
+	}
+	return h.Server.Watch(in, stream)
+}
+
 // planeOptions are the options of a control plane's gRPC server.
 func planeOptions(creds credentials.TransportCredentials) []grpc.ServerOption {
 	return []grpc.ServerOption{
 		grpc.Creds(creds),
 		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxHeaderListSize(16 << 10), // grpc's 16 MiB are 10 GB for two hundred calls
+		grpc.InTapHandle(limitCall),
 		// Ten thousand idle connections must not cost a gigabyte.
 		grpc.ReadBufferSize(4 << 10),
 		grpc.WriteBufferSize(4 << 10),
-		grpc.MaxConcurrentStreams(1024),
+		grpc.MaxConcurrentStreams(maxCalls),
 		// Windows of a fixed size: to let them grow, grpc sends a ping for each message,
 		// which is more than a heartbeat costs, and a stranger could have them grow to 16 MiB.
 		grpc.StaticStreamWindowSize(64 << 10),
@@ -1301,15 +1358,12 @@ func planeOptions(creds credentials.TransportCredentials) []grpc.ServerOption {
 
 // servePlane starts to answer on lis. It returns at once; stop ends what it began.
 func servePlane(lis net.Listener, r *registry, o planeSettings, log *slog.Logger) *plane {
-	creds := o.certs.credentials()
-	if o.trace != nil {
-		creds = tracing{creds, o.trace}
-	}
+	creds := tracing{o.certs.credentials(), o.trace}
 	p := &plane{health: health.NewServer(), ended: make(chan struct{}), server: grpc.NewServer(planeOptions(creds)...)}
 	flowctlpb.RegisterControlPlaneServer(p.server, legacyServer{registry: r})
 	flowctlv1.RegisterControlPlaneServiceServer(p.server, v1Server{registry: r})
 	operatorv1.RegisterOperatorServer(p.server, operatorServer{registry: r, ended: p.ended, reload: o.reload})
-	healthpb.RegisterHealthServer(p.server, p.health)
+	healthpb.RegisterHealthServer(p.server, healthServer{p.health})
 	for name := range p.server.GetServiceInfo() {
 		p.health.SetServingStatus(name, healthpb.HealthCheckResponse_SERVING)
 	}

@@ -320,8 +320,8 @@ func TestNoPause(t *testing.T) {
 		send := func(step func()) func(*operatorv1.WatchResponse) error {
 			return func(*operatorv1.WatchResponse) error { step(); return nil }
 		}
-		w := &follower{registry: r}
-		r.feed.followers++
+		w := &follower{registry: r, follows: true}
+		_ = w.join()
 		measure("snapshot", func(step func()) { w.send = send(step); _ = w.snapshot() })
 		pass(r, now.Add(ttl))
 		later := now.Add(ttl + 1)
@@ -344,10 +344,11 @@ func TestNoPause(t *testing.T) {
 		})
 		n := 0
 		measure("list", func(step func()) {
-			r.each(later, func(*service, time.Time) {
+			r.each(later, func(*service, time.Time) bool {
 				if n++; n%batch == 0 {
 					step()
 				}
+				return true
 			})
 		})
 		if told != services || n != services {
@@ -373,10 +374,8 @@ func checkedOften(t *testing.T, r *registry, services int, now time.Time, best m
 	}
 	pass(r, now.Add(r.ttl))
 	later := now.Add(r.ttl + 1)
-	w := &follower{registry: r, send: func(*operatorv1.WatchResponse) error { return nil }}
-	r.mu.Lock()
-	r.feed.followers++
-	r.mu.Unlock()
+	w := &follower{registry: r, follows: true, send: func(*operatorv1.WatchResponse) error { return nil }}
+	_ = w.join()
 	defer w.leave()
 	var work sync.WaitGroup
 	work.Go(func() {
@@ -419,8 +418,8 @@ func BenchmarkHeartbeatGrowth(b *testing.B) {
 	now := time.Now()
 	few, many, followed := silentRegistry(b, 100, time.Hour, now), silentRegistry(b, 100_000, time.Hour, now), silentRegistry(b, 100, time.Hour, now)
 	for range 100 {
-		w := &follower{registry: followed, send: func(*operatorv1.WatchResponse) error { return nil }}
-		followed.feed.followers++
+		w := &follower{registry: followed, follows: true, send: func(*operatorv1.WatchResponse) error { return nil }}
+		_ = w.join()
 		if err := w.snapshot(); err != nil {
 			b.Fatal(err)
 		}

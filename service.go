@@ -40,7 +40,7 @@ type service struct {
 	lastSeen    time.Time
 	since       time.Time // registered at
 	metrics     metrics
-	size        int            // bytes of its texts
+	size        int            // weight, as registry.bytes has it
 	process     *processReport // nil for what is not of this run
 	history     []healthChange
 	begun       [1]healthChange // room for history, as most have one entry
@@ -52,6 +52,18 @@ type service struct {
 	told        condition // what the subscriber knows
 	queued      bool      // waits in registry.changed
 	standing              // in what is written and what is told
+}
+
+// weight is how many bytes s holds that another would not.
+func (s *service) weight() int {
+	n := len(s.said) - len(nothing) + len(s.metrics)
+	for _, name := range s.names {
+		n += len(name) + entrySize
+	}
+	for _, h := range s.history {
+		n += len(h.cause) + entrySize
+	}
+	return n
 }
 
 // details are what a service says of itself for others to read.
@@ -314,8 +326,12 @@ func metricOf(value []byte) metric {
 	return metric{number: math.Float64frombits(bin.LittleEndian.Uint64(value[1:])), isText: value[0] == digits, digits: value[0] == digits}
 }
 
-// errMetrics is made once because one message can bring a hundred thousand metrics.
-var errMetrics = status.Errorf(codes.ResourceExhausted, "too many metrics: a service has at most %d", maxEntries)
+// These are made once because one message can bring a hundred thousand metrics.
+var (
+	errMetrics     = status.Errorf(codes.ResourceExhausted, "too many metrics: a service has at most %d", maxEntries)
+	errMetricName  = status.Errorf(codes.ResourceExhausted, "the name of a metric has more than %d bytes", maxID)
+	errMetricValue = status.Errorf(codes.ResourceExhausted, "the value of a metric has more than %d bytes", maxText)
+)
 
 // takeMetrics merges in what a heartbeat brings. It takes what it can, and fails for what
 // is past a bound, and with full where that is set for what would take more room.
@@ -336,7 +352,7 @@ func takeMetrics[V any](s *service, in map[string]V, as func(V) metric, full err
 		}
 	}
 	for name, v := range in {
-		if s.metrics.find(name) != nil {
+		if len(name) > maxID || s.metrics.find(name) != nil {
 			continue
 		}
 		if err := t.take(name, as(v)); err != nil && (err == errMetrics || err == full) {
@@ -353,43 +369,35 @@ type taking struct {
 	*service
 	full    error
 	changes []named
-	known   int // metrics that there were before the first new one
-	new     int
+	count   int // metrics with the new ones, 0 before the first of these
 }
 
+// take changes a metric in place or notes that it will change. It fails, and takes
+// nothing, for what is past a bound.
 func (t *taking) take(name string, m metric) error {
+	switch {
+	case len(name) > maxID:
+		return errMetricName
+	case len(m.text) > maxText:
+		return errMetricValue
+	}
 	m = m.compact()
 	value := t.metrics.find(name)
-	more := len(m.text)
-	if value == nil {
-		if t.new == 0 {
-			t.known = t.metrics.count()
-		}
-		if t.known+t.new >= maxEntries {
-			return errMetrics
-		}
-		if err := checkLength("the name of a metric", name, maxID); err != nil {
-			return err
-		}
-		more += len(name) + entrySize
-	} else {
-		if m.put(value) {
-			return nil
-		}
-		if value[0] == aText {
-			more -= len(value) - 1
-		}
+	if value != nil && m.put(value) {
+		return nil
 	}
-	if err := checkLength("the value of a metric", m.text, maxText); err != nil {
-		return err
-	}
-	if t.full != nil && more > 0 {
+	if t.full != nil && (value == nil || 1+len(m.text) > len(value)) {
 		return t.full
 	}
 	if value == nil {
-		t.new++
+		if t.count == 0 {
+			t.count = t.metrics.count()
+		}
+		if t.count >= maxEntries {
+			return errMetrics
+		}
+		t.count++
 	}
-	t.size += more
 	t.changes = append(t.changes, named{name, m})
 	return nil
 }

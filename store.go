@@ -560,11 +560,7 @@ func (r *registry) restoreLocked(in savedService, now time.Time) *service {
 	s.metrics = savedMetrics(in.Metrics)
 	s.known, s.history = conditionNamed(in.Health), in.changes()
 	s.told = s.known
-	size := reg.size()
-	for name, m := range s.metrics.all() {
-		size += len(name) + len(m.text) + entrySize
-	}
-	r.resizeLocked(s, size)
+	r.weighLocked(s)
 	r.count++
 	r.feed.touch(s)
 	return s

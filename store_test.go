@@ -68,9 +68,11 @@ func shown(r *registry, now time.Time) map[string]*operatorv1.Component {
 	all := slices.Clone(r.all)
 	r.mu.Unlock()
 	out := make(map[string]*operatorv1.Component)
-	for _, c := range r.components(all, time.Time{}, now) {
-		c.Record = 0
-		out[c.GetId()] = c
+	for part := range r.components(all, time.Time{}, now) {
+		for _, c := range part {
+			c.Record = 0
+			out[c.GetId()] = c
+		}
 	}
 	return out
 }
