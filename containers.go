@@ -189,10 +189,11 @@ func (e *engine) prepare(ctx context.Context, p *Pipeline, log *slog.Logger) err
 	return errors.Join(problems...)
 }
 
-// prepareUntil is prepare, which may take minutes, until a signal asks for an end.
-func (e *engine) prepareUntil(signals <-chan os.Signal, p *Pipeline, log *slog.Logger) (stopped bool, err error) {
+// prepareUntil is prepare, which may take minutes, until a signal asks for an end. It
+// returns that, nil for none.
+func (e *engine) prepareUntil(signals <-chan os.Signal, p *Pipeline, log *slog.Logger) (os.Signal, error) {
 	if e == nil {
-		return false, nil
+		return nil, nil
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -201,7 +202,7 @@ func (e *engine) prepareUntil(signals <-chan os.Signal, p *Pipeline, log *slog.L
 	for {
 		select {
 		case err := <-done:
-			return false, err
+			return nil, err
 		case sig := <-signals:
 			if underSystemd(sig) {
 				continue // it asks for a reload, and the file has just been read
@@ -209,7 +210,7 @@ func (e *engine) prepareUntil(signals <-chan os.Signal, p *Pipeline, log *slog.L
 			log.Info("stop requested", "signal", sig.String())
 			cancel()
 			<-done
-			return true, nil
+			return sig, nil
 		}
 	}
 }

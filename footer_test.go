@@ -400,7 +400,7 @@ func TestFooterAtTheEnd(t *testing.T) {
 			c.keys("C-c")
 			c.until("it stops", func(text string) bool { return strings.Contains(text, "): stopping, waiting for a") })
 			c.keys("C-c")
-		}, []string{`time=15:04:05 level=WARN msg="second signal, killing what still runs" signal=interrupt`}},
+		}, []string{`time=15:04:05 level=WARN msg="another signal, killing what still runs" signal=interrupt`}},
 		{"failure", fails, func(c *terminal) { c.let() }, []string{
 			"15:04:05 a | boom",
 			"flowctl: component a failed: exit status 3 (pid 1, ran for 1s)",

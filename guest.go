@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"slices"
@@ -54,6 +55,16 @@ func (g *guest) start(s *supervisor) error {
 // runs is false for no guest, too.
 func (g *guest) runs() bool { return g != nil && g.cmd != nil && !g.over }
 
+// unrun is the exit code of flowctl, and why, for a sig that ends the run before the
+// command was started: 0 would say that it has succeeded. Without a command it is 0.
+func (g *guest) unrun(sig os.Signal) (int, error) {
+	number, ok := sig.(syscall.Signal)
+	if g == nil || g.cmd != nil || !ok {
+		return exitOK, nil
+	}
+	return 128 + int(number), fmt.Errorf("the command %q after -- was not run: signal %d (%s) came first", g.argv[0], number, sig)
+}
+
 // code is the exit code of flowctl for the end of the command, as a shell has it.
 func (g *guest) code(state *os.ProcessState) int {
 	if status, ok := state.Sys().(syscall.WaitStatus); ok && status.Signaled() {
@@ -63,10 +74,15 @@ func (g *guest) code(state *os.ProcessState) int {
 }
 
 // pass hands a signal on that flowctl got, unless the terminal has sent it to both.
-// It is false for the second, after which there is no more waiting.
-func (g *guest) pass(sig os.Signal) bool {
+// It is false for the second, after which there is no more waiting. Who sends SIGINT
+// can wait for the end, and send another; any other signal may be all that comes, and
+// SIGKILL follows it.
+func (g *guest) pass(sig os.Signal, now time.Time, patience time.Duration) bool {
 	if g.signals++; g.signals > 1 {
 		return false
+	}
+	if sig != syscall.SIGINT {
+		g.deadline = now.Add(patience)
 	}
 	if sig != syscall.SIGINT || !takesInterrupts() {
 		_ = g.cmd.Process.Signal(sig)
@@ -78,13 +94,14 @@ func (g *guest) pass(sig os.Signal) bool {
 func (g *guest) end(now time.Time, patience time.Duration) {
 	if g.runs() {
 		_ = g.cmd.Process.Signal(syscall.SIGTERM)
-		g.deadline = now.Add(patience)
+		g.deadline = earliest(g.deadline, now.Add(patience))
 	}
 }
 
 // expire kills the command when it was asked to end for long enough.
-func (g *guest) expire(now time.Time) {
+func (g *guest) expire(now time.Time, log *slog.Logger) {
 	if g.runs() && !g.deadline.IsZero() && !now.Before(g.deadline) {
+		log.Warn("the command still runs, sending SIGKILL", "pid", g.cmd.Process.Pid)
 		g.deadline = time.Time{}
 		_ = g.cmd.Process.Kill()
 	}

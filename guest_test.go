@@ -3,12 +3,14 @@
 package main
 
 import (
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // The command runs once all are ready, has its own input and output, and its exit
@@ -86,6 +88,14 @@ func TestCommandIsNotRun(t *testing.T) {
 	p := start(t, runArgs(writePipeline(t, actor("a", role{})), "-start-timeout", "100ms", "--", "echo", "ran"))
 	p.exit(exitNotReady)
 	p.hasNot(p.stdout, "ran")
+
+	// A signal ends the run well, but a script must not take that for the command's success.
+	p = start(t, runArgs(writePipeline(t, actor("a", role{})), "--", "echo", "ran"))
+	p.waitErr("msg=started component=a")
+	p.signal(syscall.SIGTERM)
+	p.exit(128 + 15)
+	p.hasNot(p.stdout, "ran")
+	p.has(p.stderr, `flowctl: the command "echo" after -- was not run: signal 15 (terminated) came first`)
 }
 
 // The command is the first to get a signal, and the run goes on until it has ended;
@@ -106,6 +116,98 @@ func TestCommandSignals(t *testing.T) {
 	p.signal(syscall.SIGTERM)
 	p.exit(128 + 9)
 	p.has(p.stdout, "asked\n")
+}
+
+// Who sends a signal that may be the only one gets an end of what ignores it. A person
+// who presses Ctrl-C can press it again, and so is waited for.
+func TestCommandIgnoresSignals(t *testing.T) {
+	t.Parallel()
+	file := writePipeline(t, shell("a", "exec sleep 300"))
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGHUP} {
+		t.Run(sig.String(), func(t *testing.T) {
+			t.Parallel()
+			p := start(t, runArgs(file, "-stop-timeout", "300ms", "--", "sh", "-c", `trap "" TERM HUP; echo up; while :; do sleep 0.05; done`))
+			p.waitOut("up\n")
+			p.signal(sig)
+			p.exit(128 + 9)
+			p.has(p.stderr, "waiting for the command to end", "at_most=300ms", "the command still runs, sending SIGKILL", "command ended", "msg=stopping component=a ",
+				`flowctl: the command "sh" after -- failed: killed by signal 9 (killed)`)
+		})
+	}
+	t.Run("interrupt", func(t *testing.T) {
+		t.Parallel()
+		p := start(t, runArgs(file, "-stop-timeout", "100ms", "--", "sh", "-c", `trap "" INT; echo up; sleep 0.4; exit 9`))
+		p.waitOut("up\n")
+		p.signal(syscall.SIGINT)
+		p.exit(9)
+	})
+}
+
+// A signal that comes twice by two ways is one: the pipeline goes on until the command
+// has ended.
+func TestCommandSignalEchoes(t *testing.T) {
+	t.Parallel()
+	file := writePipeline(t, shell("a", "exec sleep 300"))
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+		t.Run(sig.String(), func(t *testing.T) {
+			t.Parallel()
+			p := start(t, runArgs(file, "--", "sh", "-c", `trap "asked=1" INT TERM HUP; echo up; while [ -z "$asked" ]; do sleep 0.02; done; sleep 0.3; exit 9`))
+			p.waitOut("up\n")
+			p.signal(sig)
+			if sig == syscall.SIGHUP { // a shell may tell of it much later than the kernel
+				p.waitErr("waiting for the command to end")
+				time.Sleep(2 * echoTime)
+			}
+			p.signal(sig)
+			p.exit(9)
+			p.has(p.stderr, "waiting for the command to end", "command ended", "msg=stopping component=a ")
+		})
+	}
+}
+
+// Two signals in a row may be one to a process. Here their time is given.
+func TestCommandSignalEchoesInTime(t *testing.T) {
+	t.Parallel()
+	s, _ := supervise(t, []map[string]any{sh("a", forever, nil)}, nil)
+	cmd := exec.Command("sh", "-c", `trap "" TERM; exec sleep 300`)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}()
+	r := &run{sup: s, log: slog.New(slog.NewTextHandler(t.Output(), nil)), guest: &guest{cmd: cmd}, flags: runFlags{stopTimeout: time.Hour}}
+	now := time.Now()
+	r.signalled(syscall.SIGTERM, now)
+	r.signalled(syscall.SIGTERM, now.Add(echoTime-1))
+	if s.stopping || r.guest.signals != 1 {
+		t.Errorf("after an echo: stopping %t, the command got %d signals, want 1", s.stopping, r.guest.signals)
+	}
+	r.signalled(syscall.SIGTERM, now.Add(echoTime))
+	if !s.stopping || r.guest.deadline != now.Add(time.Hour) {
+		t.Errorf("after a second signal: stopping %t, SIGKILL %s after the first, want 1h", s.stopping, r.guest.deadline.Sub(now))
+	}
+}
+
+// A third signal waits for nothing.
+func TestCommandThirdSignal(t *testing.T) {
+	t.Parallel()
+	deaf := shell("a", `trap "" TERM; echo deaf; while :; do sleep 0.05; done`)
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
+		t.Run(sig.String(), func(t *testing.T) {
+			t.Parallel()
+			p := start(t, runArgs(writePipeline(t, deaf), "-stop-timeout", "1h", "--", "sh", "-c", `trap "" INT TERM; echo up; while :; do sleep 0.05; done`))
+			p.waitOut("deaf\n")
+			p.waitOut("up\n")
+			for _, heard := range []string{"waiting for the command to end", "stop requested", "another signal, killing what still runs"} {
+				p.signal(sig)
+				p.waitErr(heard)
+				time.Sleep(2 * echoTime) // sooner it would be the same signal
+			}
+			p.exit(128 + 9)
+		})
+	}
 }
 
 // Nothing is left of the command either when flowctl is killed, which the harness sees.

@@ -1501,7 +1501,7 @@ func TestRunSecondSignalKills(t *testing.T) {
 	p.waitOut("| deaf\n")
 	p.signal(syscall.SIGINT)
 	p.exit(exitOK)
-	p.has(p.stderr, `msg="second signal, killing what still runs" signal=interrupt`, "msg=ended component=")
+	p.has(p.stderr, `msg="another signal, killing what still runs" signal=interrupt`, "msg=ended component=")
 	p.hasNot(p.stderr, "still running")
 }
 

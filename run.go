@@ -55,7 +55,7 @@ type run struct {
 	watchdogFed time.Time            // when it heard that last
 	conditions  map[string]change    // by component: what the registry last told
 	unhealthy   map[string]time.Time // by component: since when
-	signal      os.Signal            // that began the stop, at signalAt
+	signal      os.Signal            // the last that was heeded before the stop, at signalAt
 	signalAt    time.Time
 	ready       bool // once and for all
 	code        int
@@ -186,10 +186,14 @@ func (r *run) prepare(p *Pipeline, signals <-chan os.Signal) (stopped bool, err 
 	if engine := r.flags.engine; engine != nil {
 		engine.reaper, engine.pipeline, engine.claim = r.children, r.about.name, r.file.claim()
 	}
-	if stopped, err = r.flags.engine.prepareUntil(signals, p, r.log); err != nil {
+	sig, err := r.flags.engine.prepareUntil(signals, p, r.log)
+	if err != nil {
 		return false, &exitError{exitUsage, err}
 	}
-	return stopped, nil
+	if code, err := r.guest.unrun(sig); err != nil {
+		return true, &exitError{code, err}
+	}
+	return sig != nil, nil
 }
 
 // listen opens the control plane's listeners: where the flags say, and where the
@@ -384,7 +388,7 @@ func (r *run) advance(now time.Time) {
 		notify(r.log, daemon.SdNotifyWatchdog)
 	}
 	r.sup.expire(now)
-	r.guest.expire(now)
+	r.guest.expire(now, r.log)
 	r.sup.advanceLeave(now)
 	r.syncMembers(now)
 	r.expireUnhealthy(now)
@@ -518,30 +522,46 @@ func (r *run) exited(e exit, now time.Time) {
 	delete(r.unhealthy, id)
 }
 
-// signalled begins the stop, and with a second signal ends it. What comes right
-// after the first is the same request by another way: a shell and the kernel both
-// tell of a terminal that is closed, timeout(1) tells the group and its child.
+// signalled begins the stop, and with a second signal ends it. Where there is a
+// command, it gets the first one, and the stop begins by the second.
 func (r *run) signalled(sig os.Signal, now time.Time) {
-	if underSystemd(sig) {
+	switch {
+	case underSystemd(sig):
 		_, _ = r.reload() // has said what is wrong, or it stops anyway
 		return
-	}
-	if r.sup.stopping {
-		if sig == syscall.SIGHUP || sig == r.signal && now.Sub(r.signalAt) < echoTime {
-			return
-		}
-		r.log.Warn("second signal, killing what still runs", "signal", sig.String())
+	case r.echoes(sig, now):
+		return
+	case r.sup.stopping:
+		r.log.Warn("another signal, killing what still runs", "signal", sig.String())
 		r.sup.killAll(now)
 		r.guest.end(now, 0)
 		return
 	}
-	if r.guest.runs() && r.guest.pass(sig) {
-		r.log.Info("waiting for the command to end", "signal", sig.String(), "pid", r.guest.cmd.Process.Pid)
+	r.signal, r.signalAt = sig, now
+	if r.guest.runs() && r.guest.pass(sig, now, r.flags.stopTimeout) {
+		attrs := []any{"signal", sig.String(), "pid", r.guest.cmd.Process.Pid}
+		if !r.guest.deadline.IsZero() {
+			attrs = append(attrs, "at_most", r.flags.stopTimeout)
+		}
+		r.log.Info("waiting for the command to end", attrs...)
 		return
 	}
 	r.log.Info("stop requested", "signal", sig.String(), "at_most", r.sup.stopBound())
-	r.signal, r.signalAt = sig, now
-	r.stop(exitOK, now)
+	code, blame := r.guest.unrun(sig)
+	if blame != nil {
+		r.blame = blame
+	}
+	r.stop(code, now)
+}
+
+// echoes tells whether sig is a request that was heard before, by another way: a shell
+// and the kernel both tell of a terminal that is closed, timeout(1) tells the group and
+// its child.
+func (r *run) echoes(sig os.Signal, now time.Time) bool {
+	if sig == syscall.SIGHUP {
+		return r.sup.stopping || r.signal != nil && r.signal != syscall.SIGINT
+	}
+	return sig == r.signal && now.Sub(r.signalAt) < echoTime
 }
 
 // stop begins the end of the run, with the exit code that the first reason gives.
