@@ -1837,6 +1837,50 @@ func TestRunRestartRegistersAnew(t *testing.T) {
 	}
 }
 
+// What was ready once and is not ready now holds up what has not started yet, until it
+// is ready again or the run has failed by it.
+func TestRunWaitsForWhatIsReadyNow(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name, onUSR1  string
+		args          []string
+		broken, mends string
+	}{
+		{"restarted", "exit", nil, "msg=restarting component=a ", "msg=ready component=a "},
+		{"unhealthy", "unhealthy", nil, "msg=unhealthy id=a ", "msg=healthy id=a "},
+		{"never healthy", "unhealthy", []string{"-unhealthy-timeout", "2s"}, "msg=unhealthy id=a ", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			a := actor("a", role{Dialect: "v1", Gate: true, OnUSR1: tt.onUSR1, Code: 1})
+			a.RestartPolicy = "on-failure"
+			reader := actor("reader", role{Dialect: "v1"})
+			reader.Inputs = []string{"a", "slow"}
+			p := launch(t, writePipeline(t, a, actor("slow", role{Dialect: "v1", Gate: true}), reader), tt.args...)
+			p.waitOut("a      | waiting\n")
+			p.waitOut("slow   | waiting\n")
+			p.tell("a", syscall.SIGUSR2)
+			p.waitErr("msg=ready component=a ")
+			p.tell("a", syscall.SIGUSR1)
+			p.waitErr(tt.broken)
+			p.tell("slow", syscall.SIGUSR2)
+			p.waitErr("msg=ready component=slow ")
+			if tt.mends == "" {
+				p.exit(exitFailed)
+				p.has(p.stderr, "flowctl: component a failed: unhealthy for 2s (-unhealthy-timeout)", "never started, waiting for a: reader")
+				return
+			}
+			if tt.onUSR1 == "exit" {
+				p.wait(p.stdout, "a      | waiting\n", 2)
+			}
+			p.tell("a", syscall.SIGUSR2)
+			p.waitReady()
+			p.stop()
+			p.has(p.stderr, tt.broken, "msg=ready component=slow ", tt.mends, "msg=started component=reader ")
+		})
+	}
+}
+
 func TestRunRestartDoesNotSurviveStop(t *testing.T) {
 	t.Parallel()
 	c := actor("a", role{End: "early", Code: 1})

@@ -98,7 +98,8 @@ type proc struct {
 	ended    time.Time // zero while it runs
 	stopSent time.Time
 	readyAt  time.Time
-	wasReady bool // with any of its processes: what waits for it may start
+	wasReady bool // with any of its processes: what waits for it may be started again
+	healthy  bool // while procReady; who owns the supervisor notes it
 	attempts int  // restarts since it was last in health for healthyReset
 	restarts int
 	failure  *failure
@@ -314,11 +315,21 @@ func (s *supervisor) startable() []*proc {
 	}
 	var out []*proc
 	for _, p := range s.procs {
-		if p.state == procWaiting && !p.leaving && !slices.ContainsFunc(p.waitsFor(), func(id string) bool { return !s.byID[id].wasReady }) {
+		if p.state == procWaiting && !p.leaving && !slices.ContainsFunc(p.waitsFor(), func(id string) bool { return !p.mayFollow(s.byID[id]) }) {
 			out = append(out, p)
 		}
 	}
 	return out
+}
+
+// mayFollow tells whether p, which waits for first, may start. For its first process
+// first has to be ready now. One that is started again is not held up: its process would
+// have gone on, too, whatever became of first.
+func (p *proc) mayFollow(first *proc) bool {
+	if p.started.IsZero() {
+		return !first.leaving && (first.state == procCompleted || first.state == procReady && first.healthy)
+	}
+	return first.wasReady
 }
 
 // start starts the process of p. Where that fails, p has failed.
@@ -346,7 +357,7 @@ func (s *supervisor) start(p *proc, now time.Time) {
 
 // ready notes that p is ready.
 func (s *supervisor) ready(p *proc, now time.Time) {
-	p.readyAt, p.wasReady, p.readyBy = now, true, time.Time{}
+	p.readyAt, p.wasReady, p.healthy, p.readyBy = now, true, true, time.Time{}
 	s.transition(p, procReady, time.Time{})
 	p.log.Info("ready", "after", now.Sub(p.started).Round(time.Millisecond))
 }

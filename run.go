@@ -480,9 +480,11 @@ func (r *run) changed(c change, now time.Time) {
 		r.sup.ready(p, now)
 	case p.state != procReady:
 	case c.now.ok():
+		p.healthy = true
 		delete(r.unhealthy, p.ID)
 		logChange(r.log, c)
 	default:
+		p.healthy = false
 		r.unhealthy[p.ID] = now
 		logChange(r.log, c)
 	}
