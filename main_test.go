@@ -1881,6 +1881,34 @@ func TestRunWaitsForWhatIsReadyNow(t *testing.T) {
 	}
 }
 
+// A program that is being replaced when its component is to be started again is tried
+// again.
+func TestRunRestartOfWhatCannotBeRun(t *testing.T) {
+	t.Parallel()
+	program := filepath.Join(t.TempDir(), "program")
+	if err := os.Symlink("/bin/sh", program); err != nil {
+		t.Fatal(err)
+	}
+	c := shell("a", "exec sleep 300")
+	c.Command[0], c.RestartPolicy = program, "on-failure"
+	p := launch(t, writePipeline(t, c))
+	p.waitReady()
+	if err := os.Remove(program); err != nil {
+		t.Fatal(err)
+	}
+	p.tell("a", syscall.SIGKILL)
+	p.waitErr(`msg="cannot be started again" component=a err="cannot run \"` + program + `\": no such file or directory"`)
+	if _, out, _ := call(t, "list", "a", "-e", p.endpoint()); !strings.Contains(out, "cannot run") {
+		t.Errorf("list does not say why\n%s", out)
+	}
+	if err := os.Symlink("/bin/sh", program); err != nil {
+		t.Fatal(err)
+	}
+	p.wait(p.stderr, "msg=ready component=a ", 2)
+	p.stop()
+	p.has(p.stderr, "msg=restarting component=a in=1", "restarts=1", "cannot be started again", "msg=restarting component=a in=2", "restarts=2")
+}
+
 func TestRunRestartDoesNotSurviveStop(t *testing.T) {
 	t.Parallel()
 	c := actor("a", role{End: "early", Code: 1})

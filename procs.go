@@ -332,8 +332,10 @@ func (p *proc) mayFollow(first *proc) bool {
 	return first.wasReady
 }
 
-// start starts the process of p. Where that fails, p has failed.
-func (s *supervisor) start(p *proc, now time.Time) {
+// start starts the process of p. Where that fails, for the reason that it returns, p
+// has failed. One that was ready once has ended once more: a file that is just replaced
+// can be run a moment later.
+func (s *supervisor) start(p *proc, now time.Time) error {
 	if p.readyBy.IsZero() || p.wasReady || !now.Before(p.readyBy) { // of which the last has waited for others
 		p.readyBy = now.Add(s.startTimeout(p))
 	}
@@ -341,10 +343,15 @@ func (s *supervisor) start(p *proc, now time.Time) {
 	s.ports[p.ID].release()
 	var err error
 	if p.child, err = s.spawn(p.Component); err != nil {
+		if p.wasReady && s.wantsRestart(p, false) {
+			p.log.Error("cannot be started again", "err", err)
+			s.backOff(p, false, now)
+			return err
+		}
 		p.last = nil // what is to be said is of this start
-		s.fail(p, failStart, err.Error(), now)
+		s.fail(p, failStart, p.ifUsedUp(err.Error()), now)
 		s.transition(p, procFailed, time.Time{})
-		return
+		return err
 	}
 	p.last, p.ended, p.registered, p.exit = p.child, time.Time{}, false, nil
 	s.transition(p, procStarting, p.readyBy)
@@ -353,6 +360,7 @@ func (s *supervisor) start(p *proc, now time.Time) {
 		state, lost, left := child.reap()
 		s.exits <- exit{p, child, state, lost, left}
 	}(p.child)
+	return nil
 }
 
 // ready notes that p is ready.
@@ -398,19 +406,26 @@ func (s *supervisor) exited(e exit, now time.Time) {
 }
 
 func (s *supervisor) failEnded(p *proc, reason string, wasReady bool, now time.Time) {
-	switch {
-	case p.MaxRestarts > 0 && p.attempts >= p.MaxRestarts:
-		reason = fmt.Sprintf("%s, and max_restarts (%d) is used up", reason, p.MaxRestarts)
-	case !wasReady:
+	if !wasReady && !p.usedUp() {
 		reason += " before it was ready"
 	}
-	s.fail(p, failEnded, reason, now)
+	s.fail(p, failEnded, p.ifUsedUp(reason), now)
 	s.transition(p, procFailed, time.Time{})
+}
+
+func (p *proc) usedUp() bool { return p.MaxRestarts > 0 && p.attempts >= p.MaxRestarts }
+
+// ifUsedUp adds to the reason of a failure why p is not started again in spite of it.
+func (p *proc) ifUsedUp(reason string) string {
+	if p.usedUp() {
+		return fmt.Sprintf("%s, and max_restarts (%d) is used up", reason, p.MaxRestarts)
+	}
+	return reason
 }
 
 // wantsRestart tells whether p's policy has it started again.
 func (s *supervisor) wantsRestart(p *proc, success bool) bool {
-	if p.MaxRestarts > 0 && p.attempts >= p.MaxRestarts {
+	if p.usedUp() {
 		return false
 	}
 	return p.RestartPolicy == restartAlways || p.RestartPolicy == restartOnFailure && !success

@@ -286,6 +286,30 @@ func TestMaxRestarts(t *testing.T) {
 	}
 }
 
+// A start that fails is an end like others, where the component was ready once.
+func TestMaxRestartsOfWhatCannotBeStarted(t *testing.T) {
+	t.Parallel()
+	s, _ := supervise(t, []map[string]any{sh("a", "exit 4", map[string]any{"restart_policy": "on-failure", "max_restarts": 2})}, nil)
+	p, now := s.byID["a"], time.Now()
+	s.start(p, now)
+	s.ready(p, now)
+	nextExit(t, s, now)
+	p.Command[0] = "/does/not/exist"
+	for _, want := range []procState{procBackoff, procFailed} {
+		now = p.deadline
+		s.expire(now)
+		for _, p := range s.startable() {
+			s.start(p, now)
+		}
+		if p.state != want {
+			t.Fatalf("state %s after %d restarts, want %s", p.state, p.restarts, want)
+		}
+	}
+	if want := `cannot run "/does/not/exist": no such file or directory, and max_restarts (2) is used up`; p.failure.kind != failStart || p.failure.reason != want {
+		t.Errorf("failure %+v, want %q", p.failure, want)
+	}
+}
+
 func TestBackoffEndsWithTheStartTimeout(t *testing.T) {
 	t.Parallel()
 	s, _ := supervise(t, []map[string]any{sh("a", "exit 1", map[string]any{"restart_policy": "on-failure", "start_timeout": "2500ms"})}, nil)

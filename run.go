@@ -431,9 +431,10 @@ func (r *run) failed(failures []*failure, now time.Time) {
 func (r *run) start(p *proc) {
 	r.registry.starting(p.ID, time.Now())
 	delete(r.conditions, p.ID)
-	r.sup.start(p, time.Now())
+	err := r.sup.start(p, time.Now())
 	switch {
-	case !p.runs():
+	case err != nil:
+		r.registry.finished(p.ID, err.Error(), time.Now())
 	case p.HealthCheck != "" || p.readyOnceRunning():
 		if p.HealthCheck != "" && !p.registers() {
 			r.registry.checked(p.ID, "health_check "+p.HealthCheck+" has not been answered yet", time.Now())
