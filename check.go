@@ -172,10 +172,8 @@ func (c *Component) commandWarnings(warn func(field, format string, args ...any)
 		warn("command", "%v", describeProgram(c.Command[0], c.WorkingDir, err))
 	} else if !filepath.IsAbs(program) {
 		warn("command", "%q is found in PATH as %q, which depends on the folder that flowctl is started in", c.Command[0], program)
-	} else if interpreter := interpreterOf(program); interpreter != "" {
-		if _, err := os.Stat(interpreter); err != nil {
-			warn("command", "cannot run %q: the interpreter that it names, %q, does not exist", c.Command[0], interpreter)
-		}
+	} else if fault := scriptFault(program); fault != "" {
+		warn("command", "cannot run %q: %s", c.Command[0], fault)
 	}
 	if len(c.HealthCommand) > 0 {
 		if _, err := exec.LookPath(c.HealthCommand[0]); err != nil {
@@ -184,8 +182,15 @@ func (c *Component) commandWarnings(warn func(field, format string, args ...any)
 	}
 }
 
-// interpreterOf returns what the #! line of a program names, "" for none (execve(2)).
-func interpreterOf(program string) string {
+// What is wrong with scripts that look right.
+const (
+	noProgram = "it is no program of this machine, and has no #! line"
+	crlfLine  = `its #! line ends in CRLF, of which the CR counts; remove it from every line: sed -i 's/\r$//'`
+)
+
+// scriptFault says what keeps a program from being run although it is executable, ""
+// for nothing: its #! line (execve(2)), or that it is a text without one.
+func scriptFault(program string) string {
 	f, err := os.Open(program)
 	if err != nil {
 		return ""
@@ -194,9 +199,19 @@ func interpreterOf(program string) string {
 	head := make([]byte, 256)
 	n, _ := io.ReadFull(f, head) // a shorter file is as good
 	line, ok := strings.CutPrefix(string(head[:n]), "#!")
+	if !ok && !strings.Contains(line, "\x00") {
+		return noProgram
+	}
 	line, _, _ = strings.Cut(line, "\n")
-	if words := strings.Fields(line); ok && len(words) > 0 {
-		return words[0]
+	words := strings.Fields(line)
+	if !ok || len(words) == 0 {
+		return ""
+	}
+	if strings.HasSuffix(line, "\r") {
+		return crlfLine
+	}
+	if _, err := os.Stat(words[0]); err != nil {
+		return fmt.Sprintf("the interpreter that it names, %q, does not exist", words[0])
 	}
 	return ""
 }

@@ -15,10 +15,15 @@ func TestCheckWarnings(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	text := writeFile(t, filepath.Join(dir, "notes"), "not a program\n")
-	script := writeFile(t, filepath.Join(dir, "script"), "#!/no/such/interpreter -x\n")
-	if err := os.Chmod(script, 0o700); err != nil {
-		t.Fatal(err)
+	program := func(name, text string) string {
+		file := writeFile(t, filepath.Join(dir, name), text)
+		if err := os.Chmod(file, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		return file
 	}
+	script := program("script", "#!/no/such/interpreter -x\n")
+	crlf, crlfArg, plain := program("crlf", "#!/bin/sh\r\n"), program("crlf-arg", "#!/usr/bin/env sh\r\necho\r\n"), program("plain", "echo hello\n")
 	reads := Component{ID: "reads", Command: []string{"sh"}, Inputs: []string{"a"}, InputEventTypes: []string{"x", "y"}}
 	for _, tt := range []struct {
 		name       string
@@ -34,6 +39,12 @@ func TestCheckWarnings(t *testing.T) {
 			`component a: command: cannot run "` + text + `": it is not executable (chmod +x)`}},
 		{"no interpreter", []Component{{ID: "a", Command: []string{script}}}, []string{
 			`component a: command: cannot run "` + script + `": the interpreter that it names, "/no/such/interpreter", does not exist`}},
+		{"CRLF, no #! line", []Component{{ID: "a", Command: []string{crlf}}, {ID: "b", Command: []string{crlfArg}}, {ID: "c", Command: []string{plain}}, {ID: "d", Command: []string{program("empty", "")}},
+			{ID: "e", Command: []string{program("right", "#! /bin/sh -e\necho\r\n")}}, {ID: "f", Command: []string{program("binary", "\x7fELF\x00")}}}, []string{
+			`component a: command: cannot run "` + crlf + `": its #! line ends in CRLF, of which the CR counts; remove it from every line: sed -i 's/\r$//'`,
+			`component b: command: cannot run "` + crlfArg + `": its #! line ends in CRLF, of which the CR counts; remove it from every line: sed -i 's/\r$//'`,
+			`component c: command: cannot run "` + plain + `": it is no program of this machine, and has no #! line`,
+			`component d: command: cannot run "` + dir + `/empty": it is no program of this machine, and has no #! line`}},
 		{"beside the file", []Component{{ID: "a", Command: []string{"notes"}, WorkingDir: dir}}, []string{
 			`component a: command: cannot run "notes": it is not found in PATH; the file in its folder is "./notes"`}},
 		{"health_check", []Component{

@@ -230,6 +230,8 @@ var runErrors = []errorRow{
 		want: "flowctl: component a failed: cannot run \"DIR/mine\": it is not executable (chmod +x)\n" + tryCheck},
 	{name: "wrong interpreter", args: quietRun, prepare: both(havePipeline(plainProgram("a", "./mine")), haveProgram("mine", "#!/no/such\n", 0o700)), code: exitFailed,
 		want: "flowctl: component a failed: cannot run \"DIR/mine\": the interpreter that it names, or its loader, does not exist\n" + tryCheck},
+	{name: "CRLF", args: quietRun, prepare: both(havePipeline(plainProgram("a", "./mine")), haveProgram("mine", "#!/bin/sh\r\n", 0o700)), code: exitFailed,
+		want: "flowctl: component a failed: cannot run \"DIR/mine\": its #! line ends in CRLF, of which the CR counts; remove it from every line: sed -i 's/\\r$//'\n" + tryCheck},
 	{name: "no working_dir", args: quietRun, prepare: havePipeline(changed(shell("a", "true"), func(c *Component) { c.WorkingDir = "nowhere" })), code: exitFailed,
 		want: "flowctl: component a failed: cannot enter its working_dir \"DIR/nowhere\": no such file or directory\n" + tryCheck},
 	{name: "no env_files", args: quietRun, prepare: havePipeline(changed(shell("a", "true"), func(c *Component) { c.EnvFiles = map[string]string{"KEY": "key"} })), code: exitFailed,

@@ -932,7 +932,9 @@ func describeProgram(program, dir string, err error) error {
 			why += fmt.Sprintf("; the file in its folder is %q", "./"+program)
 		}
 	case errors.Is(err, fs.ErrNotExist) && fileErr == nil:
-		why = "the interpreter that it names, or its loader, does not exist"
+		if why = "the interpreter that it names, or its loader, does not exist"; scriptFault(program) == crlfLine {
+			why = crlfLine
+		}
 	case errors.Is(err, fs.ErrPermission) && fileErr == nil && file.IsDir():
 		why = "it is a folder"
 	case errors.Is(err, fs.ErrPermission) && fileErr == nil && file.Mode()&0o111 != 0:
@@ -944,7 +946,7 @@ func describeProgram(program, dir string, err error) error {
 	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
 		why = "the limit of open files is reached (ulimit -n, or LimitNOFILE= of a unit)"
 	case errors.Is(err, syscall.ENOEXEC):
-		why = "it is no program of this machine, and has no #! line"
+		why = noProgram
 	}
 	return fmt.Errorf("cannot run %q: %s", program, why)
 }
