@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -15,6 +16,10 @@ func TestCheckWarnings(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	text := writeFile(t, filepath.Join(dir, "notes"), "not a program\n")
+	fifo := filepath.Join(dir, "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	program := func(name, text string) string {
 		file := writeFile(t, filepath.Join(dir, name), text)
 		if err := os.Chmod(file, 0o700); err != nil {
@@ -71,6 +76,8 @@ func TestCheckWarnings(t *testing.T) {
 			`component b: ports[1]: port 8080 is that of component a too`}},
 		{"a folder for a secret", []Component{{ID: "a", Command: []string{"sh"}, EnvFiles: map[string]string{"KEY": dir}}}, []string{
 			`component a: env_files.KEY: read ` + dir + `: is a directory`}},
+		{"a FIFO for a secret", []Component{{ID: "a", Command: []string{"sh"}, EnvFiles: map[string]string{"KEY": fifo, "NONE": "/dev/null"}}}, []string{
+			`component a: env_files.KEY: ` + fifo + ` is no plain file, and could keep flowctl waiting`}},
 		{"an input that does not say what it puts out", []Component{shell("a", "true"), reads}, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -1278,14 +1278,22 @@ func hidden(entry string) bool {
 }
 
 // readEnvFile returns the content of a file as the value of a variable, without the
-// newline that editors put at its end.
+// newline that editors put at its end. What could keep flowctl waiting, as a FIFO does,
+// is an error.
 func readEnvFile(path string) (string, error) {
-	const most = 128 << 10 // execve(2): MAX_ARG_STRLEN
-	f, err := os.Open(path)
+	const most = 128 << 10                                         // execve(2): MAX_ARG_STRLEN
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // to open a FIFO would wait for a writer
 	if err != nil {
 		return "", err
 	}
 	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	if !info.Mode().IsRegular() && !info.IsDir() && path != os.DevNull { // to read a folder is an error
+		return "", fmt.Errorf("%s is no plain file, and could keep flowctl waiting", path)
+	}
 	data, err := io.ReadAll(io.LimitReader(f, most+1))
 	if err != nil {
 		return "", err
