@@ -1075,8 +1075,8 @@ func (c *child) pump(id, stream string, r *os.File, emit emitter, flush func()) 
 	read := r.Read
 	buf := make([]byte, 0, minBuffer)
 	for {
-		room := cap(buf) - len(buf)
-		n, err := read(buf[len(buf):cap(buf)])
+		room := min(cap(buf), max(len(buf), maxLine)+1) - len(buf) // no more of a line than tells whether it is too long
+		n, err := read(buf[len(buf) : len(buf)+room])
 		buf = passLines(buf[:len(buf)+n], pass)
 		if n == room && cap(buf) < pipeSize {
 			buf = slices.Grow(buf, pipeSize-len(buf))
@@ -1094,14 +1094,15 @@ func (c *child) pump(id, stream string, r *os.File, emit emitter, flush func()) 
 }
 
 // passLines passes the whole lines of buf, or the first maxLine bytes of one that
-// is longer, and returns the rest with room to read more.
+// is longer, and returns the rest with room to read more. A CR that comes next may be
+// of the end of the line, which the byte after it shows.
 func passLines(buf []byte, pass func([]byte)) []byte {
 	if i := bytes.LastIndexByte(buf, '\n'); i >= 0 {
 		pass(buf[:i+1])
 		buf = buf[:copy(buf, buf[i+1:])]
 	}
 	switch {
-	case len(buf) > maxLine:
+	case len(buf) > maxLine && (len(buf) > maxLine+1 || buf[maxLine] != '\r'):
 		n := maxLine
 		if buf[n-1] == '\r' { // which would be taken for the end of a line
 			n--
@@ -1109,7 +1110,7 @@ func passLines(buf []byte, pass func([]byte)) []byte {
 		pass(append(slices.Clip(buf[:n]), '\n'))
 		buf = buf[:copy(buf, buf[n:])]
 	case len(buf) == cap(buf):
-		grown := make([]byte, len(buf), min(2*cap(buf), maxLine+1))
+		grown := make([]byte, len(buf), min(2*cap(buf), maxLine+2))
 		copy(grown, buf)
 		buf = grown
 	}

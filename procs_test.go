@@ -682,6 +682,9 @@ func TestPumpHandsOnWholeLines(t *testing.T) {
 		{"NUL and no UTF-8", "a\x00b\xff\n", "a\x00b\xff\n"},
 		{"longer than the first buffer", strings.Repeat("q", 3*minBuffer) + "\nr\n", strings.Repeat("q", 3*minBuffer) + "\nr\n"},
 		{"one byte below a piece", piece[1:] + "\n", piece[1:] + "\n"},
+		{"a piece and CRLF", piece + "\r\nnext\r\n" + piece + "\r\n" + piece[1:] + "\r\n", piece + "\r\nnext\r\n" + piece + "\r\n" + piece[1:] + "\r\n"},
+		{"a piece and CR", piece + "\rx\n" + piece + "\r\r\n" + piece + "\r", piece + "\n\rx\n" + piece + "\n\r\r\n" + piece + "\r\n"},
+		{"a byte above a piece", "a\n" + piece + "y\n" + piece + "y\n", "a\n" + piece + "\ny\n" + piece + "\ny\n"},
 		{"longer than a piece", piece + piece + "tail\nnext\n", piece + "\n" + piece + "\ntail\nnext\n"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
