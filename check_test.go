@@ -133,8 +133,11 @@ func TestSchema(t *testing.T) {
 	var schema struct {
 		Schema     string `json:"$schema"`
 		Required   []string
-		Properties map[string]struct{ Properties map[string]any }
-		Defs       map[string]struct {
+		Properties map[string]struct {
+			Type       any
+			Properties map[string]any
+		}
+		Defs map[string]struct {
 			Required   []string
 			Additional *bool `json:"additionalProperties"`
 			Properties map[string]map[string]any
@@ -167,7 +170,7 @@ func TestSchema(t *testing.T) {
 	if len(c.Properties) != len(fields) || !slices.Equal(c.Required, []string{"id"}) || c.Additional == nil || *c.Additional {
 		t.Errorf("%d fields in the schema, %d in the model; required %q", len(c.Properties), len(fields), c.Required)
 	}
-	if !slices.Equal(schema.Required, []string{"apiVersion", "kind", "metadata", "spec"}) || schema.Properties["spec"].Properties["sinks"] == nil {
+	if !slices.Equal(schema.Required, []string{"apiVersion", "kind", "metadata", "spec"}) || schema.Properties["spec"].Properties["sinks"] == nil || schema.Properties["$schema"].Type != "string" {
 		t.Errorf("required %q, properties %v", schema.Required, schema.Properties)
 	}
 	if _, ok := c.Properties["restart_policy"]["anyOf"]; !ok || c.Properties["health_retries"]["minimum"] != 1.0 {

@@ -110,6 +110,16 @@ func haveLocked(t *testing.T, dir string) []option {
 	return nil
 }
 
+// intoFull has standard output on a disk that is full.
+func intoFull(t *testing.T, _ string) []option {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { full.Close() })
+	return []option{func(p *process) { p.cmd.Stdout = full }}
+}
+
 // changed returns c with a field that change sets.
 func changed(c Component, change func(c *Component)) Component {
 	change(&c)
@@ -152,6 +162,9 @@ var commandErrors = []errorRow{
 	{name: "no number", args: "run -control-plane-port x", code: exitUsage, want: "flowctl: -control-plane-port \"x\": it must be a number\n" + tryRun},
 	{name: "port", args: "run p.json -control-plane-port 65536", code: exitUsage, want: "flowctl: -control-plane-port 65536: it must be between 0 and 65535\n" + tryRun},
 	{name: "address", args: "run p.json -control-plane-address=", code: exitUsage, want: "flowctl: -control-plane-address \"\": it must be a host or unix:PATH; 0.0.0.0 is all interfaces\n" + tryRun},
+	{name: "address with a port", args: "run p.json -control-plane-address 127.0.0.1:9000", code: exitUsage, want: "flowctl: -control-plane-address \"127.0.0.1:P\": it must be a host alone, such as \"127.0.0.1\"; the port is -control-plane-port 9000\n" + tryRun},
+	{name: "IPv6 with a port", args: "server -control-plane-address [::1]:9000", code: exitUsage, want: "flowctl: -control-plane-address \"[::1]:9000\": it must be a host alone, such as \"::1\"; the port is -control-plane-port 9000\nTry: flowctl help server\n"},
+	{name: "port of a socket file", args: "run p.json -control-plane-address unix:s -control-plane-port 5", code: exitUsage, want: "flowctl: -control-plane-port 5: a socket file, -control-plane-address \"unix:s\", has no port\n" + tryRun},
 	{name: "no unit", args: "run p.json -start-timeout 5", code: exitUsage, want: "flowctl: -start-timeout \"5\": it must be a time with a unit, such as 30s\n" + tryRun},
 	{name: "too short: start-timeout", args: "run p.json -start-timeout -1s", code: exitUsage, want: "flowctl: -start-timeout -1s: it must be 10ms at least\n" + tryRun},
 	{name: "too short: stop-timeout", args: "run p.json -stop-timeout 0s", code: exitUsage, want: "flowctl: -stop-timeout 0s: it must be 10ms at least\n" + tryRun},
@@ -278,7 +291,8 @@ var runErrors = []errorRow{
 		p.waitReady()
 		os.Remove(filepath.Join(p.cmd.Dir, "here"))
 	}, code: exitFailed,
-		want: "flowctl: component a failed: unhealthy for 100ms (-unhealthy-timeout): health_check exec:test -e here failed N times running: exit status 1 (pid N, ran for T)\nflowctl: try: ask by hand what its health_check asks, while a runs; if it is only slow, give it a longer \"start_timeout\" or \"health_timeout\"\n"},
+		want: "flowctl: component a failed: unhealthy for 100ms (-unhealthy-timeout): health_check exec:test -e here failed N times running: exit status 1 (pid N, ran for T)\nflowctl: try: ask by hand what its health_check asks, while a runs; if it is only slow, give it a longer \"health_timeout\" or more \"health_retries\", or run with a longer -unhealthy-timeout\n"},
+	{name: "full disk", args: quietRun, prepare: both(havePipeline(shell("a", "echo out; exec sleep 300")), intoFull), code: exitFailed, want: "flowctl: standard output cannot be written: write /dev/stdout: no space left on device\n"},
 	{name: "command fails", args: quietRun + " -- false", prepare: havePipeline(shell("a", "exec sleep 300")), code: 1, want: "flowctl: the command \"false\" after -- failed: exit status 1\n"},
 }
 

@@ -259,7 +259,11 @@ func (o *planeFlags) define(fs *flag.FlagSet) {
 	fs.DurationVar(&o.interval, "janitor-interval", 10*time.Second, "look for stale services at least this often")
 	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "log from `level` up: debug, info, warn, error")
 	fs.StringVar(&o.format, "log-format", formatAuto, "log as `form`: text, json, journal or auto")
-	fs.StringVar(&o.dbPath, "db-path", "", "keep the registry's state in `file`, not in $STATE_DIRECTORY or memory")
+	place := "memory"
+	if fs.Name() == "server" {
+		place = "the user's state folder"
+	}
+	fs.StringVar(&o.dbPath, "db-path", "", "keep the registry's state in `file`, not in $STATE_DIRECTORY or "+place)
 	fs.BoolVar(&o.noState, "no-persistence", false, "keep the registry's state in memory only")
 	o.tls.define(fs, "serve TLS with the certificate in `file`, PEM", "require client certificates, by the CA in `file`")
 }
@@ -319,6 +323,12 @@ func (o *planeFlags) check(fs *flag.FlagSet) error {
 	fs.Visit(func(f *flag.Flag) { o.portSet = o.portSet || f.Name == "control-plane-port" })
 	if o.address == "" || o.address == "unix:" {
 		return &usageError{fs.Name(), fmt.Errorf("-control-plane-address %q: it must be a host or unix:PATH; 0.0.0.0 is all interfaces", o.address)}
+	}
+	if host, port, err := net.SplitHostPort(o.address); err == nil && !strings.HasPrefix(o.address, "unix:") {
+		return &usageError{fs.Name(), fmt.Errorf("-control-plane-address %q: it must be a host alone, such as %q; the port is -control-plane-port %s", o.address, host, port)}
+	}
+	if o.portSet && o.port != 0 && strings.HasPrefix(o.address, "unix:") {
+		return &usageError{fs.Name(), fmt.Errorf("-control-plane-port %d: a socket file, -control-plane-address %q, has no port", o.port, o.address)}
 	}
 	if o.port < 0 || o.port > 65535 {
 		return &usageError{fs.Name(), fmt.Errorf("-control-plane-port %d: it must be between 0 and 65535", o.port)}

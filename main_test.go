@@ -1053,6 +1053,9 @@ Flags:
 		{"help server", "server: run the control plane alone\n", true},
 	} {
 		code, out, stderr := call(t, strings.Fields(tt.args)...)
+		if tt.args == "help server" && !strings.Contains(out, "$STATE_DIRECTORY or the user's state folder\n") {
+			t.Errorf("it does not say where the state is\n%s", out)
+		}
 		for line := range strings.Lines(out) {
 			if utf8.RuneCountInString(line) > 80+1 {
 				t.Errorf("%s: wider than 80 columns: %s", tt.args, line)
@@ -2149,7 +2152,7 @@ func TestRunOutputClosed(t *testing.T) {
 	}
 	_ = syscall.Kill(p.pid("a"), syscall.SIGUSR2) // now it says that it is registered, if it still lives
 	p.exit(exitFailed)
-	p.has(p.stderr, `level=ERROR msg="standard output is closed, stopping" err="write /dev/stdout: broken pipe"`)
+	p.has(p.stderr, `level=ERROR msg="standard output cannot be written, stopping" err="write /dev/stdout: broken pipe"`)
 	inOrder(t, readJournal(t, journal), "stop a")
 	inOrder(t, readJournal(t, journal), "term b", "stop b")
 }

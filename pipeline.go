@@ -39,6 +39,7 @@ const (
 // Pipeline is a pipeline file that has been read and found right. In the tags of
 // the model, a field without omitempty is required, and check names its rule.
 type Pipeline struct {
+	Schema     string   `json:"$schema,omitempty"` // for editors
 	APIVersion string   `json:"apiVersion" check:"version"`
 	Kind       string   `json:"kind" check:"kind"`
 	Metadata   Metadata `json:"metadata"`

@@ -711,14 +711,14 @@ func TestReferences(t *testing.T) {
 
 func TestModel(t *testing.T) {
 	t.Parallel()
-	p := mustParsePipeline(t, `{"apiVersion": "flowctl/v1", "kind": "Pipeline", "metadata": {"name": "ttp", "labels": {"team": "data"}}, "spec": {
+	p := mustParsePipeline(t, `{"$schema": "../flowctl.json", "apiVersion": "flowctl/v1", "kind": "Pipeline", "metadata": {"name": "ttp", "labels": {"team": "data"}}, "spec": {
 		"sinks": [{"id": "store", "command": ["./sink", "-v"], "register": false, "health_check": "tcp://db:5432", "stop_signal": "SIGINT",
 			"tls": true, "config": {"batch": 1.50, "Url": "http://a?b&c", "dry_run": true, "tables": ["<a>", {"z": 1, "b": null}]}}],
 		"sources": [{"id": "ledgers", "command": ["source"], "start_timeout": "1m30s", "health_check": "exec:x", "health_interval": "1s",
 			"health_timeout": "100ms", "health_retries": 1}],
 		"processors": []}}`)
 	source, sink := &p.Spec.Sources[0], &p.Spec.Sinks[0]
-	want := &Pipeline{"flowctl/v1", "Pipeline", Metadata{"ttp", map[string]string{"team": "data"}}, Spec{
+	want := &Pipeline{"../flowctl.json", "flowctl/v1", "Pipeline", Metadata{"ttp", map[string]string{"team": "data"}}, Spec{
 		Sources: []Component{{ID: "ledgers", Command: []string{"source"}, StartTimeout: Duration(90 * time.Second), HealthCheck: "exec:x",
 			HealthInterval: Duration(time.Second), HealthTimeout: Duration(100 * time.Millisecond), HealthRetries: 1, Role: roleSource}},
 		Sinks: []Component{{ID: "store", Command: []string{"./sink", "-v"}, Register: new(false), TLS: true, HealthCheck: "tcp://db:5432", StopSignal: "SIGINT",

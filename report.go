@@ -200,6 +200,7 @@ var symptoms = []struct {
 	{true, "too many open files", "raise the limit of open files: ulimit -n 65536, or LimitNOFILE= of a unit"},
 	{true, "no space left on device", "make room: df -h shows which disk is full"},
 	{false, "none of the pipeline's", "if one of these is %s, have it register by the id that is in its $FLOWCTL_COMPONENT_ID"},
+	{false, "(-unhealthy-timeout): health_check", "ask by hand what its health_check asks, while %s runs; if it is only slow, give it a longer \"health_timeout\" or more \"health_retries\", or run with a longer -unhealthy-timeout"},
 	{false, "health_check", "ask by hand what its health_check asks, while %s runs; if it is only slow, give it a longer \"start_timeout\" or \"health_timeout\""},
 	{false, "not registered", "if %s does not speak to flowctl, give it \"register\": false; if it does, it has to dial $FLOWCTL_ENDPOINT; if it is only slow, give it a longer \"start_timeout\""},
 	{false, "no heartbeat for", "see what %s did for so long; if it is to be silent that long, run with a longer -heartbeat-ttl"},

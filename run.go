@@ -332,8 +332,8 @@ func (r *run) loop(signals <-chan os.Signal) {
 			request.answer <- reloadAnswer{out, err}
 		case <-broken:
 			broken = nil
-			r.log.Error("standard output is closed, stopping", "err", r.console.err)
-			r.blame = fmt.Errorf("standard output is closed: %v", r.console.err)
+			r.log.Error("standard output cannot be written, stopping", "err", r.console.err)
+			r.blame = fmt.Errorf("standard output cannot be written: %v", r.console.err)
 			r.stop(exitFailed, time.Now())
 		case <-timer.C:
 		}

@@ -1246,7 +1246,7 @@ func TestClosedOutputEndsAFlood(t *testing.T) {
 	r.Close()
 	p.exit(exitFailed)
 	h.gone(p, 0)
-	p.has(p.stderr, `level=ERROR msg="standard output is closed, stopping" err="write /dev/stdout: broken pipe"`)
+	p.has(p.stderr, `level=ERROR msg="standard output cannot be written, stopping" err="write /dev/stdout: broken pipe"`)
 }
 
 // A watcher looks, for each line that it is given, whether that is in a file already.
