@@ -57,6 +57,8 @@ type listedComponent struct {
 	InPipeline   bool              `json:"in_pipeline"`
 	ServiceID    string            `json:"service_id,omitempty"`
 	Type         string            `json:"type"`
+	TypeInFile   string            `json:"type_in_file,omitempty"`
+	Labels       map[string]string `json:"labels,omitempty"`
 	Name         string            `json:"name,omitempty"`
 	Description  string            `json:"description,omitempty"`
 	Version      string            `json:"version,omitempty"`
@@ -348,6 +350,7 @@ func listComponent(c *operatorv1.Component) *listedComponent {
 	p := c.GetProcess()
 	l := &listedComponent{
 		record: c.GetRecord(), ID: c.GetId(), InPipeline: c.GetInPipeline(), ServiceID: c.GetServiceId(), Type: c.GetType(),
+		TypeInFile: c.GetTypeInFile(), Labels: c.GetLabels(),
 		Name: c.GetName(), Description: c.GetDescription(), Version: c.GetVersion(),
 		InputEvents: c.GetInputEventTypes(), OutputEvents: c.GetOutputEventTypes(),
 		Endpoint: c.GetEndpoint(), Metadata: c.GetMetadata(), Health: c.GetHealth(), Cause: c.GetCause(), Declared: c.GetDeclared(),
@@ -489,6 +492,13 @@ func (l *listedComponent) writeDetails(w io.Writer, p *listedPipeline, now time.
 		}
 		return strings.Join(values, ", ")
 	}
+	pairs := func(values map[string]string) string {
+		var out []string
+		for _, key := range slices.Sorted(maps.Keys(values)) {
+			out = append(out, key+"="+values[key])
+		}
+		return list(out)
+	}
 	line("id", clean(l.ID))
 	line("service id", clean(l.ServiceID))
 	pipeline := clean(p.Pipeline)
@@ -497,6 +507,8 @@ func (l *listedComponent) writeDetails(w io.Writer, p *listedPipeline, now time.
 	}
 	line("pipeline", pipeline)
 	line("type", clean(l.Type))
+	line("type in file", printable(l.TypeInFile))
+	line("labels", pairs(l.Labels))
 	line("name", clean(l.Name))
 	line("description", printable(l.Description))
 	line("version", clean(l.Version))
@@ -516,11 +528,7 @@ func (l *listedComponent) writeDetails(w io.Writer, p *listedPipeline, now time.
 	line("endpoint", printable(l.Endpoint))
 	line("reads", list(l.InputEvents))
 	line("writes", list(l.OutputEvents))
-	var metadata []string
-	for _, key := range slices.Sorted(maps.Keys(l.Metadata)) {
-		metadata = append(metadata, key+"="+l.Metadata[key])
-	}
-	line("metadata", list(metadata))
+	line("metadata", pairs(l.Metadata))
 	line("metrics", strings.Join(l.metricTexts(), ", "))
 	if err := tw.Flush(); err != nil {
 		return err

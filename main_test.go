@@ -1648,6 +1648,28 @@ func TestRunStale(t *testing.T) {
 	}
 }
 
+// The type and the labels that the file gives a component are shown as they are.
+func TestListShowsTypeAndLabels(t *testing.T) {
+	t.Parallel()
+	c := actor("a", role{Dialect: "v1"})
+	c.Type, c.Labels = "kafka reader", map[string]string{"team": "data", "tier": "1\x1b[31m"}
+	p := launch(t, writePipeline(t, c, shell("b", "exec sleep 300")))
+	p.waitReady()
+	code, out, stderr := call(t, "list", "a", "-e", p.endpoint())
+	if want := regexp.MustCompile(`\ntype: +source\ntype in file: +kafka reader\nlabels: +team=data, tier=1\S*\[31m\n`); code != exitOK || stderr != "" || !want.MatchString(out) || strings.Contains(out, "\x1b") {
+		t.Errorf("exit %d\n%s%q", code, stderr, out)
+	}
+	var pipelines []listedPipeline
+	_, out, _ = call(t, "list", "-json", "-e", p.endpoint())
+	if err := json.Unmarshal([]byte(out), &pipelines); err != nil {
+		t.Fatal(err)
+	}
+	if a := pipelines[0].Components[0]; a.TypeInFile != c.Type || !maps.Equal(a.Labels, c.Labels) || strings.Count(out, `"labels"`) != 1 {
+		t.Errorf("list -json\n%s", out)
+	}
+	p.stop()
+}
+
 func TestListNothing(t *testing.T) {
 	t.Parallel()
 	address := "127.0.0.1:" + freePort(t)

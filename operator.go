@@ -244,6 +244,9 @@ func (r *registry) componentLocked(s *service, now time.Time) *operatorv1.Compon
 	if s.registered {
 		out.RegisteredAt, out.LastSeen = timestamppb.New(s.since), timestamppb.New(s.lastSeen)
 	}
+	if s.member != nil {
+		out.TypeInFile, out.Labels = s.member.Type, s.member.Labels
+	}
 	for name, m := range s.metrics.all() {
 		if f, ok := m.float(); ok {
 			if out.Metrics == nil {

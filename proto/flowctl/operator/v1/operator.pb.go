@@ -454,7 +454,10 @@ type Component struct {
 	// Its changes of health, the oldest first, the last 32.
 	History []*Change `protobuf:"bytes,20,rep,name=history,proto3" json:"history,omitempty"`
 	// Only of what this flowctl starts itself.
-	Process       *Process `protobuf:"bytes,21,opt,name=process,proto3" json:"process,omitempty"`
+	Process *Process `protobuf:"bytes,21,opt,name=process,proto3" json:"process,omitempty"`
+	// The type and the labels that the pipeline file gives it: free text.
+	TypeInFile    string            `protobuf:"bytes,22,opt,name=type_in_file,json=typeInFile,proto3" json:"type_in_file,omitempty"`
+	Labels        map[string]string `protobuf:"bytes,23,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -636,6 +639,20 @@ func (x *Component) GetProcess() *Process {
 	return nil
 }
 
+func (x *Component) GetTypeInFile() string {
+	if x != nil {
+		return x.TypeInFile
+	}
+	return ""
+}
+
+func (x *Component) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
 type Change struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Time          *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
@@ -806,7 +823,7 @@ const file_flowctl_operator_v1_operator_proto_rawDesc = "" +
 	"\n" +
 	"components\x18\n" +
 	" \x03(\v2\x1e.flowctl.operator.v1.ComponentR\n" +
-	"components\"\x9e\b\n" +
+	"components\"\xbf\t\n" +
 	"\tComponent\x12\x16\n" +
 	"\x06record\x18\x01 \x01(\x03R\x06record\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x1f\n" +
@@ -831,7 +848,10 @@ const file_flowctl_operator_v1_operator_proto_rawDesc = "" +
 	"\ametrics\x18\x12 \x03(\v2+.flowctl.operator.v1.Component.MetricsEntryR\ametrics\x12R\n" +
 	"\ftext_metrics\x18\x13 \x03(\v2/.flowctl.operator.v1.Component.TextMetricsEntryR\vtextMetrics\x125\n" +
 	"\ahistory\x18\x14 \x03(\v2\x1b.flowctl.operator.v1.ChangeR\ahistory\x126\n" +
-	"\aprocess\x18\x15 \x01(\v2\x1c.flowctl.operator.v1.ProcessR\aprocess\x1a;\n" +
+	"\aprocess\x18\x15 \x01(\v2\x1c.flowctl.operator.v1.ProcessR\aprocess\x12 \n" +
+	"\ftype_in_file\x18\x16 \x01(\tR\n" +
+	"typeInFile\x12B\n" +
+	"\x06labels\x18\x17 \x03(\v2*.flowctl.operator.v1.Component.LabelsEntryR\x06labels\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
@@ -839,6 +859,9 @@ const file_flowctl_operator_v1_operator_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\x1a>\n" +
 	"\x10TextMetricsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"f\n" +
 	"\x06Change\x12.\n" +
@@ -867,7 +890,7 @@ func file_flowctl_operator_v1_operator_proto_rawDescGZIP() []byte {
 	return file_flowctl_operator_v1_operator_proto_rawDescData
 }
 
-var file_flowctl_operator_v1_operator_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_flowctl_operator_v1_operator_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_flowctl_operator_v1_operator_proto_goTypes = []any{
 	(*ReloadRequest)(nil),         // 0: flowctl.operator.v1.ReloadRequest
 	(*ReloadResponse)(nil),        // 1: flowctl.operator.v1.ReloadResponse
@@ -881,33 +904,35 @@ var file_flowctl_operator_v1_operator_proto_goTypes = []any{
 	nil,                           // 9: flowctl.operator.v1.Component.MetadataEntry
 	nil,                           // 10: flowctl.operator.v1.Component.MetricsEntry
 	nil,                           // 11: flowctl.operator.v1.Component.TextMetricsEntry
-	(*timestamppb.Timestamp)(nil), // 12: google.protobuf.Timestamp
+	nil,                           // 12: flowctl.operator.v1.Component.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 13: google.protobuf.Timestamp
 }
 var file_flowctl_operator_v1_operator_proto_depIdxs = []int32{
 	5,  // 0: flowctl.operator.v1.WatchResponse.pipeline:type_name -> flowctl.operator.v1.Pipeline
 	6,  // 1: flowctl.operator.v1.WatchResponse.components:type_name -> flowctl.operator.v1.Component
-	12, // 2: flowctl.operator.v1.Pipeline.started:type_name -> google.protobuf.Timestamp
+	13, // 2: flowctl.operator.v1.Pipeline.started:type_name -> google.protobuf.Timestamp
 	6,  // 3: flowctl.operator.v1.Pipeline.components:type_name -> flowctl.operator.v1.Component
 	9,  // 4: flowctl.operator.v1.Component.metadata:type_name -> flowctl.operator.v1.Component.MetadataEntry
-	12, // 5: flowctl.operator.v1.Component.registered_at:type_name -> google.protobuf.Timestamp
-	12, // 6: flowctl.operator.v1.Component.last_seen:type_name -> google.protobuf.Timestamp
+	13, // 5: flowctl.operator.v1.Component.registered_at:type_name -> google.protobuf.Timestamp
+	13, // 6: flowctl.operator.v1.Component.last_seen:type_name -> google.protobuf.Timestamp
 	10, // 7: flowctl.operator.v1.Component.metrics:type_name -> flowctl.operator.v1.Component.MetricsEntry
 	11, // 8: flowctl.operator.v1.Component.text_metrics:type_name -> flowctl.operator.v1.Component.TextMetricsEntry
 	7,  // 9: flowctl.operator.v1.Component.history:type_name -> flowctl.operator.v1.Change
 	8,  // 10: flowctl.operator.v1.Component.process:type_name -> flowctl.operator.v1.Process
-	12, // 11: flowctl.operator.v1.Change.time:type_name -> google.protobuf.Timestamp
-	12, // 12: flowctl.operator.v1.Process.started:type_name -> google.protobuf.Timestamp
-	2,  // 13: flowctl.operator.v1.Operator.GetPipeline:input_type -> flowctl.operator.v1.GetPipelineRequest
-	3,  // 14: flowctl.operator.v1.Operator.Watch:input_type -> flowctl.operator.v1.WatchRequest
-	0,  // 15: flowctl.operator.v1.Operator.Reload:input_type -> flowctl.operator.v1.ReloadRequest
-	5,  // 16: flowctl.operator.v1.Operator.GetPipeline:output_type -> flowctl.operator.v1.Pipeline
-	4,  // 17: flowctl.operator.v1.Operator.Watch:output_type -> flowctl.operator.v1.WatchResponse
-	1,  // 18: flowctl.operator.v1.Operator.Reload:output_type -> flowctl.operator.v1.ReloadResponse
-	16, // [16:19] is the sub-list for method output_type
-	13, // [13:16] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	12, // 11: flowctl.operator.v1.Component.labels:type_name -> flowctl.operator.v1.Component.LabelsEntry
+	13, // 12: flowctl.operator.v1.Change.time:type_name -> google.protobuf.Timestamp
+	13, // 13: flowctl.operator.v1.Process.started:type_name -> google.protobuf.Timestamp
+	2,  // 14: flowctl.operator.v1.Operator.GetPipeline:input_type -> flowctl.operator.v1.GetPipelineRequest
+	3,  // 15: flowctl.operator.v1.Operator.Watch:input_type -> flowctl.operator.v1.WatchRequest
+	0,  // 16: flowctl.operator.v1.Operator.Reload:input_type -> flowctl.operator.v1.ReloadRequest
+	5,  // 17: flowctl.operator.v1.Operator.GetPipeline:output_type -> flowctl.operator.v1.Pipeline
+	4,  // 18: flowctl.operator.v1.Operator.Watch:output_type -> flowctl.operator.v1.WatchResponse
+	1,  // 19: flowctl.operator.v1.Operator.Reload:output_type -> flowctl.operator.v1.ReloadResponse
+	17, // [17:20] is the sub-list for method output_type
+	14, // [14:17] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_flowctl_operator_v1_operator_proto_init() }
@@ -921,7 +946,7 @@ func file_flowctl_operator_v1_operator_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flowctl_operator_v1_operator_proto_rawDesc), len(file_flowctl_operator_v1_operator_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   12,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
