@@ -270,52 +270,53 @@ func (o *planeFlags) define(fs *flag.FlagSet) {
 
 // stateFile is where the registry's state is kept, "" for nowhere: the file that was
 // asked for, else name.json in the folder that systemd gives, else, for a control plane
-// alone, in the user's own.
-func (o *planeFlags) stateFile(name string, alone bool) (string, error) {
+// alone, in the user's own, which is to be made.
+func (o *planeFlags) stateFile(name string, alone bool) (file string, own bool, err error) {
 	name += ".json"
 	given, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":")
 	switch {
 	case o.noState:
-		return "", nil
+		return "", false, nil
 	case o.dbPath != "":
-		return o.dbPath, nil
+		return o.dbPath, false, nil
 	case given != "":
-		return filepath.Join(given, name), nil
+		return filepath.Join(given, name), false, nil
 	case !alone:
-		return "", nil
+		return "", false, nil
 	}
 	base := os.Getenv("XDG_STATE_HOME")
 	if !filepath.IsAbs(base) { // the XDG base directory specification has others ignored
 		home, err := os.UserHomeDir()
 		if err != nil {
-			return "", fmt.Errorf("no place for the registry's state: %v: name a file with -db-path, or choose -no-persistence", err)
+			return "", false, fmt.Errorf("no place for the registry's state: %v: name a file with -db-path, or choose -no-persistence", err)
 		}
 		base = filepath.Join(home, ".local", "state")
 	}
-	folder := filepath.Join(base, "flowctl")
-	if err := os.MkdirAll(folder, 0o700); err != nil {
-		return "", fmt.Errorf("no place for the registry's state: %v: name a file with -db-path, or choose -no-persistence", err)
-	}
-	return filepath.Join(folder, name), nil
+	return filepath.Join(base, "flowctl", name), true, nil
 }
 
 // openState opens the state file, if there is to be one, and lets r take in what is
 // in it.
 func (o *planeFlags) openState(r *registry, about *about, alone bool, log *slog.Logger) (*store, error) {
-	file, err := o.stateFile(url.PathEscape(cmp.Or(about.name, "registry")), alone)
+	file, own, err := o.stateFile(url.PathEscape(cmp.Or(about.name, "registry")), alone)
 	if err != nil || file == "" {
 		return nil, err
 	}
-	st, services, err := openStore(file, log)
+	st, err := openStore(file, about.name, own, log)
 	if err != nil {
 		return nil, err
 	}
 	about.stateFile = st.path
-	dropped := r.restore(services, time.Now())
+	restored, dropped, err := r.restore(st.read(), time.Now())
+	if err != nil {
+		st.close()
+		return nil, err
+	}
+	debug.FreeOSMemory() // of the text of a hundred thousand services
 	if dropped > 0 {
 		log.Info("services of an earlier run are not taken over", "services", dropped, "file", st.path)
 	}
-	log.Info("registry restored", "services", len(services)-dropped, "file", st.path)
+	log.Info("registry restored", "services", restored, "file", st.path)
 	return st, nil
 }
 

@@ -420,7 +420,7 @@ func (r *registry) reportProcess(id string, p processReport) {
 
 // seenLocked notes a sign of life.
 func (r *registry) seenLocked(s *service, now time.Time) {
-	s.lastSeen = now
+	s.lastSeen, r.journal.heard = now, true
 	r.stale.remove(s)
 	if s.timeless {
 		r.live.remove(s)

@@ -155,6 +155,21 @@ func mustRegister(t testing.TB, r *registry, reg registration, now time.Time) st
 	return got
 }
 
+// restoreAll has r take over services.
+func restoreAll(t testing.TB, r *registry, services []savedService, now time.Time) {
+	t.Helper()
+	_, _, err := r.restore(func(yield func(savedService, error) bool) {
+		for _, in := range services {
+			if !yield(in, nil) {
+				return
+			}
+		}
+	}, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // beat is a heartbeat without a status and metrics.
 func beat(r *registry, id string, now time.Time) error {
 	_, err := r.heartbeat(id, origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, now, func(*service, error) error { return nil })
@@ -1921,12 +1936,12 @@ func connectPlane(b *testing.B, c planeClient) []planeClient {
 // twenty times a second for one of many services that registers again.
 func startKeptPlane(b *testing.B) planeClient {
 	b.Helper()
-	st, services, err := openStore(filepath.Join(b.TempDir(), "state.json"), slog.New(slog.DiscardHandler))
+	st, err := openStore(filepath.Join(b.TempDir(), "state.json"), "", false, slog.New(slog.DiscardHandler))
 	if err != nil {
 		b.Fatal(err)
 	}
 	r := newRegistry(testTTL, time.Second, "", nil)
-	r.restore(services, time.Now())
+	restoreAll(b, r, nil, time.Now())
 	lis, endpoint, err := listenPlane("127.0.0.1", 0)
 	if err != nil {
 		b.Fatal(err)

@@ -260,7 +260,7 @@ func checkLate(t *testing.T, p99 time.Duration, services, conns int) {
 
 func countSaved(tb testing.TB, file string) int {
 	tb.Helper()
-	services, err := readState(file)
+	services, err := savedIn(file)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -340,7 +340,7 @@ func TestNoPause(t *testing.T) {
 		})
 		measure("follow", func(step func()) { w.send = send(step); _, _ = w.catchUp() })
 		measure("save", func(step func()) {
-			_, _ = r.save(writerFunc(func(p []byte) (int, error) { step(); return len(p), nil }), runtime.Gosched)
+			_, _ = r.save(writerFunc(func(p []byte) (int, error) { step(); return len(p), nil }), "", runtime.Gosched)
 		})
 		n := 0
 		measure("list", func(step func()) {
@@ -383,7 +383,7 @@ func checkedOften(t *testing.T, r *registry, services int, now time.Time, best m
 			next = r.sweep(later)
 		}
 	})
-	work.Go(func() { _, _ = r.save(io.Discard, runtime.Gosched) })
+	work.Go(func() { _, _ = r.save(io.Discard, "", runtime.Gosched) })
 	work.Go(func() {
 		_ = w.snapshot()
 		_, _ = w.catchUp()

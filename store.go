@@ -2,12 +2,14 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"iter"
 	"log/slog"
 	"maps"
 	"math"
@@ -20,6 +22,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unicode/utf8"
 
 	"google.golang.org/grpc/status"
 
@@ -31,9 +34,9 @@ import (
 // that this version could not read.
 const stateFormat = "flowctl-registry/1"
 
-// maxWrite is how long a disk may take for the state file before the registry goes
-// on without it.
-const maxWrite = 5 * time.Second
+// maxWrite is how long a disk may take nothing of the state file before the registry goes
+// on without it. Clients wait as long, of which some give up a heartbeat after 2 s.
+const maxWrite = 1500 * time.Millisecond
 
 // batchPause is how long a write for which nobody waits rests after each batch.
 const batchPause = 3 * time.Millisecond
@@ -48,6 +51,7 @@ type journal struct {
 	dirty   chan struct{} // gets a token when there is something to write
 	written chan struct{} // closed and replaced when done or broken have changed
 	broken  error         // why the last write failed
+	heard   bool          // something was heard of since the last write began
 }
 
 // hold counts a change of s and tells whether it is to be kept from others for now.
@@ -110,16 +114,20 @@ func (r *registry) settle(count uint64, err error) (turned bool) {
 	}
 	held := j.held
 	j.held = nil
-	for _, s := range held {
-		if err == nil && s.durable > j.done {
-			j.held = append(j.held, s)
-			continue
-		}
-		s.held = false
-		r.tellLocked(s)
-	}
 	close(j.written)
 	j.written = make(chan struct{})
+	for some := range slices.Chunk(held, batch) {
+		for _, s := range some {
+			if err == nil && s.durable > j.done {
+				j.held = append(j.held, s)
+				continue
+			}
+			s.held = false
+			r.tellLocked(s)
+		}
+		r.mu.Unlock() // there may be a hundred thousand
+		r.mu.Lock()
+	}
 	return turned
 }
 
@@ -147,6 +155,9 @@ func (r *registry) keep(ctx context.Context, st *store, told func(durable bool))
 			last = true
 		case <-r.journal.dirty:
 		case <-ticker.C:
+			if !r.toWrite() {
+				continue
+			}
 			urgent = false
 		}
 		var count uint64
@@ -179,7 +190,7 @@ func (r *registry) keep(ctx context.Context, st *store, told func(durable bool))
 			}
 		}
 		err := st.write(func(w io.Writer) (err error) {
-			count, err = r.save(w, pause)
+			count, err = r.save(w, st.pipeline, pause)
 			return err
 		})
 		slow.Stop()
@@ -193,10 +204,11 @@ func (r *registry) keep(ctx context.Context, st *store, told func(durable bool))
 	}
 }
 
-// savedState is the state file.
-type savedState struct {
-	Format   string         `json:"format"`
-	Services []savedService `json:"services"`
+// toWrite tells whether the state file is behind, though nobody waits for it.
+func (r *registry) toWrite() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.journal.heard || r.journal.broken != nil || r.journal.done < r.journal.count
 }
 
 // savedService is a service in the state file: one line of it.
@@ -253,9 +265,14 @@ func savedMetrics(in map[string]any) (out metrics) {
 
 // check fails for what no flowctl has written.
 func (in *savedService) check() error {
-	healths := []string{in.Health}
+	healths, times := []string{in.Health}, []time.Time{in.Registered, in.LastSeen}
 	for _, h := range in.History {
-		healths = append(healths, h.Health)
+		healths, times = append(healths, h.Health), append(times, h.Time)
+	}
+	for _, at := range times {
+		if year := at.UTC().Year(); year > 9999 || year < 0 {
+			return fmt.Errorf("service %q: the year %d: it must be between 0 and 9999 in UTC", clip(in.ID), year)
+		}
 	}
 	for _, health := range healths {
 		if health != "" && conditionNamed(health).String() != health {
@@ -406,9 +423,16 @@ func (l *jsonLine) history(name string, history []healthChange) {
 	l.close(']')
 }
 
-// appendSavedLocked appends s as the state file has it, to be read as a savedService.
-// w is room for its details.
-func (s *service) appendSavedLocked(b []byte, w *details) []byte {
+// copyTo makes out what appendSaved needs of s, in the room that it has.
+func (s *service) copyTo(out *service) {
+	names, metrics, history := out.names[:0], out.metrics[:0], out.history[:0]
+	*out = *s
+	out.names, out.metrics, out.history = append(names, s.names...), append(metrics, s.metrics...), append(history, s.history...)
+}
+
+// appendSaved appends s as the state file has it, to be read as a savedService. w is room
+// for its details.
+func (s *service) appendSaved(b []byte, w *details) []byte {
 	s.said.unpack(w)
 	l := jsonLine(append(b, '{'))
 	l.key("id")
@@ -438,29 +462,41 @@ func (s *service) appendSavedLocked(b []byte, w *details) []byte {
 	return append(l, '}')
 }
 
-// save writes the state file's text and returns how many changes are in it. It calls
-// pause after each batch of services.
-func (r *registry) save(w io.Writer, pause func()) (uint64, error) {
+// save writes the state file's text, of a registry whose pipeline has that name, and
+// returns how many changes are in it. It calls pause after each batch of services.
+func (r *registry) save(w io.Writer, pipeline string, pause func()) (uint64, error) {
 	r.mu.Lock()
 	count := r.journal.count
+	r.journal.heard = false
 	all := slices.Clone(r.all)
 	r.mu.Unlock()
-	if _, err := fmt.Fprintf(w, "{\"format\": %q, \"services\": [", stateFormat); err != nil {
+	head := jsonLine("{")
+	head.text("format", stateFormat)
+	head.key("pipeline")
+	head.quote(pipeline)
+	head.open("services", '[')
+	if _, err := w.Write(head); err != nil {
 		return 0, err
 	}
 	var text []byte
 	var room details
-	separator := "\n"
-	for some := range slices.Chunk(all, batch) {
-		text = text[:0]
+	copies, separator := make([]service, batch), "\n"
+	for len(all) > 0 {
+		n, taken, weight := 0, 0, 0
 		r.mu.Lock()
-		for _, s := range some {
-			if s.registered || s.member != nil && len(s.history) > 0 {
-				text = s.appendSavedLocked(append(text, separator...), &room)
-				separator = ",\n"
+		for ; n < min(batch, len(all)) && weight < maxPart; n++ {
+			if s := all[n]; s.registered || s.member != nil && len(s.history) > 0 {
+				s.copyTo(&copies[taken]) // to make text of it takes longer
+				taken++
+				weight += s.size
 			}
 		}
 		r.mu.Unlock()
+		all, text = all[n:], text[:0]
+		for i := range copies[:taken] {
+			text = copies[i].appendSaved(append(text, separator...), &room)
+			separator = ",\n"
+		}
 		pause()
 		if _, err := w.Write(text); err != nil {
 			return 0, err
@@ -472,28 +508,35 @@ func (r *registry) save(w io.Writer, pause func()) (uint64, error) {
 
 // restore takes in what an earlier flowctl knew, and from now on holds changes back
 // until they are on disk. Everyone gets one TTL to be heard of again. Of a pipeline's
-// run only the history goes on: what registered with an earlier one does not count,
-// and how many services that concerns is returned.
-func (r *registry) restore(state []savedService, now time.Time) (dropped int) {
+// run only the history goes on: what registered with an earlier one does not count. It
+// returns how many services are known again, and of how many that is not so. Where state
+// fails, so does it, and the registry is of no use.
+func (r *registry) restore(state iter.Seq2[savedService, error], now time.Time) (restored, dropped int, err error) {
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
 	r.journal.on, r.journal.dirty = true, make(chan struct{}, 1)
 	r.journal.dirty <- struct{}{} // whether the disk takes it is to be known early
 	r.grace = now
 	var back []*service
-	for _, in := range state {
+	for in, err := range state {
+		if err != nil {
+			return 0, 0, err
+		}
 		member := r.service(in.Component)
 		switch {
 		case in.Component != "" && member != nil && member.member != nil:
 			if member.history = in.changes(); len(member.history) > 0 {
 				member.known = member.history[len(member.history)-1].now
 			}
+			r.weighLocked(member)
 			r.noteLocked(member, now)
+			restored++
 		case r.members > 0:
 			dropped++
 		case !in.Registered.IsZero():
 			if s := r.restoreLocked(in, now); s != nil {
 				back = append(back, s)
+				restored++
 			}
 		}
 	}
@@ -506,7 +549,7 @@ func (r *registry) restore(state []savedService, now time.Time) (dropped int) {
 		}
 		r.noteLocked(s, now)
 	}
-	return dropped
+	return restored, dropped, nil
 }
 
 func (in *savedService) changes() []healthChange {
@@ -569,30 +612,34 @@ func (r *registry) restoreLocked(in savedService, now time.Time) *service {
 // store is the state file. It is locked by a file beside it, because it is itself
 // replaced at each write.
 type store struct {
-	path string
-	log  *slog.Logger
-	lock *os.File // nil until it could be had
+	path     string
+	pipeline string // whose it is, "" for a control plane alone
+	own      bool   // its folder is made where it is missing
+	log      *slog.Logger
+	lock     *os.File    // nil until it could be had
+	seen     os.FileInfo // of the file as it was read or written last, nil for none
 }
 
-// openStore locks the state file at path and reads it. It fails where another process
-// has it, or where it is no state file that this version can read, which is never
-// overwritten. A disk that cannot be written is not a reason to fail: write says so.
-func openStore(path string, log *slog.Logger) (*store, []savedService, error) {
+// openStore locks the state file at path, which read then reads. It fails where another
+// process has it. A disk that cannot be written is not a reason to fail: write says so.
+func openStore(path, pipeline string, own bool, log *slog.Logger) (*store, error) {
 	path, err := filepath.Abs(resolve(path))
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	st := &store{path: path, log: log}
+	st := &store{path: path, pipeline: pipeline, own: own, log: log}
+	if st.seen, err = os.Stat(path); err == nil && !st.seen.Mode().IsRegular() {
+		return nil, fmt.Errorf("state file %s: it must be a plain file", path)
+	}
 	var locked *lockedError
 	if err := st.acquire(); errors.As(err, &locked) || errors.Is(err, fs.ErrNotExist) {
-		return nil, nil, err
+		return nil, err
 	}
-	services, err := readState(path)
-	if err != nil {
+	if st.seen, err = os.Stat(path); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
 		st.close()
-		return nil, nil, err
+		return nil, fmt.Errorf("state file: %v", err)
 	}
-	return st, services, nil
+	return st, nil
 }
 
 // resolve returns the file that path leads to, not to replace a link. There need not
@@ -614,22 +661,42 @@ func resolve(path string) string {
 	return path
 }
 
-// lockedError says that another process holds the state file.
+// lockedError says that another process holds the state file; pid is "" where that is
+// not known.
 type lockedError struct{ path, pid string }
 
 func (e *lockedError) Error() string {
-	return fmt.Sprintf("state file %s is in use by process %s: choose another with -db-path, or -no-persistence", e.path, e.pid)
+	by := "another process"
+	if e.pid != "" {
+		by = "process " + e.pid
+	}
+	return fmt.Sprintf("state file %s is in use by %s: choose another with -db-path, or -no-persistence", e.path, by)
 }
 
-// acquire locks the state file, if that has not been done. It fails with a
-// *lockedError where another process has locked it.
+// acquire locks the state file, if that has not been done or the lock was removed. It
+// fails with a *lockedError where another process has locked it.
 func (st *store) acquire() error {
+	path := st.path + ".lock"
 	if st.lock != nil {
-		return nil
+		mine, err := st.lock.Stat()
+		there, thereErr := os.Lstat(path)
+		if err == nil && thereErr == nil && os.SameFile(mine, there) {
+			return nil
+		}
+		st.close()
 	}
-	f, err := os.OpenFile(st.path+".lock", os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
+	if st.own {
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			return fmt.Errorf("no place for the registry's state: %v: name a file with -db-path, or choose -no-persistence", err)
+		}
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o600)
+	if err != nil && !errors.Is(err, syscall.ELOOP) {
 		return fmt.Errorf("cannot lock state file %s: %w", st.path, err)
+	}
+	if info, statErr := f.Stat(); err != nil || statErr != nil || !soleFile(info) {
+		f.Close()
+		return fmt.Errorf("cannot lock state file %s: %s must be a plain file of its own", st.path, path)
 	}
 	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		pid, _ := io.ReadAll(io.LimitReader(f, 20))
@@ -637,7 +704,7 @@ func (st *store) acquire() error {
 		if errors.Is(err, syscall.EWOULDBLOCK) {
 			return &lockedError{st.path, strings.TrimSpace(string(pid))}
 		}
-		return fmt.Errorf("cannot lock %s: %v", f.Name(), err)
+		return fmt.Errorf("cannot lock %s: %v", path, err)
 	}
 	st.lock = f
 	if err := f.Truncate(0); err == nil {
@@ -646,51 +713,165 @@ func (st *store) acquire() error {
 	return nil
 }
 
+// soleFile tells whether a file is a plain one that has no other name.
+func soleFile(info os.FileInfo) bool {
+	return info.Mode().IsRegular() && info.Sys().(*syscall.Stat_t).Nlink == 1
+}
+
 // close unlocks the file. There may be no store.
 func (st *store) close() {
 	if st != nil && st.lock != nil {
 		st.lock.Close()
+		st.lock = nil
 	}
 }
 
-// readState reads a state file; one that does not exist is empty.
-func readState(path string) ([]savedService, error) {
-	info, err := os.Stat(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+// read gives the services in the state file, none where there is no file, or an error
+// last: where it is not one that this version and this pipeline can read. Such a file is
+// never overwritten.
+func (st *store) read() iter.Seq2[savedService, error] {
+	return func(yield func(savedService, error) bool) {
+		f, err := os.Open(st.path)
+		if errors.Is(err, fs.ErrNotExist) {
+			return
+		}
+		if err != nil {
+			yield(savedService{}, fmt.Errorf("state file: %v", err))
+			return
+		}
+		defer f.Close()
+		stopped := false
+		err = readState(f, st.path, st.pipeline, func(in savedService) bool {
+			stopped = !yield(in, nil)
+			return !stopped
+		})
+		if err != nil && !stopped {
+			yield(savedService{}, err)
+		}
 	}
-	if err == nil && !info.Mode().IsRegular() {
-		return nil, fmt.Errorf("state file %s: it must be a plain file", path)
+}
+
+// readState gives take each service in the text of a state file, one at a time: there may
+// be a hundred thousand. It ends when take returns false.
+func readState(f io.Reader, path, pipeline string, take func(savedService) bool) error {
+	damaged := func(err error) error {
+		if errors.Is(err, io.EOF) {
+			err = errors.New("it ends too early")
+		}
+		return fmt.Errorf("state file %s is damaged and kept as it is: %v; move it away to begin anew", path, err)
 	}
-	data, err := os.ReadFile(path)
-	if err != nil {
-		return nil, fmt.Errorf("state file: %v", err)
+	dec := json.NewDecoder(bufio.NewReaderSize(f, 64<<10))
+	if start, err := dec.Token(); err != nil || start != json.Delim('{') {
+		return damaged(cmp.Or(err, errors.New("it must be an object")))
 	}
-	var state savedState
-	err = json.Unmarshal(data, &state)
-	for i := 0; err == nil && i < len(state.Services); i++ {
-		err = state.Services[i].check()
+	format := ""
+	for dec.More() {
+		key, err := dec.Token()
+		if err != nil {
+			return damaged(err)
+		}
+		switch key {
+		case "format":
+			if err = dec.Decode(&format); err == nil {
+				err = checkFormat(path, format)
+				if err != nil {
+					return err
+				}
+			}
+		case "pipeline":
+			var owner string
+			if err = dec.Decode(&owner); err == nil && owner != pipeline {
+				return fmt.Errorf("state file %s is that of %s and kept as it is: choose another with -db-path", path, ownerName(owner))
+			}
+		case "services":
+			if format == "" {
+				return checkFormat(path, format)
+			}
+			err = readServices(dec, take)
+		default:
+			var other json.RawMessage // of a later version with the same format
+			err = dec.Decode(&other)
+		}
+		if err != nil {
+			return damaged(err)
+		}
 	}
-	version, ours := strings.CutPrefix(state.Format, "flowctl-registry/")
+	if _, err := dec.Token(); err != nil {
+		return damaged(err)
+	}
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+		return damaged(errors.New("something follows the object"))
+	}
+	return checkFormat(path, format)
+}
+
+func ownerName(pipeline string) string {
+	if pipeline == "" {
+		return "a control plane alone"
+	}
+	return fmt.Sprintf("pipeline %q", clip(pipeline))
+}
+
+// checkFormat fails for the format of a file that is not for this version.
+func checkFormat(path, format string) error {
+	version, ours := strings.CutPrefix(format, "flowctl-registry/")
 	switch {
-	case ours && state.Format != stateFormat:
-		return nil, fmt.Errorf("state file %s has format %q, this version reads %q: it is kept as it is", path, clip(version), strings.TrimPrefix(stateFormat, "flowctl-registry/"))
-	case err != nil:
-		return nil, fmt.Errorf("state file %s is damaged and kept as it is: %v; move it away to begin anew", path, err)
 	case !ours:
-		return nil, fmt.Errorf("file %s is no state file of flowctl and kept as it is: its \"format\" is %q and not %q; choose another with -db-path", path, clip(state.Format), stateFormat)
+		return fmt.Errorf("file %s is no state file of flowctl and kept as it is: its \"format\" is %q and not %q; choose another with -db-path", path, clip(format), stateFormat)
+	case format != stateFormat:
+		return fmt.Errorf("state file %s has format %q, this version reads %q: it is kept as it is", path, clip(version), strings.TrimPrefix(stateFormat, "flowctl-registry/"))
 	}
-	return state.Services, nil
+	return nil
+}
+
+// readServices reads the array of services.
+func readServices(dec *json.Decoder, take func(savedService) bool) error {
+	start, err := dec.Token()
+	if err != nil || start == nil {
+		return err // null is none
+	}
+	if start != json.Delim('[') {
+		return errors.New("services must be an array")
+	}
+	for dec.More() {
+		var text json.RawMessage
+		if err := dec.Decode(&text); err != nil {
+			return err
+		}
+		if !utf8.Valid(text) {
+			return errors.New("a service is not UTF-8")
+		}
+		var in savedService
+		if err := json.Unmarshal(text, &in); err != nil {
+			return err
+		}
+		if err := in.check(); err != nil {
+			return err
+		}
+		if !take(in) {
+			return nil
+		}
+	}
+	_, err = dec.Token()
+	return err
 }
 
 // write replaces the state file by what save writes. When it returns without an
-// error that is what will be read, whatever happens to the machine.
+// error that is what will be read, whatever happens to the machine. It fails where
+// another process has written the file.
 func (st *store) write(save func(io.Writer) error) error {
+	had := st.lock
 	if err := st.acquire(); err != nil {
 		return err
 	}
+	if st.lock != had {
+		if err := st.checkUnchanged(); err != nil {
+			st.close()
+			return err
+		}
+	}
 	tmp := st.path + ".tmp"
-	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	f, err := openTemporary(tmp)
 	if err != nil {
 		return err
 	}
@@ -702,8 +883,9 @@ func (st *store) write(save func(io.Writer) error) error {
 	if err == nil {
 		err = f.Sync()
 	}
+	written, statErr := f.Stat()
 	if closed := f.Close(); err == nil {
-		err = closed
+		err = cmp.Or(closed, statErr)
 	}
 	if err == nil {
 		err = os.Rename(tmp, st.path)
@@ -712,7 +894,38 @@ func (st *store) write(save func(io.Writer) error) error {
 		os.Remove(tmp)
 		return err
 	}
+	st.seen = written
 	return syncFolder(filepath.Dir(st.path))
+}
+
+// checkUnchanged fails where the file is not as it was read or written last: for a time
+// this process had no lock on it.
+func (st *store) checkUnchanged() error {
+	there, err := os.Stat(st.path)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && st.seen != nil && os.SameFile(there, st.seen) && there.ModTime().Equal(st.seen.ModTime()) {
+		return nil
+	}
+	return cmp.Or(err, fmt.Errorf("state file %s was written by another process and is kept as it is: restart flowctl to take it over", st.path))
+}
+
+// openTemporary opens a file to write from its beginning, of mode 0600. What another name
+// leads to as well is left alone.
+func openTemporary(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|syscall.O_NOFOLLOW, 0o600)
+	if err == nil {
+		info, err := f.Stat()
+		if err == nil && !info.Mode().IsRegular() {
+			return f, nil // cannot be synced, which is then said
+		}
+		if err == nil && soleFile(info) && f.Truncate(0) == nil && f.Chmod(0o600) == nil {
+			return f, nil
+		}
+		f.Close()
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	return os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 }
 
 // syncFolder makes a rename in a folder last.

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -38,7 +39,7 @@ import (
 func textOf(t testing.TB, r *registry) []byte {
 	t.Helper()
 	var text bytes.Buffer
-	if _, err := r.save(&text, func() {}); err != nil {
+	if _, err := r.save(&text, "", func() {}); err != nil {
 		t.Fatal(err)
 	}
 	return text.Bytes()
@@ -47,18 +48,35 @@ func textOf(t testing.TB, r *registry) []byte {
 // readText reads what textOf returns.
 func readText(t testing.TB, text []byte) []savedService {
 	t.Helper()
-	services, err := readState(writeFile(t, filepath.Join(t.TempDir(), "registry.json"), string(text)))
+	services, err := savedIn(writeFile(t, filepath.Join(t.TempDir(), "registry.json"), string(text)))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return services
 }
 
+// savedIn is what a state file has, of whatever pipeline.
+func savedIn(path string) (services []savedService, err error) {
+	st := &store{path: path}
+	if text, err := os.ReadFile(path); err == nil {
+		var owner struct{ Pipeline string }
+		_ = json.Unmarshal(text, &owner)
+		st.pipeline = owner.Pipeline
+	}
+	for in, err := range st.read() {
+		if err != nil {
+			return nil, err
+		}
+		services = append(services, in)
+	}
+	return services, nil
+}
+
 // restored is a registry of a control plane alone that took over what text says.
 func restored(t testing.TB, text []byte, now time.Time) *registry {
 	t.Helper()
 	r := newRegistry(testTTL, testInterval, "127.0.0.1:8080", nil)
-	r.restore(readText(t, text), now)
+	restoreAll(t, r, readText(t, text), now)
 	return r
 }
 
@@ -442,6 +460,8 @@ func TestDamagedStateFileIsKept(t *testing.T) {
 		"services of a type":     `{"format": "flowctl-registry/1", "services": {}}`,
 		"unknown health":         `{"format": "flowctl-registry/1", "services": [{"id": "a", "health": "fine"}]}`,
 		"time that is none":      `{"format": "flowctl-registry/1", "services": [{"id": "a", "last_seen": "yesterday"}]}`,
+		"a year that JSON lacks": `{"format": "flowctl-registry/1", "services": [{"id": "a", "registered_at": "9999-12-31T23:59:59-23:59"}]}`,
+		"no UTF-8":               "{\"format\": \"flowctl-registry/1\", \"services\": [{\"id\": \"a\xff\"}]}",
 		"blocks of zeros":        string(whole[:100]) + strings.Repeat("\x00", len(whole)-100),
 		"as after a power cut":   strings.Repeat("\x00", len(whole)),
 		"cut off in the middle":  string(whole[:len(whole)/2]),
@@ -453,9 +473,8 @@ func TestDamagedStateFileIsKept(t *testing.T) {
 	dir := t.TempDir()
 	for name, text := range damaged {
 		file := writeFile(t, filepath.Join(dir, "state.json"), text)
-		st, services, err := openStore(file, slog.New(slog.DiscardHandler))
+		services, err := savedIn(file)
 		if err == nil {
-			st.close()
 			t.Errorf("%s: read as %v", name, services)
 		} else if !strings.Contains(err.Error(), file) {
 			t.Errorf("%s: the error does not name the file: %v", name, err)
@@ -544,11 +563,203 @@ func TestStateFileIsOfOneProcess(t *testing.T) {
 	if info, err := os.Lstat(link); err != nil || info.Mode().Type() != fs.ModeSymlink {
 		t.Errorf("the link: %v, %v", info, err)
 	}
-	if services, err := readState(file); err != nil || len(services) != 2 {
+	if services, err := savedIn(file); err != nil || len(services) != 2 {
 		t.Errorf("%v, %v", services, err)
 	}
 	if _, err := os.Lstat(file + ".tmp"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the temporary file is still there: %v", err)
+	}
+}
+
+// A lock that somebody removes, as what cleans temporary folders may, does not let two
+// control planes write one file: the one that finds it so says that it is not durable.
+func TestStateFileWhoseLockIsRemoved(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "state.json")
+	first, c := serve(t, file, "-janitor-interval", "100ms")
+	c.mustRegister(t, "v1", registration{id: "a"})
+	if err := os.Remove(file + ".lock"); err != nil {
+		t.Fatal(err)
+	}
+	second, other := serve(t, file)
+	other.mustRegister(t, "v1", registration{id: "b"})
+	c.mustRegister(t, "v1", registration{id: "c"})
+	c.awaitDurable(t, first, false)
+	second.signal(syscall.SIGKILL)
+	<-second.done
+	eventually(t, "that the lock can be had again is not enough", func() bool {
+		_, table, _ := call(t, "list", "-e", c.conn.Target())
+		return strings.Contains(table, "written by another process")
+	})
+	first.stop()
+	if services, err := savedIn(file); err != nil || len(services) != 2 || services[1].ID != "b" {
+		t.Errorf("%v, %v", services, err)
+	}
+}
+
+// What the temporary file's or the lock's name leads to is another's.
+func TestStateFileBesideLinks(t *testing.T) {
+	t.Parallel()
+	for name, link := range map[string]func(from, to string) error{"symbolic": os.Symlink, "hard": os.Link} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			file, victim := filepath.Join(dir, "state.json"), writeFile(t, filepath.Join(dir, "victim"), "precious")
+			if err := link(victim, file+".tmp"); err != nil {
+				t.Fatal(err)
+			}
+			p, c := serve(t, file)
+			c.mustRegister(t, "v1", registration{id: "a"})
+			p.stop()
+			if err := errors.Join(os.Remove(file+".lock"), link(victim, file+".lock")); err != nil {
+				t.Fatal(err)
+			}
+			p, c = serve(t, file)
+			c.awaitDurable(t, p, false)
+			p.has(p.stderr, file+".lock must be a plain file of its own")
+			p.stop()
+			if text, err := os.ReadFile(victim); err != nil || string(text) != "precious" {
+				t.Errorf("the other file: %q, %v", text, err)
+			}
+		})
+	}
+}
+
+// A run and a control plane alone, or two pipelines, do not take each other's file.
+func TestStateFileOfAnother(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "state.json")
+	p, c := serve(t, file)
+	c.mustRegister(t, "v1", registration{id: "a"})
+	p.stop()
+	before, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p = launch(t, writePipeline(t, actor("a", role{Dialect: "v1"})), "-db-path", file)
+	p.exit(exitPlane)
+	p.has(p.stderr, file, "is that of a control plane alone")
+	if after, err := os.ReadFile(file); err != nil || !bytes.Equal(after, before) {
+		t.Errorf("the file was changed: %v, %s", err, after)
+	}
+}
+
+// Where the usual folder cannot be made, a control plane serves and says so.
+func TestServerWithoutAFolder(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		t.Skip("only root can be another user")
+	}
+	home := publicDir(t)
+	p := start(t, []string{"server", "-control-plane-port", "0", "-janitor-interval", "100ms"}, asNobody(65534), withEnv("XDG_STATE_HOME="+home))
+	c := dialPlane(t, p.endpoint())
+	c.mustRegister(t, "v1", registration{id: "a"})
+	c.awaitDurable(t, p, false)
+	if err := os.Chmod(home, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	c.awaitDurable(t, p, true)
+	p.stop()
+	if services, err := savedIn(filepath.Join(home, "flowctl", "registry.json")); err != nil || len(services) != 1 {
+		t.Errorf("%v, %v", services, err)
+	}
+}
+
+// What has nothing to say is not written again and again.
+func TestIdleServerWritesNothing(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "state.json")
+	p, c := serve(t, file, "-janitor-interval", "50ms", "-heartbeat-ttl", "1m")
+	c.mustRegister(t, "v1", registration{id: "a"})
+	last := func() os.FileInfo {
+		info, err := os.Stat(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info
+	}
+	var settled os.FileInfo
+	eventually(t, "the last write", func() bool {
+		before := last()
+		time.Sleep(200 * time.Millisecond) // four intervals
+		settled = last()
+		return os.SameFile(before, settled)
+	})
+	if err := c.heartbeat(t.Context(), "v1", "a"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "a heartbeat on disk", func() bool { return !os.SameFile(settled, last()) })
+	p.stop()
+}
+
+// To write services that are large holds nobody up, nor does it take many times their size.
+func TestLargeServicesAreWritten(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "state.json")
+	p, endpoint := startAlone(t, []string{"-db-path", file, "-janitor-interval", "200ms"}, withBinary(plainBinary(t)))
+	c := dialPlane(t, endpoint)
+	for i := range 40 {
+		reg := large(fmt.Sprint("large-", i), 1<<20-1<<15)
+		for key := range reg.metadata {
+			reg.metadata[key] = strings.Repeat("\x01", 4000) // six bytes each in JSON
+		}
+		c.mustRegister(t, "v1", reg)
+	}
+	check := neighbour(t, endpoint)
+	written := func() time.Time {
+		info, err := os.Stat(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info.ModTime()
+	}
+	for range 3 {
+		before := written()
+		eventually(t, "another write", func() bool { return written().After(before) })
+	}
+	check()
+	memoryGrew(t, p, 0, 350)
+	p.stop()
+}
+
+// A follower that was told of a service before it was on disk is told of its end.
+func TestFollowerOfWhatIsNotOnDisk(t *testing.T) {
+	t.Parallel()
+	st, err := openStore(filepath.Join(t.TempDir(), "state.json"), "", false, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.close()
+	r := newRegistry(testTTL, testInterval, "", nil)
+	restoreAll(t, r, nil, testEpoch)
+	mustRegister(t, r, registration{id: "ghost"}, testEpoch)
+	known := make(map[int64]bool)
+	w := &follower{registry: r, follows: true, send: func(out *operatorv1.WatchResponse) error {
+		for _, c := range out.GetComponents() {
+			known[c.GetRecord()] = true
+		}
+		for _, record := range out.GetRemoved() {
+			delete(known, record)
+		}
+		return nil
+	}}
+	if err := errors.Join(w.join(), w.snapshot()); err != nil {
+		t.Fatal(err)
+	}
+	defer w.leave()
+	if _, err := r.unregister("ghost", origin{}, testEpoch); err != nil {
+		t.Fatal(err)
+	}
+	count := uint64(0)
+	if err := st.write(func(out io.Writer) (err error) {
+		count, err = r.save(out, "", func() {})
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	r.settle(count, nil)
+	if _, err := w.catchUp(); err != nil || len(known) > 0 {
+		t.Errorf("still known: %v, %v", known, err)
 	}
 }
 
@@ -618,7 +829,7 @@ func TestFullDisk(t *testing.T) {
 	p.waitErr("msg=healthy id=meanwhile-4")
 	if got, err := os.ReadFile(file); err != nil || len(got) < len(whole) {
 		t.Errorf("what was on disk is no more: %v, %q", err, got)
-	} else if _, err := readState(file); err != nil {
+	} else if _, err := savedIn(file); err != nil {
 		t.Error(err)
 	}
 	if err := os.Remove(other.Name()); err != nil {
@@ -633,7 +844,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	p.signal(syscall.SIGKILL)
 	<-p.done
-	if services, err := readState(file); err != nil || len(services) != 6 {
+	if services, err := savedIn(file); err != nil || len(services) != 6 {
 		t.Errorf("%d services in the file: %v", len(services), err)
 	}
 }
@@ -681,7 +892,7 @@ func TestReadOnlyDisk(t *testing.T) {
 			}
 			c.awaitDurable(t, p, true)
 			p.stop()
-			if services, err := readState(file); err != nil || len(services) != 3 {
+			if services, err := savedIn(file); err != nil || len(services) != 3 {
 				t.Errorf("%d services in the file: %v", len(services), err)
 			}
 			if n := strings.Count(p.stderr.String(), "not durable"); n != 1 {
@@ -719,7 +930,7 @@ func TestDiskThatHangs(t *testing.T) {
 	}()
 	c.mustRegister(t, "v1", registration{id: "late"})
 	c.awaitDurable(t, p, true)
-	if services, err := readState(file); err != nil || len(services) != 4 {
+	if services, err := savedIn(file); err != nil || len(services) != 4 {
 		t.Errorf("%d services in the file: %v", len(services), err)
 	}
 	if err := syscall.Mkfifo(file+".tmp", 0o600); err != nil {
@@ -750,13 +961,13 @@ func TestChangesWaitForTheDisk(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
-		st, _, err := openStore(filepath.Join(dir, "state.json"), slog.New(slog.DiscardHandler))
+		st, err := openStore(filepath.Join(dir, "state.json"), "", false, slog.New(slog.DiscardHandler))
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer st.close()
 		r := newRegistry(testTTL, testInterval, "", nil)
-		r.restore(nil, time.Now())
+		restoreAll(t, r, nil, time.Now())
 		mustRegister(t, r, registration{id: "a"}, time.Now())
 		wantChanges(t, r, time.Now())
 		ctx, cancel := context.WithCancel(t.Context())
@@ -768,7 +979,7 @@ func TestChangesWaitForTheDisk(t *testing.T) {
 
 		// Metrics are written within an interval, and nobody waits for them.
 		saved := func() any {
-			services, err := readState(st.path)
+			services, err := savedIn(st.path)
 			if err != nil || len(services) != 1 {
 				t.Fatal(services, err)
 			}
@@ -811,7 +1022,7 @@ func TestChangesWaitForTheDisk(t *testing.T) {
 		mustRegister(t, r, registration{id: "b"}, time.Now())
 		cancel()
 		keeping.Wait()
-		if services, err := readState(st.path); err != nil || len(services) != 2 {
+		if services, err := savedIn(st.path); err != nil || len(services) != 2 {
 			t.Errorf("%d services in the file at the end: %v", len(services), err)
 		}
 	})
@@ -926,7 +1137,7 @@ func TestServerIsKilled(t *testing.T) {
 		if _, err := os.Lstat(file + ".tmp"); err == nil {
 			cut++
 		}
-		services, err := readState(file)
+		services, err := savedIn(file)
 		if err != nil {
 			t.Fatal(err)
 		}
