@@ -227,7 +227,7 @@ var planeErrors = []errorRow{
 	{name: "no folder for logs", args: quietRun + " -log-dir x/y", prepare: haveFile("x", ""), code: exitUsage, want: "flowctl: -log-dir: mkdir x: not a directory\n"},
 	{name: "list: none", args: "list -wait=false", code: exitPlane, want: "flowctl: no pipeline is running: there is none in RUNS; name a control plane with -endpoint host:port\n"},
 	{name: "list: nobody there", args: "list -wait=false -e 127.0.0.1:1", code: exitPlane, want: "flowctl: no control plane answers at 127.0.0.1:P: dial tcp 127.0.0.1:P: connect: connection refused\n"},
-	{name: "list: nobody comes", args: "list -e 127.0.0.1:1", code: exitPlane, want: "flowctl: no control plane answers at 127.0.0.1:P: nothing came within 2s\n"},
+	{name: "list: nobody comes", args: "list -e 127.0.0.1:1", code: exitPlane, want: "flowctl: no control plane answers at 127.0.0.1:P: nothing came within 2s: dial tcp 127.0.0.1:P: connect: connection refused\n"},
 	{name: "list: unknown id", args: "list nosuch", prepare: haveRun(""), code: exitFailed, want: "flowctl: no component \"nosuch\" is in what runs here: there is a\n"},
 	{name: "reload: none", args: "reload", code: exitPlane, want: "flowctl: no pipeline is running: there is none in RUNS; name a control plane with -endpoint host:port\n"},
 	{name: "reload: unknown", args: "reload nosuch", prepare: haveRun(""), code: exitPlane, want: "flowctl: no pipeline \"nosuch\" is running, only test\n"},

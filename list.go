@@ -14,6 +14,7 @@ import (
 	"math"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -186,8 +187,10 @@ func (o *listOptions) connect(runs []runInfo) ([]*listClient, error) {
 	return clients, nil
 }
 
-// errLegacy says that a control plane has no operator service.
-var errLegacy = errors.New("no operator service")
+var (
+	errLegacy = errors.New("no operator service") // which the control plane does not have
+	errSilent = fmt.Errorf("nothing came within %s", listPatience)
+)
 
 // listClient asks one control plane.
 type listClient struct {
@@ -219,27 +222,57 @@ func newListClient(endpoint string, creds credentials.TransportCredentials, wait
 func (c *listClient) close() { c.conn.Close() }
 
 // follow hands each message of a stream of changes to told until the stream ends:
-// after the first snapshot, unless it is to go on. Of a plane without an operator
-// service the legacy dialect gives what it can, once.
+// after the first snapshot, unless it is to go on. Its first message, and where it is
+// not to go on each, has to come within listPatience.
 func (c *listClient) follow(ctx context.Context, in *operatorv1.WatchRequest, told func(*operatorv1.WatchResponse)) error {
-	stream, err := operatorv1.NewOperatorClient(c.conn).Watch(ctx, in)
-	if err != nil {
-		return err
-	}
-	for {
-		out, err := stream.Recv()
-		switch {
-		case errors.Is(err, io.EOF):
-			return nil
-		case status.Code(err) == codes.Unimplemented && in.GetFollow():
-			return errLegacy
-		case status.Code(err) == codes.Unimplemented:
-			return c.fetchLegacy(ctx)
-		case err != nil:
-			return err
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	silence := time.AfterFunc(listPatience, func() { cancel(errSilent) })
+	defer silence.Stop()
+	err := c.receive(ctx, in, func(out *operatorv1.WatchResponse) {
+		if silence.Stop(); !in.GetFollow() {
+			silence.Reset(listPatience)
 		}
 		told(out)
+	})
+	if err == nil || context.Cause(ctx) != errSilent {
+		return err
 	}
+	why := errSilent.Error()
+	if _, latest, ok := strings.Cut(status.Convert(err).Message(), "latest balancer error: "); ok { // grpc's, while it tries to connect
+		why += ": " + dialReason(latest)
+	}
+	return status.Error(codes.DeadlineExceeded, why)
+}
+
+// receive is follow without a limit of time. Of a plane without an operator service
+// the legacy dialect gives what it can, once, and one that has no stream left gives
+// all in one message.
+func (c *listClient) receive(ctx context.Context, in *operatorv1.WatchRequest, told func(*operatorv1.WatchResponse)) error {
+	operator := operatorv1.NewOperatorClient(c.conn)
+	stream, err := operator.Watch(ctx, in)
+	for err == nil {
+		var out *operatorv1.WatchResponse
+		if out, err = stream.Recv(); err == nil {
+			told(out)
+		}
+	}
+	switch code := status.Code(err); {
+	case errors.Is(err, io.EOF):
+		return nil
+	case code == codes.Unimplemented && in.GetFollow():
+		return errLegacy
+	case code == codes.Unimplemented:
+		return c.fetchLegacy(ctx)
+	case code == codes.ResourceExhausted && !in.GetFollow():
+		p, failed := operator.GetPipeline(ctx, &operatorv1.GetPipelineRequest{})
+		if failed != nil {
+			return err
+		}
+		told(&operatorv1.WatchResponse{Pipeline: p, Components: p.GetComponents(), Reset_: true, Complete: true})
+		return nil
+	}
+	return err
 }
 
 // take takes a message in and returns what is new in it.
@@ -588,18 +621,7 @@ func listPlanes(clients []*listClient, o listOptions) error {
 	for i, c := range clients {
 		c.asJSON = o.json && o.id == ""
 		asked.Go(func() {
-			ctx, cancel := context.WithCancel(context.Background())
-			defer cancel()
-			// Anew at each message: there may be more to tell than that time is enough for.
-			silence := time.AfterFunc(listPatience, cancel)
-			defer silence.Stop()
-			errs[i] = c.follow(ctx, &operatorv1.WatchRequest{}, func(out *operatorv1.WatchResponse) {
-				silence.Reset(listPatience)
-				c.take(out)
-			})
-			if status.Code(errs[i]) == codes.Canceled {
-				errs[i] = status.FromContextError(context.DeadlineExceeded).Err()
-			}
+			errs[i] = c.follow(context.Background(), &operatorv1.WatchRequest{}, func(out *operatorv1.WatchResponse) { c.take(out) })
 		})
 	}
 	asked.Wait()
@@ -644,16 +666,26 @@ func (o *listOptions) unknown(clients []*listClient) error {
 	return fmt.Errorf("no component %q is in what runs here: there is %s", clip(o.id), enumerate(ids))
 }
 
-// noAnswer says that no control plane answers, in the words of who typed the address.
+// noAnswer says that no control plane answers, in the words of who typed the address,
+// or that one answers with an error.
 func (o *listOptions) noAnswer(endpoint string, err error) error {
-	why := status.Convert(err).Message()
-	if status.Code(err) == codes.DeadlineExceeded {
-		why = fmt.Sprintf("nothing came within %s", listPatience)
+	answer := status.Convert(err)
+	switch answer.Code() {
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled: // which grpc says itself, too
+		return fmt.Errorf("no control plane answers at %s: %s%s", endpoint, dialReason(answer.Message()), o.tls.hint(endpoint))
 	}
-	if _, dialled, ok := strings.Cut(why, "Error while dialing: "); ok { // grpc's words, around the kernel's
-		why = strings.TrimSuffix(dialled, `"`)
+	return fmt.Errorf("the control plane at %s refuses: %s", endpoint, printable(answer.Message()))
+}
+
+// dialReason takes grpc's words away that are around the kernel's, or those of TLS.
+func dialReason(text string) string {
+	if quoted, ok := strings.CutPrefix(text, "connection error: desc = "); ok {
+		if desc, err := strconv.Unquote(quoted); err == nil {
+			text = desc
+		}
 	}
-	return fmt.Errorf("no control plane answers at %s: %s%s", endpoint, why, o.tls.hint(endpoint))
+	text = strings.TrimPrefix(text, "transport: ")
+	return printable(strings.TrimPrefix(text, "Error while dialing: "))
 }
 
 // showPipelines prints them as o wants it.

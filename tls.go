@@ -424,7 +424,7 @@ func (f tlsFlags) clientCredentials() (credentials.TransportCredentials, error) 
 
 // hint is a line on the flags that may help where endpoint was dialled without
 // success: it speaks TLS and was not dialled so, or the reverse, or it wants a client
-// certificate. It is "" where none would.
+// certificate, or another one. It is "" where none would.
 func (f tlsFlags) hint(endpoint string) string {
 	const most = time.Second
 	raw, err := net.DialTimeout("tcp", endpoint, most)
@@ -434,17 +434,22 @@ func (f tlsFlags) hint(endpoint string) string {
 	defer raw.Close()
 	_ = raw.SetDeadline(time.Now().Add(most)) // that of a connection that is open works
 	wanted := false
+	files, _ := f.load(time.Now()) // what is wrong with them has been said before
 	conn := tls.Client(raw, &tls.Config{
 		InsecureSkipVerify: true, // nothing is sent, and nothing is believed
 		NextProtos:         []string{"h2"},
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
 			wanted = true
-			return new(tls.Certificate), nil
+			return &files.cert, nil
 		},
 	})
-	err = conn.Handshake()
-	plain, dialled := tls.RecordHeaderError{}, f != (tlsFlags{})
+	if err = conn.Handshake(); err == nil && wanted && f.cert != "" {
+		_, err = conn.Read(make([]byte, 1)) // since TLS 1.3 the certificate is judged after the handshake
+	}
+	plain, dialled, refused := tls.RecordHeaderError{}, f != (tlsFlags{}), new(net.OpError)
 	switch {
+	case wanted && f.cert != "" && errors.As(err, &refused) && refused.Op == "remote error": // an alert of TLS
+		return fmt.Sprintf("\nhint: it does not take the certificate of -tls-cert: %v", refused.Err)
 	case errors.As(err, &plain) && dialled:
 		return "\nhint: it speaks no TLS: leave out the -tls flags"
 	case err != nil && !wanted: // before TLS 1.3 the handshake fails without what is wanted

@@ -1,0 +1,129 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"net"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
+)
+
+// fakePlane answers as a test wants it to.
+type fakePlane struct {
+	operatorv1.UnimplementedOperatorServer
+	watch func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse)) error
+	get   func() (*operatorv1.Pipeline, error)
+}
+
+func (p fakePlane) Watch(in *operatorv1.WatchRequest, stream grpc.ServerStreamingServer[operatorv1.WatchResponse]) error {
+	err := p.watch(in, func(out *operatorv1.WatchResponse) { _ = stream.Send(out) }) // the stream's end tells the test
+	if err == nil && in.GetFollow() {
+		<-stream.Context().Done()
+	}
+	return err
+}
+
+func (p fakePlane) GetPipeline(context.Context, *operatorv1.GetPipelineRequest) (*operatorv1.Pipeline, error) {
+	return p.get()
+}
+
+// serve returns where p listens until the test is over.
+func (p fakePlane) serve(t *testing.T) string {
+	t.Helper()
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer()
+	operatorv1.RegisterOperatorServer(server, p)
+	served := make(chan error)
+	go func() { served <- server.Serve(lis) }()
+	t.Cleanup(func() {
+		server.Stop()
+		<-served
+	})
+	return lis.Addr().String()
+}
+
+// What a control plane answers is not taken for silence, and a list without a stream
+// is one all the same.
+func TestListRefused(t *testing.T) {
+	t.Parallel()
+	refuse := func(code codes.Code, why string) func(*operatorv1.WatchRequest, func(*operatorv1.WatchResponse)) error {
+		return func(*operatorv1.WatchRequest, func(*operatorv1.WatchResponse)) error { return status.Error(code, why) }
+	}
+	full := refuse(codes.ResourceExhausted, "no stream is left")
+	one := func() (*operatorv1.Pipeline, error) {
+		return &operatorv1.Pipeline{Name: "p", Status: "fine", Components: []*operatorv1.Component{{Record: 1, Id: "ledgers", Health: "healthy"}}}, nil
+	}
+	many := func() (*operatorv1.Pipeline, error) { return nil, status.Error(codes.ResourceExhausted, "too many") }
+	for _, tt := range []struct {
+		name     string
+		plane    fakePlane
+		flags    string
+		code     int
+		out, err string // the error begins after the address
+	}{
+		{"denied", fakePlane{watch: refuse(codes.PermissionDenied, "not\x1b[31m you")}, "", exitPlane, "", "refuses: not\ufffd[31m you"},
+		{"broken", fakePlane{watch: refuse(codes.Internal, "a bug")}, "-json", exitPlane, "", "refuses: a bug"},
+		{"full", fakePlane{watch: full, get: one}, "", exitOK, "p: fine (pid 0, )\nID ", ""},
+		{"full, in JSON", fakePlane{watch: full, get: one}, "-json", exitOK, `"id": "ledgers"`, ""},
+		{"full of many", fakePlane{watch: full, get: many}, "", exitPlane, "", "refuses: no stream is left"},
+		{"watched when full", fakePlane{watch: full, get: one}, "-watch", exitPlane, "", "refuses: no stream is left"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			endpoint := tt.plane.serve(t)
+			code, out, stderr := call(t, append([]string{"list", "-e", endpoint}, strings.Fields(tt.flags)...)...)
+			want := ""
+			if tt.err != "" {
+				want = "flowctl: the control plane at " + endpoint + " " + tt.err + "\n"
+			}
+			if code != tt.code || stderr != want || !strings.Contains(out, tt.out) || (out == "") != (tt.out == "") {
+				t.Errorf("exit %d, want %d, and %q\n%s%s", code, tt.code, want, stderr, out)
+			}
+		})
+	}
+}
+
+// Where no control plane answers, list says so in a moment and why, whether it is to
+// go on or not.
+func TestListSilence(t *testing.T) {
+	t.Parallel()
+	files := newFiles(t, issue(t, newCA(t), nil), newCA(t))
+	secure := start(t, append([]string{"server", "-no-persistence", "-control-plane-port", "0"}, files.mutual()...))
+	stopped := start(t, []string{"server", "-no-persistence", "-control-plane-port", "0"})
+	endpoint := stopped.endpoint()
+	stopped.signal(syscall.SIGSTOP)
+	for _, tt := range []struct {
+		name     string
+		endpoint string
+		flags    []string
+		want     []string
+	}{
+		{"nobody", "127.0.0.1:1", nil, []string{"nothing came within 2s: dial tcp 127.0.0.1:1: connect: connection refused\n"}},
+		{"no file", "unix:/no/such", nil, []string{"nothing came within 2s: dial unix /no/such: connect: no such file or directory\n"}},
+		{"stopped", endpoint, nil, []string{"nothing came within 2s"}},
+		{"TLS", secure.endpoint(), nil, []string{"nothing came within 2s: error reading server preface", "\nflowctl: hint: it speaks TLS"}},
+		{"another CA", secure.endpoint(), files.mutual(), []string{"nothing came within 2s: authentication handshake failed: tls: failed to verify certificate"}},
+		{"another certificate", secure.endpoint(), append(files.flags(), "-tls-ca-cert", files.cert), []string{"nothing came within 2s: ", "\nflowctl: hint: it does not take the certificate of -tls-cert: tls: unknown certificate authority\n"}},
+	} {
+		for _, mode := range []string{"-json=false", "-watch", "-watch -json"} {
+			t.Run(tt.name+" "+mode, func(t *testing.T) {
+				t.Parallel()
+				p := start(t, slices.Concat([]string{"list", "-e", tt.endpoint}, strings.Fields(mode), tt.flags))
+				p.exit(exitPlane)
+				p.has(p.stderr, append([]string{"flowctl: no control plane answers at " + tt.endpoint + ": "}, tt.want...)...)
+			})
+		}
+	}
+}
