@@ -12,6 +12,7 @@ import (
 	"io"
 	"maps"
 	"math"
+	"net"
 	"os"
 	"slices"
 	"strconv"
@@ -124,7 +125,7 @@ func listCommand(args []string) error {
 	if err != nil {
 		return err
 	}
-	if err := o.tls.check(fs); err != nil {
+	if err := o.check(fs, rest); err != nil {
 		return err
 	}
 	if len(rest) > 0 {
@@ -154,6 +155,37 @@ func (o *listOptions) define(fs *flag.FlagSet) {
 	fs.StringVar(&o.endpoint, "endpoint", "", "`host:port` of the control plane, or unix:PATH (default: those of the pipelines that run here)")
 	fs.StringVar(&o.endpoint, "e", "", "short for -endpoint")
 	o.tls.define(fs, "client certificate in `file`, PEM", "dial TLS, and trust the CA in `file`, PEM")
+}
+
+// check looks at the flags and the argument alone. What is given and empty is refused,
+// because a script whose variable is not set must not get something else.
+func (o *listOptions) check(fs *flag.FlagSet, rest []string) error {
+	if err := o.tls.check(fs); err != nil {
+		return err
+	}
+	var err error
+	fs.Visit(func(set *flag.Flag) {
+		if endpoint := set.Value.String(); (set.Name == "endpoint" || set.Name == "e") && !dialable(endpoint) {
+			err = fmt.Errorf("-%s %q: it must be host:port or unix:PATH", set.Name, endpoint)
+		}
+	})
+	if err == nil && len(rest) > 0 && rest[0] == "" {
+		err = fmt.Errorf("%s \"\": the argument must be a name, or be left out", fs.Name())
+	}
+	if err != nil {
+		return &usageError{fs.Name(), err}
+	}
+	return nil
+}
+
+// dialable is false for an endpoint that could not be one, and for schemes of grpc's.
+func dialable(endpoint string) bool {
+	if path, ok := strings.CutPrefix(endpoint, "unix:"); ok {
+		return strings.Trim(path, "/") != ""
+	}
+	_, port, err := net.SplitHostPort(endpoint)
+	_, portErr := strconv.ParseUint(port, 10, 16)
+	return err == nil && portErr == nil
 }
 
 // runs are the control planes that are to be asked.

@@ -127,3 +127,14 @@ func TestListSilence(t *testing.T) {
 		}
 	}
 }
+
+// What a script's unset variable leaves empty is not left out.
+func TestListEmptyArgument(t *testing.T) {
+	t.Parallel()
+	for _, command := range []string{"list", "reload"} {
+		want := "flowctl: " + command + " \"\": the argument must be a name, or be left out\nTry: flowctl help " + command + "\n"
+		if code, out, stderr := call(t, command, ""); code != exitUsage || out != "" || stderr != want {
+			t.Errorf("exit %d\n%s%s", code, out, stderr)
+		}
+	}
+}

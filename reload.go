@@ -150,7 +150,7 @@ func reloadCommand(args []string) error {
 	if err != nil {
 		return err
 	}
-	if err := o.tls.check(fs); err != nil {
+	if err := o.check(fs, rest); err != nil {
 		return err
 	}
 	o.wait = true
