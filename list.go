@@ -131,23 +131,27 @@ func listCommand(args []string) error {
 	if len(rest) > 0 {
 		o.id = rest[0]
 	}
-	runs, err := o.runs()
+	runs, starting, err := o.runs(false)
 	if err != nil {
 		return &exitError{exitPlane, err}
 	}
-	clients, err := o.connect(runs)
-	if err != nil {
-		return &exitError{exitPlane, err}
-	}
+	clients, unusable := o.connect(runs)
 	defer func() {
 		for _, c := range clients {
 			c.close()
 		}
 	}()
-	if o.watch {
-		return watchPlanes(clients, o, catchSignals())
+	absent := append(starting, unusable...)
+	switch {
+	case len(clients) == 0:
+		return &exitError{exitPlane, errors.Join(absent...)}
+	case !o.watch:
+		return listPlanes(clients, absent, o)
 	}
-	return listPlanes(clients, o)
+	for _, err := range absent {
+		fmt.Fprintln(os.Stderr, complaint("flowctl: "+printable(err.Error())))
+	}
+	return watchPlanes(clients, o, catchSignals())
 }
 
 // define defines the flags that say which control plane to ask, and how.
@@ -188,23 +192,23 @@ func dialable(endpoint string) bool {
 	return err == nil && portErr == nil
 }
 
-// runs are the control planes that are to be asked.
-func (o *listOptions) runs() ([]runInfo, error) {
+// runs are the control planes that are to be asked, and an error for each that does
+// not listen yet. Those are waited for if nothing else runs, or if all are wanted.
+func (o *listOptions) runs(all bool) ([]runInfo, []error, error) {
 	if o.endpoint != "" {
-		return []runInfo{{Endpoint: o.endpoint, TLS: o.tls != (tlsFlags{})}}, nil
+		return []runInfo{{Endpoint: o.endpoint, TLS: o.tls != (tlsFlags{})}}, nil, nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), listPatience)
 	defer cancel()
-	return awaitRuns(ctx, o.wait)
+	return awaitRuns(ctx, o.wait, all)
 }
 
-// connect returns a client for each of runs.
-func (o *listOptions) connect(runs []runInfo) ([]*listClient, error) {
+// connect returns a client for each of runs, or the error why there can be none.
+func (o *listOptions) connect(runs []runInfo) (clients []*listClient, errs []error) {
 	creds, err := o.tls.clientCredentials()
 	if err != nil {
-		return nil, err
+		return nil, []error{err}
 	}
-	var clients []*listClient
 	for _, run := range runs {
 		with := creds
 		if !run.TLS {
@@ -212,11 +216,12 @@ func (o *listOptions) connect(runs []runInfo) ([]*listClient, error) {
 		}
 		c, err := newListClient(run.Endpoint, with, o.wait)
 		if err != nil {
-			return nil, fmt.Errorf("endpoint %q: %v", run.Endpoint, err)
+			errs = append(errs, fmt.Errorf("endpoint %q: %v", run.Endpoint, err))
+			continue
 		}
 		clients = append(clients, c)
 	}
-	return clients, nil
+	return clients, errs
 }
 
 var (
@@ -646,8 +651,9 @@ func writeJSON(w io.Writer, pipelines []listedPipeline) error {
 }
 
 // listPlanes asks all at once and shows what they answer. It returns an *exitError
-// where something is not healthy or one does not answer.
-func listPlanes(clients []*listClient, o listOptions) error {
+// where something is not healthy or one does not answer; absent are errors of those
+// that cannot be asked.
+func listPlanes(clients []*listClient, absent []error, o listOptions) error {
 	errs := make([]error, len(clients))
 	var asked sync.WaitGroup
 	for i, c := range clients {
@@ -658,7 +664,7 @@ func listPlanes(clients []*listClient, o listOptions) error {
 	}
 	asked.Wait()
 	var pipelines []listedPipeline
-	var failed []error
+	failed := absent
 	for i, c := range clients {
 		if errs[i] != nil {
 			failed = append(failed, o.noAnswer(c.endpoint, errs[i]))
@@ -666,7 +672,7 @@ func listPlanes(clients []*listClient, o listOptions) error {
 			pipelines = append(pipelines, p)
 		}
 	}
-	if len(failed) == len(clients) {
+	if len(failed) == len(absent)+len(clients) {
 		return &exitError{exitPlane, errors.Join(failed...)}
 	}
 	if o.id != "" && len(pipelines) == 0 {

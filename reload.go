@@ -161,16 +161,16 @@ func reloadCommand(args []string) error {
 	if name != "" && o.endpoint != "" {
 		return &usageError{"reload", fmt.Errorf("-endpoint %q and the pipeline %q: name one of them", o.endpoint, name)}
 	}
-	runs, err := o.runs()
+	runs, _, err := o.runs(true)
 	if err == nil && o.endpoint == "" {
 		runs, err = choosePipeline(runs, name)
 	}
 	if err != nil {
 		return &exitError{exitPlane, err}
 	}
-	clients, err := o.connect(runs)
-	if err != nil {
-		return &exitError{exitPlane, err}
+	clients, errs := o.connect(runs)
+	if len(errs) > 0 {
+		return &exitError{exitPlane, errors.Join(errs...)}
 	}
 	client := clients[0]
 	defer client.close()

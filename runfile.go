@@ -202,32 +202,39 @@ func findRuns() ([]runInfo, error) {
 	return runs, nil
 }
 
-// awaitRuns returns what runs and has a control plane. With wait it gives one that is
-// just starting until ctx ends.
-func awaitRuns(ctx context.Context, wait bool) ([]runInfo, error) {
+// awaitRuns returns what runs and has a control plane, one at least, and an error for
+// each that is starting. With wait it gives those until ctx ends, where nothing else
+// runs or all are wanted.
+func awaitRuns(ctx context.Context, wait, all bool) (runs []runInfo, starting []error, err error) {
 	ticker := time.NewTicker(runsTick)
 	defer ticker.Stop()
-	starting := func(r runInfo) bool { return r.Endpoint == "" }
 	for {
-		runs, err := findRuns()
+		found, err := findRuns()
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		if wait && (len(runs) == 0 || slices.ContainsFunc(runs, starting)) {
+		runs, starting = nil, nil
+		for _, r := range found {
+			if r.Endpoint != "" {
+				runs = append(runs, r)
+				continue
+			}
+			starting = append(starting, fmt.Errorf("pipeline %q (pid %d) is starting: its control plane does not listen yet", r.Pipeline, r.PID))
+		}
+		if wait && (len(runs) == 0 || all && len(starting) > 0) {
 			select {
 			case <-ticker.C:
 				continue
 			case <-ctx.Done():
 			}
 		}
-		if len(runs) == 0 {
-			return nil, fmt.Errorf("no pipeline is running: there is none in %s; name a control plane with -endpoint host:port", strings.Join(runFolders(), ", "))
+		switch {
+		case len(found) == 0:
+			return nil, nil, fmt.Errorf("no pipeline is running: there is none in %s; name a control plane with -endpoint host:port", strings.Join(runFolders(), ", "))
+		case len(runs) == 0:
+			return nil, nil, errors.Join(starting...)
 		}
-		first := runs[0]
-		if runs = slices.DeleteFunc(runs, starting); len(runs) == 0 {
-			return nil, fmt.Errorf("pipeline %q (pid %d) is starting: its control plane does not listen yet", first.Pipeline, first.PID)
-		}
-		return runs, nil
+		return runs, starting, nil
 	}
 }
 

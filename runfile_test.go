@@ -280,3 +280,40 @@ func TestListWaitsForEndpoint(t *testing.T) {
 	}
 	server.stop()
 }
+
+// One that is starting, or whose run file is of no use, holds up none of the others,
+// and is said.
+func TestListDoesNotWaitForOthers(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	server := start(t, []string{"server", "-control-plane-port", "0"}, runsIn(dir))
+	server.waitErr("msg=listening")
+	folder := filepath.Join(dir, "flowctl")
+	eventually(t, "a run file", func() bool { return len(runFiles(t, folder)) == 1 })
+	run, err := claimRunIn(folder, runInfo{Pipeline: "slow"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct{ endpoint, want string }{
+		{"", fmt.Sprintf("flowctl: pipeline \"slow\" (pid %d) is starting: its control plane does not listen yet\n", os.Getpid())},
+		{"a\x7f:80", "flowctl: endpoint \"a\\x7f:80\": "},
+	} {
+		if err := run.publish(tt.endpoint); err != nil {
+			t.Fatal(err)
+		}
+		begun := time.Now()
+		p := start(t, []string{"list"}, runsIn(dir))
+		p.exit(exitFailed)
+		p.has(p.stdout, "control plane alone (pid ", "nothing is registered\n")
+		p.has(p.stderr, tt.want)
+		if took := time.Since(begun); took > listPatience {
+			t.Errorf("it took %s", took)
+		}
+		p = start(t, []string{"list", "-watch"}, runsIn(dir))
+		p.waitOut("control plane alone")
+		p.waitErr(tt.want)
+		p.stop()
+	}
+	run.release()
+	server.stop()
+}
