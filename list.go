@@ -21,6 +21,9 @@ import (
 	"syscall"
 	"text/tabwriter"
 	"time"
+	"unicode"
+	"unicode/utf16"
+	"unicode/utf8"
 	"unsafe"
 
 	"google.golang.org/grpc"
@@ -435,14 +438,15 @@ func listComponent(c *operatorv1.Component) *listedComponent {
 		l.setMetric(name, text)
 	}
 	for _, h := range c.GetHistory() {
-		l.History = append(l.History, listedChange{h.GetTime().AsTime(), h.GetHealth(), h.GetCause()})
+		at := cmp.Or(listTime(h.GetTime()), new(time.Time{}))
+		l.History = append(l.History, listedChange{*at, h.GetHealth(), h.GetCause()})
 	}
 	return l
 }
 
-// listTime is nil for a time that was not sent.
+// listTime is nil for a time that was not sent, or that RFC 3339 has no words for.
 func listTime(t *timestamppb.Timestamp) *time.Time {
-	if t == nil {
+	if !t.IsValid() {
 		return nil
 	}
 	return new(t.AsTime())
@@ -460,7 +464,7 @@ func (l *listedComponent) setMetric(name string, value any) {
 }
 
 // writeTable shows a pipeline to a person.
-func (p *listedPipeline) writeTable(w io.Writer, now time.Time) error {
+func (p *listedPipeline) writeTable(w *bufio.Writer, now time.Time) {
 	if p.Status != "" {
 		fmt.Fprintf(w, "%s (pid %d, %s)\n", strings.TrimPrefix(clean(p.Pipeline)+": "+printable(p.Status), ": "), p.PID, clean(p.Endpoint))
 	}
@@ -469,7 +473,7 @@ func (p *listedPipeline) writeTable(w io.Writer, now time.Time) error {
 	}
 	if len(p.Components) == 0 {
 		fmt.Fprintln(w, "nothing is registered")
-		return nil
+		return
 	}
 	starts := slices.ContainsFunc(p.Components, func(l *listedComponent) bool { return l.State != "" })
 	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
@@ -487,15 +491,12 @@ func (p *listedPipeline) writeTable(w io.Writer, now time.Time) error {
 			clean(l.Health), dash(l.LastSeen != nil, l.age(now)), cmp.Or(clean(l.Endpoint), "-"), l.metricsText(),
 		})
 	}
-	if err := tw.Flush(); err != nil {
-		return err
-	}
+	_ = tw.Flush() // w keeps the error
 	for _, l := range p.Components {
 		if l.Cause != "" && !l.Healthy {
 			fmt.Fprintf(w, "%s: %s\n", clean(l.ID), printable(l.Cause))
 		}
 	}
-	return nil
 }
 
 // title is the id with what else there is to know of it: starts tells that the list
@@ -549,7 +550,7 @@ func (l *listedComponent) metricTexts() []string {
 }
 
 // writeDetails shows all that is known of a component to a person.
-func (l *listedComponent) writeDetails(w io.Writer, p *listedPipeline, now time.Time) error {
+func (l *listedComponent) writeDetails(w *bufio.Writer, p *listedPipeline, now time.Time) {
 	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	line := func(name, value string) {
 		if value != "" {
@@ -600,27 +601,54 @@ func (l *listedComponent) writeDetails(w io.Writer, p *listedPipeline, now time.
 	line("writes", list(l.OutputEvents))
 	line("metadata", pairs(l.Metadata))
 	line("metrics", strings.Join(l.metricTexts(), ", "))
-	if err := tw.Flush(); err != nil {
-		return err
-	}
+	_ = tw.Flush() // w keeps the error
 	if len(l.History) > 0 {
 		fmt.Fprintln(w, "history:")
 	}
 	for _, h := range l.History {
 		fmt.Fprintf(w, "  %s  %s\n", h.Time.Local().Format(time.DateTime), strings.TrimSuffix(clean(h.Health)+": "+printable(h.Cause), ": "))
 	}
-	return nil
 }
 
-// appendJSON appends v as list -json prints it, so many levels deep. There is nothing in
-// it that JSON does not know.
+// oneLine is the depth of what is not to be indented.
+const oneLine = -1
+
+// appendJSON appends v as list prints it, so many levels deep. There must be nothing in
+// it that JSON does not know, or it panics: half an array is worse than none. What could
+// do something to a terminal is escaped.
 func appendJSON(b []byte, v any, depth int) []byte {
 	text := bytes.NewBuffer(b)
 	enc := json.NewEncoder(text)
 	enc.SetEscapeHTML(false)
-	enc.SetIndent(strings.Repeat("  ", depth), "  ")
-	_ = enc.Encode(v)
-	return bytes.TrimSuffix(text.Bytes(), []byte("\n"))
+	if depth != oneLine {
+		enc.SetIndent(strings.Repeat("  ", depth), "  ")
+	}
+	if err := enc.Encode(v); err != nil {
+		panic(err)
+	}
+	return escapeJSON(bytes.TrimSuffix(text.Bytes(), []byte("\n")))
+}
+
+// escapeJSON escapes the control and format characters that JSON leaves as they are.
+// They can be in strings alone.
+func escapeJSON(text []byte) []byte {
+	wild := func(r rune) bool { return r >= 0x7f && (unicode.IsControl(r) || unicode.Is(unicode.Cf, r)) }
+	if !bytes.ContainsFunc(text, wild) {
+		return text
+	}
+	var out []byte
+	for _, r := range string(text) {
+		high, low := utf16.EncodeRune(r)
+		switch {
+		case !wild(r):
+			out = utf8.AppendRune(out, r)
+		case high == unicode.ReplacementChar: // it needs no pair
+			out = fmt.Appendf(out, `\u%04x`, r)
+		default:
+			out = fmt.Appendf(out, `\u%04x\u%04x`, high, low)
+		}
+	}
+	return out
 }
 
 // writeJSON shows pipelines, of which there is one at least, to a program: one array.
@@ -732,23 +760,20 @@ func showPipelines(w io.Writer, pipelines []listedPipeline, o listOptions) error
 		return writeJSON(w, pipelines)
 	}
 	now := time.Now()
+	out := bufio.NewWriter(w) // keeps the first error, for Flush
 	for i, p := range pipelines {
 		if i > 0 {
-			fmt.Fprintln(w)
+			fmt.Fprintln(out)
 		}
 		if o.id == "" {
-			if err := p.writeTable(w, now); err != nil {
-				return err
-			}
+			p.writeTable(out, now)
 			continue
 		}
 		for _, l := range p.Components {
-			if err := l.writeDetails(w, &p, now); err != nil {
-				return err
-			}
+			l.writeDetails(out, &p, now)
 		}
 	}
-	return nil
+	return out.Flush()
 }
 
 // redrawTime is how often list -watch draws at most.
@@ -886,9 +911,8 @@ func (v *watchView) show(events []listedEvent) error {
 // write prints one line.
 func (e *listedEvent) write(w io.Writer, asJSON bool) error {
 	if asJSON {
-		enc := json.NewEncoder(w)
-		enc.SetEscapeHTML(false)
-		return enc.Encode(e)
+		_, err := w.Write(append(appendJSON(nil, e, oneLine), '\n'))
+		return err
 	}
 	what := clean(e.Removed) + " removed"
 	switch c := e.Component; {

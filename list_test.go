@@ -4,15 +4,22 @@ package main
 
 import (
 	"context"
+	"encoding/json"
+	"fmt"
+	"math"
 	"net"
+	"os"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"unicode"
+	"unicode/utf8"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 )
@@ -136,5 +143,53 @@ func TestListEmptyArgument(t *testing.T) {
 		if code, out, stderr := call(t, command, ""); code != exitUsage || out != "" || stderr != want {
 			t.Errorf("exit %d\n%s%s", code, out, stderr)
 		}
+	}
+}
+
+// What list prints as JSON is that whatever a control plane sends, and does nothing to
+// a terminal.
+func TestListJSONIsTame(t *testing.T) {
+	t.Parallel()
+	const wild = "a\x7f\u009b2J\u202e\U000e0001\x1b\u2028é🚀"
+	never := &timestamppb.Timestamp{Seconds: 1 << 40}
+	endpoint := fakePlane{watch: func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse)) error {
+		send(&operatorv1.WatchResponse{Reset_: true, Pipeline: &operatorv1.Pipeline{Name: wild, Status: wild, Started: never}, Complete: true, Components: []*operatorv1.Component{{
+			Id: wild, Metadata: map[string]string{wild: wild}, RegisteredAt: never, LastSeen: never, Metrics: map[string]float64{"x": math.NaN()},
+			Process: &operatorv1.Process{Started: never}, History: []*operatorv1.Change{{Time: never, Cause: wild}},
+		}}})
+		return nil
+	}}.serve(t)
+	watch := start(t, []string{"list", "-e", endpoint, "-watch", "-json"})
+	watch.waitOut(`"component":`)
+	watch.stop()
+	_, whole, _ := call(t, "list", "-e", endpoint, "-json")
+	_, one, _ := call(t, "list", "-e", endpoint, "-json", wild)
+	for what, text := range map[string]string{"whole": whole, "one": one, "watch": watch.stdout.String()} {
+		if !utf8.ValidString(text) || strings.ContainsFunc(text, func(r rune) bool { return r != '\n' && (unicode.IsControl(r) || unicode.Is(unicode.Cf, r)) }) {
+			t.Errorf("%s: %q", what, text)
+		}
+		for dec := json.NewDecoder(strings.NewReader(text)); dec.More(); {
+			var got any
+			if err := dec.Decode(&got); err != nil || strings.Contains(fmt.Sprint(got), "e0001") || !strings.Contains(fmt.Sprint(got), wild) {
+				t.Errorf("%s: %v\n%s", what, err, text)
+				break
+			}
+		}
+	}
+}
+
+// A list that cannot be written is an error, however short it is.
+func TestListUnwritten(t *testing.T) {
+	t.Parallel()
+	_, endpoint := startAlone(t, []string{"-no-persistence"})
+	for _, flags := range []string{"", "-json", "-watch"} {
+		full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer full.Close()
+		p := start(t, append([]string{"list", "-e", endpoint}, strings.Fields(flags)...), func(p *process) { p.cmd.Stdout = full })
+		p.exit(exitFailed)
+		p.has(p.stderr, "flowctl: write /dev/stdout: no space left on device\n")
 	}
 }
