@@ -31,6 +31,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -53,6 +54,7 @@ type listedPipeline struct {
 	Components []*listedComponent `json:"components"`
 	texts      [][]byte           // or each of them as JSON
 	unhealthy  bool               // one of texts is
+	ended      string             // why nothing more comes of it, "" while it does
 }
 
 // listedComponent is one component in what list prints.
@@ -92,15 +94,19 @@ type listedChange struct {
 	Cause  string    `json:"cause,omitempty"`
 }
 
-// listedEvent is what list -watch -json prints for each change: one of the last
-// three is there.
+// listedEvent is what list -watch -json prints for each change: one of Component,
+// Removed, Status and Ended is there.
 type listedEvent struct {
-	Time      time.Time        `json:"time"`
-	Pipeline  string           `json:"pipeline"`
-	Endpoint  string           `json:"endpoint"`
-	Component *listedComponent `json:"component,omitempty"`
-	Removed   string           `json:"removed,omitempty"`
-	Status    string           `json:"status,omitempty"`
+	Time       time.Time        `json:"time"`
+	Pipeline   string           `json:"pipeline"`
+	Endpoint   string           `json:"endpoint"`
+	Component  *listedComponent `json:"component,omitempty"`
+	Removed    string           `json:"removed,omitempty"`
+	Status     string           `json:"status,omitempty"`
+	Ready      *bool            `json:"ready,omitempty"` // beside Status
+	NotDurable string           `json:"not_durable,omitempty"`
+	Ended      string           `json:"ended,omitempty"` // why nothing more comes
+	durability string           // what is to be said of NotDurable, if that has changed
 }
 
 // listOptions are the flags of list, and its argument.
@@ -222,6 +228,7 @@ func (o *listOptions) connect(runs []runInfo) (clients []*listClient, errs []err
 			errs = append(errs, fmt.Errorf("endpoint %q: %v", run.Endpoint, err))
 			continue
 		}
+		c.pipeline = listedPipeline{Pipeline: run.Pipeline, Endpoint: run.Endpoint}
 		clients = append(clients, c)
 	}
 	return clients, errs
@@ -239,6 +246,8 @@ type listClient struct {
 	pipeline  listedPipeline             // as it was told last, without its components
 	records   map[int64]*listedComponent // as they were told last
 	order     []int64                    // of records, as they were told first
+	missing   map[int64]bool             // records that the snapshot which is coming has not told of yet
+	complete  bool                       // a snapshot has come whole
 	asJSON    bool                       // components are only to be printed, and kept as that
 	texts     [2][][]byte                // of those, by rank
 	room      []byte                     // for one of those
@@ -251,6 +260,8 @@ func newListClient(endpoint string, creds credentials.TransportCredentials, wait
 	conn, err := grpc.NewClient(endpoint,
 		grpc.WithTransportCredentials(creds),
 		grpc.WithNoProxy(),
+		// One that hangs, or a machine that is gone, ends a stream that has nothing else to tell.
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second}),
 		grpc.WithDefaultCallOptions(grpc.WaitForReady(wait), grpc.MaxCallRecvMsgSize(1<<30)),
 		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second, Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond}}))
 	if err != nil {
@@ -323,25 +334,44 @@ func (c *listClient) take(out *operatorv1.WatchResponse) []listedEvent {
 		return &events[len(events)-1]
 	}
 	if out.GetReset_() {
-		clear(c.records)
-		c.order, c.texts, c.unhealthy = nil, [2][][]byte{}, false
+		c.texts, c.unhealthy = [2][][]byte{}, false
+		c.missing = make(map[int64]bool, len(c.records))
+		for record := range c.records {
+			c.missing[record] = true
+		}
 	}
 	if p := out.GetPipeline(); p != nil {
+		before := c.pipeline.NotDurable
 		c.pipeline = listPipeline(p)
-		event().Status = c.pipeline.Status
+		e := event()
+		e.Status, e.Ready, e.NotDurable = c.pipeline.Status, &p.Ready, c.pipeline.NotDurable
+		if e.NotDurable != before {
+			e.durability = cmp.Or(c.pipeline.durability(), durableAgain)
+		}
 	}
 	for _, in := range out.GetComponents() {
 		component := listComponent(in)
+		delete(c.missing, component.record)
 		c.put(component)
 		event().Component = component
 	}
-	for _, record := range out.GetRemoved() {
-		if _, known := c.records[record]; !known {
-			continue // it came and went between two messages
+	gone := slices.Clone(out.GetRemoved())
+	if out.GetComplete() {
+		for _, record := range c.order {
+			if c.missing[record] {
+				gone = append(gone, record)
+			}
 		}
-		event().Removed = c.records[record].ID
-		delete(c.records, record)
-		c.order = slices.DeleteFunc(c.order, func(r int64) bool { return r == record })
+		c.missing, c.complete = nil, true
+	}
+	for _, record := range gone {
+		if l, known := c.records[record]; known { // else it came and went between two messages
+			event().Removed = l.ID
+			delete(c.records, record)
+		}
+	}
+	if len(gone) > 0 {
+		c.order = slices.DeleteFunc(c.order, func(r int64) bool { return c.records[r] == nil })
 	}
 	return events
 }
@@ -469,7 +499,7 @@ func (p *listedPipeline) writeTable(w *bufio.Writer, now time.Time) {
 		fmt.Fprintf(w, "%s (pid %d, %s)\n", strings.TrimPrefix(clean(p.Pipeline)+": "+printable(p.Status), ": "), p.PID, clean(p.Endpoint))
 	}
 	if p.NotDurable != "" {
-		fmt.Fprintf(w, "what is registered would not survive a restart: %s\n", printable(p.NotDurable))
+		fmt.Fprintln(w, p.durability())
 	}
 	if len(p.Components) == 0 {
 		fmt.Fprintln(w, "nothing is registered")
@@ -497,6 +527,16 @@ func (p *listedPipeline) writeTable(w *bufio.Writer, now time.Time) {
 			fmt.Fprintf(w, "%s: %s\n", clean(l.ID), printable(l.Cause))
 		}
 	}
+}
+
+const durableAgain = "what is registered would survive a restart again"
+
+// durability says what is wrong with the state file, "" for nothing.
+func (p *listedPipeline) durability() string {
+	if p.NotDurable == "" {
+		return ""
+	}
+	return "what is registered would not survive a restart: " + printable(p.NotDurable)
 }
 
 // title is the id with what else there is to know of it: starts tells that the list
@@ -765,6 +805,10 @@ func showPipelines(w io.Writer, pipelines []listedPipeline, o listOptions) error
 		if i > 0 {
 			fmt.Fprintln(out)
 		}
+		if p.ended != "" {
+			fmt.Fprintf(out, "%s | %s\n", clean(cmp.Or(p.Pipeline, p.Endpoint)), p.ended)
+			continue
+		}
 		if o.id == "" {
 			p.writeTable(out, now)
 			continue
@@ -808,8 +852,12 @@ func watchPlanes(clients []*listClient, o listOptions, signals <-chan os.Signal)
 				case <-ctx.Done():
 				}
 			}
-			err := c.follow(ctx, &operatorv1.WatchRequest{Follow: true, Heartbeats: screen}, func(out *operatorv1.WatchResponse) { send(news{c, out, nil}) })
-			send(news{c, nil, o.watchEnd(c.endpoint, err)})
+			came := false
+			err := c.follow(ctx, &operatorv1.WatchRequest{Follow: true, Heartbeats: screen}, func(out *operatorv1.WatchResponse) {
+				came = true
+				send(news{c, out, nil})
+			})
+			send(news{c, nil, o.watchEnd(c.endpoint, came, err)})
 		})
 	}
 	v := &watchView{clients: clients, options: o, screen: screen, out: os.Stdout}
@@ -830,7 +878,9 @@ func watchPlanes(clients []*listClient, o listOptions, signals <-chan os.Signal)
 				err = v.show(n.client.take(n.out))
 				break
 			}
-			if ends = append(ends, n.err); len(ends) == len(clients) {
+			ends = append(ends, n.err)
+			last := len(ends) == len(clients)
+			if err = v.showEnd(n.client, n.err, last); last && err == nil {
 				return &exitError{exitPlane, errors.Join(ends...)}
 			}
 		case now := <-ticker.C:
@@ -842,13 +892,15 @@ func watchPlanes(clients []*listClient, o listOptions, signals <-chan os.Signal)
 	}
 }
 
-// watchEnd says why a stream of changes has ended.
-func (o *listOptions) watchEnd(endpoint string, err error) error {
+// watchEnd says why a stream of changes has ended, of which something came, or nothing.
+func (o *listOptions) watchEnd(endpoint string, came bool, err error) error {
 	switch {
 	case errors.Is(err, errLegacy):
 		return fmt.Errorf("the control plane at %s has no operator service, which -watch needs", endpoint)
 	case err == nil:
 		return fmt.Errorf("the control plane at %s has stopped", endpoint)
+	case came && status.Code(err) == codes.Unavailable:
+		return fmt.Errorf("the control plane at %s is gone: %s", endpoint, dialReason(status.Convert(err).Message()))
 	}
 	return o.noAnswer(endpoint, err)
 }
@@ -880,10 +932,11 @@ func (v *watchView) end() {
 	}
 }
 
+// pipelines are those that are known whole, and those of which nothing more comes.
 func (v *watchView) pipelines() []listedPipeline {
 	var out []listedPipeline
 	for _, c := range v.clients {
-		if p, ok := c.listed(v.options.id); ok {
+		if p, ok := c.listed(v.options.id); ok && c.complete || p.ended != "" {
 			out = append(out, p)
 		}
 	}
@@ -908,6 +961,22 @@ func (v *watchView) show(events []listedEvent) error {
 	return nil
 }
 
+// showEnd shows that nothing more comes of a client. Of the last one the last state is
+// left as it is, and the error of list says the rest.
+func (v *watchView) showEnd(c *listClient, err error, last bool) error {
+	e := listedEvent{Time: time.Now(), Pipeline: c.pipeline.Pipeline, Endpoint: c.pipeline.Endpoint, Ended: err.Error()}
+	switch {
+	case v.options.json:
+		return e.write(v.out, true)
+	case last:
+		return nil
+	case v.screen:
+		c.pipeline.ended, v.changed = firstLine(e.Ended), true
+		return nil
+	}
+	return e.write(v.out, false)
+}
+
 // write prints one line.
 func (e *listedEvent) write(w io.Writer, asJSON bool) error {
 	if asJSON {
@@ -916,13 +985,21 @@ func (e *listedEvent) write(w io.Writer, asJSON bool) error {
 	}
 	what := clean(e.Removed) + " removed"
 	switch c := e.Component; {
+	case e.Ended != "":
+		what = firstLine(e.Ended)
 	case c != nil:
 		what = strings.TrimSuffix(strings.Join(strings.Fields(fmt.Sprintf("%s %s %s: %s", clean(c.ID), clean(c.State), clean(c.Health), printable(c.Cause))), " "), ":")
-	case e.Status != "":
-		what = printable(e.Status)
+	case e.Ready != nil:
+		what = strings.TrimSuffix(printable(e.Status)+"; "+e.durability, "; ")
 	}
 	_, err := fmt.Fprintf(w, "%s %s | %s\n", e.Time.Format(time.TimeOnly), clean(cmp.Or(e.Pipeline, e.Endpoint)), what)
 	return err
+}
+
+// firstLine leaves out the hint of an error.
+func firstLine(text string) string {
+	text, _, _ = strings.Cut(text, "\n")
+	return printable(text)
 }
 
 // draw draws what has changed, or after a second how old it is by now. What does not

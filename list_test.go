@@ -9,6 +9,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -192,4 +193,113 @@ func TestListUnwritten(t *testing.T) {
 		p.exit(exitFailed)
 		p.has(p.stderr, "flowctl: write /dev/stdout: no space left on device\n")
 	}
+}
+
+// watchEvents are what list -watch -json has printed, in short.
+func watchEvents(t *testing.T, text string) []string {
+	t.Helper()
+	var out []string
+	for dec := json.NewDecoder(strings.NewReader(text)); dec.More(); {
+		var e listedEvent
+		if err := dec.Decode(&e); err != nil {
+			t.Fatalf("%v\n%s", err, text)
+		}
+		switch {
+		case e.Component != nil:
+			out = append(out, e.Component.ID)
+		case e.Ready != nil:
+			out = append(out, strings.TrimSpace(fmt.Sprintf("%s %t %s", e.Status, *e.Ready, e.NotDurable)))
+		default:
+			out = append(out, e.Pipeline+e.Removed+e.Ended)
+		}
+	}
+	return out
+}
+
+// What is gone when a stream begins anew is told as removed.
+func TestWatchReset(t *testing.T) {
+	t.Parallel()
+	endpoint := fakePlane{watch: func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse)) error {
+		for _, ids := range []string{"abc", "cbd", "c"} {
+			out := &operatorv1.WatchResponse{Reset_: true}
+			for _, id := range ids {
+				out.Components = []*operatorv1.Component{{Record: int64(id), Id: string(id)}}
+				send(out)
+				out = &operatorv1.WatchResponse{}
+			}
+			out.Complete = true
+			send(out)
+		}
+		send(&operatorv1.WatchResponse{Pipeline: &operatorv1.Pipeline{Status: "end"}})
+		return nil
+	}}.serve(t)
+	p := start(t, []string{"list", "-watch", "-json", "-e", endpoint})
+	p.waitOut(`"status":"end"`)
+	p.stop()
+	if got, want := watchEvents(t, p.stdout.String()), append(strings.Fields("a b c c b d a c b d"), "end false"); !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// A state file that is not up to date is told when that changes.
+func TestWatchDurability(t *testing.T) {
+	t.Parallel()
+	endpoint := fakePlane{watch: func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse)) error {
+		send(&operatorv1.WatchResponse{Reset_: true, Complete: true, Pipeline: &operatorv1.Pipeline{Name: "p", Status: "one"}})
+		send(&operatorv1.WatchResponse{Pipeline: &operatorv1.Pipeline{Name: "p", Status: "two", Ready: true, NotDurable: "full"}})
+		send(&operatorv1.WatchResponse{Pipeline: &operatorv1.Pipeline{Name: "p", Status: "three", Ready: true, NotDurable: "full"}})
+		send(&operatorv1.WatchResponse{Pipeline: &operatorv1.Pipeline{Name: "p", Status: "four"}})
+		return nil
+	}}.serve(t)
+	p := start(t, []string{"list", "-watch", "-json", "-e", endpoint})
+	p.waitOut(`"status":"four"`)
+	p.stop()
+	if got, want := watchEvents(t, p.stdout.String()), []string{"one false", "two true full", "three true full", "four false"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	p = start(t, []string{"list", "-watch", "-e", endpoint})
+	p.waitOut("four")
+	p.stop()
+	p.has(p.stdout, " p | one\n", " p | two; what is registered would not survive a restart: full\n", " p | three\n", " p | four; what is registered would survive a restart again\n")
+}
+
+// That one of several has ended is shown where it happens, and the others go on.
+func TestWatchEnds(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	run := start(t, runOf(sleeper(t)), runsIn(dir))
+	server := start(t, []string{"server", "-no-persistence", "-control-plane-port", "0"}, runsIn(dir))
+	run.waitReady()
+	server.endpoint()
+	eventually(t, "two run files", func() bool { return len(runFiles(t, filepath.Join(dir, "flowctl"))) == 2 })
+	text := start(t, []string{"list", "-watch"}, runsIn(dir))
+	inJSON := start(t, []string{"list", "-watch", "-json"}, runsIn(dir))
+	for _, p := range []*process{text, inJSON} {
+		p.waitOut("1 of 1 ready")
+		p.waitOut("control plane alone")
+	}
+	stopped := "the control plane at " + run.endpoint() + " has stopped"
+	run.stop()
+	text.waitOut(" test | " + stopped + "\n")
+	inJSON.waitOut(`"pipeline":"test","endpoint":"` + run.endpoint() + `","ended":"` + stopped + `"}` + "\n")
+	register(t, server.endpoint(), "later")
+	text.waitOut("| later healthy\n")
+	inJSON.waitOut(`"id":"later"`)
+	server.signal(syscall.SIGKILL)
+	for _, p := range []*process{text, inJSON} {
+		p.exit(exitPlane)
+		p.has(p.stderr, "flowctl: "+stopped+"\nflowctl: the control plane at "+server.endpoint()+" is gone: ")
+	}
+	inJSON.has(inJSON.stdout, `"pipeline":"","endpoint":"`+server.endpoint()+`","ended":"the control plane at `+server.endpoint()+" is gone: ")
+}
+
+// A control plane that hangs while it is watched is noticed.
+func TestWatchHangs(t *testing.T) {
+	t.Parallel()
+	server, endpoint := startAlone(t, []string{"-no-persistence"})
+	p := start(t, []string{"list", "-watch", "-e", endpoint})
+	p.waitOut("control plane alone")
+	server.signal(syscall.SIGSTOP)
+	p.exit(exitPlane)
+	p.has(p.stderr, "flowctl: the control plane at "+endpoint+" is gone: ")
 }
