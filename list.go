@@ -14,6 +14,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"os/signal"
 	"slices"
 	"strconv"
 	"strings"
@@ -160,7 +161,7 @@ func listCommand(args []string) error {
 	for _, err := range absent {
 		fmt.Fprintln(os.Stderr, complaint("flowctl: "+printable(err.Error())))
 	}
-	return watchPlanes(clients, o, catchSignals())
+	return watchPlanes(clients, o)
 }
 
 // define defines the flags that say which control plane to ask, and how.
@@ -837,13 +838,13 @@ type news struct {
 
 // watchPlanes shows the changes of all clients until a signal comes, or until all
 // streams have ended, which is an *exitError.
-func watchPlanes(clients []*listClient, o listOptions, signals <-chan os.Signal) error {
-	ctx, cancel := context.WithCancel(context.Background())
-	screen := !o.json && isTerminal(os.Stdout)
+func watchPlanes(clients []*listClient, o listOptions) error {
+	screen := !o.json && isTerminal(os.Stdout) && os.Getenv("TERM") != "dumb"
+	ctx, stop := untilSignal(screen)
 	arrived := make(chan news)
 	var streams sync.WaitGroup
 	defer streams.Wait()
-	defer cancel()
+	defer stop()
 	for _, c := range clients {
 		streams.Go(func() {
 			send := func(n news) {
@@ -861,18 +862,21 @@ func watchPlanes(clients []*listClient, o listOptions, signals <-chan os.Signal)
 		})
 	}
 	v := &watchView{clients: clients, options: o, screen: screen, out: os.Stdout}
-	if err := v.begin(); err != nil {
-		return err
-	}
 	defer v.end()
+	stops := make(chan os.Signal, 1)
+	if screen && !signal.Ignored(syscall.SIGTSTP) {
+		signal.Notify(stops, syscall.SIGTSTP)
+	}
 	ticker := time.NewTicker(redrawTime)
 	defer ticker.Stop()
 	var ends []error
 	for {
 		var err error
 		select {
-		case <-signals:
+		case <-ctx.Done():
 			return nil
+		case <-stops:
+			err = v.suspend()
 		case n := <-arrived:
 			if n.out != nil {
 				err = v.show(n.client.take(n.out))
@@ -890,6 +894,22 @@ func watchPlanes(clients []*listClient, o listOptions, signals <-chan os.Signal)
 			return &exitError{exitFailed, err}
 		}
 	}
+}
+
+// untilSignal returns a context that ends by the first signal that asks for an end. The
+// second ends flowctl at once, which may be held up by who does not read its output.
+func untilSignal(screen bool) (context.Context, context.CancelFunc) {
+	ends := []os.Signal{syscall.SIGINT, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) {
+		ends = append(ends, syscall.SIGHUP)
+	}
+	if screen {
+		ends = append(ends, syscall.SIGQUIT)
+	}
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE) // a closed standard output is to be an error of a write
+	ctx, stop := signal.NotifyContext(context.Background(), ends...)
+	context.AfterFunc(ctx, stop)
+	return ctx, stop
 }
 
 // watchEnd says why a stream of changes has ended, of which something came, or nothing.
@@ -911,23 +931,35 @@ type watchView struct {
 	clients []*listClient
 	options listOptions
 	screen  bool
+	entered bool // the alternate screen is on
+	stopped bool // by Ctrl-Z, and nothing has been drawn since
 	out     *os.File
 	changed bool
 	drawn   time.Time
 }
 
-func (v *watchView) begin() error {
-	if !v.screen {
+// suspend leaves the terminal to the shell that Ctrl-Z brings back. It returns when
+// flowctl goes on.
+func (v *watchView) suspend() error {
+	err := v.leave()
+	stopSelf()
+	v.stopped, v.changed = true, true
+	return err
+}
+
+func (v *watchView) leave() error {
+	if !v.entered {
 		return nil
 	}
-	_, err := io.WriteString(v.out, enterScreen)
+	v.entered = false
+	_, err := io.WriteString(v.out, leaveScreen)
 	return err
 }
 
 // end leaves the last state on the terminal.
 func (v *watchView) end() {
 	if v.screen {
-		_, _ = io.WriteString(v.out, leaveScreen)
+		_ = v.leave()
 		_ = showPipelines(v.out, v.pipelines(), v.options)
 	}
 }
@@ -1008,13 +1040,21 @@ func (v *watchView) draw(now time.Time) error {
 	if !v.screen || !v.changed && now.Sub(v.drawn) < time.Second {
 		return nil
 	}
-	v.changed, v.drawn = false, now
+	pipelines := v.pipelines()
+	if len(pipelines) == 0 && !v.entered || v.stopped && !inForeground(v.out) {
+		return nil // there is nothing to draw, or the terminal is another's
+	}
+	v.changed, v.drawn, v.stopped = false, now, false
 	var text strings.Builder
-	if err := showPipelines(&text, v.pipelines(), v.options); err != nil {
+	if err := showPipelines(&text, pipelines, v.options); err != nil {
 		return err
 	}
 	width, height := terminalSize(v.out)
-	frame := "\x1b[H"
+	frame := "\x1b[?7l\x1b[H" // without autowrap: there are characters of two columns
+	if !v.entered {
+		frame = enterScreen + frame
+		v.entered = true
+	}
 	for i, line := range strings.Split(strings.TrimSuffix(text.String(), "\n"), "\n") {
 		if i == height {
 			break
@@ -1024,7 +1064,7 @@ func (v *watchView) draw(now time.Time) error {
 		}
 		frame += cut(line, width) + "\x1b[K"
 	}
-	_, err := io.WriteString(v.out, frame+"\x1b[J")
+	_, err := io.WriteString(v.out, frame+"\x1b[J\x1b[?7h")
 	return err
 }
 

@@ -6,14 +6,17 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"math"
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -302,4 +305,121 @@ func TestWatchHangs(t *testing.T) {
 	server.signal(syscall.SIGSTOP)
 	p.exit(exitPlane)
 	p.has(p.stderr, "flowctl: the control plane at "+endpoint+" is gone: ")
+}
+
+// A signal ends a watch, and the second one that waits for a reader.
+func TestWatchUnread(t *testing.T) {
+	t.Parallel()
+	endpoint := fakePlane{watch: func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse)) error {
+		send(&operatorv1.WatchResponse{Pipeline: &operatorv1.Pipeline{Status: strings.Repeat("x", 1<<20)}}) // more than a pipe holds
+		return nil
+	}}.serve(t)
+	for _, reads := range []bool{true, false} {
+		out, in, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer out.Close()
+		p := start(t, []string{"list", "-watch", "-e", endpoint}, func(p *process) { p.cmd.Stdout = in })
+		in.Close()
+		eventually(t, "a line that is not written whole", func() bool { return unread(out) > 0 })
+		p.signal(syscall.SIGTERM)
+		if reads {
+			go io.Copy(io.Discard, out)
+			p.exit(exitOK)
+			continue
+		}
+		eventually(t, "its end", func() bool {
+			_ = p.cmd.Process.Signal(syscall.SIGTERM) // it may not have taken the first yet
+			select {
+			case <-p.done:
+				return true
+			default:
+				return false
+			}
+		})
+		if state := p.cmd.ProcessState.Sys().(syscall.WaitStatus); state.Signal() != syscall.SIGTERM {
+			t.Errorf("it ended with %v\n%s", p.cmd.ProcessState, p)
+		}
+	}
+}
+
+// openList is openTerminal for a list instead of a run.
+func openList(t *testing.T, width, height int, args string) *terminal {
+	t.Helper()
+	c := openTerminal(t, width, height, nil)
+	writeFile(t, filepath.Join(c.dir, "run"), "#!/bin/sh\nexec "+binary(t)+" list "+args+"\n")
+	return c
+}
+
+// On a terminal a row is a row, whatever is in it, and Ctrl-Z and Ctrl-\ leave the
+// terminal as it was.
+func TestWatchScreen(t *testing.T) {
+	t.Parallel()
+	endpoint := fakePlane{watch: func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse)) error {
+		send(&operatorv1.WatchResponse{Reset_: true, Complete: true, Pipeline: &operatorv1.Pipeline{Name: "p", Status: "fine"}, Components: []*operatorv1.Component{
+			{Record: 1, Id: "wide", Endpoint: strings.Repeat("宽", 60), Health: "healthy"}, {Record: 2, Id: "after", Health: "healthy"},
+		}})
+		return nil
+	}}.serve(t)
+	c := openList(t, 60, 12, "-watch -e "+endpoint)
+	table := regexp.MustCompile(`^p: fine \(pid 0, \)\nID .*\nwide .*\nafter .*$`)
+	shown := func(text string) bool { return table.MatchString(text) }
+	c.run()
+	c.until("a table", shown)
+	modes := c.modes()
+	c.keys("C-z")
+	c.shows("$ ./run", "[1] + Stopped                    ./run", "$")
+	c.restored()
+	c.keys("bg", "Enter")
+	time.Sleep(1500 * time.Millisecond) // it is time itself that passes here
+	c.shows("$ ./run", "[1] + Stopped                    ./run", "$ bg", "[1] ./run", "$")
+	c.keys("fg", "Enter")
+	c.until("the table again", shown)
+	if again := c.modes(); again != modes {
+		t.Errorf("the modes were\n%s\nand then\n%s", modes, again)
+	}
+	c.keys("C-\\")
+	c.until("the shell, below the last state", func(text string) bool {
+		return strings.Contains(text, "\np: fine (pid 0, )\n") && strings.HasSuffix(text, "\n$")
+	})
+	c.restored()
+	c.keys("clear; TERM=dumb ./run", "Enter")
+	c.until("lines", func(text string) bool {
+		return strings.Contains(text, "15:04:05 p | fine\n15:04:05 p | wide healthy\n")
+	})
+	c.restored()
+	c.keys("C-c")
+}
+
+// Nothing is drawn of a control plane that has not told all, and one that has ended
+// is not shown as if it had not.
+func TestWatchScreenOfSeveral(t *testing.T) {
+	t.Parallel()
+	nobody := openList(t, 140, 20, "-watch -e 127.0.0.1:1")
+	nobody.run()
+	nobody.shows("$ ./run", "flowctl: no control plane answers at 127.0.0.1:8080: nothing came within 2s: dial tcp 127.0.0.1:8080: connect: connection refused", "$")
+	nobody.restored()
+
+	dir := t.TempDir()
+	run := start(t, runOf(sleeper(t)), runsIn(dir))
+	server := start(t, []string{"server", "-no-persistence", "-control-plane-port", "0"}, runsIn(dir))
+	run.waitReady()
+	server.endpoint()
+	eventually(t, "two run files", func() bool { return len(runFiles(t, filepath.Join(dir, "flowctl"))) == 2 })
+	c := openList(t, 100, 20, "-watch")
+	c.keys("XDG_RUNTIME_DIR="+dir+" ./run", "Enter")
+	c.until("both", func(text string) bool {
+		return strings.HasPrefix(text, "control plane alone (pid ") && strings.Contains(text, "\nnothing is registered\n\ntest: 1 of 1 ready (pid ")
+	})
+	run.stop()
+	c.until("one", func(text string) bool {
+		return strings.HasPrefix(text, "control plane alone (pid ") && strings.HasSuffix(text, "\nnothing is registered\n\ntest | the control plane at 127.0.0.1:8080 has stopped")
+	})
+	server.stop()
+	c.until("the errors, below the last state", func(text string) bool {
+		const stopped = "the control plane at 127.0.0.1:8080 has stopped\n"
+		return strings.HasSuffix(text, "\nnothing is registered\n\ntest | "+stopped+"flowctl: "+stopped+"flowctl: "+stopped+"$")
+	})
+	c.restored()
 }
