@@ -39,7 +39,11 @@ func newGuest(argv []string) (*guest, error) {
 func (g *guest) start(s *supervisor) error {
 	g.cmd = exec.Command(g.argv[0], g.argv[1:]...)
 	g.cmd.Stdin, g.cmd.Stdout, g.cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	g.cmd.Env = append(slices.DeleteFunc(os.Environ(), hidden), "FLOWCTL_ENDPOINT="+s.settings.endpoint, runMark+"="+s.run)
+	endpoint := "FLOWCTL_ENDPOINT=" + s.settings.endpoint
+	g.cmd.Env = append(slices.DeleteFunc(os.Environ(), hidden), endpoint, runMark+"="+s.run)
+	if slices.Contains(s.settings.tlsEnv, endpoint) { // there is none without TLS
+		g.cmd.Env = append(g.cmd.Env, s.settings.tlsEnv...)
+	}
 	if err := s.leaders.start(guestID, s.reaper, g.cmd); err != nil {
 		g.over = true
 		return fmt.Errorf("the command after --: cannot run %q: %v", g.argv[0], cause(err))

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"fmt"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -40,6 +41,25 @@ func TestCommand(t *testing.T) {
 				p.has(p.stderr, "told\n")
 			}
 		})
+	}
+}
+
+// Where the endpoint speaks TLS alone, the command gets what it takes to dial it.
+func TestCommandDialsTLS(t *testing.T) {
+	t.Parallel()
+	ca := newCA(t)
+	files := newFiles(t, issue(t, ca, nil), ca)
+	secure := shell("a", "exec sleep 300")
+	secure.TLS = true
+	for _, tt := range []struct {
+		components []Component
+		tls        bool
+	}{{[]Component{secure}, true}, {[]Component{secure, shell("b", "exec sleep 300")}, false}} {
+		p := start(t, append(runArgs(writePipeline(t, tt.components...), files.mutual()...), "--", "sh", "-c", `echo "$FLOWCTL_ENDPOINT ${FLOWCTL_TLS_CA-} ${FLOWCTL_TLS_CERT-} ${FLOWCTL_TLS_KEY-}"`))
+		p.exit(exitOK)
+		if want := fmt.Sprintln(p.endpoint(), files.ca, files.cert, files.key); strings.Contains(p.stdout.String(), want) != tt.tls || strings.Contains(p.stdout.String(), files.key) != tt.tls {
+			t.Errorf("the command does not print %q, or should not\n%s", want, p)
+		}
 	}
 }
 
