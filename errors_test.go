@@ -221,7 +221,7 @@ p.json:2:144: spec.sinks[0].env.K: ${NO_SUCH_NAME} is not set in the environment
 }
 
 var planeErrors = []errorRow{
-	{name: "not this machine's", args: "run p.json -control-plane-address 192.0.2.1", prepare: haveFile("x", ""), code: exitPlane, want: "flowctl: -control-plane-address \"192.0.2.1\": it is no address of this machine; 0.0.0.0 is all that it has\n"},
+	{name: "not this machine's", args: "run p.json -control-plane-address 192.0.2.1", prepare: haveFile("x", ""), code: exitPlane, want: "flowctl: -control-plane-address \"192.0.2.1\": it is no address of this machine; 0.0.0.0 is all of IPv4 that it has\n"},
 	{name: "no folder for a socket", args: "server -no-persistence -control-plane-address unix:/no/such/folder/s", code: exitPlane, want: "flowctl: the control plane cannot listen at -control-plane-address \"unix:/no/such/folder/s\": listen unix /no/such/folder/s: bind: no such file or directory\n"},
 	{name: "no certificate", args: "run p.json -tls-cert none.pem -tls-key none.key", prepare: haveFile("x", ""), code: exitPlane, want: "flowctl: -tls-cert \"none.pem\": no such file or directory\n"},
 	{name: "certificate is none", args: "run p.json -tls-cert x -tls-key x", prepare: haveFile("x", "hello\n"), code: exitPlane, want: "flowctl: -tls-cert \"x\": it must hold a certificate in PEM\n"},

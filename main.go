@@ -729,7 +729,7 @@ func openPlane(o planeFlags, log *slog.Logger) (net.Listener, string, error) {
 		}
 		return nil, "", fmt.Errorf("the control plane cannot listen on %s: the address is in use%s; choose another with -control-plane-port (0 takes a free one)", net.JoinHostPort(o.address, strconv.Itoa(o.port)), by)
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
-		return nil, "", fmt.Errorf("-control-plane-address %q: it is no address of this machine; 0.0.0.0 is all that it has", o.address)
+		return nil, "", fmt.Errorf("-control-plane-address %q: it is no address of this machine; 0.0.0.0 is all of IPv4 that it has", o.address)
 	case errors.Is(err, syscall.EACCES) && tcp:
 		return nil, "", fmt.Errorf("-control-plane-port %d: a port below 1024 is for root, and for a unit with AmbientCapabilities=CAP_NET_BIND_SERVICE", o.port)
 	case err != nil:

@@ -1232,7 +1232,11 @@ func listenPlane(address string, port int) (net.Listener, string, error) {
 		return listenUnix(path)
 	}
 	address = strings.Trim(address, "[]")
-	lis, err := net.Listen("tcp", net.JoinHostPort(address, strconv.Itoa(port)))
+	network := "tcp"
+	if net.ParseIP(address).To4() != nil {
+		network = "tcp4" // else 0.0.0.0 is all of IPv6 too
+	}
+	lis, err := net.Listen(network, net.JoinHostPort(address, strconv.Itoa(port)))
 	if err != nil {
 		return nil, "", err
 	}

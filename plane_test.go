@@ -1467,6 +1467,21 @@ func TestEndpointIsOneThatComponentsCanDial(t *testing.T) {
 	}
 }
 
+// An address of IPv4 is one, and 0.0.0.0 not all of IPv6 too.
+func TestAddressOfIPv4IsNoMore(t *testing.T) {
+	t.Parallel()
+	lis, _, err := listenPlane("0.0.0.0", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lis.Close()
+	conn, err := net.Dial("tcp", net.JoinHostPort("::1", fmt.Sprint(lis.Addr().(*net.TCPAddr).Port)))
+	if err == nil {
+		conn.Close()
+		t.Errorf("it listens at %s", conn.RemoteAddr())
+	}
+}
+
 func TestPortInUse(t *testing.T) {
 	t.Parallel()
 	lis, _, err := listenPlane("127.0.0.1", 0)
