@@ -3,7 +3,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -633,12 +632,12 @@ func TestWhatIsNotBounded(t *testing.T) {
 				u.call(flowctlpb.ControlPlane_Heartbeat_FullMethodName, &flowctlpb.ServiceHeartbeat{ServiceId: strings.Repeat("x", maxMessage-1000)}, 100)
 			}
 		}},
-		{"services that come and go", 0, 150, func(t *testing.T, endpoint string) {
+		{"services that come and go", 0, 100, func(t *testing.T, endpoint string) {
 			c := dialPlane(t, endpoint)
-			for i := range 500 {
+			for i := range 200 {
 				c.mustRegister(t, "v1", registration{id: fmt.Sprint("small-", i)})
 			}
-			for range 500 {
+			for range 200 {
 				c.mustRegister(t, "v1", large("large", 1<<20-1<<15))
 				if _, err := c.v1.UnregisterComponent(t.Context(), &flowctlv1.UnregisterRequest{ServiceId: "large"}); err != nil {
 					t.Fatal(err)
@@ -658,7 +657,7 @@ func TestWhatIsNotBounded(t *testing.T) {
 				return status.Code(err) == codes.ResourceExhausted && strings.Contains(err.Error(), "have not been read")
 			})
 		}},
-		{"snapshots that are not read", 60, 150, func(t *testing.T, endpoint string) {
+		{"snapshots that are not read", 60, 220, func(t *testing.T, endpoint string) {
 			u := dialClosed(t, endpoint)
 			for range maxCalls {
 				u.call(operatorv1.Operator_Watch_FullMethodName, &operatorv1.WatchRequest{Follow: true}, 0)
@@ -783,12 +782,13 @@ func TestFullOfBytes(t *testing.T) {
 	r, now := newRegistry(testTTL, testInterval, "", nil), testEpoch
 	large := strings.Repeat("x", maxText)
 	mustRegister(t, r, registration{id: "neighbour"}, now)
+	metrics := make(map[string]string)
+	for i := range maxEntries {
+		metrics[fmt.Sprint(i)] = large
+	}
 	fill := func(id string) error {
-		_, err := r.heartbeat(id, origin{}, 0, now, func(s *service, full error) (err error) {
-			for i := range maxEntries {
-				err = cmp.Or(setMetric(s, fmt.Sprint(i), metric{text: large, isText: true}, full), err)
-			}
-			return err
+		_, err := r.heartbeat(id, origin{}, 0, now, func(s *service, full error) error {
+			return takeMetrics(s, metrics, func(text string) metric { return metric{text: text, isText: true} }, full)
 		})
 		return err
 	}

@@ -544,7 +544,6 @@ func serverCommand(args []string) error {
 		lis.Close()
 		return &exitError{exitPlane, err}
 	}
-	defer st.close()
 	registry.report(about)
 	plane := servePlane(lis, registry, planeSettings{store: st, certs: certs}, log)
 	defer plane.stop()

@@ -125,7 +125,6 @@ func runPipeline(p *Pipeline, o runFlags) error {
 		r.sup.close()
 		return &exitError{exitPlane, err}
 	}
-	r.atEnd(st.close)
 	r.registry.given = way.endpoint
 	r.registry.report(r.about)
 	plane := servePlane(lis, r.registry, planeSettings{store: st, trace: r.trace, certs: r.certs, private: way.private, reload: r.requestReload}, r.log)

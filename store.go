@@ -718,9 +718,10 @@ func soleFile(info os.FileInfo) bool {
 	return info.Mode().IsRegular() && info.Sys().(*syscall.Stat_t).Nlink == 1
 }
 
-// close unlocks the file. There may be no store.
+// close unlocks the file, as the end of the process does: who serves a registry leaves it
+// to that, because a disk that hangs may still be writing.
 func (st *store) close() {
-	if st != nil && st.lock != nil {
+	if st.lock != nil {
 		st.lock.Close()
 		st.lock = nil
 	}

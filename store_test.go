@@ -698,7 +698,7 @@ func TestLargeServicesAreWritten(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "state.json")
 	p, endpoint := startAlone(t, []string{"-db-path", file, "-janitor-interval", "200ms"}, withBinary(plainBinary(t)))
 	c := dialPlane(t, endpoint)
-	for i := range 40 {
+	for i := range 12 {
 		reg := large(fmt.Sprint("large-", i), 1<<20-1<<15)
 		for key := range reg.metadata {
 			reg.metadata[key] = strings.Repeat("\x01", 4000) // six bytes each in JSON
@@ -718,7 +718,7 @@ func TestLargeServicesAreWritten(t *testing.T) {
 		eventually(t, "another write", func() bool { return written().After(before) })
 	}
 	check()
-	memoryGrew(t, p, 0, 350)
+	memoryGrew(t, p, 0, 120)
 	p.stop()
 }
 
