@@ -58,6 +58,7 @@ type remote struct {
 	found atomic.Pointer[origin]
 	mu    sync.Mutex // held while it is looked up
 
+	begun   atomic.Int32 // calls whose requests are not whole, and those that were no messages
 	written atomic.Int64 // bytes
 	closed  atomic.Bool
 	given   int64 // bytes of answers; answers.mu guards it

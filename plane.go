@@ -52,9 +52,12 @@ const (
 	maxCalls    = 128       // of one connection at a time
 )
 
-// maxCallTime is how long a call may take, from its first byte: a request that is never
-// whole holds as much memory as it has announced.
-const maxCallTime = 30 * time.Second
+// A request that is never whole holds what has come of it. maxBegun of a connection may
+// take their time, any further call ends after maxCallTime.
+const (
+	maxBegun    = 16
+	maxCallTime = 30 * time.Second
+)
 
 // batch is how many services are gone through while the registry is locked: a few
 // hundred microseconds of work, so that no heartbeat waits longer.
@@ -1311,16 +1314,28 @@ type planeSettings struct {
 	reload  func(context.Context) (reloaded, error)
 }
 
-// limitCall gives a call its maxCallTime. Those that go on by nature have none.
+// limitCall gives a call its maxCallTime, if its connection has many whose requests are
+// not whole. Those that go on by nature are not meant.
 func limitCall(ctx context.Context, call *tap.Info) (context.Context, error) {
 	switch call.FullMethodName {
 	case operatorv1.Operator_Watch_FullMethodName, healthpb.Health_Watch_FullMethodName,
 		reflectionpb.ServerReflection_ServerReflectionInfo_FullMethodName, reflectionalphapb.ServerReflection_ServerReflectionInfo_FullMethodName:
 		return ctx, nil
 	}
+	if caller := remoteOf(ctx); caller == nil || caller.begun.Add(1) <= maxBegun {
+		return ctx, nil // a timer is a tenth of what a heartbeat allocates
+	}
 	ctx, cancel := context.WithTimeout(ctx, maxCallTime)
 	_ = cancel // grpc ends what ctx is made from with the call
 	return ctx, nil
+}
+
+// wholeCall takes note that the request of a call is whole.
+func wholeCall(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	if caller := remoteOf(ctx); caller != nil {
+		caller.begun.Add(-1)
+	}
+	return handler(ctx, request)
 }
 
 // healthServer is grpc.health.v1 for names that a service can have: one that is watched
@@ -1341,6 +1356,7 @@ func planeOptions(creds credentials.TransportCredentials) []grpc.ServerOption {
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxHeaderListSize(16 << 10), // grpc's 16 MiB are 10 GB for two hundred calls
 		grpc.InTapHandle(limitCall),
+		grpc.UnaryInterceptor(wholeCall),
 		// Ten thousand idle connections must not cost a gigabyte.
 		grpc.ReadBufferSize(4 << 10),
 		grpc.WriteBufferSize(4 << 10),
