@@ -467,7 +467,6 @@ type place struct {
 func (c *chain) front() *service          { return c.services[c.first] }
 func (c *chain) back() *service           { return c.services[c.last] }
 func (c *chain) next(s *service) *service { return c.services[s.places[c.kind].next] }
-func (c *chain) prev(s *service) *service { return c.services[s.places[c.kind].prev] }
 func (c *chain) has(s *service) bool      { return s.places[c.kind].in == c }
 
 // insert puts s behind at, or first where that is nil. It leaves where it was.

@@ -1,0 +1,974 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"fmt"
+	"net"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
+)
+
+// What a client can make the registry hold. Past a bound it gets RESOURCE_EXHAUSTED.
+const (
+	maxServices = 1 << 17
+	maxIDs      = 16        // ids under which one component is known
+	maxEntries  = 256       // metrics, metadata entries or event types of one service
+	maxID       = 256       // bytes of an id, and of a key of metrics and metadata
+	maxText     = 4096      // bytes of any other text
+	maxBytes    = 256 << 20 // of what all services hold, but for what each takes alike
+	maxHistory  = 32        // changes of health that are kept of one service
+)
+
+// batch is how many services are gone through while the registry is locked: a few
+// hundred microseconds of work, so that no heartbeat waits longer.
+const batch = 64
+
+// minStall is the shortest time that flowctl must not have run for to count as
+// stopped, unless the TTL is short, too: less is a busy machine.
+const minStall = time.Second
+
+// metadataComponentID is the metadata key under which some components send the
+// id that flowctl gave them.
+const metadataComponentID = "component_id"
+
+// condition is what the registry thinks of a service.
+type condition uint8
+
+const (
+	unregistered condition = iota // never registered, or not since its process started
+	healthy
+	degraded // by its own word; counts as healthy
+	unhealthy
+)
+
+func (c condition) String() string {
+	return [...]string{"unregistered", "healthy", "degraded", "unhealthy"}[c]
+}
+
+// ok tells whether the condition counts as healthy.
+func (c condition) ok() bool { return c == healthy || c == degraded }
+
+// member is what the registry knows beforehand of a component of the pipeline.
+type member struct {
+	*Component
+	healthPort string // HEALTH_PORT, by which one that sends no id is told from the others
+}
+
+// registration is what a service says of itself when it registers, in the words
+// that the two dialects have in common.
+type registration struct {
+	id           string // its own choice, may be empty
+	componentID  string // the component_id field
+	kind         flowctlpb.ServiceType
+	name         string
+	description  string
+	version      string
+	inputEvents  []string
+	outputEvents []string
+	endpoint     string
+	maxInflight  int32
+	metadata     map[string]string
+}
+
+// guestID stands for the command after -- where an id of a component would. No component
+// can have it.
+const guestID = "--"
+
+// origin is who is at the other end of a connection, as far as the kernel tells.
+type origin struct {
+	component string // its id in the pipeline, guestID, or "" for a process that is of none
+	known     bool   // false where the kernel cannot tell, as for another machine
+	hidden    bool   // flowctl cannot see the process, which could be one in a container
+}
+
+// processReport is what a component's process does, in the words of who runs it. The
+// registry only passes it on.
+type processReport struct {
+	state    string
+	pid      int // 0 while there is none
+	started  time.Time
+	restarts int
+}
+
+// change tells the subscriber how a service is now. Changes that follow each other
+// faster than they are taken are told as one.
+type change struct {
+	id        string
+	component string // "" when not in the pipeline
+	now, was  condition
+	cause     string // why it is unhealthy
+}
+
+// registry holds what has registered. Health is never stored: it is derived from
+// what was heard and from the time at which it is asked for, so no answer lags
+// behind the janitor. Every method that depends on time takes it as an argument.
+type registry struct {
+	ttl      time.Duration
+	interval time.Duration // the janitor sleeps no longer
+	endpoint string        // where the plane listens
+	given    string        // FLOWCTL_ENDPOINT of components without "tls": true, "" for endpoint
+	wake     chan struct{} // gets a token when changes wait to be taken
+	answers  answers
+
+	mu       sync.Mutex // guards the fields below and all services
+	table    *table
+	members  int                 // components of the pipeline
+	ports    map[string]*service // of the pipeline, by HEALTH_PORT
+	services map[string]slot     // by each id that one is known under
+	all      []*service          // the pipeline's own first, in file order; what is gone is taken out now and then
+	next     int                 // record of the next service
+	count    int                 // services that are not in the pipeline
+	bytes    int                 // of all services, by size
+	live     chain               // services with a heartbeat to come, the longest silent first
+	stale    chain               // services without, the longest silent first; none of the pipeline's
+	changed  []*service
+	observed time.Time // the latest time that any method was given
+	grace    time.Time // silence before this moment is not held against anyone
+	feed     feed
+	journal  journal
+}
+
+// newRegistry returns a registry that knows members before they register.
+func newRegistry(ttl, interval time.Duration, endpoint string, members []member) *registry {
+	all := newTable()
+	r := &registry{
+		ttl: ttl, interval: interval, endpoint: endpoint, members: len(members),
+		wake:  make(chan struct{}, 1),
+		ports: make(map[string]*service),
+		table: all, services: make(map[string]slot),
+		live: chain{table: all, kind: bySeen}, stale: chain{table: all, kind: bySeen},
+		feed:    newFeed(all),
+		journal: journal{written: make(chan struct{})},
+	}
+	r.setMembersLocked(members)
+	return r
+}
+
+// setMembers takes over how the pipeline is now. What is new has not registered, and
+// what is not in it any more is gone.
+func (r *registry) setMembers(members []member, now time.Time) {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	for _, gone := range r.setMembersLocked(members) {
+		gone.names = append(gone.names, gone.key())
+		gone.member, gone.ended = nil, ""
+		r.count++ // which removeLocked takes back
+		r.removeLocked(gone, now)
+	}
+}
+
+// setMembersLocked returns the services that were members and are none any more.
+func (r *registry) setMembersLocked(members []member) (gone []*service) {
+	before := r.all
+	r.all, r.members = nil, len(members)
+	clear(r.ports)
+	listed := make(map[*service]bool)
+	for i := range members {
+		m := &members[i]
+		s := r.service(m.ID)
+		if s == nil || s.component() != m.ID {
+			if s != nil {
+				r.loseNameLocked(s, m.ID, r.observed)
+			}
+			s = r.makeLocked()
+			s.id = m.ID
+			r.services[m.ID] = s.slot
+		}
+		if s.member = m; !s.registered {
+			s.fillLocked()
+			r.weighLocked(s)
+		}
+		listed[s] = true
+		r.all = append(r.all, s)
+		r.feed.touch(s)
+		if _, twice := r.ports[m.healthPort]; twice {
+			r.ports[m.healthPort] = nil // it tells nobody
+		} else if m.healthPort != "" {
+			r.ports[m.healthPort] = s
+		}
+	}
+	for _, s := range before {
+		switch {
+		case s.member == nil:
+			r.all = append(r.all, s)
+		case !listed[s]:
+			gone = append(gone, s)
+		}
+	}
+	return gone
+}
+
+// newServiceLocked returns a record that no id leads to yet.
+func (r *registry) newServiceLocked() *service {
+	s := r.makeLocked()
+	r.all = append(r.all, s)
+	return s
+}
+
+// makeLocked returns a record that is not in all either.
+func (r *registry) makeLocked() *service {
+	s := &service{record: r.next}
+	s.said, s.names, s.history = nothing, s.name[:0], s.begun[:0]
+	r.table.add(s)
+	r.next++
+	return s
+}
+
+// conditionLocked judges s at the time now; the text says why it is not healthy.
+func (r *registry) conditionLocked(s *service, now time.Time) (condition, string) {
+	switch {
+	case s.ended != "":
+		return unhealthy, s.ended
+	case !s.registered:
+		return unregistered, cmp.Or(s.failing, "not registered")
+	case s.declared == flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY:
+		return unhealthy, "it declared itself UNHEALTHY"
+	case s.declared == flowctlv1.HealthStatus_HEALTH_STATUS_STOPPING:
+		return unhealthy, "it declared itself STOPPING"
+	case s.failing != "":
+		return unhealthy, s.failing
+	case !s.timeless && now.After(r.expiryLocked(s)):
+		return unhealthy, fmt.Sprintf("no heartbeat for %s, the TTL is %s", now.Sub(s.lastSeen).Round(time.Millisecond), r.ttl)
+	case s.declared == flowctlv1.HealthStatus_HEALTH_STATUS_DEGRADED:
+		return degraded, "it declared itself DEGRADED"
+	}
+	return healthy, ""
+}
+
+// expiryLocked is the last moment at which s is not stale unless it is heard of again.
+// One that a sweep found stale, and so has no place in live, gets no grace.
+func (r *registry) expiryLocked(s *service) time.Time {
+	from := s.lastSeen
+	if r.live.has(s) && from.Before(r.grace) {
+		from = r.grace
+	}
+	return from.Add(r.ttl)
+}
+
+// lockAt locks the registry and notes the time. The janitor does so at least twice in
+// stall, so a gap of more than that means that flowctl did not run: heartbeats could
+// not be heard, and everyone gets one TTL from now on. It returns the time to go on
+// with: who looked at the clock first may come to the lock last, and must not judge by a
+// time that has passed. Times keep what they have of the monotonic clock, so that it is
+// no matter if the other one is set.
+func (r *registry) lockAt(now time.Time) time.Time {
+	r.mu.Lock()
+	if !r.observed.IsZero() && now.Sub(r.observed) > max(r.stall(), min(minStall, r.ttl/2)) {
+		r.grace = now
+	}
+	if now.After(r.observed) {
+		r.observed = now
+	}
+	return r.observed
+}
+
+// stall is the time without a look at the clock that a registry takes for a flowctl that
+// was stopped. It is short enough for nobody to go stale in it who heartbeats as told,
+// each third of the TTL.
+func (r *registry) stall() time.Duration { return min(r.interval, r.ttl/3) }
+
+// noteLocked writes a change of the health of s down, if there is one.
+func (r *registry) noteLocked(s *service, now time.Time) {
+	if c, cause := r.conditionLocked(s, now); c != s.known {
+		s.known = c
+		if len(s.history) == maxHistory {
+			s.history = slices.Delete(s.history, 0, 1)
+		}
+		s.history = append(s.history, healthChange{now, c, clip(cause)})
+		r.weighLocked(s)
+		r.changedLocked(s)
+	}
+}
+
+// changedLocked takes note that s is to be on disk, where there is a store, before
+// anyone is told of it as it is now.
+func (r *registry) changedLocked(s *service) {
+	if !r.journal.hold(s) {
+		r.tellLocked(s)
+	}
+}
+
+// tellLocked lets out that s has changed.
+func (r *registry) tellLocked(s *service) {
+	r.feed.touch(s)
+	if s.queued || s.known == s.told {
+		return
+	}
+	s.queued = true
+	r.changed = append(r.changed, s)
+	r.wakeLocked()
+}
+
+func (r *registry) wakeLocked() {
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// service is the one that is known under id, nil for none.
+func (r *registry) service(id string) *service { return r.table.services[r.services[id]] }
+
+// changes takes what has changed since it was last called, or a part of it and
+// leaves a token in wake. There is one caller: it comes when wake has a token.
+func (r *registry) changes(now time.Time) []change {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	var out []change
+	n := min(len(r.changed), batch)
+	for _, s := range r.changed[:n] {
+		s.queued = false
+		c, cause := r.conditionLocked(s, now)
+		if c == s.told {
+			continue
+		}
+		out = append(out, change{id: s.id, component: s.component(), now: c, was: s.told, cause: cause})
+		s.told = c
+	}
+	if r.changed = r.changed[n:]; len(r.changed) > 0 {
+		r.wakeLocked()
+	} else {
+		r.changed = nil
+	}
+	return out
+}
+
+// condition judges the pipeline's component id at the time now.
+func (r *registry) condition(id string, now time.Time) (condition, string) {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	s := r.service(id)
+	if s == nil {
+		return unregistered, "not registered"
+	}
+	return r.conditionLocked(s, now)
+}
+
+// strangers returns the ids of what is registered and is none of the pipeline's.
+func (r *registry) strangers(now time.Time) (ids []string) {
+	r.each(now, func(s *service, _ time.Time) bool {
+		if s.member == nil {
+			ids = append(ids, printable(s.id))
+		}
+		return true
+	})
+	return ids
+}
+
+// report takes what is to be shown of the run as a whole.
+func (r *registry) report(about about) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.feed.report(about)
+}
+
+// reportProcess takes what the process of component id does.
+func (r *registry) reportProcess(id string, p processReport) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if s := r.service(id); s.process == nil || *s.process != p {
+		kept := p // a copy, so that only a change allocates
+		s.process = &kept
+		r.feed.touch(s)
+	}
+}
+
+// seenLocked notes a sign of life.
+func (r *registry) seenLocked(s *service, now time.Time) {
+	s.lastSeen, r.journal.heard = now, true
+	r.stale.remove(s)
+	if s.timeless {
+		r.live.remove(s)
+	} else {
+		r.live.moveToBack(s)
+	}
+}
+
+// sweep tells of the services that have become stale, or of a part of them, and
+// returns when to come again.
+func (r *registry) sweep(now time.Time) time.Time {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	wake := now.Add(r.stall() / 2)
+	for n := 0; ; n++ {
+		s := r.live.front()
+		if s == nil {
+			break
+		}
+		if n == batch {
+			return now
+		}
+		if at := r.expiryLocked(s); !now.After(at) {
+			if at = at.Add(1); at.Before(wake) {
+				wake = at
+			}
+			break
+		}
+		r.live.remove(s)
+		if s.member == nil {
+			r.stale.moveToBack(s)
+		}
+		r.noteLocked(s, now)
+	}
+	return wake
+}
+
+// runJanitor sweeps until ctx ends, at the earliest next expiry each time and at
+// least twice in stall.
+func (r *registry) runJanitor(ctx context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+			timer.Reset(time.Until(r.sweep(time.Now())))
+		}
+	}
+}
+
+// starting makes ready for a new process of component id: whatever an earlier one
+// registered no longer counts.
+func (r *registry) starting(id string, now time.Time) {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	s := r.service(id)
+	r.resetLocked(s)
+	s.told = unregistered
+	r.noteLocked(s, now)
+}
+
+func (r *registry) resetLocked(s *service) {
+	for len(s.names) > 0 {
+		r.unnameLocked(s, s.names[0])
+	}
+	r.live.remove(s)
+	s.describeLocked(registration{id: s.member.ID})
+	s.metrics = nil
+	r.weighLocked(s)
+	s.registered, s.ended, s.failing, s.timeless = false, "", "", false
+	s.declared = flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN
+}
+
+// finished notes that the process of component id ended. One that completed is
+// no longer registered; with a cause it is unhealthy until a new process registers.
+func (r *registry) finished(id, cause string, now time.Time) {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	s := r.service(id)
+	if cause == "" {
+		r.resetLocked(s)
+	}
+	s.ended = cause
+	r.noteLocked(s, now)
+}
+
+// admit registers component id, which does not do it itself. Its process and its
+// health check stand for it, so it is never stale.
+func (r *registry) admit(id string, now time.Time) {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	s := r.service(id)
+	s.registered, s.timeless, s.since = true, true, now
+	s.fillLocked()
+	r.weighLocked(s)
+	r.seenLocked(s, now)
+	r.noteLocked(s, now)
+	r.tellLocked(s) // without waiting for the disk: no caller does, and its process may have ended by then
+}
+
+// checked notes the outcome of a health check of component id: "" is a pass and
+// counts as a heartbeat, anything else says why it fails.
+func (r *registry) checked(id, failing string, now time.Time) {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	s := r.service(id)
+	s.failing = failing
+	if failing == "" && s.registered {
+		r.seenLocked(s, now)
+	}
+	r.noteLocked(s, now)
+}
+
+// component is the id of the pipeline's component that s is, "" when it is none.
+func (s *service) component() string {
+	if s.member == nil {
+		return ""
+	}
+	return s.member.ID
+}
+
+// describeLocked takes in what s says of itself.
+func (s *service) describeLocked(reg registration) {
+	s.id, s.kind, s.maxInflight = reg.id, reg.kind, reg.maxInflight
+	s.keepLocked(&details{
+		name: reg.name, description: reg.description, version: reg.version, endpoint: reg.endpoint,
+		inputEvents: reg.inputEvents, outputEvents: reg.outputEvents, labels: newLabels(reg.metadata),
+	})
+}
+
+// fillLocked is for when s has become a member.
+func (s *service) fillLocked() { s.keepLocked(s.details()) }
+
+// keepLocked lets the pipeline file have its word: its role wins, its event types
+// serve where the component sent none.
+func (s *service) keepLocked(w *details) {
+	if s.member != nil {
+		s.kind = flowctlpb.ServiceType(s.member.Role) + flowctlpb.ServiceType_SERVICE_TYPE_SOURCE
+		if len(w.inputEvents) == 0 {
+			w.inputEvents = s.member.InputEventTypes
+		}
+		if len(w.outputEvents) == 0 {
+			w.outputEvents = s.member.OutputEventTypes
+		}
+	}
+	s.said = w.pack()
+}
+
+// identifyLocked finds the component of the pipeline that reg comes from, or nil.
+// It fails with PERMISSION_DENIED for one that the kernel knows it is not from.
+func (r *registry) identifyLocked(reg *registration, from origin) (*service, error) {
+	for _, id := range []string{reg.componentID, reg.metadata[metadataComponentID], reg.id} {
+		if s := r.service(id); s != nil && id != "" && s.component() == id {
+			return s, s.refuse(from)
+		}
+	}
+	if s := r.service(from.component); s != nil && s.component() == from.component {
+		return s, nil
+	}
+	for _, endpoint := range []string{reg.endpoint, reg.metadata["health_endpoint"]} {
+		if s := r.ports[localPort(endpoint)]; s != nil {
+			return s, s.refuse(from)
+		}
+	}
+	return nil, nil
+}
+
+// refuse fails where s is a component that flowctl started and the kernel knows
+// that the caller is not of its process tree.
+func (s *service) refuse(from origin) error {
+	if s.member == nil || !from.known || from.component == s.member.ID || from.hidden && s.member.Image != "" {
+		return nil
+	}
+	who := "component " + from.component
+	switch from.component {
+	case "":
+		who = "a process that is no component of this pipeline"
+	case guestID:
+		who = "the command after --"
+	}
+	return status.Errorf(codes.PermissionDenied, "%s cannot speak for component %s: only its own processes can", who, s.member.ID)
+}
+
+// localPort returns the port in a URL or a host:port with or without a path, "" if
+// there is none or if it is that of an address beyond the loopback: another machine's
+// ports say nothing of a component.
+func localPort(endpoint string) string {
+	hostport, _, _ := strings.Cut(endpoint, "/")
+	if u, err := url.Parse(endpoint); err == nil && u.Host != "" {
+		hostport = u.Host
+	}
+	host, port, err := net.SplitHostPort(hostport)
+	if ip := net.ParseIP(host); err != nil || ip != nil && !ip.IsLoopback() && !ip.IsUnspecified() {
+		return ""
+	}
+	return port
+}
+
+// recordLocked finds the record for reg, or makes one.
+func (r *registry) recordLocked(reg *registration, from origin, now time.Time) (*service, error) {
+	if s, err := r.identifyLocked(reg, from); s != nil || err != nil {
+		return s, err
+	}
+	reg.id = cmp.Or(reg.id, reg.componentID, reg.metadata[metadataComponentID])
+	if reg.id == "" {
+		kind := strings.TrimPrefix(reg.kind.String(), "SERVICE_TYPE_")
+		reg.id = strings.ToLower(kind + "-" + rand.Text()[:10])
+	}
+	for _, id := range []string{reg.id, reg.componentID} { // nameLocked would take both from who has them
+		if s := r.service(id); s != nil {
+			if err := s.refuse(from); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if s := r.service(reg.id); s != nil {
+		return s, nil
+	}
+	if r.count >= maxServices && !r.evictLocked(now) {
+		return nil, status.Errorf(codes.ResourceExhausted, "the registry is full: it holds %d services, and none of them is stale", maxServices)
+	}
+	r.count++
+	return r.newServiceLocked(), nil
+}
+
+// evictLocked makes room: it forgets the service that has been silent for the
+// longest time, if one is stale.
+func (r *registry) evictLocked(now time.Time) bool {
+	s := r.stale.front()
+	if s == nil {
+		return false
+	}
+	r.removeLocked(s, now)
+	return true
+}
+
+// weighLocked takes note of how much s holds, after a change of that.
+func (r *registry) weighLocked(s *service) {
+	was := s.size
+	s.size = s.weight()
+	r.bytes += s.size - was
+}
+
+// fitLocked makes room for more bytes, or fails with RESOURCE_EXHAUSTED.
+func (r *registry) fitLocked(more int, now time.Time) error {
+	for r.bytes+more > maxBytes {
+		if !r.evictLocked(now) {
+			return status.Errorf(codes.ResourceExhausted, "the registry is full: its services hold %d bytes, and none of them is stale", r.bytes)
+		}
+	}
+	return nil
+}
+
+// register takes a service in, or in again, and builds the answer by ack while
+// nothing can change. The answer's id is the one that the service chose, if it did.
+// It returns what durable is to wait for. It fails with PERMISSION_DENIED for one
+// that poses as a component of the pipeline, and with RESOURCE_EXHAUSTED past a bound.
+func (r *registry) register(reg registration, from origin, now time.Time, ack func(id string, topics []string, info map[string]string)) (uint64, error) {
+	if err := reg.check(); err != nil {
+		return 0, err
+	}
+	reg.cleanKind()
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	more := reg.size()
+	if known := r.service(cmp.Or(reg.id, reg.componentID, reg.metadata[metadataComponentID])); known != nil {
+		more -= known.size // it takes the place of what it said before
+	}
+	if err := r.fitLocked(more, now); err != nil {
+		return 0, err
+	}
+	s, err := r.recordLocked(&reg, from, now)
+	if err != nil {
+		return 0, err
+	}
+	reg.id = cmp.Or(reg.id, s.component())
+	s.describeLocked(reg)
+	r.nameLocked(s, now, reg.id, reg.componentID)
+	if r.service(s.id) != s { // it calls itself by another component's id
+		s.id = s.key()
+	}
+	s.registered, s.since = true, now // one that has ended stays so until starting
+	s.declared, s.metrics = flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, nil
+	r.weighLocked(s)
+	r.seenLocked(s, now)
+	r.noteLocked(s, now)
+	r.changedLocked(s)
+	ack(reg.id, s.topics(), r.connectionInfoLocked(s))
+	return s.durable, nil
+}
+
+// nameLocked makes s known under ids. An id of another component of the pipeline
+// stays that component's, any other goes to who registered last; a component that
+// chose it too is still found by it through its own connections.
+func (r *registry) nameLocked(s *service, now time.Time, ids ...string) {
+	for _, id := range ids {
+		known := r.service(id)
+		others := known != nil && known != s && known.component() == id
+		if id == "" || id == s.component() || others && s.member == nil {
+			continue
+		}
+		s.names = slices.DeleteFunc(s.names, func(name string) bool { return name == id })
+		if len(s.names) == maxIDs {
+			r.unnameLocked(s, s.names[0])
+		}
+		s.names = append(s.names, id)
+		if others {
+			continue
+		}
+		r.services[id] = s.slot
+		if known != nil && known != s {
+			r.loseNameLocked(known, id, now)
+		}
+	}
+}
+
+// loseNameLocked takes note that id is another's from now on. A component is still
+// found by it through its own connections; another service that has no other is gone.
+func (r *registry) loseNameLocked(s *service, id string, now time.Time) {
+	switch {
+	case s.member == nil:
+		if r.unnameLocked(s, id); len(s.names) == 0 {
+			r.removeLocked(s, now)
+			return
+		}
+	case s.id == id:
+		s.id = s.key()
+	}
+	r.weighLocked(s)
+	r.changedLocked(s)
+}
+
+// unnameLocked takes a name from s.
+func (r *registry) unnameLocked(s *service, id string) {
+	if r.service(id) == s {
+		delete(r.services, id)
+	}
+	s.names = slices.DeleteFunc(s.names, func(name string) bool { return name == id })
+	if s.id == id && len(s.names) > 0 {
+		s.id = s.key()
+	}
+}
+
+// removeLocked takes a service that is not in the pipeline out.
+func (r *registry) removeLocked(s *service, now time.Time) {
+	for len(s.names) > 0 {
+		r.unnameLocked(s, s.names[0])
+	}
+	r.live.remove(s)
+	r.stale.remove(s)
+	s.registered = false
+	r.count--
+	r.noteLocked(s, now)
+	s.said, s.metrics, s.history = nothing, nil, nil // it stays in all for a while
+	r.weighLocked(s)
+	r.changedLocked(s)
+	if len(r.all) > 2*(r.count+r.members)+batch {
+		r.all = slices.DeleteFunc(r.all, func(s *service) bool { return s.member == nil && !s.registered })
+	}
+}
+
+// topics are the names under which what s puts out is to be found.
+func (s *service) topics() []string {
+	if s.kind != flowctlpb.ServiceType_SERVICE_TYPE_SOURCE && s.kind != flowctlpb.ServiceType_SERVICE_TYPE_PROCESSOR {
+		return nil
+	}
+	topics := s.details().outputEvents
+	for i, event := range topics {
+		topics[i] = event + ".v1"
+	}
+	return topics
+}
+
+// connectionInfoLocked tells s where its inputs are, those that have registered,
+// and where the control plane is.
+func (r *registry) connectionInfoLocked(s *service) map[string]string {
+	info := map[string]string{"control_plane_endpoint": r.endpoint}
+	if s.member == nil {
+		return info
+	}
+	if !s.member.TLS {
+		info["control_plane_endpoint"] = cmp.Or(r.given, r.endpoint)
+	}
+	for _, id := range s.member.Inputs {
+		if in := r.service(id); in.registered {
+			if endpoint := in.details().endpoint; endpoint != "" {
+				info[id] = endpoint
+			}
+		}
+	}
+	return info
+}
+
+// heartbeat notes that the service id lives and runs merge to take in its metrics,
+// where it brings some. A declared status other than UNKNOWN is kept until the
+// next. The sign of life counts even where a metric is past its bound, and so do
+// the other metrics. full says why metrics must not take more room, where they must not.
+// Where the health of the service changes, it returns what durable is to wait for,
+// else 0. It fails as callerLocked does.
+func (r *registry) heartbeat(id string, from origin, declared flowctlv1.HealthStatus, now time.Time, merge func(s *service, full error) error) (change uint64, err error) {
+	if id == "" {
+		return 0, status.Error(codes.InvalidArgument, "service_id is empty")
+	}
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	s, err := r.callerLocked(id, from)
+	if err != nil {
+		return 0, err
+	}
+	known := s.known
+	if declared != s.declared && declared != flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN && flowctlv1.HealthStatus_name[int32(declared)] != "" {
+		s.declared = declared
+		if !s.held { // else it is told with what waits for the disk
+			r.feed.touch(s)
+		}
+	}
+	r.seenLocked(s, now)
+	r.noteLocked(s, now)
+	if s.known != known {
+		change = s.durable
+	}
+	held := len(s.metrics)
+	err = merge(s, r.fitLocked(0, now))
+	if len(s.metrics) != held {
+		r.weighLocked(s)
+	}
+	return change, err
+}
+
+// callerLocked finds the service that calls itself id. Where two components of the
+// pipeline do, the one from which the call comes is meant. It fails with NOT_FOUND for
+// an id that nobody is registered under and with PERMISSION_DENIED for who is not it.
+func (r *registry) callerLocked(id string, from origin) (*service, error) {
+	if own := r.service(from.component); own != nil && own.registered && slices.Contains(own.names, id) {
+		return own, nil
+	}
+	if s := r.service(id); s != nil {
+		if err := s.refuse(from); err != nil {
+			return nil, err
+		}
+	}
+	return r.findLocked(id)
+}
+
+// findLocked fails with NOT_FOUND for an id that nobody is registered under.
+func (r *registry) findLocked(id string) (*service, error) {
+	s := r.service(id)
+	if s == nil || !s.registered {
+		return nil, status.Errorf(codes.NotFound, "no service %q is registered", clip(id))
+	}
+	return s, nil
+}
+
+// unregister takes a service out and returns what durable is to wait for. It fails as
+// callerLocked does.
+func (r *registry) unregister(id string, from origin, now time.Time) (uint64, error) {
+	if id == "" {
+		return 0, status.Error(codes.InvalidArgument, "service_id is empty")
+	}
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	s, err := r.callerLocked(id, from)
+	if err != nil {
+		return 0, err
+	}
+	if s.member == nil {
+		r.removeLocked(s, now)
+		return s.durable, nil
+	}
+	ended := s.ended
+	r.resetLocked(s)
+	s.ended = ended
+	r.noteLocked(s, now)
+	r.changedLocked(s)
+	return s.durable, nil
+}
+
+// view calls f with the service id and the time to judge it by, or fails with
+// NOT_FOUND. f must not keep it.
+func (r *registry) view(id string, now time.Time, f func(s *service, now time.Time)) error {
+	if id == "" {
+		return status.Error(codes.InvalidArgument, "service_id is empty")
+	}
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
+	s, err := r.findLocked(id)
+	if err != nil {
+		return err
+	}
+	f(s, now)
+	return nil
+}
+
+// each calls f with every service, the pipeline's own first, which may not have
+// registered, and then in the order of first registration, and the time to judge it by,
+// until f returns false. f must not keep it.
+func (r *registry) each(now time.Time, f func(s *service, now time.Time) bool) {
+	r.mu.Lock()
+	all := slices.Clone(r.all)
+	r.mu.Unlock()
+	for some := range slices.Chunk(all, batch) {
+		now = r.lockAt(now)
+		more := true
+		for _, s := range some {
+			if more = !s.registered && s.member == nil || f(s, now); !more {
+				break
+			}
+		}
+		if r.mu.Unlock(); !more {
+			return
+		}
+	}
+}
+
+// key is the one id of a service that the registry is sure to know it under.
+func (s *service) key() string {
+	if s.member != nil {
+		return s.member.ID
+	}
+	return s.names[0]
+}
+
+// check applies the bounds.
+func (reg *registration) check() error {
+	for _, f := range []struct {
+		what, text string
+		max        int
+	}{
+		{"the id", reg.id, maxID}, {"component_id", reg.componentID, maxID},
+		{"component_id in metadata", reg.metadata[metadataComponentID], maxID}, {"name", reg.name, maxText},
+		{"description", reg.description, maxText}, {"version", reg.version, maxText}, {"the endpoint", reg.endpoint, maxText},
+	} {
+		if err := checkLength(f.what, f.text, f.max); err != nil {
+			return err
+		}
+	}
+	if n := max(len(reg.metadata), len(reg.inputEvents), len(reg.outputEvents)); n > maxEntries {
+		return status.Errorf(codes.ResourceExhausted, "a list or map of %d entries: at most %d are allowed", n, maxEntries)
+	}
+	for _, event := range slices.Concat(reg.inputEvents, reg.outputEvents) {
+		if err := checkLength("an event type", event, maxID); err != nil {
+			return err
+		}
+	}
+	for k, v := range reg.metadata {
+		if err := checkLength("a metadata key", k, maxID); err != nil {
+			return err
+		}
+		if err := checkLength("a metadata value", v, maxText); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// entrySize is what an entry of a list or a map costs besides its texts, about.
+const entrySize = 32
+
+// size is how many bytes reg will hold, at most.
+func (reg *registration) size() int {
+	n := 0
+	for _, text := range slices.Concat([]string{reg.id, reg.componentID, reg.name, reg.description, reg.version, reg.endpoint}, reg.inputEvents, reg.outputEvents) {
+		n += len(text) + entrySize/2
+	}
+	for k, v := range reg.metadata {
+		n += len(k) + len(v) + entrySize
+	}
+	return n
+}
+
+func checkLength(what, text string, most int) error {
+	if len(text) > most {
+		return status.Errorf(codes.ResourceExhausted, "%s has %d bytes: at most %d are allowed", clip(what), len(text), most)
+	}
+	return nil
+}
+
+// cleanKind turns a type that this plane does not know into UNSPECIFIED.
+func (reg *registration) cleanKind() {
+	if flowctlpb.ServiceType_name[int32(reg.kind)] == "" {
+		reg.kind = flowctlpb.ServiceType_SERVICE_TYPE_UNSPECIFIED
+	}
+}
