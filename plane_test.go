@@ -1643,7 +1643,7 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 	if r.count != foreign {
 		t.Errorf("the count of foreign services is %d, there are %d", r.count, foreign)
 	}
-	if r.stale.length != silent || r.feed.recent.length-r.feed.followers != len(known) || r.bytes != bytes {
+	if r.stale.length != silent || r.feed.recent.length-r.feed.followers-r.feed.snapshots != len(known) || r.bytes != bytes {
 		t.Errorf("%d of %d stale, %d of %d in the feed, %d of %d bytes", r.stale.length, silent, r.feed.recent.length, len(known), r.bytes, bytes)
 	}
 	held := 0 // gone, but that is not on disk yet
@@ -1652,8 +1652,8 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 			held++
 		}
 	}
-	if slots := len(r.table.services) - 1 - len(r.table.free); slots != len(known)+held+r.feed.followers {
-		t.Errorf("%d slots are taken, by %d services, %d that are gone, and %d followers", slots, len(known), held, r.feed.followers)
+	if slots := len(r.table.services) - 1 - len(r.table.free); slots != len(known)+held+r.feed.followers+r.feed.snapshots {
+		t.Errorf("%d slots are taken, by %d services, %d that are gone, and %d streams", slots, len(known), held, r.feed.followers+r.feed.snapshots)
 	}
 	if r.live.length != expiring {
 		t.Errorf("%d services wait for their expiry, %d have one", r.live.length, expiring)
