@@ -688,6 +688,25 @@ func TestWhatIsNotBounded(t *testing.T) {
 	}
 }
 
+// Who does not take the answers that it asks for, as they are too large for its client,
+// keeps nobody else from theirs.
+func TestListsThatAreAbandoned(t *testing.T) {
+	t.Parallel()
+	_, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
+	c, other := dialPlane(t, endpoint), dialPlane(t, endpoint, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)))
+	for i := range 20 {
+		c.mustRegister(t, "v1", large(fmt.Sprint("large-", i), 1<<19))
+	}
+	for range 20 { // of 10 MiB each
+		if _, err := c.v1.ListComponents(t.Context(), &flowctlv1.ListComponentsRequest{}); !strings.Contains(err.Error(), "larger than max") {
+			t.Fatal(err)
+		}
+	}
+	if out, err := other.v1.ListComponents(t.Context(), &flowctlv1.ListComponentsRequest{}); err != nil || len(out.GetComponents()) != 20 {
+		t.Errorf("another's list: %d components, %v", len(out.GetComponents()), err)
+	}
+}
+
 // Lists are answered again when those who have not read theirs are gone.
 func TestListAfterThoseWhoDoNotRead(t *testing.T) {
 	t.Parallel()

@@ -161,7 +161,7 @@ func (o operatorServer) GetPipeline(ctx context.Context, _ *operatorv1.GetPipeli
 	o.mu.Lock()
 	out := o.pipelineLocked()
 	o.mu.Unlock()
-	err := o.list(ctx, out, func(s *service, now time.Time) bool {
+	err := o.list(ctx, func(s *service, now time.Time) bool {
 		out.Components = append(out.Components, o.componentLocked(s, now))
 		return true
 	})
@@ -212,16 +212,18 @@ func (r *registry) components(all []*service, since, now time.Time) iter.Seq[[]*
 	return func(yield func([]*operatorv1.Component) bool) {
 		for len(all) > 0 {
 			var part []*operatorv1.Component
-			now := r.lockAt(now)
-			n, size := 0, 0
-			for ; n < min(batch, len(all)) && size < maxPart; n++ {
-				if s := all[n]; (s.registered || s.member != nil) && (since.IsZero() || s.lastSeen.After(since)) {
-					part = append(part, r.componentLocked(s, now))
-					size += s.size
+			for size := 0; len(all) > 0 && len(part) < batch && size < maxPart; {
+				now, n := r.lockAt(now), 0
+				for ; n < min(batch, len(all)) && len(part) < batch && size < maxPart; n++ {
+					if s := all[n]; (s.registered || s.member != nil) && (since.IsZero() || s.lastSeen.After(since)) {
+						part = append(part, r.componentLocked(s, now))
+						size += s.size
+					}
 				}
+				r.mu.Unlock()
+				all = all[n:]
 			}
-			r.mu.Unlock()
-			if all = all[n:]; len(part) > 0 && !yield(part) {
+			if len(part) > 0 && !yield(part) {
 				return
 			}
 		}
@@ -363,7 +365,7 @@ func (w *follower) snapshot() error {
 	out := &operatorv1.WatchResponse{Pipeline: w.pipelineLocked(), Reset_: true}
 	all := slices.Clone(w.all)
 	w.mu.Unlock()
-	out, err := w.tell(out, all, time.Time{})
+	out, err := w.tell(out, all)
 	if err != nil {
 		return err
 	}
@@ -371,11 +373,11 @@ func (w *follower) snapshot() error {
 	return w.send(out)
 }
 
-// tell sends those of all that were heard of after since, the first of them in out, and
-// returns the message that is to be sent next: out, if there were none.
-func (w *follower) tell(out *operatorv1.WatchResponse, all []*service, since time.Time) (*operatorv1.WatchResponse, error) {
+// tell sends all, the first of them in out, and returns the message that is to be sent
+// next: out, if there were none.
+func (w *follower) tell(out *operatorv1.WatchResponse, all []*service) (*operatorv1.WatchResponse, error) {
 	told := 0
-	for out.Components = range w.components(all, since, time.Now()) {
+	for out.Components = range w.components(all, time.Time{}, time.Now()) {
 		told += len(out.Components)
 		if err := w.send(out); err != nil {
 			return nil, err
@@ -410,7 +412,7 @@ func (w *follower) catchUp() (<-chan struct{}, error) {
 			}
 			continue
 		}
-		out, err := w.tell(out, changed, time.Time{})
+		out, err := w.tell(out, changed)
 		if err != nil {
 			return nil, err
 		}
@@ -428,6 +430,17 @@ func (w *follower) heard(now time.Time) error {
 	since, all := w.beat, slices.Clone(w.all)
 	w.beat = now
 	w.mu.Unlock()
-	_, err := w.tell(&operatorv1.WatchResponse{}, all, since)
-	return err
+	told := 0
+	for part := range w.components(all, since, now) {
+		if err := w.send(&operatorv1.WatchResponse{Components: part}); err != nil {
+			return err
+		}
+		if _, err := w.catchUp(); err != nil { // changes do not wait for heartbeats
+			return err
+		}
+		if told += len(part); told > toldAtOnce {
+			time.Sleep(w.pause)
+		}
+	}
+	return nil
 }

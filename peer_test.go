@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -408,6 +409,26 @@ func TestHiddenComponentShieldsNobody(t *testing.T) {
 	if out := pose(other, endsHidden); !strings.Contains(out, "PermissionDenied") {
 		t.Errorf("a foreign process that is hidden itself: %s", out)
 	}
+	p.stop()
+}
+
+// Where /proc shows nobody but a user's own readable processes, as by hidepid= of proc(5)
+// and ProtectProc= of a unit, a component that is none of them is believed.
+func TestComponentThatProcHides(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		t.Skip("only root can be another user, and mount")
+	}
+	const uid = 65527
+	program := publicProgram(t)
+	own, hidden := actor("own", role{Dialect: "v1"}), actor("hidden", role{Dialect: "v1", Hidden: true})
+	own.Command, hidden.Command = []string{program}, []string{program}
+	p := start(t, runArgs(publicPipeline(t, own, hidden)), asNobody(uid), func(p *process) {
+		p.cmd.SysProcAttr.Credential = nil
+		hide := exec.Command("unshare", "-m", "sh", "-c", `mount -t proc -o hidepid=2 proc /proc && exec setpriv --reuid "$0" --regid 65534 --clear-groups "$@"`, strconv.Itoa(uid))
+		p.cmd.Path, p.cmd.Args = hide.Path, append(hide.Args, p.cmd.Args...)
+	})
+	p.waitReady()
 	p.stop()
 }
 

@@ -9,10 +9,12 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -50,13 +52,113 @@ const (
 	maxCallTime = 30 * time.Second
 )
 
-// init makes a message take a buffer of at most twice its size. Of grpc's own sizes the
-// one after 32 KiB is 1 MiB, and a follower that does not read holds several: 70 kB of
-// snapshot in each. Messages are encoded into the default pool alone, whatever the
-// server's options are, and it may be set here only.
-func init() {
-	experimental.SetDefaultBufferPool(mem.NewTieredBufferPool(256, 4<<10, 16<<10, 32<<10, 64<<10, 128<<10, 256<<10, 512<<10, maxMessage))
+const (
+	maxAnswer      = 64 << 20        // bytes of an answer that lists services
+	maxUnread      = 64 << 20        // bytes of answers that may wait to be read
+	answerPatience = 5 * time.Second // for others to be read
+)
+
+// bufferPool has the memory of messages, in buffers of at most twice their size: of
+// grpc's own sizes the one after 32 KiB is 1 MiB, and a follower that does not read holds
+// several. It counts the buffers beyond maxMessage, which are of answers: grpc takes one
+// whole, and keeps it until its reader's window lets it go, or the connection ends.
+type bufferPool struct {
+	mem.BufferPool
+	large atomic.Int64 // bytes that are in use, or have not been collected since
+
+	mu        sync.Mutex    // guards the fields below
+	freed     chan struct{} // closed and replaced when some have been
+	collected time.Time     // when await had them collected last
 }
+
+func (p *bufferPool) Get(length int) *[]byte {
+	if length <= maxMessage {
+		return p.BufferPool.Get(length)
+	}
+	buf := new(make([]byte, length))
+	p.large.Add(int64(length))
+	runtime.AddCleanup(buf, func(length int) {
+		p.large.Add(int64(-length))
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		close(p.freed)
+		p.freed = make(chan struct{})
+	}, length)
+	return buf
+}
+
+func (p *bufferPool) Put(buf *[]byte) {
+	if cap(*buf) <= maxMessage { // grpc does not put back what it has when a connection ends
+		p.BufferPool.Put(buf)
+	}
+}
+
+// full tells whether there is no room for another answer.
+func (p *bufferPool) full() bool { return p.large.Load() > maxUnread }
+
+// await returns when there may be room for another answer, or when ctx ends.
+func (p *bufferPool) await(ctx context.Context) {
+	p.mu.Lock()
+	freed, collect := p.freed, time.Since(p.collected) > time.Second
+	if collect {
+		p.collected = time.Now()
+	}
+	p.mu.Unlock()
+	if collect {
+		runtime.GC() // what has been read is only to be collected
+	}
+	if p.full() {
+		select {
+		case <-freed:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// messages is grpc's default pool: messages are encoded into that one alone, whatever the
+// options of a server are, and it may be set by init only.
+var messages = &bufferPool{
+	BufferPool: mem.NewTieredBufferPool(256, 4<<10, 16<<10, 32<<10, 64<<10, 128<<10, 256<<10, 512<<10, maxMessage),
+	freed:      make(chan struct{}),
+}
+
+func init() { experimental.SetDefaultBufferPool(messages) }
+
+// list makes an answer that lists services: f puts those in that are to be in it, and
+// tells which. It fails with RESOURCE_EXHAUSTED where that would be too large, or for
+// answerPatience too much of earlier answers has not been read.
+func (r *registry) list(ctx context.Context, f func(s *service, now time.Time) bool) error {
+	within, cancel := context.WithTimeout(ctx, answerPatience)
+	defer cancel()
+	for r.listing.Lock(); messages.full() && r.isLarge(); r.listing.Lock() {
+		r.listing.Unlock()
+		if messages.await(within); within.Err() != nil {
+			return status.Errorf(codes.ResourceExhausted, "%d bytes of earlier answers have not been read, at most %d may be", messages.large.Load(), maxUnread)
+		}
+	}
+	defer r.listing.Unlock()
+	size := 0
+	r.each(time.Now(), func(s *service, now time.Time) bool {
+		if f(s, now) {
+			size += s.size + recordSize
+		}
+		return size <= maxAnswer
+	})
+	if size > maxAnswer {
+		return status.Errorf(codes.ResourceExhausted, "the services are too many for one message of at most %d bytes: call flowctl.operator.v1.Operator/Watch", maxAnswer)
+	}
+	return nil
+}
+
+// isLarge tells whether all services may be too much for a small message.
+func (r *registry) isLarge() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.bytes+len(r.all)*recordSize > maxMessage
+}
+
+// recordSize is what a service takes in an answer besides what it weighs, about.
+const recordSize = 64
 
 // legacyServer speaks flowctl.ControlPlane.
 type legacyServer struct {
@@ -97,7 +199,7 @@ func (l legacyServer) GetServiceStatus(_ context.Context, in *flowctlpb.ServiceI
 
 func (l legacyServer) ListServices(ctx context.Context, _ *emptypb.Empty) (*flowctlpb.ServiceList, error) {
 	out := &flowctlpb.ServiceList{}
-	err := l.list(ctx, out, func(s *service, now time.Time) bool {
+	err := l.list(ctx, func(s *service, now time.Time) bool {
 		if s.registered {
 			out.Services = append(out.Services, l.statusLocked(s, now))
 		}
@@ -161,7 +263,7 @@ func (v v1Server) UnregisterComponent(ctx context.Context, in *flowctlv1.Unregis
 // more asks ListComponents.
 func (v v1Server) DiscoverComponents(ctx context.Context, in *flowctlv1.DiscoveryRequest) (*flowctlv1.DiscoveryResponse, error) {
 	out := &flowctlv1.DiscoveryResponse{}
-	err := v.list(ctx, out, func(s *service, _ time.Time) bool {
+	err := v.list(ctx, func(s *service, _ time.Time) bool {
 		if !s.registered || !s.matches(in) {
 			return false
 		}
@@ -204,7 +306,7 @@ func (v v1Server) GetComponentStatus(_ context.Context, in *flowctlv1.ComponentS
 
 func (v v1Server) ListComponents(ctx context.Context, in *flowctlv1.ListComponentsRequest) (*flowctlv1.ListComponentsResponse, error) {
 	out := &flowctlv1.ListComponentsResponse{}
-	err := v.list(ctx, out, func(s *service, now time.Time) bool {
+	err := v.list(ctx, func(s *service, now time.Time) bool {
 		if !s.registered || in.GetTypeFilter() != flowctlv1.ComponentType_COMPONENT_TYPE_UNSPECIFIED && in.GetTypeFilter() != s.v1Type() {
 			return false
 		}

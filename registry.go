@@ -119,7 +119,7 @@ type registry struct {
 	endpoint string        // where the plane listens
 	given    string        // FLOWCTL_ENDPOINT of components without "tls": true, "" for endpoint
 	wake     chan struct{} // gets a token when changes wait to be taken
-	answers  answers
+	listing  sync.Mutex    // held while an answer that lists services is made
 
 	mu       sync.Mutex // guards the fields below and all services
 	table    *table

@@ -632,10 +632,10 @@ func openStore(path, pipeline string, own bool, log *slog.Logger) (*store, error
 		return nil, fmt.Errorf("state file %s: it must be a plain file", path)
 	}
 	var locked *lockedError
-	if err := st.acquire(); errors.As(err, &locked) || errors.Is(err, fs.ErrNotExist) {
+	if err := st.acquire(); errors.As(err, &locked) || errors.Is(err, fs.ErrNotExist) && !own {
 		return nil, err
 	}
-	if st.seen, err = os.Stat(path); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
+	if st.seen, err = os.Stat(path); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) && !st.outOfReach() {
 		st.close()
 		return nil, fmt.Errorf("state file: %v", err)
 	}
@@ -727,13 +727,17 @@ func (st *store) close() {
 	}
 }
 
+// outOfReach tells whether the usual folder cannot be made or entered. What is in it, if
+// something is, is not to be had, which is no reason not to serve.
+func (st *store) outOfReach() bool { return st.own && st.lock == nil }
+
 // read gives the services in the state file, none where there is no file, or an error
 // last: where it is not one that this version and this pipeline can read. Such a file is
 // never overwritten.
 func (st *store) read() iter.Seq2[savedService, error] {
 	return func(yield func(savedService, error) bool) {
 		f, err := os.Open(st.path)
-		if errors.Is(err, fs.ErrNotExist) {
+		if errors.Is(err, fs.ErrNotExist) || err != nil && st.outOfReach() {
 			return
 		}
 		if err != nil {

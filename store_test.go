@@ -578,11 +578,13 @@ func TestStateFileWhoseLockIsRemoved(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "state.json")
 	first, c := serve(t, file, "-janitor-interval", "100ms")
 	c.mustRegister(t, "v1", registration{id: "a"})
+	first.signal(syscall.SIGSTOP) // else it may lock the file again at once
 	if err := os.Remove(file + ".lock"); err != nil {
 		t.Fatal(err)
 	}
 	second, other := serve(t, file)
 	other.mustRegister(t, "v1", registration{id: "b"})
+	first.signal(syscall.SIGCONT)
 	c.mustRegister(t, "v1", registration{id: "c"})
 	c.awaitDurable(t, first, false)
 	second.signal(syscall.SIGKILL)
@@ -644,24 +646,36 @@ func TestStateFileOfAnother(t *testing.T) {
 	}
 }
 
-// Where the usual folder cannot be made, a control plane serves and says so.
+// Where the usual folder cannot be made or entered, a control plane serves and says so.
 func TestServerWithoutAFolder(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {
 		t.Skip("only root can be another user")
 	}
-	home := publicDir(t)
-	p := start(t, []string{"server", "-control-plane-port", "0", "-janitor-interval", "100ms"}, asNobody(65534), withEnv("XDG_STATE_HOME="+home))
-	c := dialPlane(t, p.endpoint())
-	c.mustRegister(t, "v1", registration{id: "a"})
-	c.awaitDurable(t, p, false)
-	if err := os.Chmod(home, 0o777); err != nil {
-		t.Fatal(err)
-	}
-	c.awaitDurable(t, p, true)
-	p.stop()
-	if services, err := savedIn(filepath.Join(home, "flowctl", "registry.json")); err != nil || len(services) != 1 {
-		t.Errorf("%v, %v", services, err)
+	for name, prepare := range map[string]func(home string) error{
+		"to be made":    func(home string) error { return os.Chmod(home, 0o755) },
+		"to be entered": func(home string) error { return os.Chmod(home, 0o700) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			home := publicDir(t)
+			if err := prepare(home); err != nil {
+				t.Fatal(err)
+			}
+			p := start(t, []string{"server", "-control-plane-port", "0", "-janitor-interval", "100ms"}, asNobody(65534), withEnv("XDG_STATE_HOME="+home))
+			c := dialPlane(t, p.endpoint())
+			c.mustRegister(t, "v1", registration{id: "a"})
+			c.awaitDurable(t, p, false)
+			p.has(p.stderr, "no place for the registry's state")
+			if err := os.Chmod(home, 0o777); err != nil {
+				t.Fatal(err)
+			}
+			c.awaitDurable(t, p, true)
+			p.stop()
+			if services, err := savedIn(filepath.Join(home, "flowctl", "registry.json")); err != nil || len(services) != 1 {
+				t.Errorf("%v, %v", services, err)
+			}
+		})
 	}
 }
 
