@@ -554,7 +554,7 @@ func (s *supervisor) componentHolding(inode uint64, uid int, claim string) (id s
 		id, known = s.componentOf(pid)
 		return id, known, false
 	}
-	if _, err := os.Stat("/proc/1"); err != nil && (uid == 0 || uid == os.Getuid()) {
+	if _, err := os.Stat("/proc/1"); err != nil && uid == os.Getuid() {
 		return "", false, false // hidepid= of proc(5): a component's may be hidden, too
 	}
 	return "", true, s.settings.engine != nil
