@@ -745,10 +745,32 @@ func openPlane(o planeFlags, log *slog.Logger) (net.Listener, string, error) {
 	return lis, endpoint, nil
 }
 
-// notify tells systemd, where it is there to listen.
+// How long notify waits for systemd to take a message: one that matters, and a status,
+// of which there will be another.
+const (
+	notifyTimeout = 5 * time.Second
+	statusTimeout = 100 * time.Millisecond
+)
+
+// notify tells systemd, where it is there to listen. daemon.SdNotify would wait for ever
+// where nobody reads any more: the kernel queues ten messages (net.unix.max_dgram_qlen).
 func notify(log *slog.Logger, states ...string) {
-	if _, err := daemon.SdNotify(false, strings.Join(states, "\n")); err != nil {
-		log.Warn("cannot notify systemd", "err", err)
+	path := os.Getenv("NOTIFY_SOCKET")
+	if path == "" {
+		return
+	}
+	patience, level := notifyTimeout, slog.LevelWarn
+	if strings.HasPrefix(states[0], "STATUS=") {
+		patience, level = statusTimeout, slog.LevelDebug
+	}
+	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err == nil {
+		defer conn.Close()
+		_ = conn.SetWriteDeadline(time.Now().Add(patience)) // that of a connection that is open works
+		_, err = conn.Write([]byte(strings.Join(states, "\n")))
+	}
+	if err != nil {
+		log.Log(context.Background(), level, "cannot notify systemd", "err", err)
 	}
 }
 

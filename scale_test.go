@@ -143,7 +143,7 @@ func registerAll(t *testing.T, endpoint string, services, conns int) {
 		clients[i] = dialPlane(t, endpoint)
 	}
 	var calls sync.WaitGroup
-	const atOnce = 64 // on a connection
+	const atOnce = 16 // on a connection
 	for w := range conns * atOnce {
 		calls.Go(func() {
 			for i := w; i < services; i += conns * atOnce {
