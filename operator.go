@@ -43,7 +43,6 @@ type about struct {
 type standing struct {
 	durable  uint64 // journal.count at its last change
 	revision uint64 // feed.revision when its last change was let out
-	held     bool   // is in journal.held
 }
 
 // feed is what has changed, in order, so that any number of streams can each go on
@@ -66,7 +65,7 @@ type removal struct {
 	revision uint64
 }
 
-func newFeed(t *table) feed { return feed{recent: chain{table: t, kind: byChanged}} }
+func newFeed(t *table) feed { return feed{recent: chain{table: t, kind: amongChanged}} }
 
 // touch lets out that s has changed.
 func (f *feed) touch(s *service) {
@@ -217,7 +216,7 @@ func (r *registry) components(all []*service, since, now time.Time) iter.Seq[[]*
 				for ; n < min(batch, len(all)) && len(part) < batch && size < maxPart; n++ {
 					if s := all[n]; (s.registered || s.member != nil) && (since.IsZero() || s.lastSeen.After(since)) {
 						part = append(part, r.componentLocked(s, now))
-						size += s.size
+						size += int(s.size)
 					}
 				}
 				r.mu.Unlock()
@@ -240,8 +239,8 @@ func (r *registry) componentLocked(s *service, now time.Time) *operatorv1.Compon
 		Endpoint: w.endpoint, Metadata: w.labels.toMap(),
 		Health: c.String(), Cause: cause, Declared: statusName(s.declared),
 	}
-	if s.id != out.Id {
-		out.ServiceId = s.id
+	if w.id != out.Id {
+		out.ServiceId = w.id
 	}
 	if s.registered {
 		out.RegisteredAt, out.LastSeen = timestamppb.New(s.since), timestamppb.New(s.lastSeen)
@@ -262,10 +261,11 @@ func (r *registry) componentLocked(s *service, now time.Time) *operatorv1.Compon
 		}
 		out.TextMetrics[name] = m.text
 	}
-	for _, h := range s.history {
+	for h := range s.history() {
 		out.History = append(out.History, &operatorv1.Change{Time: timestamppb.New(h.at), Health: h.now.String(), Cause: h.cause})
 	}
-	if p := s.process; p != nil {
+	if s.member != nil && s.member.process != nil {
+		p := s.member.process
 		out.Process = &operatorv1.Process{State: p.state, Pid: int64(p.pid), Restarts: int64(p.restarts)}
 		if !p.started.IsZero() {
 			out.Process.Started = timestamppb.New(p.started)

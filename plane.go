@@ -140,7 +140,7 @@ func (r *registry) list(ctx context.Context, f func(s *service, now time.Time) b
 	size := 0
 	r.each(time.Now(), func(s *service, now time.Time) bool {
 		if f(s, now) {
-			size += s.size + recordSize
+			size += int(s.size) + recordSize
 		}
 		return size <= maxAnswer
 	})
@@ -211,7 +211,7 @@ func (l legacyServer) ListServices(ctx context.Context, _ *emptypb.Empty) (*flow
 func (l legacyServer) statusLocked(s *service, now time.Time) *flowctlpb.ServiceStatus {
 	c, _ := l.conditionLocked(s, now)
 	out := &flowctlpb.ServiceStatus{
-		ServiceId: s.id, ComponentId: s.component(), ServiceType: s.kind,
+		ServiceId: s.id(), ComponentId: s.component(), ServiceType: s.kind,
 		IsHealthy: c.ok(), LastHeartbeat: timestamppb.New(s.lastSeen),
 	}
 	for name, m := range s.metrics.all() {
@@ -338,7 +338,7 @@ func (s *service) v1Type() flowctlv1.ComponentType {
 func (s *service) info() *flowctlv1.ComponentInfo {
 	w := s.details()
 	return &flowctlv1.ComponentInfo{
-		Id: s.id, Name: w.name, Description: w.description, Version: w.version, Type: s.v1Type(),
+		Id: w.id, Name: w.name, Description: w.description, Version: w.version, Type: s.v1Type(),
 		InputEventTypes: w.inputEvents, OutputEventTypes: w.outputEvents,
 		Endpoint: w.endpoint, Metadata: w.labels.toMap(),
 	}

@@ -21,6 +21,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unsafe"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -546,8 +547,8 @@ func TestRepeatedRegistrations(t *testing.T) {
 			for id, want := range test.known {
 				wantCode(t, "heartbeat as "+id, beat(r, id, now), codes.OK)
 				r.view(id, now, func(s *service, _ time.Time) {
-					if s.id != want {
-						t.Errorf("%q leads to %q, want %q", id, s.id, want)
+					if s.id() != want {
+						t.Errorf("%q leads to %q, want %q", id, s.id(), want)
 					}
 				})
 			}
@@ -1596,24 +1597,25 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 	for id := range r.services {
 		s := r.service(id)
 		known[s] = true
-		if !slices.Contains(s.names, id) && s.component() != id {
-			t.Errorf("id %q leads to a service that does not have it among %q", id, s.names)
+		if !s.names.has(id) && s.component() != id {
+			t.Errorf("id %q leads to a service that does not have it among %q", id, slices.Collect(s.names.all()))
 		}
 	}
 	foreign, expiring, registered, silent, bytes := 0, 0, 0, 0, 0
 	for s := range known {
-		for i, id := range s.names {
-			if s.member == nil && r.service(id) != s || slices.Contains(s.names[:i], id) {
-				t.Errorf("service %q has the name %q, which is another's or doubled", s.id, id)
+		names := slices.Collect(s.names.all())
+		for i, id := range names {
+			if s.member == nil && r.service(id) != s || slices.Contains(names[:i], id) {
+				t.Errorf("service %q has the name %q, which is another's or doubled", s.id(), id)
 			}
 		}
-		if len(s.names) > maxIDs || r.service(s.id) != s || s.key() == "" {
-			t.Errorf("service %q (component %q) has %d names %q, its own not among them or too many", s.id, s.component(), len(s.names), s.names)
+		if len(names) > maxIDs || r.service(s.id()) != s || s.key() == "" {
+			t.Errorf("service %q (component %q) has %d names %q, its own not among them or too many", s.id(), s.component(), len(names), names)
 		}
 		if s.member == nil {
 			foreign++
 			if !s.registered {
-				t.Errorf("foreign service %q is kept though it is not registered", s.id)
+				t.Errorf("foreign service %q is kept though it is not registered", s.id())
 			}
 		}
 		if r.live.has(s) {
@@ -1622,22 +1624,22 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 		if r.stale.has(s) {
 			silent++
 		}
-		if s.size != s.weight() {
-			t.Errorf("service %q has size %d and weighs %d", s.id, s.size, s.weight())
+		if int(s.size) != s.weight() {
+			t.Errorf("service %q has size %d and weighs %d", s.id(), s.size, s.weight())
 		}
-		bytes += s.size
-		if len(s.history) > maxHistory || len(s.history) > 0 && s.history[len(s.history)-1].now != s.known {
-			t.Errorf("service %q is known as %v, its history is %v", s.id, s.known, s.history)
+		bytes += int(s.size)
+		if history := slices.Collect(s.history()); len(history) > maxHistory || len(history) > 0 && history[len(history)-1].now != s.latest.now {
+			t.Errorf("service %q is known as %v, its history is %v", s.id(), s.latest.now, history)
 		}
 		if !r.feed.recent.has(s) || s.revision > r.feed.revision || !slices.Contains(r.all, s) {
-			t.Errorf("service %q is not in the feed or in the list of all", s.id)
+			t.Errorf("service %q is not in the feed or in the list of all", s.id())
 		}
 		if s.registered {
 			registered++
 		}
 		stale := !s.timeless && !r.live.has(s)
 		if condition, _ := r.conditionLocked(s, now); s.registered && stale && condition.ok() {
-			t.Errorf("service %q is %v, but nothing will tell of its expiry", s.id, condition)
+			t.Errorf("service %q is %v, but nothing will tell of its expiry", s.id(), condition)
 		}
 	}
 	if r.count != foreign {
@@ -1658,13 +1660,30 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 	if r.live.length != expiring {
 		t.Errorf("%d services wait for their expiry, %d have one", r.live.length, expiring)
 	}
+	for _, c := range []*chain{&r.live, &r.stale, &r.feed.recent} {
+		count, before := 0, slot(0)
+		for s := c.front(); s != nil; s = c.next(s) {
+			if s.places[c.kind].prev != before || c == &r.stale && r.live.has(s) {
+				t.Errorf("service %q is in no place in chain %d, or in two chains", s.id(), c.kind)
+			}
+			count, before = count+1, s.slot
+		}
+		if count != c.length || before != c.last {
+			t.Errorf("chain %d has %d services, and %d from end to end", c.kind, c.length, count)
+		}
+	}
+	for _, s := range r.all {
+		if s.member == nil && !s.registered && (s.size != 0 || s.weight() != 0) {
+			t.Errorf("service %q is gone and weighs %d", s.id(), s.size)
+		}
+	}
 	var last time.Time
 	for s := r.live.front(); s != nil; s = r.live.next(s) {
 		if !r.live.has(s) || !known[s] || s.timeless || !s.registered {
-			t.Errorf("service %q does not belong among the live", s.id)
+			t.Errorf("service %q does not belong among the live", s.id())
 		}
 		if s.lastSeen.Before(last) {
-			t.Errorf("service %q was seen %v before one that is ahead of it", s.id, last.Sub(s.lastSeen))
+			t.Errorf("service %q was seen %v before one that is ahead of it", s.id(), last.Sub(s.lastSeen))
 		}
 		last = s.lastSeen
 	}
@@ -1672,11 +1691,11 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 
 	listed := make(map[string]condition)
 	r.each(now, func(s *service, _ time.Time) bool {
-		if _, double := listed[s.id]; double {
-			t.Errorf("service %q is listed twice", s.id)
+		if _, double := listed[s.id()]; double {
+			t.Errorf("service %q is listed twice", s.id())
 		}
 		if s.registered {
-			listed[s.id], _ = r.conditionLocked(s, now)
+			listed[s.id()], _ = r.conditionLocked(s, now)
 		}
 		return true
 	})
@@ -1694,6 +1713,28 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 	}
 }
 
+// What there may be a hundred thousand of does not grow by itself.
+var _ [256 - unsafe.Sizeof(service{})]byte
+
+// No service holds more than what its registration had to find room for.
+func TestRegistrationIsWeighed(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("i", maxID)
+	for _, reg := range []registration{
+		{id: "a"},
+		{id: long},
+		{id: long, componentID: long[1:]},
+		{componentID: long, name: "n", inputEvents: []string{"a", "b"}, metadata: map[string]string{"k": "v"}},
+		{id: long, endpoint: strings.Repeat("e", maxText), outputEvents: []string{long}, metadata: map[string]string{long: long}, maxInflight: -1},
+	} {
+		r := newRegistry(testTTL, testInterval, "", nil)
+		mustRegister(t, r, reg, testEpoch)
+		if most := reg.size(); r.bytes > most {
+			t.Errorf("a registration that takes %d bytes at most takes %d", most, r.bytes)
+		}
+	}
+}
+
 // checkTold checks, after a sweep and changes at the time now, that the subscriber
 // knows how everyone is.
 func checkTold(t testing.TB, r *registry, now time.Time) {
@@ -1703,7 +1744,7 @@ func checkTold(t testing.TB, r *registry, now time.Time) {
 	for id := range r.services {
 		s := r.service(id)
 		if is, _ := r.conditionLocked(s, now); s.told != is {
-			t.Errorf("service %q is %v, the subscriber believes %v", s.id, is, s.told)
+			t.Errorf("service %q is %v, the subscriber believes %v", s.id(), is, s.told)
 		}
 	}
 }

@@ -147,7 +147,7 @@ func newRegistry(ttl, interval time.Duration, endpoint string, members []member)
 		wake:  make(chan struct{}, 1),
 		ports: make(map[string]*service),
 		table: all, services: make(map[string]slot),
-		live: chain{table: all, kind: bySeen}, stale: chain{table: all, kind: bySeen},
+		live: chain{table: all, kind: amongLive}, stale: chain{table: all, kind: amongStale},
 		feed:    newFeed(all),
 		journal: journal{written: make(chan struct{})},
 	}
@@ -161,8 +161,8 @@ func (r *registry) setMembers(members []member, now time.Time) {
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
 	for _, gone := range r.setMembersLocked(members) {
-		gone.names = append(gone.names, gone.key())
-		gone.member, gone.ended = nil, ""
+		gone.names = gone.names.with(gone.key())
+		gone.member = nil
 		r.count++ // which removeLocked takes back
 		r.removeLocked(gone, now)
 	}
@@ -182,10 +182,13 @@ func (r *registry) setMembersLocked(members []member) (gone []*service) {
 				r.loseNameLocked(s, m.ID, r.observed)
 			}
 			s = r.makeLocked()
-			s.id = m.ID
+			s.rename(m.ID)
+			s.member = &membership{}
 			r.services[m.ID] = s.slot
 		}
-		if s.member = m; !s.registered {
+		now := *s.member // save may look at the one that it was
+		now.member = *m
+		if s.member = &now; !s.registered {
 			s.fillLocked()
 			r.weighLocked(s)
 		}
@@ -218,8 +221,7 @@ func (r *registry) newServiceLocked() *service {
 
 // makeLocked returns a record that is not in all either.
 func (r *registry) makeLocked() *service {
-	s := &service{record: r.next}
-	s.said, s.names, s.history = nothing, s.name[:0], s.begun[:0]
+	s := &service{record: r.next, said: nothing}
 	r.table.add(s)
 	r.next++
 	return s
@@ -227,17 +229,21 @@ func (r *registry) makeLocked() *service {
 
 // conditionLocked judges s at the time now; the text says why it is not healthy.
 func (r *registry) conditionLocked(s *service, now time.Time) (condition, string) {
+	var ended, failing string
+	if s.member != nil {
+		ended, failing = s.member.ended, s.member.failing
+	}
 	switch {
-	case s.ended != "":
-		return unhealthy, s.ended
+	case ended != "":
+		return unhealthy, ended
 	case !s.registered:
-		return unregistered, cmp.Or(s.failing, "not registered")
+		return unregistered, cmp.Or(failing, "not registered")
 	case s.declared == flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY:
 		return unhealthy, "it declared itself UNHEALTHY"
 	case s.declared == flowctlv1.HealthStatus_HEALTH_STATUS_STOPPING:
 		return unhealthy, "it declared itself STOPPING"
-	case s.failing != "":
-		return unhealthy, s.failing
+	case failing != "":
+		return unhealthy, failing
 	case !s.timeless && now.After(r.expiryLocked(s)):
 		return unhealthy, fmt.Sprintf("no heartbeat for %s, the TTL is %s", now.Sub(s.lastSeen).Round(time.Millisecond), r.ttl)
 	case s.declared == flowctlv1.HealthStatus_HEALTH_STATUS_DEGRADED:
@@ -280,12 +286,8 @@ func (r *registry) stall() time.Duration { return min(r.interval, r.ttl/3) }
 
 // noteLocked writes a change of the health of s down, if there is one.
 func (r *registry) noteLocked(s *service, now time.Time) {
-	if c, cause := r.conditionLocked(s, now); c != s.known {
-		s.known = c
-		if len(s.history) == maxHistory {
-			s.history = slices.Delete(s.history, 0, 1)
-		}
-		s.history = append(s.history, healthChange{now, c, clip(cause)})
+	if c, cause := r.conditionLocked(s, now); c != s.latest.now {
+		s.noteChange(healthChange{now, c, clip(cause)})
 		r.weighLocked(s)
 		r.changedLocked(s)
 	}
@@ -302,7 +304,7 @@ func (r *registry) changedLocked(s *service) {
 // tellLocked lets out that s has changed.
 func (r *registry) tellLocked(s *service) {
 	r.feed.touch(s)
-	if s.queued || s.known == s.told {
+	if s.queued || s.latest.now == s.told {
 		return
 	}
 	s.queued = true
@@ -333,7 +335,7 @@ func (r *registry) changes(now time.Time) []change {
 		if c == s.told {
 			continue
 		}
-		out = append(out, change{id: s.id, component: s.component(), now: c, was: s.told, cause: cause})
+		out = append(out, change{id: s.id(), component: s.component(), now: c, was: s.told, cause: cause})
 		s.told = c
 	}
 	if r.changed = r.changed[n:]; len(r.changed) > 0 {
@@ -359,7 +361,7 @@ func (r *registry) condition(id string, now time.Time) (condition, string) {
 func (r *registry) strangers(now time.Time) (ids []string) {
 	r.each(now, func(s *service, _ time.Time) bool {
 		if s.member == nil {
-			ids = append(ids, printable(s.id))
+			ids = append(ids, printable(s.id()))
 		}
 		return true
 	})
@@ -377,9 +379,9 @@ func (r *registry) report(about about) {
 func (r *registry) reportProcess(id string, p processReport) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if s := r.service(id); s.process == nil || *s.process != p {
+	if s := r.service(id); s.member.process == nil || *s.member.process != p {
 		kept := p // a copy, so that only a change allocates
-		s.process = &kept
+		s.member.process = &kept
 		r.feed.touch(s)
 	}
 }
@@ -451,14 +453,13 @@ func (r *registry) starting(id string, now time.Time) {
 }
 
 func (r *registry) resetLocked(s *service) {
-	for len(s.names) > 0 {
-		r.unnameLocked(s, s.names[0])
-	}
+	r.unnameAllLocked(s)
 	r.live.remove(s)
 	s.describeLocked(registration{id: s.member.ID})
 	s.metrics = nil
 	r.weighLocked(s)
-	s.registered, s.ended, s.failing, s.timeless = false, "", "", false
+	s.registered, s.timeless = false, false
+	s.member.ended, s.member.failing = "", ""
 	s.declared = flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN
 }
 
@@ -471,7 +472,7 @@ func (r *registry) finished(id, cause string, now time.Time) {
 	if cause == "" {
 		r.resetLocked(s)
 	}
-	s.ended = cause
+	s.member.ended = cause
 	r.noteLocked(s, now)
 }
 
@@ -495,7 +496,7 @@ func (r *registry) checked(id, failing string, now time.Time) {
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
 	s := r.service(id)
-	s.failing = failing
+	s.member.failing = failing
 	if failing == "" && s.registered {
 		r.seenLocked(s, now)
 	}
@@ -512,8 +513,9 @@ func (s *service) component() string {
 
 // describeLocked takes in what s says of itself.
 func (s *service) describeLocked(reg registration) {
-	s.id, s.kind, s.maxInflight = reg.id, reg.kind, reg.maxInflight
+	s.kind = reg.kind
 	s.keepLocked(&details{
+		id: reg.id, maxInflight: reg.maxInflight,
 		name: reg.name, description: reg.description, version: reg.version, endpoint: reg.endpoint,
 		inputEvents: reg.inputEvents, outputEvents: reg.outputEvents, labels: newLabels(reg.metadata),
 	})
@@ -628,8 +630,8 @@ func (r *registry) evictLocked(now time.Time) bool {
 // weighLocked takes note of how much s holds, after a change of that.
 func (r *registry) weighLocked(s *service) {
 	was := s.size
-	s.size = s.weight()
-	r.bytes += s.size - was
+	s.size = int32(s.weight())
+	r.bytes += int(s.size - was)
 }
 
 // fitLocked makes room for more bytes, or fails with RESOURCE_EXHAUSTED.
@@ -655,7 +657,7 @@ func (r *registry) register(reg registration, from origin, now time.Time, ack fu
 	defer r.mu.Unlock()
 	more := reg.size()
 	if known := r.service(cmp.Or(reg.id, reg.componentID, reg.metadata[metadataComponentID])); known != nil {
-		more -= known.size // it takes the place of what it said before
+		more -= int(known.size) // it takes the place of what it said before
 	}
 	if err := r.fitLocked(more, now); err != nil {
 		return 0, err
@@ -667,8 +669,8 @@ func (r *registry) register(reg registration, from origin, now time.Time, ack fu
 	reg.id = cmp.Or(reg.id, s.component())
 	s.describeLocked(reg)
 	r.nameLocked(s, now, reg.id, reg.componentID)
-	if r.service(s.id) != s { // it calls itself by another component's id
-		s.id = s.key()
+	if r.service(reg.id) != s { // it calls itself by another component's id
+		s.rename(s.key())
 	}
 	s.registered, s.since = true, now // one that has ended stays so until starting
 	s.declared, s.metrics = flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, nil
@@ -690,11 +692,11 @@ func (r *registry) nameLocked(s *service, now time.Time, ids ...string) {
 		if id == "" || id == s.component() || others && s.member == nil {
 			continue
 		}
-		s.names = slices.DeleteFunc(s.names, func(name string) bool { return name == id })
-		if len(s.names) == maxIDs {
-			r.unnameLocked(s, s.names[0])
+		s.names = s.names.without(id)
+		if s.names.count() == maxIDs {
+			r.unnameLocked(s, s.names.first())
 		}
-		s.names = append(s.names, id)
+		s.names = s.names.with(id)
 		if others {
 			continue
 		}
@@ -710,12 +712,12 @@ func (r *registry) nameLocked(s *service, now time.Time, ids ...string) {
 func (r *registry) loseNameLocked(s *service, id string, now time.Time) {
 	switch {
 	case s.member == nil:
-		if r.unnameLocked(s, id); len(s.names) == 0 {
+		if r.unnameLocked(s, id); s.names == "" {
 			r.removeLocked(s, now)
 			return
 		}
-	case s.id == id:
-		s.id = s.key()
+	case s.id() == id:
+		s.rename(s.key())
 	}
 	r.weighLocked(s)
 	r.changedLocked(s)
@@ -726,23 +728,31 @@ func (r *registry) unnameLocked(s *service, id string) {
 	if r.service(id) == s {
 		delete(r.services, id)
 	}
-	s.names = slices.DeleteFunc(s.names, func(name string) bool { return name == id })
-	if s.id == id && len(s.names) > 0 {
-		s.id = s.key()
+	s.names = s.names.without(id)
+	if s.id() == id && s.names != "" {
+		s.rename(s.key())
 	}
+}
+
+// unnameAllLocked takes all names from s, which goes by the one that it had.
+func (r *registry) unnameAllLocked(s *service) {
+	for name := range s.names.all() {
+		if r.service(name) == s {
+			delete(r.services, name)
+		}
+	}
+	s.names = ""
 }
 
 // removeLocked takes a service that is not in the pipeline out.
 func (r *registry) removeLocked(s *service, now time.Time) {
-	for len(s.names) > 0 {
-		r.unnameLocked(s, s.names[0])
-	}
+	r.unnameAllLocked(s)
 	r.live.remove(s)
 	r.stale.remove(s)
 	s.registered = false
 	r.count--
 	r.noteLocked(s, now)
-	s.said, s.metrics, s.history = nothing, nil, nil // it stays in all for a while
+	s.said, s.metrics, s.earlier = (&details{id: s.id()}).pack(), nil, nil // it stays in all for a while
 	r.weighLocked(s)
 	r.changedLocked(s)
 	if len(r.all) > 2*(r.count+r.members)+batch {
@@ -798,7 +808,7 @@ func (r *registry) heartbeat(id string, from origin, declared flowctlv1.HealthSt
 	if err != nil {
 		return 0, err
 	}
-	known := s.known
+	known := s.latest.now
 	if declared != s.declared && declared != flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN && flowctlv1.HealthStatus_name[int32(declared)] != "" {
 		s.declared = declared
 		if !s.held { // else it is told with what waits for the disk
@@ -807,7 +817,7 @@ func (r *registry) heartbeat(id string, from origin, declared flowctlv1.HealthSt
 	}
 	r.seenLocked(s, now)
 	r.noteLocked(s, now)
-	if s.known != known {
+	if s.latest.now != known {
 		change = s.durable
 	}
 	held := len(s.metrics)
@@ -822,7 +832,7 @@ func (r *registry) heartbeat(id string, from origin, declared flowctlv1.HealthSt
 // pipeline do, the one from which the call comes is meant. It fails with NOT_FOUND for
 // an id that nobody is registered under and with PERMISSION_DENIED for who is not it.
 func (r *registry) callerLocked(id string, from origin) (*service, error) {
-	if own := r.service(from.component); own != nil && own.registered && slices.Contains(own.names, id) {
+	if own := r.service(from.component); own != nil && own.registered && own.names.has(id) {
 		return own, nil
 	}
 	if s := r.service(id); s != nil {
@@ -858,9 +868,9 @@ func (r *registry) unregister(id string, from origin, now time.Time) (uint64, er
 		r.removeLocked(s, now)
 		return s.durable, nil
 	}
-	ended := s.ended
+	ended := s.member.ended
 	r.resetLocked(s)
-	s.ended = ended
+	s.member.ended = ended
 	r.noteLocked(s, now)
 	r.changedLocked(s)
 	return s.durable, nil
@@ -908,7 +918,7 @@ func (s *service) key() string {
 	if s.member != nil {
 		return s.member.ID
 	}
-	return s.names[0]
+	return s.names.first()
 }
 
 // check applies the bounds.
@@ -949,7 +959,8 @@ const entrySize = 32
 
 // size is how many bytes reg will hold, at most.
 func (reg *registration) size() int {
-	n := 0
+	id := cmp.Or(reg.id, reg.componentID, reg.metadata[metadataComponentID])
+	n := 2*len(id) + len(reg.componentID) + entrySize // as weight has names, and an entry of history
 	for _, text := range slices.Concat([]string{reg.id, reg.componentID, reg.name, reg.description, reg.version, reg.endpoint}, reg.inputEvents, reg.outputEvents) {
 		n += len(text) + entrySize/2
 	}

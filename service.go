@@ -24,43 +24,97 @@ type healthChange struct {
 	cause string
 }
 
-// service is one record of the registry. registry.mu guards it.
+// service is one record of the registry. registry.mu guards it. There may be a hundred
+// thousand, and while the garbage collector follows their pointers, heartbeats wait: so
+// it has few, and takes 256 bytes.
 type service struct {
-	slot        slot   // in registry.table
-	id          string // the one that it chose last, if it has it
-	kind        flowctlpb.ServiceType
-	maxInflight int32
-	said        packed
-	member      *member   // nil: not in the pipeline
-	record      int       // tells it from others
-	names       []string  // ids that it chose, the latest last; one may be another component's by now
-	name        [1]string // room for names, as most have one
-	ended       string    // how its process ended, "" while it lives
-	failing     string    // why its health check fails, "" while it passes
-	lastSeen    time.Time
-	since       time.Time // registered at
-	metrics     metrics
-	size        int            // weight, as registry.bytes has it
-	process     *processReport // nil for what is not of this run
-	history     []healthChange
-	begun       [1]healthChange // room for history, as most have one entry
-	places      [placeKinds]place
-	declared    flowctlv1.HealthStatus
-	registered  bool
-	timeless    bool      // never stale: it has no heartbeat, its process stands for it
-	known       condition // of which the latest entry of history tells
-	told        condition // what the subscriber knows
-	queued      bool      // waits in registry.changed
-	standing              // in what is written and what is told
+	said       packed
+	names      names       // ids that it chose, the latest last; one may be another component's by now
+	member     *membership // nil: not in the pipeline
+	record     int         // tells it from others
+	lastSeen   time.Time
+	since      time.Time // registered at
+	metrics    metrics
+	earlier    []healthChange // what history has before latest
+	latest     healthChange   // at the zero time: history has nothing of it
+	places     [placeKinds]place
+	standing   // in what is written and what is told
+	slot       slot
+	size       int32 // weight, as registry.bytes has it
+	kind       flowctlpb.ServiceType
+	declared   flowctlv1.HealthStatus
+	registered bool
+	timeless   bool      // never stale: it has no heartbeat, its process stands for it
+	told       condition // what the subscriber knows
+	queued     bool      // waits in registry.changed
+	held       bool      // is in journal.held
 }
 
-// weight is how many bytes s holds that another would not.
-func (s *service) weight() int {
-	n := len(s.said) - len(nothing) + len(s.metrics)
-	for _, name := range s.names {
-		n += len(name) + entrySize
+// membership is what there is of a service that is a component of the pipeline.
+type membership struct {
+	member
+	process *processReport // nil until there is one
+	ended   string         // how its process ended, "" while it lives
+	failing string         // why its health check fails, "" while it passes
+}
+
+// id is the one that s chose last, if it has it.
+func (s *service) id() string {
+	said := s.said
+	return said.text()
+}
+
+func (s *service) rename(id string) {
+	others := s.said
+	others.text()
+	s.said = packed(appendText(nil, id)) + others
+}
+
+// history is how the health of s has changed.
+func (s *service) history() iter.Seq[healthChange] {
+	return func(yield func(healthChange) bool) {
+		for _, h := range s.earlier {
+			if !yield(h) {
+				return
+			}
+		}
+		if !s.latest.at.IsZero() {
+			yield(s.latest)
+		}
 	}
-	for _, h := range s.history {
+}
+
+// hasHistory is false where history gives nothing.
+func (s *service) hasHistory() bool { return len(s.earlier) > 0 || !s.latest.at.IsZero() }
+
+// setHistory is for a service whose health is known to be now.
+func (s *service) setHistory(changes []healthChange, now condition) {
+	s.earlier, s.latest = changes, healthChange{now: now}
+	if last := len(changes) - 1; last >= 0 && changes[last].now == now && !changes[last].at.IsZero() {
+		s.earlier, s.latest = slices.Clone(changes[:last]), changes[last]
+	}
+}
+
+// noteChange makes a change the latest. The first of too many are forgotten.
+func (s *service) noteChange(h healthChange) {
+	if !s.latest.at.IsZero() {
+		s.earlier = append(s.earlier, s.latest)
+	}
+	s.earlier = slices.Delete(s.earlier, 0, max(0, len(s.earlier)+1-maxHistory))
+	s.latest = h
+}
+
+// weight is how many bytes s holds that another would not. What is gone is forgotten
+// soon.
+func (s *service) weight() int {
+	if s.member == nil && !s.registered {
+		return 0
+	}
+	n := len(s.said) - len(nothing) + len(s.metrics)
+	for name := range s.names.all() {
+		n += 2*len(name) + entrySize // registry.services has it, too
+	}
+	for h := range s.history() {
 		n += len(h.cause) + entrySize
 	}
 	return n
@@ -68,9 +122,11 @@ func (s *service) weight() int {
 
 // details are what a service says of itself for others to read.
 type details struct {
+	id                                   string
 	name, description, version, endpoint string
 	inputEvents, outputEvents            []string
 	labels                               labels
+	maxInflight                          int32
 }
 
 // packed are details one after the other, each text behind its length. There may be a
@@ -82,8 +138,8 @@ type packed string
 func (w *details) pack() packed {
 	var b []byte
 	number := func(n int) { b = bin.AppendUvarint(b, uint64(n)) }
-	text := func(s string) { number(len(s)); b = append(b, s...) }
-	for _, s := range []string{w.name, w.description, w.version, w.endpoint} {
+	text := func(s string) { b = appendText(b, s) }
+	for _, s := range []string{w.id, w.name, w.description, w.version, w.endpoint} {
 		text(s)
 	}
 	for _, events := range [][]string{w.inputEvents, w.outputEvents} {
@@ -97,7 +153,33 @@ func (w *details) pack() packed {
 		text(label.name)
 		text(label.value)
 	}
+	number(int(uint32(w.maxInflight)))
 	return packed(b)
+}
+
+// appendText appends a text behind its length.
+func appendText(b []byte, s string) []byte {
+	return append(bin.AppendUvarint(b, uint64(len(s))), s...)
+}
+
+// number takes a number off the front.
+func (p *packed) number() (n int) {
+	rest, shift := *p, 0
+	for rest[0] >= 0x80 {
+		n |= int(rest[0]&0x7f) << shift
+		rest, shift = rest[1:], shift+7
+	}
+	n |= int(rest[0]) << shift
+	*p = rest[1:]
+	return n
+}
+
+// text takes a text off the front.
+func (p *packed) text() string {
+	n := p.number()
+	s := string((*p)[:n])
+	*p = (*p)[n:]
+	return s
 }
 
 // nothing is what a service has said that has not said anything.
@@ -105,34 +187,70 @@ var nothing = (&details{}).pack()
 
 // unpack takes p apart into w, whose slices it uses again.
 func (p packed) unpack(w *details) {
-	number := func() int {
-		n, shift := 0, 0
-		for p[0] >= 0x80 {
-			n |= int(p[0]&0x7f) << shift
-			p, shift = p[1:], shift+7
-		}
-		n |= int(p[0]) << shift
-		p = p[1:]
-		return n
-	}
-	text := func() (s string) {
-		n := number()
-		s, p = string(p[:n]), p[n:]
-		return s
-	}
-	for _, s := range []*string{&w.name, &w.description, &w.version, &w.endpoint} {
-		*s = text()
+	for _, s := range []*string{&w.id, &w.name, &w.description, &w.version, &w.endpoint} {
+		*s = p.text()
 	}
 	for _, events := range []*[]string{&w.inputEvents, &w.outputEvents} {
 		*events = (*events)[:0]
-		for range number() {
-			*events = append(*events, text())
+		for range p.number() {
+			*events = append(*events, p.text())
 		}
 	}
 	w.labels = w.labels[:0]
-	for range number() {
-		w.labels = append(w.labels, label{text(), text()})
+	for range p.number() {
+		w.labels = append(w.labels, label{p.text(), p.text()})
 	}
+	w.maxInflight = int32(uint32(p.number()))
+}
+
+// names are ids, packed one after the other: most services have one.
+type names packed
+
+// all gives each id.
+func (n names) all() iter.Seq[string] {
+	return func(yield func(string) bool) {
+		for p := packed(n); len(p) > 0; {
+			if !yield(p.text()) {
+				return
+			}
+		}
+	}
+}
+
+func (n names) has(id string) bool {
+	for name := range n.all() {
+		if name == id {
+			return true
+		}
+	}
+	return false
+}
+
+func (n names) count() (count int) {
+	for range n.all() {
+		count++
+	}
+	return count
+}
+
+// first is "" where there is none.
+func (n names) first() string {
+	for name := range n.all() {
+		return name
+	}
+	return ""
+}
+
+// with is n with id at the end.
+func (n names) with(id string) names { return names(appendText([]byte(n), id)) }
+
+func (n names) without(id string) (out names) {
+	for name := range n.all() {
+		if name != id {
+			out = out.with(name)
+		}
+	}
+	return out
 }
 
 // details are those of s, for the caller to keep.
@@ -221,7 +339,7 @@ const (
 
 // append appends an entry.
 func (m metrics) append(name string, v metric) metrics {
-	b := append(bin.AppendUvarint(m, uint64(len(name))), name...)
+	b := appendText(m, name)
 	switch {
 	case v.isText && !v.digits:
 		b = bin.AppendUvarint(b, uint64(1+len(v.text)))
@@ -446,41 +564,38 @@ func (t *table) drop(s *service) {
 // A chain is services one behind the other, each of which knows its neighbours.
 type chain struct {
 	*table
-	kind        int // of the place that its services have in it
+	kind        int // which of the places of its services is that in it
 	first, last slot
 	length      int
 }
 
-// A service has a place of each kind, and so is in at most one chain of each.
+// The chains of a registry, in each of which a service has a place.
 const (
-	bySeen    = iota // in registry.live or registry.stale
-	byChanged        // in feed.recent
+	amongLive    = iota // in registry.live
+	amongStale          // in registry.stale
+	amongChanged        // in feed.recent
 	placeKinds
 )
 
-// place is where a service stands.
-type place struct {
-	in         *chain // nil for nowhere
-	prev, next slot
-}
+// place is between which others a service stands, if it does.
+type place struct{ prev, next slot }
 
 func (c *chain) front() *service          { return c.services[c.first] }
 func (c *chain) back() *service           { return c.services[c.last] }
 func (c *chain) next(s *service) *service { return c.services[s.places[c.kind].next] }
-func (c *chain) has(s *service) bool      { return s.places[c.kind].in == c }
+func (c *chain) has(s *service) bool {
+	return s.places[c.kind].prev != 0 || c.first == s.slot && s.slot != 0
+}
 
 // insert puts s behind at, or first where that is nil. It leaves where it was.
 func (c *chain) insert(s, at *service) {
-	if was := s.places[c.kind].in; was != nil {
-		was.remove(s)
-	}
-	here := place{in: c, next: c.first}
+	c.remove(s)
+	here := place{next: c.first}
 	if at != nil {
-		here.prev, here.next = at.slot, at.places[c.kind].next
+		here = place{at.slot, at.places[c.kind].next}
 	}
 	c.join(here.prev, s.slot)
 	c.join(s.slot, here.next)
-	s.places[c.kind].in = c
 	c.length++
 }
 

@@ -366,16 +366,19 @@ func (l *jsonLine) time(name string, t time.Time) {
 	}
 }
 
-func (l *jsonLine) texts(name string, texts []string) {
-	if len(texts) == 0 {
-		return
-	}
-	l.open(name, '[')
-	for _, text := range texts {
+func (l *jsonLine) texts(name string, texts iter.Seq[string]) {
+	some := false
+	for text := range texts {
+		if !some {
+			l.open(name, '[')
+			some = true
+		}
 		l.next()
 		l.quote(text)
 	}
-	l.close(']')
+	if some {
+		l.close(']')
+	}
 }
 
 func (l *jsonLine) labels(name string, labels labels) {
@@ -407,12 +410,12 @@ func (l *jsonLine) metrics(name string, metrics metrics) {
 	l.close('}')
 }
 
-func (l *jsonLine) history(name string, history []healthChange) {
-	if len(history) == 0 {
+func (l *jsonLine) history(name string, s *service) {
+	if !s.hasHistory() {
 		return
 	}
 	l.open(name, '[')
-	for _, h := range history {
+	for h := range s.history() {
 		l.next()
 		*l = append(*l, '{')
 		l.time("time", h.at)
@@ -425,9 +428,9 @@ func (l *jsonLine) history(name string, history []healthChange) {
 
 // copyTo makes out what appendSaved needs of s, in the room that it has.
 func (s *service) copyTo(out *service) {
-	names, metrics, history := out.names[:0], out.metrics[:0], out.history[:0]
+	metrics, earlier := out.metrics[:0], out.earlier[:0]
 	*out = *s
-	out.names, out.metrics, out.history = append(names, s.names...), append(metrics, s.metrics...), append(history, s.history...)
+	out.metrics, out.earlier = append(metrics, s.metrics...), append(earlier, s.earlier...)
 }
 
 // appendSaved appends s as the state file has it, to be read as a savedService. w is room
@@ -436,19 +439,19 @@ func (s *service) appendSaved(b []byte, w *details) []byte {
 	s.said.unpack(w)
 	l := jsonLine(append(b, '{'))
 	l.key("id")
-	l.quote(s.id)
+	l.quote(w.id)
 	l.text("component", s.component())
-	l.texts("names", s.names)
+	l.texts("names", s.names.all())
 	l.text("type", typeName(s.kind))
 	l.text("name", w.name)
 	l.text("description", w.description)
 	l.text("version", w.version)
-	l.texts("input_event_types", w.inputEvents)
-	l.texts("output_event_types", w.outputEvents)
+	l.texts("input_event_types", slices.Values(w.inputEvents))
+	l.texts("output_event_types", slices.Values(w.outputEvents))
 	l.text("endpoint", w.endpoint)
-	if s.maxInflight != 0 {
+	if w.maxInflight != 0 {
 		l.key("max_inflight")
-		l = strconv.AppendInt(l, int64(s.maxInflight), 10)
+		l = strconv.AppendInt(l, int64(w.maxInflight), 10)
 	}
 	l.labels("metadata", w.labels)
 	if s.registered {
@@ -457,8 +460,8 @@ func (s *service) appendSaved(b []byte, w *details) []byte {
 	l.time("last_seen", s.lastSeen)
 	l.text("declared", statusName(s.declared))
 	l.metrics("metrics", s.metrics)
-	l.text("health", s.known.String())
-	l.history("history", s.history)
+	l.text("health", s.latest.now.String())
+	l.history("history", s)
 	return append(l, '}')
 }
 
@@ -485,10 +488,10 @@ func (r *registry) save(w io.Writer, pipeline string, pause func()) (uint64, err
 		n, taken, weight := 0, 0, 0
 		r.mu.Lock()
 		for ; n < min(batch, len(all)) && weight < maxPart; n++ {
-			if s := all[n]; s.registered || s.member != nil && len(s.history) > 0 {
+			if s := all[n]; s.registered || s.member != nil && s.hasHistory() {
 				s.copyTo(&copies[taken]) // to make text of it takes longer
 				taken++
-				weight += s.size
+				weight += int(s.size)
 			}
 		}
 		r.mu.Unlock()
@@ -525,8 +528,8 @@ func (r *registry) restore(state iter.Seq2[savedService, error], now time.Time) 
 		member := r.service(in.Component)
 		switch {
 		case in.Component != "" && member != nil && member.member != nil:
-			if member.history = in.changes(); len(member.history) > 0 {
-				member.known = member.history[len(member.history)-1].now
+			if changes := in.changes(); len(changes) > 0 {
+				member.setHistory(changes, changes[len(changes)-1].now)
 			}
 			r.weighLocked(member)
 			r.noteLocked(member, now)
@@ -542,7 +545,7 @@ func (r *registry) restore(state iter.Seq2[savedService, error], now time.Time) 
 	}
 	slices.SortStableFunc(back, func(a, b *service) int { return a.lastSeen.Compare(b.lastSeen) })
 	for _, s := range back {
-		if s.known.ok() || s.lastSeen.Add(r.ttl).After(now) {
+		if s.latest.now.ok() || s.lastSeen.Add(r.ttl).After(now) {
 			r.live.moveToBack(s)
 		} else {
 			r.stale.moveToBack(s)
@@ -592,17 +595,17 @@ func (r *registry) restoreLocked(in savedService, now time.Time) *service {
 	for _, name := range names {
 		if r.service(name) == nil {
 			r.services[name] = s.slot
-			s.names = append(s.names, name)
+			s.names = s.names.with(name)
 		}
 	}
-	if r.service(s.id) != s {
-		s.id = s.key()
+	if r.service(in.ID) != s {
+		s.rename(s.key())
 	}
 	s.registered, s.since, s.lastSeen = true, in.Registered, in.LastSeen
 	s.declared = flowctlv1.HealthStatus(flowctlv1.HealthStatus_value["HEALTH_STATUS_"+strings.ToUpper(in.Declared)])
 	s.metrics = savedMetrics(in.Metrics)
-	s.known, s.history = conditionNamed(in.Health), in.changes()
-	s.told = s.known
+	s.setHistory(in.changes(), conditionNamed(in.Health))
+	s.told = s.latest.now
 	r.weighLocked(s)
 	r.count++
 	r.feed.touch(s)

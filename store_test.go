@@ -16,6 +16,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -214,6 +215,26 @@ func TestRestoreGivesOneTTL(t *testing.T) {
 	}
 }
 
+// While the state is written, the pipeline may change: the race detector looks on.
+func TestSavedDuringReload(t *testing.T) {
+	t.Parallel()
+	r, now := testRegistry(), time.Now()
+	for _, m := range testMembers() {
+		mustRegister(t, r, registration{id: m.ID}, now)
+	}
+	var saved sync.WaitGroup
+	saved.Go(func() {
+		for range 200 {
+			_, _ = r.save(io.Discard, "test", runtime.Gosched)
+		}
+	})
+	for range 200 {
+		r.setMembers(testMembers(), now)
+	}
+	saved.Wait()
+	checkRegistry(t, r, now)
+}
+
 // The file in testdata is of the first version that wrote one, and every later one
 // is to read it so.
 func TestOldStateFileIsRead(t *testing.T) {
@@ -230,9 +251,9 @@ func TestOldStateFileIsRead(t *testing.T) {
 	for _, l := range []string{"stellar-source", "silent", "leaving", "pipeline-1", "bare"} {
 		if err := r.view(l, now, func(s *service, _ time.Time) {
 			c, cause := r.conditionLocked(s, now)
-			w := s.details()
-			got = append(got, fmt.Sprintf("%s %q %s %q %q %q %q %q %q %d %v %s %s %s %v %s (%s) %d", s.id, s.names, typeName(s.kind), w.name, w.description, w.version, w.inputEvents,
-				w.outputEvents, w.endpoint, s.maxInflight, w.labels.toMap(), s.since.Format(time.RFC3339Nano), s.lastSeen.Format(time.RFC3339), statusName(s.declared), maps.Collect(s.metrics.all()), c, cause, len(s.history)))
+			w, names, history := s.details(), slices.Collect(s.names.all()), slices.Collect(s.history())
+			got = append(got, fmt.Sprintf("%s %q %s %q %q %q %q %q %q %d %v %s %s %s %v %s (%s) %d", s.id(), names, typeName(s.kind), w.name, w.description, w.version, w.inputEvents,
+				w.outputEvents, w.endpoint, w.maxInflight, w.labels.toMap(), s.since.Format(time.RFC3339Nano), s.lastSeen.Format(time.RFC3339), statusName(s.declared), maps.Collect(s.metrics.all()), c, cause, len(history)))
 		}); err != nil {
 			t.Error(err)
 		}
@@ -253,7 +274,7 @@ func TestOldStateFileIsRead(t *testing.T) {
 		t.Errorf("listed: %q", got)
 	}
 	wantChanges(t, r, now, "bare: unregistered > healthy")
-	last := r.service("stellar-source").history[1]
+	last := slices.Collect(r.service("stellar-source").history())[1]
 	if last.cause != "it declared itself DEGRADED" || last.now != degraded || !last.at.Equal(time.Date(2026, 1, 2, 3, 30, 0, 0, time.UTC)) {
 		t.Errorf("history: %v", last)
 	}
