@@ -15,6 +15,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -125,6 +126,7 @@ type listOptions struct {
 const listPatience = 2 * time.Second
 
 func listCommand(args []string) error {
+	runtime.GOMAXPROCS(1) // the others are for those that are listed
 	var o listOptions
 	fs := flag.NewFlagSet("list", flag.ContinueOnError)
 	o.define(fs)
@@ -674,7 +676,7 @@ func appendJSON(b []byte, v any, depth int) []byte {
 // They can be in strings alone.
 func escapeJSON(text []byte) []byte {
 	wild := func(r rune) bool { return r >= 0x7f && (unicode.IsControl(r) || unicode.Is(unicode.Cf, r)) }
-	if !bytes.ContainsFunc(text, wild) {
+	if i := slices.IndexFunc(text, func(b byte) bool { return b >= 0x7f }); i < 0 || !bytes.ContainsFunc(text[i:], wild) {
 		return text
 	}
 	var out []byte
