@@ -162,6 +162,7 @@ type role struct {
 	Dial      string `json:",omitempty"` // unix socket to connect to
 	Check     string `json:",omitempty"` // "http", "tcp" or "grpc": serve health checks on HEALTH_PORT
 	Journal   string `json:",omitempty"` // file for a line at start, SIGTERM and end
+	Floor     bool   `json:",omitempty"` // it is no component: it serves the floor until SIGTERM
 }
 
 const longPiece = "0123456789abcdef"
@@ -172,6 +173,17 @@ func (r role) id() string { return os.Getenv("FLOWCTL_COMPONENT_ID") }
 func (r role) play() int {
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGUSR2)
+	if r.Floor {
+		server, endpoint, err := serveFloor()
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		fmt.Fprintf(os.Stderr, "msg=listening endpoint=%s\n", endpoint) // as flowctl logs it
+		<-signals
+		server.Stop()
+		return 0
+	}
 	r.note("start")
 	if r.Hidden {
 		_, _, _ = syscall.RawSyscall(syscall.SYS_PRCTL, syscall.PR_SET_DUMPABLE, 0, 0)

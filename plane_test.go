@@ -1943,17 +1943,25 @@ func (floorServer) Heartbeat(context.Context, *flowctlpb.ServiceHeartbeat) (*emp
 	return &emptypb.Empty{}, nil
 }
 
-// startFloor serves the floor's servers with the options of a plane.
-func startFloor(tb testing.TB) string {
-	tb.Helper()
+// serveFloor serves the floor's servers with the options of a plane.
+func serveFloor() (server *grpc.Server, endpoint string, err error) {
 	lis, endpoint, err := listenPlane("127.0.0.1", 0)
 	if err != nil {
-		tb.Fatal(err)
+		return nil, "", err
 	}
-	server := grpc.NewServer(planeOptions(insecure.NewCredentials())...)
+	server = grpc.NewServer(planeOptions(insecure.NewCredentials())...)
 	flowctlpb.RegisterControlPlaneServer(server, floorServer{})
 	flowctlv1.RegisterControlPlaneServiceServer(server, floorV1Server{})
 	go server.Serve(lis)
+	return server, endpoint, nil
+}
+
+func startFloor(tb testing.TB) string {
+	tb.Helper()
+	server, endpoint, err := serveFloor()
+	if err != nil {
+		tb.Fatal(err)
+	}
 	tb.Cleanup(server.Stop)
 	return endpoint
 }

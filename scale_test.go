@@ -97,29 +97,41 @@ func plainBinary(tb testing.TB) string {
 	return build(tb, "flowctl-plain", ".")
 }
 
-// heartbeats has each of the services heartbeat every ten seconds over conns
-// connections until ctx ends, and returns when all are answered. took hears of each
-// answer how long it took from when its call was due, not from when it was sent: a
-// plane that holds others up has that in its own figures.
-func heartbeats(ctx context.Context, t *testing.T, endpoint string, services, conns int, took func(time.Duration, error)) {
-	const callers = 4 // of a connection, so that a call that takes long holds no other up
-	pause := 10 * time.Second / time.Duration(services)
+// load is services that heartbeat every ten seconds, over connections that they share.
+type load struct {
+	clients  []planeClient
+	services int
+}
+
+func newLoad(t *testing.T, endpoint string, services, conns int) *load {
+	t.Helper()
+	l := &load{services: services}
+	for range conns {
+		l.clients = append(l.clients, dialPlane(t, endpoint, grpc.WithStaticStreamWindowSize(64<<10), grpc.WithStaticConnWindowSize(64<<10))) // no ping for each answer
+	}
+	return l
+}
+
+// beat has all of them heartbeat for some time, and returns when all are answered. took
+// hears of each answer how long it took from when its call was due, not from when it was
+// sent: a plane that holds others up has that in its own figures.
+func (l *load) beat(length time.Duration, took func(time.Duration, error)) {
+	const callers = 400 // so many that a call that takes long holds no other up
+	pause := 10 * time.Second / time.Duration(l.services)
 	first := time.Now()
 	var calls sync.WaitGroup
-	for i := range conns {
-		c := dialPlane(t, endpoint, grpc.WithStaticStreamWindowSize(64<<10), grpc.WithStaticConnWindowSize(64<<10)) // no ping for each answer
-		for caller := range callers {
-			calls.Go(func() {
-				for n := caller*conns + i; ctx.Err() == nil; n += callers * conns {
-					due := first.Add(time.Duration(n) * pause)
-					if wait := time.Until(due); wait > 0 {
-						time.Sleep(wait)
-					}
-					err := c.heartbeatAs(n % services)
-					took(time.Since(due), err)
+	for caller := range callers {
+		c := l.clients[caller%len(l.clients)]
+		calls.Go(func() {
+			for n := caller; time.Duration(n)*pause < length; n += callers {
+				due := first.Add(time.Duration(n) * pause)
+				if wait := time.Until(due); wait > 0 {
+					time.Sleep(wait)
 				}
-			})
-		}
+				err := c.heartbeatAs(n % l.services)
+				took(time.Since(due), err)
+			}
+		})
 	}
 	calls.Wait()
 }
@@ -166,7 +178,7 @@ func listAll(t *testing.T, binary, endpoint string) func() (size, components int
 	t.Helper()
 	answer, err := os.Create(filepath.Join(t.TempDir(), "list.json"))
 	if err != nil {
-		t.Fatal(err)
+		t.Error(err)
 	}
 	defer answer.Close()
 	list := exec.Command(binary, "list", "-json", "-e", endpoint)
@@ -187,13 +199,26 @@ func listAll(t *testing.T, binary, endpoint string) func() (size, components int
 	}
 }
 
+// startFloorProcess has the floor in a process of its own, as a plane is.
+func startFloorProcess(tb testing.TB) *process {
+	tb.Helper()
+	program, err := os.Executable()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return start(tb, nil, withBinary(program), withEnv(roleVar+"="+actorRole(tb, role{Floor: true})))
+}
+
 // TestScale has many services heartbeat every ten seconds, while their state is
 // written and listed, and looks at what a heartbeat takes and what the server costs.
 func TestScale(t *testing.T) {
-	services, conns, length, full := 2000, 20, 3*time.Second, os.Getenv(scaleVar) != ""
+	services, conns, length, full := 2000, 16, time.Second, os.Getenv(scaleVar) != ""
+	if full && raceEnabled() {
+		t.Skip("the bounds are for programs without the race detector")
+	}
 	if full {
-		services, conns, length = 100_000, 100, 35*time.Second
-		defer debug.SetGCPercent(debug.SetGCPercent(400)) // the server is what is measured
+		services, length = 100_000, 12*time.Second
+		defer debug.SetGCPercent(debug.SetGCPercent(1000)) // the server is what is measured
 	} else {
 		t.Parallel()
 	}
@@ -201,14 +226,18 @@ func TestScale(t *testing.T) {
 	p, endpoint := startAlone(t, []string{"-db-path", file}, withBinary(plainBinary(t)))
 	pid := p.cmd.Process.Pid
 	begun := time.Now()
-	registerAll(t, endpoint, services, conns)
+	registerAll(t, endpoint, services, 100)
 	t.Logf("%d registrations: %.1f s; VmRSS %.0f MiB", services, time.Since(begun).Seconds(), mib(memory(t, pid, "VmRSS")))
 
-	p99 := beatAndList(t, p, endpoint, services, conns, length)
+	plane, floor := newLoad(t, endpoint, services, conns), newLoad(t, startFloorProcess(t).endpoint(), services, conns)
+	p99, bound := beatAndList(t, p, endpoint, plane, floor, length)
 	for range 2 { // what else this machine does can only make it worse
-		if full && p99 > mostLate {
-			p99 = min(p99, beatAndList(t, p, endpoint, services, conns, length))
+		if full && p99 > bound {
+			p99, bound = beatAndList(t, p, endpoint, plane, floor, length)
 		}
+	}
+	if full && p99 > bound {
+		t.Errorf("p99 of a heartbeat is %v, more than %v", p99, bound)
 	}
 	rss, peak := memory(t, pid, "VmRSS"), memory(t, pid, "VmHWM")
 	t.Logf("VmRSS %.0f MiB, VmHWM %.0f MiB, processor %v", mib(rss), mib(peak), processorTime(t, pid))
@@ -219,58 +248,49 @@ func TestScale(t *testing.T) {
 	if got := countSaved(t, file); got != services {
 		t.Errorf("%d services are in the state file, want %d", got, services)
 	}
-	if full {
-		checkLate(t, p99, services, conns)
+}
+
+// beatAndList has services heartbeat three times so long, and lists them all in the second
+// of these. Between, the same load goes to the floor, a server that does nothing: this
+// machine may be shared, and what others do to the one they do to the other. It returns
+// the p99 of a heartbeat and its bound: mostLate, or where the floor has taken so long
+// that this cannot be, noisy times its p99.
+func beatAndList(t *testing.T, p *process, endpoint string, plane, floor *load, length time.Duration) (p99, bound time.Duration) {
+	t.Helper()
+	var phase, total, idle latencies
+	var size, count int
+	for _, what := range []string{"heartbeats alone", "with list -json", "heartbeats to the end"} {
+		var listing sync.WaitGroup
+		var read func() (size, components int)
+		if what == "with list -json" {
+			listing.Go(func() {
+				begun := time.Now()
+				read = listAll(t, p.cmd.Path, endpoint)
+				t.Logf("list -json: %.2f s", time.Since(begun).Seconds())
+			})
+		}
+		plane.beat(length, func(took time.Duration, err error) {
+			phase.add(took, err)
+			total.add(took, err)
+		})
+		phase.report(t, what)
+		if listing.Wait(); read != nil {
+			size, count = read()
+			runtime.GC() // so that it is not the floor that waits for it
+		}
+		floor.beat(length/2, idle.add) // the plane writes what it saw last meanwhile: a hundredth of two processors
 	}
+	t.Logf("list -json: %.0f MiB", mib(size))
+	if count != plane.services {
+		t.Errorf("list -json has %d components, want %d", count, plane.services)
+	}
+	p99, least := total.report(t, "all together"), idle.report(t, "heartbeats that nobody takes in")
+	t.Logf("p99 is %.1f times that of a server that does nothing", float64(p99)/float64(least))
+	return p99, max(mostLate, noisy*least)
 }
 
 // mostLate is the bound of a heartbeat's p99.
 const mostLate = 10 * time.Millisecond
-
-// beatAndList has services heartbeat for some time, lists them all meanwhile, and returns
-// the p99 of a heartbeat.
-func beatAndList(t *testing.T, p *process, endpoint string, services, conns int, length time.Duration) time.Duration {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), length)
-	defer cancel()
-	var phase, total latencies
-	var load sync.WaitGroup
-	load.Go(func() {
-		heartbeats(ctx, t, endpoint, services, conns, func(took time.Duration, err error) {
-			phase.add(took, err)
-			total.add(took, err)
-		})
-	})
-	time.Sleep(length / 3) // the load is what is measured
-	phase.report(t, "heartbeats alone")
-	begun := time.Now()
-	list := listAll(t, p.cmd.Path, endpoint)
-	listed := time.Since(begun)
-	phase.report(t, "with list -json")
-	load.Wait()
-	phase.report(t, "heartbeats to the end")
-	size, count := list()
-	t.Logf("list -json: %.2f s, %.0f MiB", listed.Seconds(), mib(size))
-	if count != services {
-		t.Errorf("list -json has %d components, want %d", count, services)
-	}
-	return total.report(t, "all together")
-}
-
-// checkLate fails for a p99 of more than mostLate, unless this machine, which others may
-// use, takes as long for the same load on a server that does nothing.
-func checkLate(t *testing.T, p99 time.Duration, services, conns int) {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-	defer cancel()
-	var idle latencies
-	heartbeats(ctx, t, startFloor(t), services, conns, idle.add)
-	floor := idle.report(t, "heartbeats that nobody takes in")
-	t.Logf("p99 is %.1f times that of a server that does nothing", float64(p99)/float64(floor))
-	if p99 > max(mostLate, noisy*floor) {
-		t.Errorf("p99 of a heartbeat is %v, more than %v", p99, mostLate)
-	}
-}
 
 func countSaved(tb testing.TB, file string) int {
 	tb.Helper()
