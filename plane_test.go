@@ -1660,23 +1660,7 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 	if r.live.length != expiring {
 		t.Errorf("%d services wait for their expiry, %d have one", r.live.length, expiring)
 	}
-	for _, c := range []*chain{&r.live, &r.stale, &r.feed.recent} {
-		count, before := 0, slot(0)
-		for s := c.front(); s != nil; s = c.next(s) {
-			if s.places[c.kind].prev != before || c == &r.stale && r.live.has(s) {
-				t.Errorf("service %q is in no place in chain %d, or in two chains", s.id(), c.kind)
-			}
-			count, before = count+1, s.slot
-		}
-		if count != c.length || before != c.last {
-			t.Errorf("chain %d has %d services, and %d from end to end", c.kind, c.length, count)
-		}
-	}
-	for _, s := range r.all {
-		if s.member == nil && !s.registered && (s.size != 0 || s.weight() != 0) {
-			t.Errorf("service %q is gone and weighs %d", s.id(), s.size)
-		}
-	}
+	checkChainsLocked(t, r)
 	var last time.Time
 	for s := r.live.front(); s != nil; s = r.live.next(s) {
 		if !r.live.has(s) || !known[s] || s.timeless || !s.registered {
@@ -1709,6 +1693,29 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 			}
 		}); err != nil {
 			t.Errorf("service %q is listed, but: %v", id, err)
+		}
+	}
+}
+
+// checkChainsLocked checks that chains lead to the same services from both ends, and that
+// what is gone weighs nothing.
+func checkChainsLocked(t testing.TB, r *registry) {
+	t.Helper()
+	for _, c := range []*chain{&r.live, &r.stale, &r.feed.recent} {
+		count, before := 0, slot(0)
+		for s := c.front(); s != nil; s = c.next(s) {
+			if s.places[c.kind].prev != before || c == &r.stale && r.live.has(s) {
+				t.Errorf("service %q is in no place in chain %d, or in two chains", s.id(), c.kind)
+			}
+			count, before = count+1, s.slot
+		}
+		if count != c.length || before != c.last {
+			t.Errorf("chain %d has %d services, and %d from end to end", c.kind, c.length, count)
+		}
+	}
+	for _, s := range r.all {
+		if s.member == nil && !s.registered && (s.size != 0 || s.weight() != 0) {
+			t.Errorf("service %q is gone and weighs %d", s.id(), s.size)
 		}
 	}
 }
