@@ -281,27 +281,6 @@ func (e *engine) checkNew(p *Pipeline, used []*proc) error {
 	return errors.Join(problems...)
 }
 
-// images are those that p names, each once.
-func (p *Pipeline) images() []string {
-	var images []string
-	for _, c := range p.components() {
-		if c.Image != "" && !slices.Contains(images, c.Image) {
-			images = append(images, c.Image)
-		}
-	}
-	return images
-}
-
-func (p *Pipeline) usersOf(image string) []string {
-	var ids []string
-	for _, c := range p.components() {
-		if c.Image == image {
-			ids = append(ids, c.ID)
-		}
-	}
-	return ids
-}
-
 // gatewayEndpoint is where a container that is not on the host's network reaches a
 // control plane at addr, whose own endpoint is given; "" where it cannot.
 func gatewayEndpoint(addr net.Addr, endpoint string) string {
@@ -518,11 +497,4 @@ func (s *supervisor) removeContainers() {
 	if err != nil {
 		s.log.Error("containers may be left", "err", err)
 	}
-}
-
-// volumeHost splits the host's part off a volume, which names a path or, without a
-// slash and a dot at its beginning, a volume of the engine.
-func volumeHost(volume string) (host, rest string, isPath bool) {
-	host, rest, _ = strings.Cut(volume, ":")
-	return host, rest, strings.HasPrefix(host, ".") || strings.Contains(host, "/")
 }

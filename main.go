@@ -4,21 +4,21 @@ package main
 
 import (
 	"cmp"
-	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
-	"net/url"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -31,38 +31,6 @@ import (
 
 // version is set at link time: -ldflags "-X main.version=v1.2.3".
 var version string
-
-// The exit codes that README promises.
-const (
-	exitOK       = 0
-	exitFailed   = 1 // a component failed
-	exitUsage    = 2 // the command line or the pipeline file is wrong
-	exitPlane    = 3 // the control plane could not start, the pipeline runs already, or for list: none answered
-	exitNotReady = 4 // a component was not ready within its start timeout
-)
-
-// exitError carries an exit code to main. Without err everything has been said.
-type exitError struct {
-	code int
-	err  error
-}
-
-func (e *exitError) Unwrap() error { return e.err }
-
-func (e *exitError) Error() string {
-	if e.err == nil {
-		return fmt.Sprintf("exit status %d", e.code)
-	}
-	return e.err.Error()
-}
-
-// usageError is a command line that is wrong; command is the help to read.
-type usageError struct {
-	command string
-	err     error
-}
-
-func (e *usageError) Error() string { return e.err.Error() }
 
 // command is one of flowctl's commands. Its run gets the arguments after its name.
 type command struct {
@@ -293,31 +261,6 @@ func (o *planeFlags) stateFile(name string, alone bool) (file string, own bool, 
 		base = filepath.Join(home, ".local", "state")
 	}
 	return filepath.Join(base, "flowctl", name), true, nil
-}
-
-// openState opens the state file, if there is to be one, and lets r take in what is
-// in it.
-func (o *planeFlags) openState(r *registry, about *about, alone bool, log *slog.Logger) (*store, error) {
-	file, own, err := o.stateFile(url.PathEscape(cmp.Or(about.name, "registry")), alone)
-	if err != nil || file == "" {
-		return nil, err
-	}
-	st, err := openStore(file, about.name, own, log)
-	if err != nil {
-		return nil, err
-	}
-	about.stateFile = st.path
-	restored, dropped, err := r.restore(st.read(), time.Now())
-	if err != nil {
-		st.close()
-		return nil, err
-	}
-	debug.FreeOSMemory() // of the text of a hundred thousand services
-	if dropped > 0 {
-		log.Info("services of an earlier run are not taken over", "services", dropped, "file", st.path)
-	}
-	log.Info("registry restored", "services", restored, "file", st.path)
-	return st, nil
 }
 
 func (o *planeFlags) check(fs *flag.FlagSet) error {
@@ -712,97 +655,218 @@ func catchSignals() <-chan os.Signal {
 	return signals
 }
 
-// openPlane listens where o says. Where nobody asked for that very port and it is
-// taken, a free one serves.
-func openPlane(o planeFlags, log *slog.Logger) (net.Listener, string, error) {
-	lis, endpoint, err := passedListener(log)
-	if lis == nil && err == nil {
-		lis, endpoint, err = listenPlane(o.address, o.port)
+// checkReport is what check -json prints.
+type checkReport struct {
+	File     string       `json:"file"`
+	OK       bool         `json:"ok"` // no errors; with -strict no warnings either
+	Pipeline string       `json:"pipeline,omitempty"`
+	Errors   []checkError `json:"errors"`
+	Warnings []warning    `json:"warnings"`
+	More     int          `json:"more_errors,omitempty"` // that are not in Errors
+}
+
+type checkError struct {
+	Line    int    `json:"line,omitempty"` // 0 where the file could not be read
+	Column  int    `json:"column,omitempty"`
+	Path    string `json:"path,omitempty"`
+	Message string `json:"message"`
+}
+
+// warning is what is right in the file and will fail when it runs here and now.
+type warning struct {
+	Component string `json:"component"`
+	Field     string `json:"field"`
+	Message   string `json:"message"`
+}
+
+func (w warning) String() string {
+	return fmt.Sprintf("component %s: %s: %s", w.Component, w.Field, w.Message)
+}
+
+func checkCommand(args []string) error {
+	fs := flag.NewFlagSet("check", flag.ContinueOnError)
+	named := fs.String("f", "flow.json", "pipeline `file`")
+	asJSON := fs.Bool("json", false, "print JSON")
+	var orchestrator string
+	defineOrchestrator(fs, &orchestrator)
+	strict := fs.Bool("strict", false, "end with 2 where there are warnings, too")
+	schema := fs.Bool("schema", false, "print a JSON Schema of pipeline files, for editors, and check nothing")
+	rest, err := parseFlags(fs, args, 1)
+	if err != nil {
+		return err
 	}
-	tcp := !strings.HasPrefix(o.address, "unix:")
-	if errors.Is(err, syscall.EADDRINUSE) && !o.portSet && tcp {
-		attrs := []any{"port", o.port}
-		if pid, name, ok := portHolder(o.address, o.port); ok {
-			attrs = append(attrs, "pid", pid, "name", name)
+	if *schema {
+		return printJSON(os.Stdout, pipelineSchema())
+	}
+	if err := checkOrchestrator(fs, orchestrator); err != nil {
+		return err
+	}
+	file, err := fileArgument(fs, *named, rest)
+	if err != nil {
+		return err
+	}
+	p, err := readPipeline(file, os.LookupEnv)
+	report := newCheckReport(file, p, err, orchestrator)
+	report.OK = err == nil && !(*strict && len(report.Warnings) > 0)
+	if *asJSON {
+		if err := printJSON(os.Stdout, report); err != nil {
+			return err
 		}
-		log.Warn("the default port is taken, a free one serves", attrs...)
-		lis, endpoint, err = listenPlane(o.address, 0)
+		err = nil
 	}
 	switch {
-	case errors.Is(err, syscall.EADDRINUSE) && tcp:
-		by := ""
-		if pid, name, ok := portHolder(o.address, o.port); ok {
-			by = fmt.Sprintf(" by process %d (%s)", pid, clean(name))
-		}
-		return nil, "", fmt.Errorf("the control plane cannot listen on %s: the address is in use%s; choose another with -control-plane-port (0 takes a free one)", net.JoinHostPort(o.address, strconv.Itoa(o.port)), by)
-	case errors.Is(err, syscall.EADDRNOTAVAIL):
-		return nil, "", fmt.Errorf("-control-plane-address %q: it is no address of this machine; 0.0.0.0 is all of IPv4 that it has", o.address)
-	case errors.Is(err, syscall.EACCES) && tcp:
-		return nil, "", fmt.Errorf("-control-plane-port %d: a port below 1024 is for root, and for a unit with AmbientCapabilities=CAP_NET_BIND_SERVICE", o.port)
 	case err != nil:
-		return nil, "", fmt.Errorf("the control plane cannot listen at -control-plane-address %q: %v", o.address, err)
+		return &exitError{exitUsage, err}
+	case *asJSON && !report.OK:
+		return &exitError{code: exitUsage}
+	case *asJSON:
+		return nil
 	}
-	if _, ok := lis.(*net.UnixListener); ok && o.tls.cert != "" {
-		lis.Close()
-		return nil, "", fmt.Errorf("-tls-cert %q: a control plane on a socket file (%s) has no TLS", o.tls.cert, endpoint)
+	for _, w := range report.Warnings {
+		fmt.Fprintf(os.Stderr, "%s: warning: %s\n", file, w)
 	}
-	if tcp, ok := lis.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() && o.tls.cert == "" {
-		log.Warn("the control plane listens off the loopback without TLS: who reaches it can register", "endpoint", endpoint)
+	if !report.OK {
+		return &exitError{exitUsage, fmt.Errorf("%s has warnings, which -strict does not allow: %d", file, len(report.Warnings))}
 	}
-	log.Info("listening", "endpoint", endpoint)
-	return lis, endpoint, nil
+	fmt.Printf("%s: ok: pipeline %s, %d sources, %d processors, %d sinks\n", file, p.Metadata.Name, len(p.Spec.Sources), len(p.Spec.Processors), len(p.Spec.Sinks))
+	return nil
 }
 
-// How long notify waits for systemd to take a message: one that matters, and a status,
-// of which there will be another.
-const (
-	notifyTimeout = 5 * time.Second
-	statusTimeout = 100 * time.Millisecond
-)
+func printJSON(w io.Writer, value any) error {
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", "  ")
+	return enc.Encode(value)
+}
 
-// notify tells systemd, where it is there to listen. daemon.SdNotify would wait for ever
-// where nobody reads any more: the kernel queues ten messages (net.unix.max_dgram_qlen).
-func notify(log *slog.Logger, states ...string) {
-	path := os.Getenv("NOTIFY_SOCKET")
-	if path == "" {
-		return
+// newCheckReport says what readPipeline found in file, and what there is to warn of.
+func newCheckReport(file string, p *Pipeline, err error, orchestrator string) checkReport {
+	out := checkReport{File: file, Errors: []checkError{}, Warnings: []warning{}}
+	var found *fileErrors
+	switch {
+	case errors.As(err, &found):
+		out.Errors, out.More = found.entries(), found.more
+	case err != nil:
+		out.Errors = append(out.Errors, checkError{Message: err.Error()})
+	default:
+		out.Pipeline, out.Warnings = p.Metadata.Name, p.warnings(orchestrator)
 	}
-	patience, level := notifyTimeout, slog.LevelWarn
-	if strings.HasPrefix(states[0], "STATUS=") {
-		patience, level = statusTimeout, slog.LevelDebug
+	return out
+}
+
+// warnings looks at what the file names: programs, folders, files, ports and events.
+func (p *Pipeline) warnings(orchestrator string) []warning {
+	out := []warning{}
+	ports := make(map[string]string) // the component that has it
+	for _, c := range p.components() {
+		warn := func(field, format string, args ...any) {
+			out = append(out, warning{c.ID, field, fmt.Sprintf(format, args...)})
+		}
+		if c.Image == "" {
+			c.commandWarnings(warn)
+		} else {
+			c.imageWarnings(orchestrator, warn)
+		}
+		for _, name := range slices.Sorted(maps.Keys(c.EnvFiles)) {
+			if _, err := readEnvFile(c.EnvFiles[name]); err != nil {
+				warn("env_files."+name, "%v", err)
+			}
+		}
+		take := func(field, port string) {
+			if other, taken := ports[port]; taken {
+				warn(field, "port %s is that of component %s too", port, other)
+			}
+			ports[port] = c.ID
+		}
+		if port := fileEnv(c, "HEALTH_PORT"); port != "" {
+			take("env.HEALTH_PORT", port)
+		}
+		for i, port := range c.Ports {
+			take(fmt.Sprintf("ports[%d]", i), publishedPort(port))
+		}
+		for _, event := range p.unheard(c) {
+			warn("input_event_types", "no input of it puts out %q", event)
+		}
 	}
-	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
-	if err == nil {
-		defer conn.Close()
-		_ = conn.SetWriteDeadline(time.Now().Add(patience)) // that of a connection that is open works
-		_, err = conn.Write([]byte(strings.Join(states, "\n")))
+	return out
+}
+
+// publishedPort is what an entry of ports takes of the host: without the port of the
+// container, and TCP not named.
+func publishedPort(entry string) string {
+	entry, protocol, _ := strings.Cut(entry, "/")
+	port := entry[:strings.LastIndexByte(entry, ':')] // checkPort has found it right
+	if protocol != "" && protocol != "tcp" {
+		port += "/" + protocol
 	}
-	if err != nil {
-		log.Log(context.Background(), level, "cannot notify systemd", "err", err)
+	return port
+}
+
+func (c *Component) commandWarnings(warn func(field, format string, args ...any)) {
+	if dir, err := os.Stat(c.WorkingDir); err != nil {
+		warn("working_dir", "%v", err)
+	} else if !dir.IsDir() {
+		warn("working_dir", "%q is no folder", c.WorkingDir)
+	}
+	if program, err := exec.LookPath(c.Command[0]); err != nil {
+		warn("command", "%v", describeProgram(c.Command[0], c.WorkingDir, err))
+	} else if !filepath.IsAbs(program) {
+		warn("command", "%q is found in PATH as %q, which depends on the folder that flowctl is started in", c.Command[0], program)
+	} else if fault := scriptFault(program); fault != "" {
+		warn("command", "cannot run %q: %s", c.Command[0], fault)
+	}
+	if len(c.HealthCommand) > 0 {
+		if _, err := exec.LookPath(c.HealthCommand[0]); err != nil {
+			warn("health_check", "cannot run %q: %v", c.HealthCommand[0], cause(err))
+		}
 	}
 }
 
-// watchdogInterval is how often systemd wants to hear from flowctl (WatchdogSec= of
-// the unit), 0 for never.
-func watchdogInterval(log *slog.Logger) time.Duration {
-	interval, err := daemon.SdWatchdogEnabled(false)
-	if err != nil {
-		log.Warn("the watchdog of systemd is not fed", "err", err)
+func (c *Component) imageWarnings(orchestrator string, warn func(field, format string, args ...any)) {
+	if orchestrator != orchestrateContainers {
+		warn("image", "needs -orchestrator container")
 	}
-	return interval
+	for i, volume := range c.Volumes {
+		if host, _, isPath := volumeHost(volume); !isPath {
+			continue
+		} else if _, err := os.Stat(host); err != nil {
+			warn(fmt.Sprintf("volumes[%d]", i), "%v", err)
+		}
+	}
 }
 
-func logChange(log *slog.Logger, c change) {
-	attrs := []any{"id", c.id}
-	if c.component != "" {
-		attrs = append(attrs, "component", c.component)
+// unheard returns the events that c reads and none of its inputs puts out, where they
+// all say what they do put out.
+func (p *Pipeline) unheard(c *Component) []string {
+	heard := make(map[string]bool)
+	for _, in := range p.components() {
+		if !slices.Contains(c.Inputs, in.ID) {
+			continue
+		}
+		if len(in.OutputEventTypes) == 0 {
+			return nil
+		}
+		for _, event := range in.OutputEventTypes {
+			heard[event] = true
+		}
 	}
-	if c.cause != "" {
-		attrs = append(attrs, "cause", c.cause)
+	if len(c.Inputs) == 0 {
+		return nil
 	}
-	level := slog.LevelInfo
-	if c.now == unhealthy {
-		level = slog.LevelWarn
+	return slices.DeleteFunc(slices.Clone(c.InputEventTypes), func(event string) bool { return heard[event] })
+}
+
+// entries are the errors in the form of JSON.
+func (e *fileErrors) entries() []checkError {
+	var out []checkError
+	for _, err := range e.list {
+		out = append(out, checkError{err.line, err.column, err.path, err.msg})
 	}
-	log.Log(context.Background(), level, c.now.String(), attrs...)
+	return out
+}
+
+// fromStandardInput tells whether the pipeline file cannot be read a second time.
+func fromStandardInput(file string) bool {
+	info, err := os.Stat(file)
+	return err == nil && !info.Mode().IsRegular()
 }

@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -588,4 +590,85 @@ func (p *plane) stop() {
 	case <-over:
 	case <-time.After(maxWrite + time.Second): // when it has been said that it hangs
 	}
+}
+
+// openPlane listens where o says. Where nobody asked for that very port and it is
+// taken, a free one serves.
+func openPlane(o planeFlags, log *slog.Logger) (net.Listener, string, error) {
+	lis, endpoint, err := passedListener(log)
+	if lis == nil && err == nil {
+		lis, endpoint, err = listenPlane(o.address, o.port)
+	}
+	tcp := !strings.HasPrefix(o.address, "unix:")
+	if errors.Is(err, syscall.EADDRINUSE) && !o.portSet && tcp {
+		attrs := []any{"port", o.port}
+		if pid, name, ok := portHolder(o.address, o.port); ok {
+			attrs = append(attrs, "pid", pid, "name", name)
+		}
+		log.Warn("the default port is taken, a free one serves", attrs...)
+		lis, endpoint, err = listenPlane(o.address, 0)
+	}
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE) && tcp:
+		by := ""
+		if pid, name, ok := portHolder(o.address, o.port); ok {
+			by = fmt.Sprintf(" by process %d (%s)", pid, clean(name))
+		}
+		return nil, "", fmt.Errorf("the control plane cannot listen on %s: the address is in use%s; choose another with -control-plane-port (0 takes a free one)", net.JoinHostPort(o.address, strconv.Itoa(o.port)), by)
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		return nil, "", fmt.Errorf("-control-plane-address %q: it is no address of this machine; 0.0.0.0 is all of IPv4 that it has", o.address)
+	case errors.Is(err, syscall.EACCES) && tcp:
+		return nil, "", fmt.Errorf("-control-plane-port %d: a port below 1024 is for root, and for a unit with AmbientCapabilities=CAP_NET_BIND_SERVICE", o.port)
+	case err != nil:
+		return nil, "", fmt.Errorf("the control plane cannot listen at -control-plane-address %q: %v", o.address, err)
+	}
+	if _, ok := lis.(*net.UnixListener); ok && o.tls.cert != "" {
+		lis.Close()
+		return nil, "", fmt.Errorf("-tls-cert %q: a control plane on a socket file (%s) has no TLS", o.tls.cert, endpoint)
+	}
+	if tcp, ok := lis.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() && o.tls.cert == "" {
+		log.Warn("the control plane listens off the loopback without TLS: who reaches it can register", "endpoint", endpoint)
+	}
+	log.Info("listening", "endpoint", endpoint)
+	return lis, endpoint, nil
+}
+
+func logChange(log *slog.Logger, c change) {
+	attrs := []any{"id", c.id}
+	if c.component != "" {
+		attrs = append(attrs, "component", c.component)
+	}
+	if c.cause != "" {
+		attrs = append(attrs, "cause", c.cause)
+	}
+	level := slog.LevelInfo
+	if c.now == unhealthy {
+		level = slog.LevelWarn
+	}
+	log.Log(context.Background(), level, c.now.String(), attrs...)
+}
+
+// openState opens the state file, if there is to be one, and lets r take in what is
+// in it.
+func (o *planeFlags) openState(r *registry, about *about, alone bool, log *slog.Logger) (*store, error) {
+	file, own, err := o.stateFile(url.PathEscape(cmp.Or(about.name, "registry")), alone)
+	if err != nil || file == "" {
+		return nil, err
+	}
+	st, err := openStore(file, about.name, own, log)
+	if err != nil {
+		return nil, err
+	}
+	about.stateFile = st.path
+	restored, dropped, err := r.restore(st.read(), time.Now())
+	if err != nil {
+		st.close()
+		return nil, err
+	}
+	debug.FreeOSMemory() // of the text of a hundred thousand services
+	if dropped > 0 {
+		log.Info("services of an earlier run are not taken over", "services", dropped, "file", st.path)
+	}
+	log.Info("registry restored", "services", restored, "file", st.path)
+	return st, nil
 }

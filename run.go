@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -63,31 +65,6 @@ type run struct {
 	verdicts    chan verdict
 	watches     map[string]context.CancelFunc // by component: ends its health checks
 	watching    sync.WaitGroup
-}
-
-// logFiles opens the folder for the components' lines, nil for none. That one which
-// nobody asked for cannot be opened is only a warning.
-func (o *runFlags) logFiles(ids []string, log *slog.Logger) (*logFiles, error) {
-	dir := o.logDir
-	switch logs, _, _ := strings.Cut(os.Getenv("LOGS_DIRECTORY"), ":"); {
-	case o.logDirSet:
-	case logs != "":
-		dir = logs
-	case isTerminal(os.Stdout):
-		dir = filepath.Join(filepath.Dir(o.file), "logs")
-	}
-	if dir == "" {
-		return nil, nil
-	}
-	files, err := openLogFiles(dir, ids, log)
-	switch {
-	case err == nil:
-		return files, nil
-	case o.logDirSet:
-		return nil, fmt.Errorf("-log-dir: %v", err)
-	}
-	log.Warn("no log files", "err", err)
-	return nil, nil
 }
 
 // runPipeline runs p and returns an *exitError for everything but success.
@@ -577,12 +554,6 @@ func (r *run) stop(code int, now time.Time) {
 	notify(r.log, daemon.SdNotifyStopping, extendTimeout(r.sup.stopBound()))
 }
 
-// extendTimeout asks systemd for patience. The margin is for flowctl's own work, of
-// which the longest is to write the last lines of its log to who reads them slowly.
-func extendTimeout(d time.Duration) string {
-	return fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", (d + 10*time.Second).Microseconds())
-}
-
 // patience is by when what keeps the pipeline from being ready has ended one way or
 // the other.
 func (r *run) patience() time.Time {
@@ -707,4 +678,249 @@ func (r *run) footerDue() <-chan time.Time {
 		wait = footerTime
 	}
 	return time.After(time.Until(r.shown.Add(wait)))
+}
+
+// guest is the command after --, which a pipeline that is ready is run for. It is no
+// component: its input, output and signals are its own, and its end is that of the run.
+type guest struct {
+	argv  []string
+	ended chan *os.ProcessState // gets how it ended, once
+
+	cmd      *exec.Cmd // nil before it is started
+	over     bool
+	signals  int       // that it was sent, or got from the terminal
+	deadline time.Time // when it gets SIGKILL, zero for never
+}
+
+// newGuest fails where there is no such program: that is not to be found out when a
+// pipeline has been started for it.
+func newGuest(argv []string) (*guest, error) {
+	if len(argv) == 0 {
+		return nil, nil
+	}
+	if _, err := exec.LookPath(argv[0]); err != nil {
+		return nil, fmt.Errorf("the command after --: cannot run %q: %v", argv[0], cause(err))
+	}
+	return &guest{argv: argv, ended: make(chan *os.ProcessState)}, nil
+}
+
+// start starts the command in flowctl's own process group, so that a terminal's
+// signals reach it. It is known by the mark of the run, like whatever it starts.
+func (g *guest) start(s *supervisor) error {
+	g.cmd = exec.Command(g.argv[0], g.argv[1:]...)
+	g.cmd.Stdin, g.cmd.Stdout, g.cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	endpoint := "FLOWCTL_ENDPOINT=" + s.settings.endpoint
+	g.cmd.Env = append(slices.DeleteFunc(os.Environ(), hidden), endpoint, runMark+"="+s.run)
+	if slices.Contains(s.settings.tlsEnv, endpoint) { // there is none without TLS
+		g.cmd.Env = append(g.cmd.Env, s.settings.tlsEnv...)
+	}
+	if err := s.leaders.start(guestID, s.reaper, g.cmd); err != nil {
+		g.over = true
+		return fmt.Errorf("the command after --: cannot run %q: %v", g.argv[0], cause(err))
+	}
+	go func() { // loop waits for it, but for one that SIGKILL does not end
+		_ = s.reaper.wait(g.cmd) // how it ended is in its state
+		s.leaders.ended(g.cmd.Process.Pid)
+		g.ended <- g.cmd.ProcessState
+	}()
+	return nil
+}
+
+// runs is false for no guest, too.
+func (g *guest) runs() bool { return g != nil && g.cmd != nil && !g.over }
+
+// unrun is the exit code of flowctl, and why, for a sig that ends the run before the
+// command was started: 0 would say that it has succeeded. Without a command it is 0.
+func (g *guest) unrun(sig os.Signal) (int, error) {
+	number, ok := sig.(syscall.Signal)
+	if g == nil || g.cmd != nil || !ok {
+		return exitOK, nil
+	}
+	return 128 + int(number), fmt.Errorf("the command %q after -- was not run: signal %d (%s) came first", g.argv[0], number, sig)
+}
+
+// code is the exit code of flowctl for the end of the command, as a shell has it.
+func (g *guest) code(state *os.ProcessState) int {
+	if status, ok := state.Sys().(syscall.WaitStatus); ok && status.Signaled() {
+		return 128 + int(status.Signal())
+	}
+	return state.ExitCode()
+}
+
+// pass hands a signal on that flowctl got, unless the terminal has sent it to both.
+// It is false for the second, after which there is no more waiting. Who sends SIGINT
+// can wait for the end, and send another; any other signal may be all that comes, and
+// SIGKILL follows it.
+func (g *guest) pass(sig os.Signal, now time.Time, patience time.Duration) bool {
+	if g.signals++; g.signals > 1 {
+		return false
+	}
+	if sig != syscall.SIGINT {
+		g.deadline = now.Add(patience)
+	}
+	if sig != syscall.SIGINT || !takesInterrupts() {
+		_ = g.cmd.Process.Signal(sig)
+	}
+	return true
+}
+
+// end asks the command to end, because the pipeline does.
+func (g *guest) end(now time.Time, patience time.Duration) {
+	if g.runs() {
+		_ = g.cmd.Process.Signal(syscall.SIGTERM)
+		g.deadline = earliest(g.deadline, now.Add(patience))
+	}
+}
+
+// expire kills the command when it was asked to end for long enough.
+func (g *guest) expire(now time.Time, log *slog.Logger) {
+	if g.runs() && !g.deadline.IsZero() && !now.Before(g.deadline) {
+		log.Warn("the command still runs, sending SIGKILL", "pid", g.cmd.Process.Pid)
+		g.deadline = time.Time{}
+		_ = g.cmd.Process.Kill()
+	}
+}
+
+// reloadRequest asks the loop for a reload.
+type reloadRequest struct {
+	answer chan reloadAnswer // holds one, so that the loop never waits
+}
+
+type reloadAnswer struct {
+	reloaded reloaded
+	err      error
+}
+
+// requestReload has the loop reload the pipeline file. It is called by the operator
+// service.
+func (r *run) requestReload(ctx context.Context) (reloaded, error) {
+	request := reloadRequest{make(chan reloadAnswer, 1)}
+	select {
+	case r.reloads <- request:
+	case <-r.over:
+		return reloaded{}, errStopping
+	case <-ctx.Done():
+		return reloaded{}, ctx.Err()
+	}
+	answer := <-request.answer
+	return answer.reloaded, answer.err
+}
+
+var errStopping = errors.New("the pipeline is stopping")
+
+// reload reads the pipeline file again and begins what has changed in it. What is
+// wrong is an error, after which everything is as before.
+func (r *run) reload() (reloaded, error) {
+	if r.sup.stopping {
+		return reloaded{}, errStopping
+	}
+	if r.ready { // before that systemd waits for READY=1 alone
+		notify(r.log, daemon.SdNotifyReloading, daemon.SdNotifyMonotonicUsec())
+		defer notify(r.log, daemon.SdNotifyReady)
+	}
+	out, err := r.applyFile()
+	if err != nil {
+		for line := range strings.Lines(err.Error()) {
+			r.log.Error("cannot reload", "err", strings.TrimSuffix(line, "\n"))
+		}
+		return out, err
+	}
+	r.log.Info("reloaded", "file", r.flags.file, "added", enumerate(out.added), "removed", enumerate(out.removed), "restarted", enumerate(out.restarted), "unchanged", out.unchanged)
+	return out, nil
+}
+
+func (r *run) applyFile() (reloaded, error) {
+	if info, err := os.Stat(r.flags.file); err == nil && !info.Mode().IsRegular() {
+		return reloaded{}, fmt.Errorf("%s is no plain file, and cannot be read again", r.flags.file) // to open a FIFO would hold the loop
+	}
+	p, err := r.flags.read()
+	if err != nil {
+		return reloaded{}, err
+	}
+	if p.Metadata.Name != r.about.name {
+		return reloaded{}, fmt.Errorf("%s: metadata.name is %q now: a pipeline keeps its name, %q, while it runs", r.flags.file, p.Metadata.Name, r.about.name)
+	}
+	if ids := p.speakTLS(false); r.flags.tls.cert != "" && !r.entrance && len(ids) > 0 {
+		return reloaded{}, fmt.Errorf("%s: %s would need a listener without TLS, which there is not: restart flowctl, or set \"tls\": true", r.flags.file, enumerate(ids))
+	}
+	if err := cmp.Or(r.sup.settings.checkReach(p), r.flags.engine.checkNew(p, r.sup.procs)); err != nil {
+		return reloaded{}, err
+	}
+	if r.files != nil {
+		for _, c := range p.components() {
+			if err := r.files.add(c.ID); err != nil {
+				return reloaded{}, err
+			}
+		}
+	}
+	for _, c := range p.components() {
+		if r.console.add(c.ID); r.journal != nil {
+			r.journal.add(c.ID)
+		}
+	}
+	out, err := r.sup.reload(p)
+	for _, p := range r.sup.procs {
+		if p.leaving {
+			delete(r.unhealthy, p.ID)
+		}
+	}
+	return out, err
+}
+
+// syncMembers tells the registry which components there are, when that has changed.
+func (r *run) syncMembers(now time.Time) {
+	if r.edition == r.sup.edition {
+		return
+	}
+	r.edition = r.sup.edition
+	r.registry.setMembers(r.sup.members(), now)
+	for id := range r.conditions {
+		if r.sup.byID[id] == nil {
+			delete(r.conditions, id)
+			delete(r.unhealthy, id)
+		}
+	}
+}
+
+// members is what the registry is to know of the components.
+func (s *supervisor) members() []member {
+	var out []member
+	for _, p := range s.procs {
+		out = append(out, member{p.Component, s.ports[p.ID].number})
+	}
+	return out
+}
+
+// report is what there is to say of a run that has ended, now that all are over.
+func (r *run) report() report {
+	out := report{Time: time.Now(), Level: "ERROR", Msg: reportMsg, ExitCode: r.code, Pipeline: r.about.name}
+	for _, p := range r.sup.procs {
+		if p.failure != nil {
+			out.Failures = append(out.Failures, r.describe(p))
+		}
+	}
+	if len(out.Failures) == 0 && r.blame != nil {
+		out.Error = r.blame.Error()
+	}
+	return out
+}
+
+// describe says what has to be said of p, which failed.
+func (r *run) describe(p *proc) failedComponent {
+	f := p.failure
+	out := failedComponent{
+		Component: f.component.ID, Kind: f.kind, Reason: f.reason, PID: f.pid, Registered: f.registered, Restarts: p.restarts,
+		LastLines: []string{}, expected: f.component.registers(), Try: f.try(r.flags.file),
+	}
+	if f.pid != 0 {
+		out.Lived = f.lived.Round(time.Millisecond).String()
+	}
+	for _, line := range f.tail {
+		out.LastLines = append(out.LastLines, strings.TrimSuffix(line, "\r"))
+	}
+	if r.files != nil {
+		out.LogFile = filepath.Join(r.files.dir, f.component.ID+".log")
+	}
+	out.NeverStarted, out.Stopped = r.sup.affected(p)
+	return out
 }

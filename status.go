@@ -1,356 +1,24 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
-	"os"
-	"path/filepath"
+	"maps"
+	"math"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
+	"text/tabwriter"
 	"time"
-	"unicode"
-	"unicode/utf8"
+
+	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
+	"google.golang.org/protobuf/types/known/timestamppb"
 )
-
-// The forms of the log, as -log-format names them.
-const (
-	formatAuto = "auto"
-	formatText = "text"
-	formatJSON = "json"
-
-	formatJournal = "journal"
-)
-
-// newLogger returns flowctl's own log. Durations are shown as Go writes them, such
-// as 1.5s, in JSON too.
-func newLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
-	options := &slog.HandlerOptions{Level: level, ReplaceAttr: readable(format)}
-	if format == formatJSON {
-		return slog.New(slog.NewJSONHandler(w, options))
-	}
-	return slog.New(slog.NewTextHandler(w, options))
-}
-
-// readable has slog write attributes for people in the format given.
-func readable(format string) func(groups []string, a slog.Attr) slog.Attr {
-	return func(groups []string, a slog.Attr) slog.Attr {
-		switch {
-		case a.Value.Kind() == slog.KindDuration:
-			a.Value = slog.StringValue(a.Value.Duration().String())
-		case a.Key == slog.TimeKey && len(groups) == 0 && format != formatJSON && a.Value.Kind() == slog.KindTime:
-			a.Value = slog.StringValue(a.Value.Time().Format(time.TimeOnly))
-		}
-		return a
-	}
-}
-
-// patient writes to a file as if it had never been set to be non-blocking, which any
-// program can do to a terminal that it shares with flowctl (ssh and node are known to).
-type patient struct{ f *os.File }
-
-func (p patient) Write(b []byte) (written int, err error) {
-	for {
-		n, err := p.f.Write(b[written:])
-		written += n
-		if !errors.Is(err, syscall.EAGAIN) {
-			return written, err
-		}
-		if err := syscall.SetNonblock(int(p.f.Fd()), false); err != nil {
-			return written, err
-		}
-	}
-}
-
-// logWriter hands what it is given to another writer, in the background: whoever
-// logs must not wait for a terminal that is held or a pipe that nobody reads, least
-// of all while it stops a pipeline. Past maxQueued bytes it drops lines and says so.
-type logWriter struct {
-	w    io.Writer
-	json bool          // its lines are JSON, and so must be what it says itself
-	more chan struct{} // gets a token when there is something to do
-
-	mu      sync.Mutex // guards the fields below
-	queue   []byte
-	own     int           // bytes of queue that are of the log, and not of components
-	room    sync.Cond     // signalled when queue has been taken, or nothing will be
-	written chan struct{} // closed when what is queued now has been written, nil when nobody waits for that
-	lost    int           // lines
-	err     error         // the first of w
-	closed  bool
-}
-
-const (
-	maxQueued  = 1 << 20
-	maxWaiting = 64 << 10        // queued bytes from which on those wait that can
-	flushTime  = 5 * time.Second // for the last lines, when flowctl ends
-)
-
-func newLogWriter(w io.Writer, format string) *logWriter {
-	l := &logWriter{w: w, json: format == formatJSON, more: make(chan struct{}, 1)}
-	l.room.L = &l.mu
-	go l.run()
-	return l
-}
-
-// Write takes one line. It never blocks and never fails.
-func (l *logWriter) Write(line []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.own+len(line) > maxQueued {
-		l.lost++
-	} else {
-		l.queue, l.own = append(l.queue, line...), l.own+len(line)
-	}
-	l.poke()
-	return len(line), nil
-}
-
-// waiting is how components write to a logWriter: none of their lines is dropped, and
-// they wait while many are queued. It fails after w has.
-type waiting struct{ *logWriter }
-
-func (l waiting) Write(lines []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for len(l.queue) >= maxWaiting && l.err == nil && !l.closed {
-		l.room.Wait()
-	}
-	switch {
-	case l.err != nil:
-		return 0, l.err
-	case l.closed:
-		return 0, os.ErrClosed
-	}
-	l.queue = append(l.queue, lines...)
-	l.poke()
-	return len(lines), nil
-}
-
-// await returns when all that is queued has been written, or never will be.
-func (l waiting) await() {
-	l.mu.Lock()
-	if l.closed {
-		l.mu.Unlock()
-		return
-	}
-	written := l.awaitLocked()
-	l.mu.Unlock()
-	<-written
-}
-
-// awaitLocked returns what is closed when all that is queued has been written.
-func (l *logWriter) awaitLocked() <-chan struct{} {
-	if l.written == nil {
-		l.written = make(chan struct{})
-	}
-	l.poke()
-	return l.written
-}
-
-// poke has w written to, though there may be no lines.
-func (l *logWriter) poke() {
-	select {
-	case l.more <- struct{}{}:
-	default:
-	}
-}
-
-func (l *logWriter) run() {
-	var lines []byte
-	for closed := false; !closed; {
-		<-l.more
-		l.mu.Lock()
-		lines, l.queue, l.own = l.queue, lines[:0], 0
-		if l.lost > 0 {
-			lines = l.appendLost(lines)
-		}
-		written := l.written
-		l.lost, l.written, closed = 0, nil, l.closed
-		l.room.Broadcast()
-		l.mu.Unlock()
-		if _, err := l.w.Write(lines); err != nil {
-			l.fail(err)
-		}
-		if written != nil {
-			close(written)
-		}
-	}
-}
-
-// fail notes err for those that wait: to those that do not, there is nothing to say.
-func (l *logWriter) fail(err error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.err = cmp.Or(l.err, err)
-	l.room.Broadcast()
-}
-
-// flush returns when all that is queued has been written, or after most.
-func (l *logWriter) flush(most time.Duration) {
-	l.mu.Lock()
-	written := l.awaitLocked()
-	l.mu.Unlock()
-	timer := time.NewTimer(most)
-	defer timer.Stop()
-	select {
-	case <-written:
-	case <-timer.C:
-	}
-}
-
-// appendLost appends that lines are lost, which a reader of JSON has to understand too.
-func (l *logWriter) appendLost(lines []byte) []byte {
-	text := fmt.Sprintf("%d lines of this log are lost: standard error was not read", l.lost)
-	if l.json {
-		out := bytes.NewBuffer(lines)
-		newLogger(out, formatJSON, slog.LevelInfo).Error(text, "lines", l.lost)
-		return out.Bytes()
-	}
-	return fmt.Appendf(lines, "flowctl: %s\n", text)
-}
-
-// close writes what is left, unless that takes longer than flushTime.
-func (l *logWriter) close() {
-	l.mu.Lock()
-	l.closed = true
-	l.room.Broadcast()
-	l.mu.Unlock()
-	l.flush(flushTime)
-}
-
-// palette are the colours of components on a terminal, readable on black and white.
-var palette = []string{"36", "33", "32", "35", "34", "96", "93", "92", "95", "94"}
-
-// console writes the lines of components to one output, whole and one component's
-// at a time. Its first error is kept: from then on it drops what it gets, so that
-// components can be stopped, and broken is closed.
-type console struct {
-	json    bool
-	colours bool
-	broken  chan struct{}
-
-	mu     sync.Mutex        // guards the fields below; held while w is written, so that a slow reader slows components
-	heads  map[string]string // by id: what stands between the time and the line
-	colour map[string]string // by id: the escape code, empty without colours
-	width  int               // of the longest id
-	w      io.Writer
-	buf    []byte
-	err    error
-}
-
-// newConsole returns a console for the components ids.
-func newConsole(w io.Writer, format string, colours bool, ids []string) *console {
-	c := &console{w: w, json: format == formatJSON, colours: colours, heads: make(map[string]string), colour: make(map[string]string), broken: make(chan struct{})}
-	for _, id := range ids {
-		c.width = max(c.width, len(id))
-	}
-	for _, id := range ids {
-		c.add(id)
-	}
-	return c
-}
-
-// add makes id known, in the next colour. The lines of one that is longer than those
-// before stand out to the right.
-func (c *console) add(id string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.heads[id] != "" {
-		return
-	}
-	if c.colours {
-		c.colour[id] = "\x1b[" + palette[len(c.heads)%len(palette)] + "m"
-	}
-	c.heads[id] = fmt.Sprintf(" %-*s | ", c.width, id)
-}
-
-// isTerminal takes any character device but /dev/null for one.
-func isTerminal(f *os.File) bool {
-	info, err := f.Stat()
-	null, nullErr := os.Stat(os.DevNull)
-	return err == nil && info.Mode()&os.ModeCharDevice != 0 && (nullErr != nil || !os.SameFile(info, null))
-}
-
-// useColours tells whether f is a terminal whose user wants colours (no-color.org).
-func useColours(f *os.File) bool {
-	return isTerminal(f) && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
-}
-
-// lines writes lines of a component.
-func (c *console) lines(id, stream string, lines []byte) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.err != nil {
-		return
-	}
-	c.buf = c.buf[:0]
-	if c.json {
-		c.appendJSON(id, stream, lines, time.Now())
-	} else {
-		c.appendText(id, lines, time.Now())
-	}
-	if _, err := c.w.Write(c.buf); err != nil {
-		c.err = err
-		close(c.broken)
-	}
-	if cap(c.buf) > 2*maxLine {
-		c.buf = nil
-	}
-}
-
-// flush returns when the lines that it was given are written, however long that takes.
-func (c *console) flush() {
-	if w, ok := c.w.(waiting); ok {
-		w.await()
-	}
-}
-
-func (c *console) appendText(id string, lines []byte, now time.Time) {
-	stamp := now.AppendFormat(make([]byte, 0, len(time.TimeOnly)), time.TimeOnly)
-	head, colour := c.heads[id], c.colour[id]
-	for len(lines) > 0 {
-		var line []byte
-		line, lines = cutLine(lines)
-		c.buf = append(c.buf, colour...)
-		c.buf = append(c.buf, stamp...)
-		c.buf = append(c.buf, head...)
-		if colour != "" {
-			c.buf = append(c.buf, "\x1b[0m"...)
-		}
-		c.buf = append(append(c.buf, line...), '\n')
-	}
-}
-
-func (c *console) appendJSON(id, stream string, lines []byte, now time.Time) {
-	out := bytes.NewBuffer(c.buf)
-	enc := json.NewEncoder(out)
-	enc.SetEscapeHTML(false)
-	for len(lines) > 0 {
-		var line []byte
-		line, lines = cutLine(lines)
-		// Strings and a time always encode.
-		_ = enc.Encode(struct {
-			Time      time.Time `json:"time"`
-			Component string    `json:"component"`
-			Stream    string    `json:"stream"`
-			Line      string    `json:"line"`
-		}{now, id, stream, string(line)})
-	}
-	c.buf = out.Bytes()
-}
-
-// cutLine takes the first line off lines, without its newline and a CR before that.
-func cutLine(lines []byte) (line, rest []byte) {
-	line, rest, _ = bytes.Cut(lines, []byte{'\n'})
-	return bytes.TrimSuffix(line, []byte{'\r'}), rest
-}
 
 // overview is how a run is at a moment.
 type overview struct {
@@ -360,160 +28,6 @@ type overview struct {
 	restarting   []string
 	stopping     bool
 	left         []string // still running while stopping
-}
-
-// logFiles keeps the lines of each component in a file of its own below a folder,
-// written before they are shown, so that what is on the terminal is in the file.
-type logFiles struct {
-	dir string
-	log *slog.Logger
-
-	mu   sync.RWMutex // guards byID
-	byID map[string]*logFile
-}
-
-// logFile is DIR/ID.log. Past maxLogFile bytes it becomes DIR/ID.log.1 and a new one
-// is begun.
-type logFile struct {
-	path string
-
-	mu     sync.Mutex // guards the fields below
-	f      *os.File   // nil when it could not be opened
-	size   int64
-	most   int64 // the size at which it is to be rotated
-	buf    []byte
-	broken bool // the last write failed, which has been said
-	closed bool
-
-	missing int // lines that could not be written
-}
-
-const maxLogFile = 10 << 20
-
-// openLogFiles makes the folder and opens a file for each of ids.
-func openLogFiles(dir string, ids []string, log *slog.Logger) (*logFiles, error) {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, err
-	}
-	l := &logFiles{dir: dir, log: log, byID: make(map[string]*logFile)}
-	for _, id := range ids {
-		if err := l.add(id); err != nil {
-			l.close()
-			return nil, err
-		}
-	}
-	return l, nil
-}
-
-// add opens the file of id, if that has not been done.
-func (l *logFiles) add(id string) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.byID[id] != nil {
-		return nil
-	}
-	f := &logFile{path: filepath.Join(l.dir, id+".log")}
-	if err := f.open(); err != nil {
-		return err
-	}
-	l.byID[id] = f
-	return nil
-}
-
-// lines is an emitter. A file that cannot be written is reported once and tried
-// again with the next lines: a full disk must not stop a pipeline.
-func (l *logFiles) lines(id, _ string, lines []byte) {
-	l.mu.RLock()
-	file := l.byID[id]
-	l.mu.RUnlock()
-	file.mu.Lock()
-	defer file.mu.Unlock()
-	if file.closed {
-		return // the run is over, and these lines were given up
-	}
-	err := file.write(lines, time.Now())
-	switch {
-	case err != nil && !file.broken:
-		l.log.Error("trouble with a log file", "component", id, "err", err)
-	case err == nil && file.missing > 0:
-		l.log.Warn("log file is written again", "component", id, "missing_lines", file.missing)
-		file.missing = 0
-	}
-	file.broken = err != nil
-}
-
-// write appends lines, each with the time. What could not be written whole is taken
-// back, so that no later line is glued to a part of it. That a file cannot be
-// rotated is an error, and the lines are in it all the same.
-func (f *logFile) write(lines []byte, now time.Time) error {
-	stamp := now.AppendFormat(make([]byte, 0, 32), "2006-01-02T15:04:05.000Z07:00 ")
-	f.buf = f.buf[:0]
-	for len(lines) > 0 {
-		var line []byte
-		line, lines = cutLine(lines)
-		f.buf = append(append(append(f.buf, stamp...), line...), '\n')
-	}
-	var rotated error
-	if f.f != nil && f.size > 0 && f.size+int64(len(f.buf)) > f.most {
-		rotated = f.rotate()
-	}
-	if f.f == nil {
-		if err := f.open(); err != nil {
-			f.missing += bytes.Count(f.buf, []byte{'\n'})
-			return err
-		}
-	}
-	if n, err := f.f.Write(f.buf); err != nil {
-		if n > 0 {
-			_ = f.f.Truncate(f.size)
-		}
-		f.missing += bytes.Count(f.buf, []byte{'\n'})
-		return err
-	}
-	f.size += int64(len(f.buf))
-	if cap(f.buf) > 2*maxLine {
-		f.buf = nil
-	}
-	return rotated
-}
-
-// rotate moves the file away. Where that fails it is tried again after as much more.
-func (f *logFile) rotate() error {
-	if err := os.Rename(f.path, f.path+".1"); err != nil {
-		f.most = f.size + maxLogFile
-		return err
-	}
-	f.f.Close() // every write has been checked
-	f.f = nil
-	return nil
-}
-
-func (f *logFile) open() error {
-	// Not to wait for the reader of a pipe that stands in its place.
-	file, err := os.OpenFile(f.path, os.O_APPEND|os.O_CREATE|os.O_WRONLY|syscall.O_NONBLOCK, 0o644)
-	if err != nil {
-		return err
-	}
-	info, err := file.Stat()
-	if err != nil {
-		file.Close()
-		return err
-	}
-	f.f, f.size, f.most = file, info.Size(), maxLogFile
-	return nil
-}
-
-// close closes the files.
-func (l *logFiles) close() {
-	l.mu.RLock()
-	defer l.mu.RUnlock()
-	for _, f := range l.byID {
-		f.mu.Lock()
-		if f.closed = true; f.f != nil {
-			f.f.Close()
-		}
-		f.mu.Unlock()
-	}
 }
 
 // part is what an overview has to say besides the counts.
@@ -554,32 +68,613 @@ func (o overview) attrs() []any {
 	return attrs
 }
 
-// enumerate lists a few of many.
-func enumerate(ids []string) string {
-	const most = 5
-	if len(ids) > most {
-		return fmt.Sprintf("%s and %d more", strings.Join(ids[:most], ", "), len(ids)-most)
-	}
-	return strings.Join(ids, ", ")
+// report is that, and in JSON its form. README documents the keys.
+type report struct {
+	Time     time.Time         `json:"time"`
+	Level    string            `json:"level"`
+	Msg      string            `json:"msg"` // reportMsg, by which it is told from the log
+	ExitCode int               `json:"exit_code"`
+	Pipeline string            `json:"pipeline,omitempty"`
+	Error    string            `json:"error,omitempty"` // that no component is to blame for
+	Try      string            `json:"try,omitempty"`
+	File     string            `json:"file,omitempty"` // in which Errors are
+	Errors   []checkError      `json:"errors,omitempty"`
+	More     int               `json:"more_errors,omitempty"` // that are not in Errors
+	Failures []failedComponent `json:"failures,omitempty"`    // in file order
 }
 
-// clean is printable for a table: a long text is cut.
-func clean(text string) string {
-	const most = 60
-	text = printable(text)
-	if utf8.RuneCountInString(text) > most {
-		text = string([]rune(text)[:most-3]) + "..."
-	}
-	return text
+const reportMsg = "flowctl failed"
+
+// failedComponent is one that failed, in a report.
+type failedComponent struct {
+	Component    string   `json:"component"`
+	Kind         failKind `json:"kind"`
+	Reason       string   `json:"reason"`
+	PID          int      `json:"pid,omitempty"` // of its last process, as what follows is
+	Lived        string   `json:"lived,omitempty"`
+	Registered   bool     `json:"registered"`
+	Restarts     int      `json:"restarts"`
+	LastLines    []string `json:"last_lines"`
+	LogFile      string   `json:"log_file,omitempty"`
+	NeverStarted []string `json:"never_started"` // because they wait for it
+	Stopped      []string `json:"stopped"`       // although they ran, because they need it
+	Try          string   `json:"try,omitempty"`
+
+	expected bool // to register
 }
 
-// printable makes text that a component chose fit to be shown: control characters
-// and bytes that are no UTF-8 become a mark.
-func printable(text string) string {
-	return strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) || unicode.Is(unicode.Cf, r) || r == utf8.RuneError || r == '\u2028' || r == '\u2029' {
-			return '\uFFFD'
+// newReport says how err ends flowctl. It has nothing to say where its exit code is
+// the answer, or all has been said.
+func newReport(err error) (out report, say bool) {
+	out = report{Time: time.Now(), Level: "ERROR", Msg: reportMsg, ExitCode: exitFailed}
+	var exit *exitError
+	var usage *usageError
+	var file *fileErrors
+	var tried *hintedError
+	if errors.As(err, &exit) {
+		out.ExitCode = exit.code
+	}
+	switch {
+	case exit != nil && exit.err == nil:
+		return out, false
+	case errors.As(err, &file):
+		out.ExitCode, out.File, out.More = exitUsage, file.name, file.more
+		out.Errors = file.entries()
+	case errors.As(err, &usage):
+		out.ExitCode, out.Try = exitUsage, strings.TrimSpace("flowctl help "+usage.command)
+	}
+	if errors.As(err, &tried) {
+		out.Try = tried.try
+	}
+	out.Error = err.Error()
+	return out, true
+}
+
+// writeText says it to people.
+func (r report) writeText(w io.Writer) {
+	switch {
+	case len(r.Errors) > 0:
+		fmt.Fprintln(w, r.Error) // each line begins with its place, as editors want it
+	case r.Error != "":
+		fmt.Fprintln(w, "flowctl: "+strings.ReplaceAll(r.Error, "\n", "\nflowctl: "))
+	}
+	if r.Try != "" {
+		fmt.Fprintln(w, "Try: "+r.Try)
+	}
+	for i, f := range r.Failures {
+		f.writeText(w, i < mostShown)
+	}
+}
+
+// mostShown is how many failed components are shown in full in a text. What fails
+// after so many others rarely has more to tell.
+const mostShown = 5
+
+func (f failedComponent) writeText(w io.Writer, full bool) {
+	fmt.Fprintf(w, "flowctl: component %s failed: %s%s\n", f.Component, f.Reason, f.circumstances())
+	if !full {
+		return
+	}
+	if len(f.LastLines) > 0 {
+		where := ""
+		if f.LogFile != "" {
+			where = " (all are in " + f.LogFile + ")"
 		}
-		return r
-	}, text)
+		fmt.Fprintf(w, "flowctl: the last lines of %s%s:\n", f.Component, where)
+	}
+	for _, line := range f.LastLines {
+		fmt.Fprintf(w, "  %s\n", line)
+	}
+	if len(f.NeverStarted) > 0 {
+		fmt.Fprintf(w, "flowctl: never started, waiting for %s: %s\n", f.Component, enumerate(f.NeverStarted))
+	}
+	if len(f.Stopped) > 0 {
+		fmt.Fprintf(w, "flowctl: stopped, needing %s: %s\n", f.Component, enumerate(f.Stopped))
+	}
+	if f.Try != "" {
+		fmt.Fprintf(w, "flowctl: try: %s\n", f.Try)
+	}
+}
+
+func (f failedComponent) circumstances() string {
+	if f.PID == 0 {
+		return ""
+	}
+	text := fmt.Sprintf(" (pid %d, ran for %s", f.PID, f.Lived)
+	if f.expected {
+		if text += ", "; !f.Registered {
+			text += "not "
+		}
+		text += "registered"
+	}
+	return text + ")"
+}
+
+// writeJSON writes it in a line.
+func (r report) writeJSON(w io.Writer) {
+	enc := json.NewEncoder(w)
+	enc.SetEscapeHTML(false)
+	_ = enc.Encode(r) // texts, numbers and a time always encode, and there is nowhere to say that it is not written
+}
+
+// symptoms are texts by which the reason of a failure, or a component's last lines,
+// show what to try. The first that fits is taken; %s is the component's id.
+var symptoms = []struct {
+	inLines bool
+	text    string // in lower case
+	try     string
+}{
+	{false, "limit of open files", "raise the limit of open files: ulimit -n 65536, or LimitNOFILE= of a unit"},
+	{false, "limit of processes", "raise the limit of processes: ulimit -u unlimited, or TasksMax= of a unit"},
+	{true, "address already in use", "a port that %s wants is taken: ss -ltnp shows who has it; a free one is in its $HEALTH_PORT"},
+	{true, "too many open files", "raise the limit of open files: ulimit -n 65536, or LimitNOFILE= of a unit"},
+	{true, "no space left on device", "make room: df -h shows which disk is full"},
+	{false, "none of the pipeline's", "if one of these is %s, have it register by the id that is in its $FLOWCTL_COMPONENT_ID"},
+	{false, "(-unhealthy-timeout): health_check", "ask by hand what its health_check asks, while %s runs; if it is only slow, give it a longer \"health_timeout\" or more \"health_retries\", or run with a longer -unhealthy-timeout"},
+	{false, "health_check", "ask by hand what its health_check asks, while %s runs; if it is only slow, give it a longer \"start_timeout\" or \"health_timeout\""},
+	{false, "not registered", "if %s does not speak to flowctl, give it \"register\": false; if it does, it has to dial $FLOWCTL_ENDPOINT; if it is only slow, give it a longer \"start_timeout\""},
+	{false, "no heartbeat for", "see what %s did for so long; if it is to be silent that long, run with a longer -heartbeat-ttl"},
+	{false, "declared itself", "it is %s that says so: look for the reason in its lines, or give it longer with -unhealthy-timeout"},
+}
+
+// try is what may help against f, "" where its last lines are all there is.
+func (f *failure) try(file string) string {
+	c, lines := f.component, strings.ToLower(strings.Join(f.tail[max(0, len(f.tail)-3):], "\n")) // what came before may have been mended
+	for _, s := range symptoms {
+		in := f.reason
+		if s.inLines {
+			in = lines
+		}
+		if strings.Contains(in, s.text) {
+			return strings.ReplaceAll(s.try, "%s", c.ID)
+		}
+	}
+	switch {
+	case f.kind == failStart && fromStandardInput(file):
+		return ""
+	case f.kind == failStart:
+		return "flowctl check " + shellWord(file) + " shows all programs, folders and files that are missing"
+	case f.kind == failStuck:
+		return "only a process that hangs in the kernel outlives SIGKILL, mostly by a disk or a network file system: see dmesg"
+	case f.exit != nil:
+		return f.tryExit()
+	}
+	return ""
+}
+
+// tryExit is what may help where a process has ended.
+func (f *failure) tryExit() string {
+	c := f.component
+	status, _ := f.exit.Sys().(syscall.WaitStatus)
+	switch {
+	case c.Image != "":
+		return f.tryContainer(status)
+	case status.Signaled():
+		return trySignal(status.Signal())
+	case status.ExitStatus() == 127:
+		return "127 is how a shell says that a program is not found: PATH is that of flowctl, the folder is " + shellWord(c.WorkingDir)
+	case status.ExitStatus() == 126:
+		return "126 is how a shell says that a file is no program, or not executable (chmod +x)"
+	case status.ExitStatus() == 0 && !f.registered && c.registers():
+		return fmt.Sprintf("if %s does not speak to flowctl, give it \"register\": false", c.ID)
+	case len(f.tail) == 0:
+		return "it printed nothing: run " + shellWord(c.Command[0]) + " by hand, in the folder " + shellWord(c.WorkingDir)
+	case f.wasReady && c.RestartPolicy != restartOnFailure && c.RestartPolicy != restartAlways:
+		return "if it may fail and be started again, give it \"restart_policy\": \"on-failure\""
+	}
+	return ""
+}
+
+// tryContainer is tryExit for the engine's command line, which ends as the container
+// did, or by a code of its own (docker-run(1), podman-run(1)).
+func (f *failure) tryContainer(status syscall.WaitStatus) string {
+	switch code := status.ExitStatus(); {
+	case status.Signaled():
+		return trySignal(status.Signal())
+	case code == 125:
+		return "the engine has refused to run the container: its lines say why"
+	case code == 126 || code == 127:
+		return "the image " + shellWord(f.component.Image) + " has no such program, or it is not executable: see \"args\" and the image's entrypoint"
+	case code > 128:
+		return trySignal(syscall.Signal(code - 128))
+	case len(f.tail) == 0:
+		return "it printed nothing: run the image " + shellWord(f.component.Image) + " by hand"
+	}
+	return ""
+}
+
+// trySignal is what may help where flowctl has not sent the signal that ended a
+// process.
+func trySignal(sig syscall.Signal) string {
+	switch sig {
+	case syscall.SIGKILL:
+		return "flowctl did not send it; the kernel does when memory is short: dmesg | grep -i oom, or journalctl -k"
+	case syscall.SIGSEGV, syscall.SIGBUS, syscall.SIGILL, syscall.SIGFPE, syscall.SIGABRT, syscall.SIGTRAP, syscall.SIGSYS:
+		return "it has crashed: coredumpctl info shows where, if the system keeps core dumps"
+	case syscall.SIGPIPE:
+		return "it wrote to a connection or pipe that nobody reads any more: see what it was connected to"
+	}
+	return "flowctl did not send it: something else on this machine has ended it"
+}
+
+// footerRows are the rows of a footer: how the pipeline is, a head, and a row for each
+// component.
+func (p *listedPipeline) footerRows(now time.Time) []string {
+	var table strings.Builder
+	tw := tabwriter.NewWriter(&table, 0, 8, 2, ' ', 0)
+	fmt.Fprintln(tw, "ID\tSTATE\tHEALTH\tPID\tUPTIME\tLAST SEEN\tRESTARTS\tMETRICS")
+	for _, l := range p.Components {
+		uptime := "-"
+		if l.PID != 0 && l.Started != nil {
+			uptime = max(now.Sub(*l.Started), 0).Round(time.Second).String()
+		}
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t%s\n", clean(l.ID), clean(l.State), clean(l.Health), dash(l.PID != 0, l.PID),
+			uptime, dash(l.LastSeen != nil, l.age(now)), l.Restarts, l.metricsText())
+	}
+	_ = tw.Flush() // a Builder always takes it
+	head := fmt.Sprintf("%s (%s): %s", clean(p.Pipeline), clean(p.Endpoint), printable(p.Status))
+	return append([]string{head}, strings.Split(strings.TrimSuffix(table.String(), "\n"), "\n")...)
+}
+
+// listedPipeline is one element of what list -json prints. README documents it.
+type listedPipeline struct {
+	Pipeline   string             `json:"pipeline"` // "" for a control plane alone
+	Endpoint   string             `json:"endpoint"`
+	PID        int64              `json:"pid,omitempty"`
+	Version    string             `json:"version,omitempty"`
+	Started    *time.Time         `json:"started,omitempty"`
+	Status     string             `json:"status,omitempty"`
+	Ready      bool               `json:"ready"`
+	StateFile  string             `json:"state_file,omitempty"`
+	NotDurable string             `json:"not_durable,omitempty"`
+	Components []*listedComponent `json:"components"`
+	texts      [][]byte           // or each of them as JSON
+	unhealthy  bool               // one of texts is
+	ended      string             // why nothing more comes of it, "" while it does
+}
+
+// listedComponent is one component in what list prints.
+type listedComponent struct {
+	record       int64
+	ID           string            `json:"id"`
+	InPipeline   bool              `json:"in_pipeline"`
+	ServiceID    string            `json:"service_id,omitempty"`
+	Type         string            `json:"type"`
+	TypeInFile   string            `json:"type_in_file,omitempty"`
+	Labels       map[string]string `json:"labels,omitempty"`
+	Name         string            `json:"name,omitempty"`
+	Description  string            `json:"description,omitempty"`
+	Version      string            `json:"version,omitempty"`
+	InputEvents  []string          `json:"input_event_types,omitempty"`
+	OutputEvents []string          `json:"output_event_types,omitempty"`
+	Endpoint     string            `json:"endpoint,omitempty"`
+	Metadata     map[string]string `json:"metadata,omitempty"`
+	Health       string            `json:"health"`
+	Healthy      bool              `json:"healthy"`
+	Cause        string            `json:"cause,omitempty"`
+	Declared     string            `json:"declared,omitempty"`
+	Registered   *time.Time        `json:"registered_at,omitempty"`
+	LastSeen     *time.Time        `json:"last_seen,omitempty"`
+	State        string            `json:"state,omitempty"`
+	PID          int64             `json:"pid,omitempty"`
+	Started      *time.Time        `json:"started,omitempty"`
+	Restarts     int64             `json:"restarts"`
+	Metrics      map[string]any    `json:"metrics,omitempty"`
+	History      []listedChange    `json:"history,omitempty"`
+}
+
+// listedChange is one change of health.
+type listedChange struct {
+	Time   time.Time `json:"time"`
+	Health string    `json:"health"`
+	Cause  string    `json:"cause,omitempty"`
+}
+
+// listedEvent is what list -watch -json prints for each change: one of Component,
+// Removed, Status and Ended is there.
+type listedEvent struct {
+	Time       time.Time        `json:"time"`
+	Pipeline   string           `json:"pipeline"`
+	Endpoint   string           `json:"endpoint"`
+	Component  *listedComponent `json:"component,omitempty"`
+	Removed    string           `json:"removed,omitempty"`
+	Status     string           `json:"status,omitempty"`
+	Ready      *bool            `json:"ready,omitempty"` // beside Status
+	NotDurable string           `json:"not_durable,omitempty"`
+	Ended      string           `json:"ended,omitempty"` // why nothing more comes
+	durability string           // what is to be said of NotDurable, if that has changed
+}
+
+func listPipeline(p *operatorv1.Pipeline) listedPipeline {
+	return listedPipeline{
+		Pipeline: p.GetName(), Endpoint: p.GetEndpoint(), PID: p.GetPid(), Version: p.GetVersion(), Started: listTime(p.GetStarted()),
+		Status: p.GetStatus(), Ready: p.GetReady(), StateFile: p.GetStateFile(), NotDurable: p.GetNotDurable(),
+	}
+}
+
+func listComponent(c *operatorv1.Component) *listedComponent {
+	p := c.GetProcess()
+	l := &listedComponent{
+		record: c.GetRecord(), ID: c.GetId(), InPipeline: c.GetInPipeline(), ServiceID: c.GetServiceId(), Type: c.GetType(),
+		TypeInFile: c.GetTypeInFile(), Labels: c.GetLabels(),
+		Name: c.GetName(), Description: c.GetDescription(), Version: c.GetVersion(),
+		InputEvents: c.GetInputEventTypes(), OutputEvents: c.GetOutputEventTypes(),
+		Endpoint: c.GetEndpoint(), Metadata: c.GetMetadata(), Health: c.GetHealth(), Cause: c.GetCause(), Declared: c.GetDeclared(),
+		Healthy:    c.GetHealth() == healthy.String() || c.GetHealth() == degraded.String() || p.GetState() == procCompleted.String(),
+		Registered: listTime(c.GetRegisteredAt()), LastSeen: listTime(c.GetLastSeen()),
+		State: p.GetState(), PID: p.GetPid(), Started: listTime(p.GetStarted()), Restarts: p.GetRestarts(),
+	}
+	for name, f := range c.GetMetrics() {
+		l.setMetric(name, f)
+	}
+	for name, text := range c.GetTextMetrics() {
+		l.setMetric(name, text)
+	}
+	for _, h := range c.GetHistory() {
+		at := cmp.Or(listTime(h.GetTime()), new(time.Time{}))
+		l.History = append(l.History, listedChange{*at, h.GetHealth(), h.GetCause()})
+	}
+	return l
+}
+
+// listTime is nil for a time that was not sent, or that RFC 3339 has no words for.
+func listTime(t *timestamppb.Timestamp) *time.Time {
+	if !t.IsValid() {
+		return nil
+	}
+	return new(t.AsTime())
+}
+
+// rank puts what is in the pipeline first.
+func (l *listedComponent) rank() int {
+	if l.InPipeline {
+		return 0
+	}
+	return 1
+}
+
+func (l *listedComponent) is(id string) bool { return l.ID == id || l.ServiceID == id }
+
+// setMetric keeps a number as a number unless JSON has none such, as for infinity.
+func (l *listedComponent) setMetric(name string, value any) {
+	if l.Metrics == nil {
+		l.Metrics = make(map[string]any)
+	}
+	if f, ok := value.(float64); ok && (math.IsInf(f, 0) || math.IsNaN(f)) {
+		value = fmt.Sprint(f)
+	}
+	l.Metrics[name] = value
+}
+
+// title is the id with what else there is to know of it: starts tells that the list
+// is of a pipeline.
+func (l *listedComponent) title(starts bool) string {
+	switch {
+	case starts && !l.InPipeline:
+		return clean(l.ID) + " (not in the pipeline)"
+	case l.ServiceID != "":
+		return clean(l.ID) + " (" + clean(l.ServiceID) + ")"
+	}
+	return clean(l.ID)
+}
+
+func (l *listedComponent) age(now time.Time) string {
+	if l.LastSeen == nil {
+		return ""
+	}
+	return ago(now.Sub(*l.LastSeen))
+}
+
+// metricsText shows the first few metrics by name.
+func (l *listedComponent) metricsText() string {
+	return cmp.Or(enumerate(l.metricTexts()), "-")
+}
+
+func (l *listedComponent) metricTexts() []string {
+	var parts []string
+	for name, value := range l.Metrics {
+		if f, ok := value.(float64); ok {
+			value = fmt.Sprintf("%.6g", f)
+		}
+		parts = append(parts, clean(fmt.Sprintf("%s=%v", name, value)))
+	}
+	slices.Sort(parts)
+	return parts
+}
+
+// writeDetails shows all that is known of a component to a person.
+func (l *listedComponent) writeDetails(w *bufio.Writer, p *listedPipeline, now time.Time) {
+	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	line := func(name, value string) {
+		if value != "" {
+			fmt.Fprintf(tw, "%s:\t%s\n", name, value)
+		}
+	}
+	list := func(values []string) string {
+		for i := range values {
+			values[i] = printable(values[i])
+		}
+		return strings.Join(values, ", ")
+	}
+	pairs := func(values map[string]string) string {
+		var out []string
+		for _, key := range slices.Sorted(maps.Keys(values)) {
+			out = append(out, key+"="+values[key])
+		}
+		return list(out)
+	}
+	line("id", clean(l.ID))
+	line("service id", clean(l.ServiceID))
+	pipeline := clean(p.Pipeline)
+	if !l.InPipeline && pipeline != "" {
+		pipeline += " (not in its file)"
+	}
+	line("pipeline", pipeline)
+	line("type", clean(l.Type))
+	line("type in file", printable(l.TypeInFile))
+	line("labels", pairs(l.Labels))
+	line("name", clean(l.Name))
+	line("description", printable(l.Description))
+	line("version", clean(l.Version))
+	if l.State != "" {
+		text := fmt.Sprintf("%s, restarts %d", clean(l.State), l.Restarts)
+		if l.Started != nil {
+			text += fmt.Sprintf(", pid %d, started %s", l.PID, ago(now.Sub(*l.Started)))
+		}
+		line("state", text)
+	}
+	line("health", strings.TrimSuffix(clean(l.Health)+": "+printable(l.Cause), ": "))
+	line("declared", clean(l.Declared))
+	if l.Registered != nil {
+		line("registered", ago(now.Sub(*l.Registered)))
+	}
+	line("last seen", l.age(now))
+	line("endpoint", printable(l.Endpoint))
+	line("reads", list(l.InputEvents))
+	line("writes", list(l.OutputEvents))
+	line("metadata", pairs(l.Metadata))
+	line("metrics", strings.Join(l.metricTexts(), ", "))
+	_ = tw.Flush() // w keeps the error
+	if len(l.History) > 0 {
+		fmt.Fprintln(w, "history:")
+	}
+	for _, h := range l.History {
+		fmt.Fprintf(w, "  %s  %s\n", h.Time.Local().Format(time.DateTime), strings.TrimSuffix(clean(h.Health)+": "+printable(h.Cause), ": "))
+	}
+}
+
+const durableAgain = "what is registered would survive a restart again"
+
+// writeTable shows a pipeline to a person.
+func (p *listedPipeline) writeTable(w *bufio.Writer, now time.Time) {
+	if p.Status != "" {
+		fmt.Fprintf(w, "%s (pid %d, %s)\n", strings.TrimPrefix(clean(p.Pipeline)+": "+printable(p.Status), ": "), p.PID, clean(p.Endpoint))
+	}
+	if p.NotDurable != "" {
+		fmt.Fprintln(w, p.durability())
+	}
+	if len(p.Components) == 0 {
+		fmt.Fprintln(w, "nothing is registered")
+		return
+	}
+	starts := slices.ContainsFunc(p.Components, func(l *listedComponent) bool { return l.State != "" })
+	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	columns := []string{"ID", "TYPE", "STATE", "PID", "RESTARTS", "HEALTH", "LAST SEEN", "ENDPOINT", "METRICS"}
+	row := func(cells []string) {
+		if !starts {
+			cells = slices.Delete(cells, 2, 5)
+		}
+		fmt.Fprintln(tw, strings.Join(cells, "\t"))
+	}
+	row(columns)
+	for _, l := range p.Components {
+		row([]string{
+			l.title(starts), clean(l.Type), cmp.Or(clean(l.State), "-"), dash(l.PID != 0, l.PID), dash(l.State != "", l.Restarts),
+			clean(l.Health), dash(l.LastSeen != nil, l.age(now)), cmp.Or(clean(l.Endpoint), "-"), l.metricsText(),
+		})
+	}
+	_ = tw.Flush() // w keeps the error
+	for _, l := range p.Components {
+		if l.Cause != "" && !l.Healthy {
+			fmt.Fprintf(w, "%s: %s\n", clean(l.ID), printable(l.Cause))
+		}
+	}
+}
+
+// durability says what is wrong with the state file, "" for nothing.
+func (p *listedPipeline) durability() string {
+	if p.NotDurable == "" {
+		return ""
+	}
+	return "what is registered would not survive a restart: " + printable(p.NotDurable)
+}
+
+// writeJSON shows pipelines, of which there is one at least, to a program: one array.
+// The components are the last member of each, and not made into one text first: there
+// may be a hundred thousand.
+func writeJSON(w io.Writer, pipelines []listedPipeline) error {
+	out := bufio.NewWriter(w)
+	between := "[\n  "
+	for _, p := range pipelines {
+		texts := p.texts
+		for _, l := range p.Components {
+			texts = append(texts, appendJSON(nil, l, 3))
+		}
+		p.Components = []*listedComponent{}
+		out.WriteString(between)
+		out.Write(bytes.TrimSuffix(appendJSON(nil, p, 1), []byte("]\n  }")))
+		before, after := "\n      ", ""
+		for _, text := range texts {
+			out.WriteString(before)
+			out.Write(text)
+			before, after = ",\n      ", "\n    "
+		}
+		out.WriteString(after + "]\n  }")
+		between = ",\n  "
+	}
+	out.WriteString("\n]\n")
+	return out.Flush()
+}
+
+// write prints one line.
+func (e *listedEvent) write(w io.Writer, asJSON bool) error {
+	if asJSON {
+		_, err := w.Write(append(appendJSON(nil, e, oneLine), '\n'))
+		return err
+	}
+	what := clean(e.Removed) + " removed"
+	switch c := e.Component; {
+	case e.Ended != "":
+		what = firstLine(e.Ended)
+	case c != nil:
+		what = strings.TrimSuffix(strings.Join(strings.Fields(fmt.Sprintf("%s %s %s: %s", clean(c.ID), clean(c.State), clean(c.Health), printable(c.Cause))), " "), ":")
+	case e.Ready != nil:
+		what = strings.TrimSuffix(printable(e.Status)+"; "+e.durability, "; ")
+	}
+	_, err := fmt.Fprintf(w, "%s %s | %s\n", e.Time.Format(time.TimeOnly), clean(cmp.Or(e.Pipeline, e.Endpoint)), what)
+	return err
+}
+
+// firstLine leaves out the hint of an error.
+func firstLine(text string) string {
+	text, _, _ = strings.Cut(text, "\n")
+	return printable(text)
+}
+
+// showPipelines prints them as o wants it.
+func showPipelines(w io.Writer, pipelines []listedPipeline, o listOptions) error {
+	if o.json {
+		return writeJSON(w, pipelines)
+	}
+	now := time.Now()
+	out := bufio.NewWriter(w) // keeps the first error, for Flush
+	for i, p := range pipelines {
+		if i > 0 {
+			fmt.Fprintln(out)
+		}
+		if p.ended != "" {
+			fmt.Fprintf(out, "%s | %s\n", clean(cmp.Or(p.Pipeline, p.Endpoint)), p.ended)
+			continue
+		}
+		if o.id == "" {
+			p.writeTable(out, now)
+			continue
+		}
+		for _, l := range p.Components {
+			l.writeDetails(out, &p, now)
+		}
+	}
+	return out.Flush()
+}
+
+// cut shortens a line to width characters.
+func cut(line string, width int) string {
+	count := 0
+	for i := range line {
+		if count == width {
+			return line[:i]
+		}
+		count++
+	}
+	return line
 }

@@ -757,47 +757,6 @@ func TestLargeServicesAreWritten(t *testing.T) {
 	p.stop()
 }
 
-// A follower that was told of a service before it was on disk is told of its end.
-func TestFollowerOfWhatIsNotOnDisk(t *testing.T) {
-	t.Parallel()
-	st, err := openStore(filepath.Join(t.TempDir(), "state.json"), "", false, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer st.close()
-	r := newRegistry(testTTL, testInterval, "", nil)
-	restoreAll(t, r, nil, testEpoch)
-	mustRegister(t, r, registration{id: "ghost"}, testEpoch)
-	known := make(map[int64]bool)
-	w := &follower{registry: r, follows: true, send: func(out *operatorv1.WatchResponse) error {
-		for _, c := range out.GetComponents() {
-			known[c.GetRecord()] = true
-		}
-		for _, record := range out.GetRemoved() {
-			delete(known, record)
-		}
-		return nil
-	}}
-	if err := errors.Join(w.join(), w.snapshot()); err != nil {
-		t.Fatal(err)
-	}
-	defer w.leave()
-	if _, err := r.unregister("ghost", origin{}, testEpoch); err != nil {
-		t.Fatal(err)
-	}
-	count := uint64(0)
-	if err := st.write(func(out io.Writer) (err error) {
-		count, err = r.save(out, "", func() {})
-		return err
-	}); err != nil {
-		t.Fatal(err)
-	}
-	r.settle(count, nil)
-	if _, err := w.catchUp(); err != nil || len(known) > 0 {
-		t.Errorf("still known: %v, %v", known, err)
-	}
-}
-
 // Disks that do not take it
 
 // awaitDurable waits until the plane says that its state is on disk, or not, in each
@@ -821,20 +780,6 @@ func (c planeClient) awaitDurable(t testing.TB, p *process, want bool) {
 	if strings.Contains(table, "would not survive a restart: ") == want || strings.Contains(asJSON, `"not_durable": "`) == want {
 		t.Errorf("durable %t, list:\n%s%s", want, table, asJSON)
 	}
-}
-
-// smallDisk is a disk of this size and how it is mounted.
-func smallDisk(t testing.TB, flags uintptr, size string) string {
-	t.Helper()
-	disk := filepath.Join(t.TempDir(), "disk")
-	if err := os.Mkdir(disk, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := syscall.Mount("tmpfs", disk, "tmpfs", flags, "size="+size); err != nil {
-		t.Skip("this system does not let us mount a small disk: ", err)
-	}
-	t.Cleanup(func() { _ = syscall.Unmount(disk, syscall.MNT_DETACH) })
-	return disk
 }
 
 func TestFullDisk(t *testing.T) {
@@ -1068,9 +1013,6 @@ func TestChangesWaitForTheDisk(t *testing.T) {
 // killsVar is how many times TestServerIsKilled kills, 20 without it.
 const killsVar = "FLOWCTL_KILLS"
 
-// gone is the health of what is not registered.
-const gone = "gone"
-
 // fate is what a client knows of a service after the server was killed: how it is by
 // the last answer, and how it would be by what was not answered any more.
 type fate struct{ sure, maybe string }
@@ -1122,18 +1064,6 @@ func (k *killedClient) run(t *testing.T, c planeClient, random *rand.Rand) {
 		f.sure = want
 		k.acks[what]++
 	}
-}
-
-// quickDir is a folder in memory, where there is one: a write takes no time there, and
-// a process that is killed loses neither more nor less.
-func quickDir(t testing.TB) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("/dev/shm", "flowctl-test-")
-	if err != nil {
-		return t.TempDir()
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
 }
 
 // Who kills the server at any moment finds that all that it acknowledged is in its

@@ -14,9 +14,11 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/activation"
+	"github.com/coreos/go-systemd/v22/daemon"
 	journald "github.com/coreos/go-systemd/v22/journal"
 )
 
@@ -366,4 +368,56 @@ func complaint(text string) string {
 		return "<3>" + strings.ReplaceAll(text, "\n", "\n<3>")
 	}
 	return text
+}
+
+// How long notify waits for systemd to take a message: one that matters, and a status,
+// of which there will be another.
+const (
+	notifyTimeout = 5 * time.Second
+	statusTimeout = 100 * time.Millisecond
+)
+
+// notify tells systemd, where it is there to listen. daemon.SdNotify would wait for ever
+// where nobody reads any more: the kernel queues ten messages (net.unix.max_dgram_qlen).
+func notify(log *slog.Logger, states ...string) {
+	path := os.Getenv("NOTIFY_SOCKET")
+	if path == "" {
+		return
+	}
+	patience, level := notifyTimeout, slog.LevelWarn
+	if strings.HasPrefix(states[0], "STATUS=") {
+		patience, level = statusTimeout, slog.LevelDebug
+	}
+	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err == nil {
+		defer conn.Close()
+		_ = conn.SetWriteDeadline(time.Now().Add(patience)) // that of a connection that is open works
+		_, err = conn.Write([]byte(strings.Join(states, "\n")))
+	}
+	if err != nil {
+		log.Log(context.Background(), level, "cannot notify systemd", "err", err)
+	}
+}
+
+// watchdogInterval is how often systemd wants to hear from flowctl (WatchdogSec= of
+// the unit), 0 for never.
+func watchdogInterval(log *slog.Logger) time.Duration {
+	interval, err := daemon.SdWatchdogEnabled(false)
+	if err != nil {
+		log.Warn("the watchdog of systemd is not fed", "err", err)
+	}
+	return interval
+}
+
+// underSystemd tells whether sig is the SIGHUP that asks a service for a reload, and
+// not that of a terminal that closes, which ends a run.
+func underSystemd(sig os.Signal) bool {
+	service := os.Getenv("NOTIFY_SOCKET") != "" || os.Getenv("SYSTEMD_EXEC_PID") == strconv.Itoa(os.Getpid())
+	return sig == syscall.SIGHUP && service
+}
+
+// extendTimeout asks systemd for patience. The margin is for flowctl's own work, of
+// which the longest is to write the last lines of its log to who reads them slowly.
+func extendTimeout(d time.Duration) string {
+	return fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", (d + 10*time.Second).Microseconds())
 }

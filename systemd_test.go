@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -806,5 +807,109 @@ func TestFieldName(t *testing.T) {
 		if got := fieldName(key); got != want {
 			t.Errorf("fieldName(%q) = %q, want %q", key, got, want)
 		}
+	}
+}
+
+func TestRunNotify(t *testing.T) {
+	t.Parallel()
+	for name, address := range map[string]string{
+		"path":     filepath.Join(shortDir(t), "notify"),
+		"abstract": fmt.Sprintf("@flowctl-test-%d-%d", os.Getpid(), marks.Add(1)),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			store := actor("store", role{Dialect: "v1", Gate: true})
+			store.Inputs = []string{"ledgers"}
+			file := writePipeline(t, actor("ledgers", role{Dialect: "legacy", Gate: true}), store)
+			p := start(t, []string{"run", file, "-control-plane-port", "0", "-start-timeout", "25s"}, notifySocket(t, address))
+			p.waitOut("ledgers | waiting")
+			p.wait(p.notified, "STATUS=0 of 2 ready, waiting for ledgers, store\nEXTEND_TIMEOUT_USEC=", 1)
+			p.tell("ledgers", syscall.SIGUSR2)
+			p.waitOut("store   | waiting")
+			p.wait(p.notified, "STATUS=1 of 2 ready, waiting for store\nEXTEND_TIMEOUT_USEC=", 1)
+			p.hasNot(p.notified, "READY=1")
+			p.tell("store", syscall.SIGUSR2)
+			p.wait(p.notified, "READY=1\n\n", 1)
+			p.wait(p.notified, "STATUS=2 of 2 ready\n\n", 1)
+			p.stop()
+			p.wait(p.notified, "STATUS=stopping, waiting for store\n\n", 1)
+			p.has(p.notified, "STOPPING=1\nEXTEND_TIMEOUT_USEC=", "STATUS=stopping, waiting for ledgers, store\n\n")
+			if n := strings.Count(p.notified.String(), "READY=1"); n != 1 {
+				t.Errorf("READY=1 came %d times\n%s", n, p)
+			}
+			p.checkExtensions()
+		})
+	}
+}
+
+// Where nobody reads what systemd is told, a run ends all the same.
+func TestRunNotifiesNobody(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(shortDir(t), "notify")
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	var components []Component
+	for i := range 15 { // more than the kernel queues
+		components = append(components, shell(fmt.Sprint("c", i), "exec sleep 300"))
+	}
+	p := start(t, runArgs(writePipeline(t, components...)), withEnv("NOTIFY_SOCKET="+path))
+	for buf := make([]byte, 4096); ; {
+		n, err := conn.Read(buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.HasPrefix(string(buf[:n]), "READY=1") {
+			break
+		}
+	}
+	p.stop()
+}
+
+func TestRunNotifiesNothingUnready(t *testing.T) {
+	t.Parallel()
+	file := writePipeline(t, actor("ledgers", role{Dialect: "legacy"}), actor("store", role{}))
+	p := start(t, []string{"run", file, "-control-plane-port", "0", "-start-timeout", "1s"}, notifySocket(t, filepath.Join(shortDir(t), "notify")))
+	p.exit(exitNotReady)
+	p.wait(p.notified, "STOPPING=1", 1)
+	p.hasNot(p.notified, "READY=1")
+	p.checkExtensions()
+}
+
+// One is ready, turns unhealthy, and only then the other becomes ready: nothing is
+// starting and yet the pipeline is not ready.
+func TestRunNotifiesUnhealthyStart(t *testing.T) {
+	t.Parallel()
+	file := writePipeline(t, actor("ledgers", role{Dialect: "v1", OnUSR1: "unhealthy"}), actor("store", role{Dialect: "v1", Gate: true}))
+	p := start(t, []string{"run", file, "-control-plane-port", "0"}, notifySocket(t, filepath.Join(shortDir(t), "notify")))
+	p.waitErr("msg=ready component=ledgers")
+	p.waitOut("store   | waiting")
+	p.tell("ledgers", syscall.SIGUSR1)
+	p.waitErr("msg=unhealthy id=ledgers")
+	p.tell("store", syscall.SIGUSR2)
+	p.wait(p.notified, "STATUS=1 of 2 ready, unhealthy: ledgers (it declared itself UNHEALTHY)\n", 1)
+	p.hasNot(p.notified, "READY=1")
+	p.tell("ledgers", syscall.SIGUSR2)
+	p.wait(p.notified, "READY=1", 1)
+	p.stop()
+	p.checkExtensions()
+}
+
+// systemd hears twice in each interval that flowctl turns.
+func TestWatchdog(t *testing.T) {
+	t.Parallel()
+	for _, args := range [][]string{runOf(writePipeline(t, shell("a", "exec sleep 300"))), {"server", "-control-plane-port", "0"}} {
+		t.Run(args[0], func(t *testing.T) {
+			t.Parallel()
+			begun := time.Now()
+			p := start(t, args, notifySocket(t, filepath.Join(shortDir(t), "notify")), withEnv("WATCHDOG_USEC=200000"))
+			p.wait(p.notified, "WATCHDOG=1\n", 10)
+			if took := time.Since(begun); took < 800*time.Millisecond {
+				t.Errorf("ten within %s, which is too often", took)
+			}
+			p.stop()
+		})
 	}
 }

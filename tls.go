@@ -76,18 +76,6 @@ func (f tlsFlags) checkPipeline(p *Pipeline) error {
 	return nil
 }
 
-// speakTLS returns the ids of the components that have "tls": true, or of those that
-// have not.
-func (p *Pipeline) speakTLS(yes bool) []string {
-	var ids []string
-	for _, c := range p.components() {
-		if c.TLS == yes {
-			ids = append(ids, c.ID)
-		}
-	}
-	return ids
-}
-
 // tlsFiles is what the files hold.
 type tlsFiles struct {
 	cert  tls.Certificate

@@ -19,7 +19,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -503,26 +502,6 @@ func TestTLSCommandLine(t *testing.T) {
 			}
 		})
 	}
-}
-
-// told is what component id, once it has registered, was told of the control plane:
-// its variables, and the address that it got when it registered.
-func (p *process) told(id string) map[string]string {
-	p.tb.Helper()
-	told := make(map[string]string)
-	for _, line := range p.lines(id) {
-		if quoted, ok := strings.CutPrefix(line, "env "); ok {
-			entry, err := strconv.Unquote(quoted)
-			if err != nil {
-				p.tb.Error(err)
-			}
-			name, value, _ := strings.Cut(entry, "=")
-			told[name] = value
-		} else if address, ok := strings.CutPrefix(line, "control plane "); ok {
-			told["connection_info"] = address
-		}
-	}
-	return told
 }
 
 func TestTLSRun(t *testing.T) {

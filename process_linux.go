@@ -10,7 +10,6 @@ import (
 	"io"
 	"io/fs"
 	"maps"
-	"net"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -351,106 +350,12 @@ func (c *child) groupIsEmpty() bool {
 	}
 }
 
-// procInfo is what /proc says of a process.
-type procInfo struct {
-	pid, parent, group int
-	zombie             bool
-	begun              uint64 // in clock ticks since boot: tells it from a later one with its pid
-	name               string
-}
-
-// readProcess is false for a process that is not there any more.
-func readProcess(pid int) (procInfo, bool) {
-	data, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	open, end := bytes.IndexByte(data, '('), bytes.LastIndexByte(data, ')')
-	if err != nil || open < 0 || end < open {
-		return procInfo{}, false
-	}
-	fields := strings.Fields(string(data[end+1:])) // from the third of proc(5) on
-	if len(fields) < 20 {
-		return procInfo{}, false
-	}
-	p := procInfo{pid: pid, name: string(data[open+1 : end])}
-	// One whose main thread alone has ended looks like a zombie, and runs.
-	p.zombie = fields[0] == "X" || fields[0] == "Z" && fields[17] <= "1"
-	p.parent, _ = strconv.Atoi(fields[1])
-	p.group, _ = strconv.Atoi(fields[2])
-	p.begun, _ = strconv.ParseUint(fields[19], 10, 64)
-	return p, true
-}
-
-// procIsOurs tells whether /proc is that of this pid namespace: the numbers of
-// another are not ours.
-func procIsOurs() bool {
-	self, _ := os.Readlink("/proc/self")
-	return self == strconv.Itoa(os.Getpid())
-}
-
-// processes returns all that can be seen and are no zombies.
-func processes() []procInfo {
-	if !procIsOurs() {
-		return nil
-	}
-	dir, err := os.Open("/proc")
-	if err != nil {
-		return nil
-	}
-	defer dir.Close()
-	names, _ := dir.Readdirnames(-1)
-	var all []procInfo
-	for _, name := range names {
-		pid, err := strconv.Atoi(name)
-		if err != nil {
-			continue
-		}
-		if p, ok := readProcess(pid); ok && !p.zombie {
-			all = append(all, p)
-		}
-	}
-	return all
-}
-
-// withDescendants adds to chosen, by pid, all descendants of those that are in it.
-func withDescendants(all []procInfo, chosen map[int]bool) {
-	for grew := true; grew; {
-		grew = false
-		for _, p := range all {
-			if chosen[p.parent] && !chosen[p.pid] {
-				chosen[p.pid] = true
-				grew = true
-			}
-		}
-	}
-}
-
 // hasMark tells whether a process was started with run in its environment, or with
 // that of a flowctl that itself belongs to run.
 func hasMark(pid int, run string) bool {
 	env := environ(pid)
 	mark := "\x00" + runMark + "=" + run
 	return bytes.Contains(env, []byte(mark+"\x00")) || bytes.Contains(env, []byte(mark+"/"))
-}
-
-// environ is the environment that a process was started with, each entry between
-// two NULs.
-func environ(pid int) []byte {
-	env, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/environ")
-	if err != nil {
-		return nil
-	}
-	return append([]byte{0}, env...)
-}
-
-// send signals p if it still is the process that was seen.
-func (p procInfo) send(sig syscall.Signal) {
-	handle, err := os.FindProcess(p.pid) // by a pidfd, which cannot come to mean another process
-	if err != nil {
-		return
-	}
-	defer handle.Release()
-	if now, ok := readProcess(p.pid); ok && now.begun == p.begun {
-		_ = handle.Signal(sig)
-	}
 }
 
 // strays returns what component id of this run has started and what has left its
@@ -463,173 +368,6 @@ func (s *supervisor) strays(id string) []procInfo {
 		marked, known := s.markedComponent(p.pid)
 		return !known || marked != id
 	})
-}
-
-// componentAt tells which component holds the other end of a connection to flowctl:
-// it, or what it has started. claim is the one to begin with. known is false where
-// the kernel cannot tell: for another machine, a container, which a component may be
-// the client of, or a process of a component that flowctl may not look into. With an id
-// of "" it is known that the other end is of no component, unless it is hidden: a process
-// that cannot be seen, and could be that of a container.
-func (s *supervisor) componentAt(conn net.Conn, claim string) (id string, known, hidden bool) {
-	switch conn := conn.(type) {
-	case *net.UnixConn:
-		id, known = s.componentOf(peerPID(conn))
-		return id, known, false
-	default:
-		local, ok := conn.LocalAddr().(*net.TCPAddr)
-		remote, alsoOK := conn.RemoteAddr().(*net.TCPAddr)
-		if !ok || !alsoOK {
-			return "", false, false
-		}
-		inode, uid, ok, err := socketOwner(remote.AddrPort(), local.AddrPort())
-		if ok {
-			if id, known, hidden := s.componentHolding(inode, uid, claim); known {
-				return id, true, hidden
-			}
-			_, _, ok, err = socketOwner(remote.AddrPort(), local.AddrPort())
-		}
-		// Who has closed it did not wait for an answer, as components do.
-		return "", !ok && err == nil && remote.IP.IsLoopback() && socketsVisible(), false
-	}
-}
-
-// peerPID is the process that connected to a unix socket (SO_PEERCRED of unix(7)), 0
-// for one of another pid namespace.
-func peerPID(conn *net.UnixConn) int {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return 0
-	}
-	pid := 0
-	_ = raw.Control(func(fd uintptr) {
-		if cred, err := syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED); err == nil {
-			pid = int(cred.Pid)
-		}
-	})
-	return pid
-}
-
-// componentHolding is componentAt for the TCP socket inode of the user uid.
-func (s *supervisor) componentHolding(inode uint64, uid int, claim string) (id string, known, hidden bool) {
-	leaders := s.leaders.now()
-	for pid, id := range leaders {
-		if id != claim {
-			continue
-		}
-		if held, _ := holdsSocket(pid, inode); held {
-			return id, true, false
-		}
-	}
-	for range 2 { // a process can hand its socket on and end while /proc is read
-		blind := false
-		for pid, id := range leaders {
-			held, readable := holdsSocket(pid, inode)
-			if held {
-				return id, true, false
-			}
-			blind = blind || !readable && mayHaveMade(pid, uid)
-		}
-		below := s.descendants()
-		for _, p := range below {
-			if leaders[p.pid] != "" {
-				continue
-			}
-			held, readable := holdsSocket(p.pid, inode)
-			if held {
-				id, known = s.componentOf(p.pid)
-				return id, known, false
-			}
-			blind = blind || !readable && mayHaveMade(p.pid, uid)
-		}
-		if pid, _, ok := socketHolder(inode); ok && blind {
-			id, known = s.componentOf(pid)
-			return id, known, false
-		}
-		if blind || len(below) == 0 && len(leaders) > 0 { // a /proc that shows not even those hides them
-			return "", false, false
-		}
-	}
-	if pid, _, ok := socketHolder(inode); ok {
-		id, known = s.componentOf(pid)
-		return id, known, false
-	}
-	if _, err := os.Stat("/proc/1"); err != nil && uid == os.Getuid() {
-		return "", false, false // hidepid= of proc(5): a component's may be hidden, too
-	}
-	return "", true, s.settings.engine != nil
-}
-
-// mayHaveMade tells whether a process can have made a socket that is of the user uid.
-func mayHaveMade(pid, uid int) bool {
-	status, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
-	if err != nil {
-		return false // it has ended
-	}
-	_, rest, _ := strings.Cut(string(status), "\nUid:")
-	uids, _, _ := strings.Cut(rest, "\n")                                       // real, effective, saved and file system: proc(5)
-	return uid == 0 || slices.Contains(strings.Fields(uids), strconv.Itoa(uid)) // it may have been root
-}
-
-// componentOutside tells which component a process is of that is not below flowctl:
-// none, or in a container, whose processes are below its engine, the one that its
-// environment names. known is false where that cannot be read.
-func (s *supervisor) componentOutside(pid int) (id string, known bool) {
-	if inPIDNamespace(pid) {
-		return "", true
-	}
-	if id, known = s.markedComponent(pid); known {
-		return id, true
-	}
-	_, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/environ")
-	return "", err == nil
-}
-
-// inPIDNamespace tells whether a process is in flowctl's own pid namespace, and not in
-// a container.
-func inPIDNamespace(pid int) bool {
-	own, err := os.Readlink("/proc/self/ns/pid")
-	its, itsErr := os.Readlink("/proc/" + strconv.Itoa(pid) + "/ns/pid")
-	return err == nil && itsErr == nil && own == its
-}
-
-// componentOf tells which component process pid is of, as componentAt does. One that
-// has left the tree of its leader is known by its environment.
-func (s *supervisor) componentOf(pid int) (id string, known bool) {
-	leaders := s.leaders.now()
-	self := os.Getpid()
-	for at := pid; at != self; {
-		p, ok := readProcess(at)
-		if !ok || !procIsOurs() {
-			return "", false
-		}
-		if id, ok := leaders[p.pid]; ok {
-			return id, true
-		}
-		if id, ok := leaders[p.group]; ok {
-			return id, true
-		}
-		if p.parent == self { // adopted
-			return s.markedComponent(pid)
-		}
-		if p.parent <= 1 {
-			break
-		}
-		at = p.parent
-	}
-	return s.componentOutside(pid)
-}
-
-// markedComponent is the component of this run that the environment of a process
-// names. What a flowctl starts that is itself a component has a mark of its own.
-func (s *supervisor) markedComponent(pid int) (id string, known bool) {
-	env := environ(pid)
-	_, rest, ok := bytes.Cut(env, []byte("\x00FLOWCTL_COMPONENT_ID="))
-	name, _, _ := bytes.Cut(rest, []byte{0})
-	if !ok || !bytes.Contains(env, []byte("\x00"+runMark+"="+s.run+"\x00")) {
-		return "", false
-	}
-	return string(name), true
 }
 
 // descendants returns all that lives below flowctl, but for the guard.
@@ -973,23 +711,4 @@ func trimMemory() {
 			_, _, _ = syscall.Syscall(syscall.SYS_MADVISE, uintptr(from), uintptr(segment.Vaddr+segment.Filesz-from), syscall.MADV_DONTNEED)
 		}
 	}
-}
-
-// ioctlUnread is FIONREAD of ioctl_tty(2).
-const ioctlUnread = syscall.TIOCINQ
-
-// stopSelf stops flowctl as Ctrl-Z stops a program that does not catch SIGTSTP, and
-// returns when it goes on. os/signal has no way back to that: after Reset the signal
-// is ignored. In a process group that no shell could continue nothing happens.
-func stopSelf() {
-	const setSize = 8                // of a sigset_t, rt_sigaction(2)
-	var byDefault, before [8]uintptr // have room for a struct sigaction; zero is SIG_DFL
-	action := func(act, old *[8]uintptr) {
-		syscall.RawSyscall6(syscall.SYS_RT_SIGACTION, uintptr(syscall.SIGTSTP), uintptr(unsafe.Pointer(act)), uintptr(unsafe.Pointer(old)), setSize, 0, 0)
-	}
-	runtime.LockOSThread() // the signal is to this thread, so that it has come when the call returns
-	defer runtime.UnlockOSThread()
-	action(&byDefault, &before)
-	syscall.RawSyscall(syscall.SYS_TGKILL, uintptr(syscall.Getpid()), uintptr(syscall.Gettid()), uintptr(syscall.SIGTSTP))
-	action(&before, nil)
 }

@@ -4,7 +4,6 @@ package main
 
 import (
 	"io"
-	"net"
 	"os/exec"
 	"syscall"
 	"time"
@@ -45,18 +44,6 @@ func (g *cgroup) remove()                   {}
 
 func (c *child) groupIsEmpty() bool { return false }
 
-type procInfo struct {
-	pid  int
-	name string
-}
-
-func (p procInfo) send(syscall.Signal) {}
-
-func (s *supervisor) componentOf(int) (string, bool) { return "", false }
-func (s *supervisor) componentAt(net.Conn, string) (id string, known, hidden bool) {
-	return "", false, false
-}
-
 func (s *supervisor) strays(string) []procInfo { return nil }
 func (s *supervisor) sweep(time.Duration)      {}
 
@@ -70,9 +57,3 @@ func (g *guard) leave(int)                                         {}
 func (g *guard) dismiss()                                          {}
 
 func runGuard(string, string, string, string, io.Reader) {}
-
-// ioctlUnread is FIONREAD of tty(4).
-const ioctlUnread = 0x4004667f
-
-// stopSelf returns when flowctl goes on.
-func stopSelf() { _ = syscall.Kill(syscall.Getpid(), syscall.SIGSTOP) }

@@ -7,9 +7,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -20,13 +22,65 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
+
+	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
 
 	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 )
+
+// Nothing that a component says can do anything to a terminal.
+func TestNothingRawIsShown(t *testing.T) {
+	t.Parallel()
+	p, endpoint := startAlone(t, []string{"-no-persistence", "-heartbeat-ttl", "200ms", "-janitor-interval", "50ms", "-log-level", "debug"})
+	watch := start(t, []string{"list", "-watch", "-e", endpoint})
+	watch.waitOut("control plane alone")
+	evil := "a\x1b[31m\x1b]0;x\a\r\n\t\b\x7f\u009b2J\u202e\u2028z"
+	c := dialPlane(t, endpoint)
+	for i, dialect := range dialects {
+		c.mustRegister(t, dialect, registration{
+			id: fmt.Sprint(evil, i), componentID: "c" + evil, name: evil, description: evil + "\x00", version: evil, endpoint: evil,
+			inputEvents: []string{evil}, outputEvents: []string{evil}, metadata: map[string]string{evil: evil},
+		})
+	}
+	send := func(status flowctlv1.HealthStatus) {
+		_, err := c.v1.Heartbeat(t.Context(), &flowctlv1.HeartbeatRequest{ServiceId: evil + "1", Metrics: map[string]string{evil: evil}, Status: status})
+		wantCode(t, "heartbeat", err, codes.OK)
+	}
+	send(flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY)
+	send(flowctlv1.HealthStatus_HEALTH_STATUS_HEALTHY)
+	p.waitErr("no heartbeat for") // stale
+	watch.waitOut("no heartbeat for")
+	send(flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN)
+	_, table, tableErr := call(t, "list", "-e", endpoint)
+	_, details, detailsErr := call(t, "list", "-e", endpoint, evil+"1")
+	_, nobody, nobodyErr := call(t, "list", "-e", endpoint, "nobody"+evil)
+	_, err := c.v1.UnregisterComponent(t.Context(), &flowctlv1.UnregisterRequest{ServiceId: evil + "1"})
+	wantCode(t, "deregistration", err, codes.OK)
+	watch.waitOut("removed")
+	watch.signal(syscall.SIGINT)
+	<-watch.done
+	p.stop()
+	if !strings.Contains(table, "\ufffd[31m") || !strings.Contains(details, "description:") {
+		t.Errorf("the list does not show it:\n%s\n%s%s", table, details, detailsErr)
+	}
+	for what, text := range map[string]string{
+		"table": table + tableErr, "details": details + detailsErr, "error": nobody + nobodyErr,
+		"watch": watch.stdout.String() + watch.stderr.String(), "log": p.stdout.String() + p.stderr.String(),
+	} {
+		for _, r := range text {
+			if r != '\n' && (unicode.IsControl(r) || unicode.Is(unicode.Cf, r) || r == '\u2028') || !utf8.ValidString(text) {
+				t.Errorf("%s: %q is in %q", what, r, text)
+				break
+			}
+		}
+	}
+}
 
 // fakePlane answers as a test wants it to.
 type fakePlane struct {
@@ -422,4 +476,152 @@ func TestWatchScreenOfSeveral(t *testing.T) {
 		return strings.HasSuffix(text, "\nnothing is registered\n\ntest | "+stopped+"flowctl: "+stopped+"flowctl: "+stopped+"$")
 	})
 	c.restored()
+}
+
+func TestListBothDialects(t *testing.T) {
+	t.Parallel()
+	legacy, v1, nameless := actor("ledgers", role{Dialect: "legacy"}), actor("transfers", role{Dialect: "v1"}), actor("store", role{Dialect: "legacy", Anonymous: true})
+	namelessV1 := actor("sink-2", role{Dialect: "v1", Anonymous: true})
+	v1.Inputs, nameless.Inputs, namelessV1.Inputs = []string{"ledgers"}, []string{"transfers"}, []string{"transfers"}
+	p := launch(t, writePipeline(t, legacy, v1, nameless, namelessV1), "-heartbeat-ttl", "3s")
+	p.waitReady()
+	endpoint := p.endpoint()
+	register(t, endpoint, "elsewhere")
+
+	code, out, stderr := call(t, "list", "-e", endpoint)
+	want := regexp.MustCompile(`^test: 4 of 4 ready \(pid \d+, ` + regexp.QuoteMeta(endpoint) + `\)
+ID +TYPE +STATE +PID +RESTARTS +HEALTH +LAST SEEN +ENDPOINT +METRICS
+ledgers +source +ready +\d+ +0 +healthy +\S+ ago +http://localhost:\d+/health +\S.*
+transfers +processor +ready +\d+ +0 +healthy +\S+ ago +http://localhost:\d+/health +\S.*
+store +processor +ready +\d+ +0 +healthy +\S+ ago +http://localhost:\d+/health +\S.*
+sink-2 +processor +ready +\d+ +0 +healthy +\S+ ago +http://localhost:\d+/health +\S.*
+elsewhere \(not in the pipeline\) +unspecified +- +- +- +healthy +\S+ ago +- +-
+$`)
+	if code != exitOK || stderr != "" || !want.MatchString(out) {
+		t.Errorf("list: exit %d\n%s%s", code, stderr, out)
+	}
+
+	code, out, stderr = call(t, "list", "-endpoint", endpoint, "-json")
+	var pipelines []listedPipeline
+	if err := json.Unmarshal([]byte(out), &pipelines); err != nil || len(pipelines) != 1 || code != exitOK || stderr != "" {
+		t.Fatalf("list -json: exit %d, %v\n%s%s", code, err, stderr, out)
+	}
+	var got []string
+	for _, r := range pipelines[0].Components {
+		got = append(got, fmt.Sprintf("%s %t %s %s %t", r.ID, r.InPipeline, r.Type, r.Health, r.Healthy))
+		if r.LastSeen.IsZero() || r.Registered.IsZero() {
+			t.Errorf("%s: seen %v, registered %v", r.ID, r.LastSeen, r.Registered)
+		}
+	}
+	if want := []string{
+		"ledgers true source healthy true", "transfers true processor healthy true", "store true processor healthy true",
+		"sink-2 true processor healthy true", "elsewhere false unspecified healthy true",
+	}; !slices.Equal(got, want) {
+		t.Errorf("got  %q\nwant %q", got, want)
+	}
+	p.stop()
+}
+
+// The type and the labels that the file gives a component are shown as they are.
+func TestListShowsTypeAndLabels(t *testing.T) {
+	t.Parallel()
+	c := actor("a", role{Dialect: "v1"})
+	c.Type, c.Labels = "kafka reader", map[string]string{"team": "data", "tier": "1\x1b[31m"}
+	p := launch(t, writePipeline(t, c, shell("b", "exec sleep 300")))
+	p.waitReady()
+	code, out, stderr := call(t, "list", "a", "-e", p.endpoint())
+	if want := regexp.MustCompile(`\ntype: +source\ntype in file: +kafka reader\nlabels: +team=data, tier=1\S*\[31m\n`); code != exitOK || stderr != "" || !want.MatchString(out) || strings.Contains(out, "\x1b") {
+		t.Errorf("exit %d\n%s%q", code, stderr, out)
+	}
+	var pipelines []listedPipeline
+	_, out, _ = call(t, "list", "-json", "-e", p.endpoint())
+	if err := json.Unmarshal([]byte(out), &pipelines); err != nil {
+		t.Fatal(err)
+	}
+	if a := pipelines[0].Components[0]; a.TypeInFile != c.Type || !maps.Equal(a.Labels, c.Labels) || strings.Count(out, `"labels"`) != 1 {
+		t.Errorf("list -json\n%s", out)
+	}
+	p.stop()
+}
+
+func TestListNothing(t *testing.T) {
+	t.Parallel()
+	address := "127.0.0.1:" + freePort(t)
+	for _, args := range [][]string{{"list", "-e", address, "-wait=false"}, {"list", "-e", address}, {"list", "-e", "unix:/no/such/socket", "-json"}} {
+		t.Run(strings.Join(args[3:], " "), func(t *testing.T) {
+			t.Parallel()
+			begun := time.Now()
+			p := start(t, args)
+			p.exit(exitPlane)
+			p.has(p.stderr, "flowctl: no control plane answers at "+args[2]+": ")
+			p.hasNot(p.stdout, "\n")
+			if took := time.Since(begun); took > 8*time.Second {
+				t.Errorf("it took %s", took)
+			}
+		})
+	}
+}
+
+func TestListEmpty(t *testing.T) {
+	t.Parallel()
+	p := start(t, []string{"server", "-control-plane-port", "0"})
+	endpoint := p.endpoint()
+	if code, out, stderr := call(t, "list", "-e", endpoint); code != exitOK || !strings.HasSuffix(out, "\nnothing is registered\n") || stderr != "" {
+		t.Errorf("list: exit %d\n%s%s", code, out, stderr)
+	}
+	if code, out, stderr := call(t, "list", "-e", endpoint, "-json"); code != exitOK || !strings.Contains(out, `"components": []`) || stderr != "" {
+		t.Errorf("list -json: exit %d\n%s%s", code, out, stderr)
+	}
+	p.stop()
+}
+
+// A plane that comes up while list looks for it is found. Its socket is there
+// first, and cuts off the first attempt: so list has come too early.
+func TestListWaits(t *testing.T) {
+	t.Parallel()
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := start(t, []string{"list", "-e", lis.Addr().String()})
+	conn, err := lis.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	server := grpc.NewServer()
+	defer server.Stop()
+	flowctlpb.RegisterControlPlaneServer(server, latePlane{})
+	go server.Serve(lis)
+	p.exit(exitOK)
+	p.has(p.stdout, "late", "healthy")
+}
+
+// latePlane knows only the legacy dialect.
+type latePlane struct {
+	flowctlpb.UnimplementedControlPlaneServer
+}
+
+func (latePlane) ListServices(context.Context, *emptypb.Empty) (*flowctlpb.ServiceList, error) {
+	return &flowctlpb.ServiceList{Services: []*flowctlpb.ServiceStatus{{ServiceId: "late", IsHealthy: true}}}, nil
+}
+
+// TestListTime is how long list takes, from its start to its end, on a pipeline of
+// three components.
+func TestListTime(t *testing.T) {
+	p := start(t, runArgs(writePipeline(t, actor("a", role{Dialect: "legacy"}), actor("b", role{Dialect: "v1"}), actor("c", role{Dialect: "legacy"}))), withBinary(plainBinary(t)))
+	p.waitReady()
+	best := time.Hour
+	for range 10 {
+		begun := time.Now()
+		if out, err := exec.Command(p.cmd.Path, "list", "-e", p.endpoint()).CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		best = min(best, time.Since(begun))
+	}
+	t.Logf("list: %v", best)
+	if bound := 50 * time.Millisecond; best > bound && os.Getenv(scaleVar) != "" {
+		t.Errorf("list takes %v, more than %v", best, bound)
+	}
+	p.stop()
 }

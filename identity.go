@@ -87,3 +87,14 @@ func (r *remote) origin(claim string) origin {
 	r.found.Store(&found)
 	return found
 }
+
+// origin is who is at the other end of a connection, as far as the kernel tells.
+type origin struct {
+	component string // its id in the pipeline, guestID, or "" for a process that is of none
+	known     bool   // false where the kernel cannot tell, as for another machine
+	hidden    bool   // flowctl cannot see the process, which could be one in a container
+}
+
+// guestID stands for the command after -- where an id of a component would. No component
+// can have it.
+const guestID = "--"

@@ -1,17 +1,15 @@
 package main
 
 import (
-	"bufio"
+	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
+
 	"bytes"
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"maps"
-	"math"
 	"net"
 	"os"
 	"os/signal"
@@ -21,13 +19,9 @@ import (
 	"strings"
 	"sync"
 	"syscall"
-	"text/tabwriter"
 	"time"
-	"unicode"
-	"unicode/utf16"
-	"unicode/utf8"
-	"unsafe"
 
+	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
@@ -36,80 +30,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
-	"google.golang.org/protobuf/types/known/timestamppb"
-
-	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
-	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 )
-
-// listedPipeline is one element of what list -json prints. README documents it.
-type listedPipeline struct {
-	Pipeline   string             `json:"pipeline"` // "" for a control plane alone
-	Endpoint   string             `json:"endpoint"`
-	PID        int64              `json:"pid,omitempty"`
-	Version    string             `json:"version,omitempty"`
-	Started    *time.Time         `json:"started,omitempty"`
-	Status     string             `json:"status,omitempty"`
-	Ready      bool               `json:"ready"`
-	StateFile  string             `json:"state_file,omitempty"`
-	NotDurable string             `json:"not_durable,omitempty"`
-	Components []*listedComponent `json:"components"`
-	texts      [][]byte           // or each of them as JSON
-	unhealthy  bool               // one of texts is
-	ended      string             // why nothing more comes of it, "" while it does
-}
-
-// listedComponent is one component in what list prints.
-type listedComponent struct {
-	record       int64
-	ID           string            `json:"id"`
-	InPipeline   bool              `json:"in_pipeline"`
-	ServiceID    string            `json:"service_id,omitempty"`
-	Type         string            `json:"type"`
-	TypeInFile   string            `json:"type_in_file,omitempty"`
-	Labels       map[string]string `json:"labels,omitempty"`
-	Name         string            `json:"name,omitempty"`
-	Description  string            `json:"description,omitempty"`
-	Version      string            `json:"version,omitempty"`
-	InputEvents  []string          `json:"input_event_types,omitempty"`
-	OutputEvents []string          `json:"output_event_types,omitempty"`
-	Endpoint     string            `json:"endpoint,omitempty"`
-	Metadata     map[string]string `json:"metadata,omitempty"`
-	Health       string            `json:"health"`
-	Healthy      bool              `json:"healthy"`
-	Cause        string            `json:"cause,omitempty"`
-	Declared     string            `json:"declared,omitempty"`
-	Registered   *time.Time        `json:"registered_at,omitempty"`
-	LastSeen     *time.Time        `json:"last_seen,omitempty"`
-	State        string            `json:"state,omitempty"`
-	PID          int64             `json:"pid,omitempty"`
-	Started      *time.Time        `json:"started,omitempty"`
-	Restarts     int64             `json:"restarts"`
-	Metrics      map[string]any    `json:"metrics,omitempty"`
-	History      []listedChange    `json:"history,omitempty"`
-}
-
-// listedChange is one change of health.
-type listedChange struct {
-	Time   time.Time `json:"time"`
-	Health string    `json:"health"`
-	Cause  string    `json:"cause,omitempty"`
-}
-
-// listedEvent is what list -watch -json prints for each change: one of Component,
-// Removed, Status and Ended is there.
-type listedEvent struct {
-	Time       time.Time        `json:"time"`
-	Pipeline   string           `json:"pipeline"`
-	Endpoint   string           `json:"endpoint"`
-	Component  *listedComponent `json:"component,omitempty"`
-	Removed    string           `json:"removed,omitempty"`
-	Status     string           `json:"status,omitempty"`
-	Ready      *bool            `json:"ready,omitempty"` // beside Status
-	NotDurable string           `json:"not_durable,omitempty"`
-	Ended      string           `json:"ended,omitempty"` // why nothing more comes
-	durability string           // what is to be said of NotDurable, if that has changed
-}
 
 // listOptions are the flags of list, and its argument.
 type listOptions struct {
@@ -435,292 +356,6 @@ func (c *listClient) listed(id string) (listedPipeline, bool) {
 	return out, id == "" || len(out.Components) > 0
 }
 
-// rank puts what is in the pipeline first.
-func (l *listedComponent) rank() int {
-	if l.InPipeline {
-		return 0
-	}
-	return 1
-}
-
-func (l *listedComponent) is(id string) bool { return l.ID == id || l.ServiceID == id }
-
-func listPipeline(p *operatorv1.Pipeline) listedPipeline {
-	return listedPipeline{
-		Pipeline: p.GetName(), Endpoint: p.GetEndpoint(), PID: p.GetPid(), Version: p.GetVersion(), Started: listTime(p.GetStarted()),
-		Status: p.GetStatus(), Ready: p.GetReady(), StateFile: p.GetStateFile(), NotDurable: p.GetNotDurable(),
-	}
-}
-
-func listComponent(c *operatorv1.Component) *listedComponent {
-	p := c.GetProcess()
-	l := &listedComponent{
-		record: c.GetRecord(), ID: c.GetId(), InPipeline: c.GetInPipeline(), ServiceID: c.GetServiceId(), Type: c.GetType(),
-		TypeInFile: c.GetTypeInFile(), Labels: c.GetLabels(),
-		Name: c.GetName(), Description: c.GetDescription(), Version: c.GetVersion(),
-		InputEvents: c.GetInputEventTypes(), OutputEvents: c.GetOutputEventTypes(),
-		Endpoint: c.GetEndpoint(), Metadata: c.GetMetadata(), Health: c.GetHealth(), Cause: c.GetCause(), Declared: c.GetDeclared(),
-		Healthy:    c.GetHealth() == healthy.String() || c.GetHealth() == degraded.String() || p.GetState() == procCompleted.String(),
-		Registered: listTime(c.GetRegisteredAt()), LastSeen: listTime(c.GetLastSeen()),
-		State: p.GetState(), PID: p.GetPid(), Started: listTime(p.GetStarted()), Restarts: p.GetRestarts(),
-	}
-	for name, f := range c.GetMetrics() {
-		l.setMetric(name, f)
-	}
-	for name, text := range c.GetTextMetrics() {
-		l.setMetric(name, text)
-	}
-	for _, h := range c.GetHistory() {
-		at := cmp.Or(listTime(h.GetTime()), new(time.Time{}))
-		l.History = append(l.History, listedChange{*at, h.GetHealth(), h.GetCause()})
-	}
-	return l
-}
-
-// listTime is nil for a time that was not sent, or that RFC 3339 has no words for.
-func listTime(t *timestamppb.Timestamp) *time.Time {
-	if !t.IsValid() {
-		return nil
-	}
-	return new(t.AsTime())
-}
-
-// setMetric keeps a number as a number unless JSON has none such, as for infinity.
-func (l *listedComponent) setMetric(name string, value any) {
-	if l.Metrics == nil {
-		l.Metrics = make(map[string]any)
-	}
-	if f, ok := value.(float64); ok && (math.IsInf(f, 0) || math.IsNaN(f)) {
-		value = fmt.Sprint(f)
-	}
-	l.Metrics[name] = value
-}
-
-// writeTable shows a pipeline to a person.
-func (p *listedPipeline) writeTable(w *bufio.Writer, now time.Time) {
-	if p.Status != "" {
-		fmt.Fprintf(w, "%s (pid %d, %s)\n", strings.TrimPrefix(clean(p.Pipeline)+": "+printable(p.Status), ": "), p.PID, clean(p.Endpoint))
-	}
-	if p.NotDurable != "" {
-		fmt.Fprintln(w, p.durability())
-	}
-	if len(p.Components) == 0 {
-		fmt.Fprintln(w, "nothing is registered")
-		return
-	}
-	starts := slices.ContainsFunc(p.Components, func(l *listedComponent) bool { return l.State != "" })
-	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	columns := []string{"ID", "TYPE", "STATE", "PID", "RESTARTS", "HEALTH", "LAST SEEN", "ENDPOINT", "METRICS"}
-	row := func(cells []string) {
-		if !starts {
-			cells = slices.Delete(cells, 2, 5)
-		}
-		fmt.Fprintln(tw, strings.Join(cells, "\t"))
-	}
-	row(columns)
-	for _, l := range p.Components {
-		row([]string{
-			l.title(starts), clean(l.Type), cmp.Or(clean(l.State), "-"), dash(l.PID != 0, l.PID), dash(l.State != "", l.Restarts),
-			clean(l.Health), dash(l.LastSeen != nil, l.age(now)), cmp.Or(clean(l.Endpoint), "-"), l.metricsText(),
-		})
-	}
-	_ = tw.Flush() // w keeps the error
-	for _, l := range p.Components {
-		if l.Cause != "" && !l.Healthy {
-			fmt.Fprintf(w, "%s: %s\n", clean(l.ID), printable(l.Cause))
-		}
-	}
-}
-
-const durableAgain = "what is registered would survive a restart again"
-
-// durability says what is wrong with the state file, "" for nothing.
-func (p *listedPipeline) durability() string {
-	if p.NotDurable == "" {
-		return ""
-	}
-	return "what is registered would not survive a restart: " + printable(p.NotDurable)
-}
-
-// title is the id with what else there is to know of it: starts tells that the list
-// is of a pipeline.
-func (l *listedComponent) title(starts bool) string {
-	switch {
-	case starts && !l.InPipeline:
-		return clean(l.ID) + " (not in the pipeline)"
-	case l.ServiceID != "":
-		return clean(l.ID) + " (" + clean(l.ServiceID) + ")"
-	}
-	return clean(l.ID)
-}
-
-func dash(ok bool, value any) string {
-	if !ok {
-		return "-"
-	}
-	return fmt.Sprint(value)
-}
-
-func (l *listedComponent) age(now time.Time) string {
-	if l.LastSeen == nil {
-		return ""
-	}
-	return ago(now.Sub(*l.LastSeen))
-}
-
-func ago(d time.Duration) string {
-	if d < 10*time.Second {
-		return max(d, 0).Round(100*time.Millisecond).String() + " ago"
-	}
-	return d.Round(time.Second).String() + " ago"
-}
-
-// metricsText shows the first few metrics by name.
-func (l *listedComponent) metricsText() string {
-	return cmp.Or(enumerate(l.metricTexts()), "-")
-}
-
-func (l *listedComponent) metricTexts() []string {
-	var parts []string
-	for name, value := range l.Metrics {
-		if f, ok := value.(float64); ok {
-			value = fmt.Sprintf("%.6g", f)
-		}
-		parts = append(parts, clean(fmt.Sprintf("%s=%v", name, value)))
-	}
-	slices.Sort(parts)
-	return parts
-}
-
-// writeDetails shows all that is known of a component to a person.
-func (l *listedComponent) writeDetails(w *bufio.Writer, p *listedPipeline, now time.Time) {
-	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	line := func(name, value string) {
-		if value != "" {
-			fmt.Fprintf(tw, "%s:\t%s\n", name, value)
-		}
-	}
-	list := func(values []string) string {
-		for i := range values {
-			values[i] = printable(values[i])
-		}
-		return strings.Join(values, ", ")
-	}
-	pairs := func(values map[string]string) string {
-		var out []string
-		for _, key := range slices.Sorted(maps.Keys(values)) {
-			out = append(out, key+"="+values[key])
-		}
-		return list(out)
-	}
-	line("id", clean(l.ID))
-	line("service id", clean(l.ServiceID))
-	pipeline := clean(p.Pipeline)
-	if !l.InPipeline && pipeline != "" {
-		pipeline += " (not in its file)"
-	}
-	line("pipeline", pipeline)
-	line("type", clean(l.Type))
-	line("type in file", printable(l.TypeInFile))
-	line("labels", pairs(l.Labels))
-	line("name", clean(l.Name))
-	line("description", printable(l.Description))
-	line("version", clean(l.Version))
-	if l.State != "" {
-		text := fmt.Sprintf("%s, restarts %d", clean(l.State), l.Restarts)
-		if l.Started != nil {
-			text += fmt.Sprintf(", pid %d, started %s", l.PID, ago(now.Sub(*l.Started)))
-		}
-		line("state", text)
-	}
-	line("health", strings.TrimSuffix(clean(l.Health)+": "+printable(l.Cause), ": "))
-	line("declared", clean(l.Declared))
-	if l.Registered != nil {
-		line("registered", ago(now.Sub(*l.Registered)))
-	}
-	line("last seen", l.age(now))
-	line("endpoint", printable(l.Endpoint))
-	line("reads", list(l.InputEvents))
-	line("writes", list(l.OutputEvents))
-	line("metadata", pairs(l.Metadata))
-	line("metrics", strings.Join(l.metricTexts(), ", "))
-	_ = tw.Flush() // w keeps the error
-	if len(l.History) > 0 {
-		fmt.Fprintln(w, "history:")
-	}
-	for _, h := range l.History {
-		fmt.Fprintf(w, "  %s  %s\n", h.Time.Local().Format(time.DateTime), strings.TrimSuffix(clean(h.Health)+": "+printable(h.Cause), ": "))
-	}
-}
-
-// oneLine is the depth of what is not to be indented.
-const oneLine = -1
-
-// appendJSON appends v as list prints it, so many levels deep. There must be nothing in
-// it that JSON does not know, or it panics: half an array is worse than none. What could
-// do something to a terminal is escaped.
-func appendJSON(b []byte, v any, depth int) []byte {
-	text := bytes.NewBuffer(b)
-	enc := json.NewEncoder(text)
-	enc.SetEscapeHTML(false)
-	if depth != oneLine {
-		enc.SetIndent(strings.Repeat("  ", depth), "  ")
-	}
-	if err := enc.Encode(v); err != nil {
-		panic(err)
-	}
-	return escapeJSON(bytes.TrimSuffix(text.Bytes(), []byte("\n")))
-}
-
-// escapeJSON escapes the control and format characters that JSON leaves as they are.
-// They can be in strings alone.
-func escapeJSON(text []byte) []byte {
-	wild := func(r rune) bool { return r >= 0x7f && (unicode.IsControl(r) || unicode.Is(unicode.Cf, r)) }
-	if i := slices.IndexFunc(text, func(b byte) bool { return b >= 0x7f }); i < 0 || !bytes.ContainsFunc(text[i:], wild) {
-		return text
-	}
-	var out []byte
-	for _, r := range string(text) {
-		high, low := utf16.EncodeRune(r)
-		switch {
-		case !wild(r):
-			out = utf8.AppendRune(out, r)
-		case high == unicode.ReplacementChar: // it needs no pair
-			out = fmt.Appendf(out, `\u%04x`, r)
-		default:
-			out = fmt.Appendf(out, `\u%04x\u%04x`, high, low)
-		}
-	}
-	return out
-}
-
-// writeJSON shows pipelines, of which there is one at least, to a program: one array.
-// The components are the last member of each, and not made into one text first: there
-// may be a hundred thousand.
-func writeJSON(w io.Writer, pipelines []listedPipeline) error {
-	out := bufio.NewWriter(w)
-	between := "[\n  "
-	for _, p := range pipelines {
-		texts := p.texts
-		for _, l := range p.Components {
-			texts = append(texts, appendJSON(nil, l, 3))
-		}
-		p.Components = []*listedComponent{}
-		out.WriteString(between)
-		out.Write(bytes.TrimSuffix(appendJSON(nil, p, 1), []byte("]\n  }")))
-		before, after := "\n      ", ""
-		for _, text := range texts {
-			out.WriteString(before)
-			out.Write(text)
-			before, after = ",\n      ", "\n    "
-		}
-		out.WriteString(after + "]\n  }")
-		between = ",\n  "
-	}
-	out.WriteString("\n]\n")
-	return out.Flush()
-}
-
 // listPlanes asks all at once and shows what they answer. It returns an *exitError
 // where something is not healthy or one does not answer; absent are errors of those
 // that cannot be asked.
@@ -795,32 +430,6 @@ func dialReason(text string) string {
 	}
 	text = strings.TrimPrefix(text, "transport: ")
 	return printable(strings.TrimPrefix(text, "Error while dialing: "))
-}
-
-// showPipelines prints them as o wants it.
-func showPipelines(w io.Writer, pipelines []listedPipeline, o listOptions) error {
-	if o.json {
-		return writeJSON(w, pipelines)
-	}
-	now := time.Now()
-	out := bufio.NewWriter(w) // keeps the first error, for Flush
-	for i, p := range pipelines {
-		if i > 0 {
-			fmt.Fprintln(out)
-		}
-		if p.ended != "" {
-			fmt.Fprintf(out, "%s | %s\n", clean(cmp.Or(p.Pipeline, p.Endpoint)), p.ended)
-			continue
-		}
-		if o.id == "" {
-			p.writeTable(out, now)
-			continue
-		}
-		for _, l := range p.Components {
-			l.writeDetails(out, &p, now)
-		}
-	}
-	return out.Flush()
 }
 
 // redrawTime is how often list -watch draws at most.
@@ -1011,31 +620,6 @@ func (v *watchView) showEnd(c *listClient, err error, last bool) error {
 	return e.write(v.out, false)
 }
 
-// write prints one line.
-func (e *listedEvent) write(w io.Writer, asJSON bool) error {
-	if asJSON {
-		_, err := w.Write(append(appendJSON(nil, e, oneLine), '\n'))
-		return err
-	}
-	what := clean(e.Removed) + " removed"
-	switch c := e.Component; {
-	case e.Ended != "":
-		what = firstLine(e.Ended)
-	case c != nil:
-		what = strings.TrimSuffix(strings.Join(strings.Fields(fmt.Sprintf("%s %s %s: %s", clean(c.ID), clean(c.State), clean(c.Health), printable(c.Cause))), " "), ":")
-	case e.Ready != nil:
-		what = strings.TrimSuffix(printable(e.Status)+"; "+e.durability, "; ")
-	}
-	_, err := fmt.Fprintf(w, "%s %s | %s\n", e.Time.Format(time.TimeOnly), clean(cmp.Or(e.Pipeline, e.Endpoint)), what)
-	return err
-}
-
-// firstLine leaves out the hint of an error.
-func firstLine(text string) string {
-	text, _, _ = strings.Cut(text, "\n")
-	return printable(text)
-}
-
 // draw draws what has changed, or after a second how old it is by now. What does not
 // fit on the terminal is left out.
 func (v *watchView) draw(now time.Time) error {
@@ -1070,24 +654,96 @@ func (v *watchView) draw(now time.Time) error {
 	return err
 }
 
-// cut shortens a line to width characters.
-func cut(line string, width int) string {
-	count := 0
-	for i := range line {
-		if count == width {
-			return line[:i]
-		}
-		count++
+// reloadPatience is how long the command reload waits for an answer. flowctl reads a
+// file and answers, so more is a disk or a control plane that hangs.
+const reloadPatience = 30 * time.Second
+
+func reloadCommand(args []string) error {
+	var o listOptions
+	fs := flag.NewFlagSet("reload", flag.ContinueOnError)
+	o.define(fs)
+	rest, err := parseFlags(fs, args, 1)
+	if err != nil {
+		return err
 	}
-	return line
+	if err := o.check(fs, rest); err != nil {
+		return err
+	}
+	o.wait = true
+	name := ""
+	if len(rest) > 0 {
+		name = rest[0]
+	}
+	if name != "" && o.endpoint != "" {
+		return &usageError{"reload", fmt.Errorf("-endpoint %q and the pipeline %q: name one of them", o.endpoint, name)}
+	}
+	runs, _, err := o.runs(true)
+	if err == nil && o.endpoint == "" {
+		runs, err = choosePipeline(runs, name)
+	}
+	if err != nil {
+		return &exitError{exitPlane, err}
+	}
+	clients, errs := o.connect(runs)
+	if len(errs) > 0 {
+		return &exitError{exitPlane, errors.Join(errs...)}
+	}
+	client := clients[0]
+	defer client.close()
+	ctx, cancel := context.WithTimeout(context.Background(), reloadPatience)
+	defer cancel()
+	out, err := operatorv1.NewOperatorClient(client.conn).Reload(ctx, &operatorv1.ReloadRequest{}, grpc.WaitForReady(false))
+	switch status.Code(err) {
+	case codes.OK:
+	case codes.FailedPrecondition:
+		return &exitError{exitUsage, errors.New(status.Convert(err).Message())}
+	case codes.Unimplemented:
+		return &exitError{exitPlane, fmt.Errorf("the control plane at %s has no pipeline to reload", client.endpoint)}
+	default:
+		return &exitError{exitPlane, o.noAnswer(client.endpoint, err)}
+	}
+	fmt.Println(reloadText(out))
+	return nil
 }
 
-// terminalSize is 80 by 24 where the terminal does not tell.
-func terminalSize(f *os.File) (width, height int) {
-	var size struct{ Rows, Columns, X, Y uint16 }
-	_, _, errno := syscall.Syscall(syscall.SYS_IOCTL, f.Fd(), syscall.TIOCGWINSZ, uintptr(unsafe.Pointer(&size)))
-	if errno != 0 || size.Rows == 0 || size.Columns == 0 {
-		return 80, 24
+// choosePipeline returns the one of runs that is the pipeline of that name, or without
+// a name, in ExecReload= of a unit, its main process (systemd.exec(5)), or the only one.
+func choosePipeline(runs []runInfo, name string) ([]runInfo, error) {
+	runs = slices.DeleteFunc(runs, func(r runInfo) bool { return r.Pipeline == "" })
+	main, _ := strconv.Atoi(os.Getenv("MAINPID"))
+	var names []string
+	for i, run := range runs {
+		names = append(names, run.Pipeline)
+		if name == run.Pipeline || name == "" && run.PID == main {
+			return runs[i : i+1], nil
+		}
 	}
-	return int(size.Columns), int(size.Rows)
+	switch {
+	case name == "" && main != 0:
+		return nil, fmt.Errorf("process %d, the unit's (MAINPID), is no pipeline that runs here", main)
+	case len(runs) == 0:
+		return nil, errors.New("no pipeline is running here")
+	case name != "":
+		return nil, fmt.Errorf("no pipeline %q is running, only %s", name, enumerate(names))
+	case len(runs) > 1:
+		return nil, fmt.Errorf("%d pipelines are running: name one of %s", len(names), enumerate(names))
+	}
+	return runs, nil
+}
+
+// reloadText says what a reload has come to.
+func reloadText(out *operatorv1.ReloadResponse) string {
+	var parts []string
+	for _, p := range []struct {
+		what string
+		ids  []string
+	}{{"added", out.GetAdded()}, {"removed", out.GetRemoved()}, {"restarted", out.GetRestarted()}} {
+		if len(p.ids) > 0 {
+			parts = append(parts, p.what+" "+clean(enumerate(p.ids)))
+		}
+	}
+	if len(parts) == 0 {
+		return "reloaded: nothing has changed"
+	}
+	return fmt.Sprintf("reloaded: %s; %d unchanged", strings.Join(parts, ", "), out.GetUnchanged())
 }

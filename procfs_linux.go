@@ -1,7 +1,8 @@
 package main
 
 import (
-	endian "encoding/binary" // binary is the name of a function of the tests
+	"bytes"
+	endian "encoding/binary"
 	"errors"
 	"io/fs"
 	"net"
@@ -14,10 +15,115 @@ import (
 	"syscall"
 )
 
-// Which process holds a TCP socket. The kernel finds one by its two addresses and
-// gives its inode (sock_diag(7)), and /proc shows whose open files have that inode.
-// The tables in /proc/net would say the same, but the kernel walks all of its hash
-// for them, which takes milliseconds on a machine without a single connection.
+// procInfo is what /proc says of a process.
+type procInfo struct {
+	pid, parent, group int
+	zombie             bool
+	begun              uint64 // in clock ticks since boot: tells it from a later one with its pid
+	name               string
+}
+
+// readProcess is false for a process that is not there any more.
+func readProcess(pid int) (procInfo, bool) {
+	data, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	open, end := bytes.IndexByte(data, '('), bytes.LastIndexByte(data, ')')
+	if err != nil || open < 0 || end < open {
+		return procInfo{}, false
+	}
+	fields := strings.Fields(string(data[end+1:])) // from the third of proc(5) on
+	if len(fields) < 20 {
+		return procInfo{}, false
+	}
+	p := procInfo{pid: pid, name: string(data[open+1 : end])}
+	// One whose main thread alone has ended looks like a zombie, and runs.
+	p.zombie = fields[0] == "X" || fields[0] == "Z" && fields[17] <= "1"
+	p.parent, _ = strconv.Atoi(fields[1])
+	p.group, _ = strconv.Atoi(fields[2])
+	p.begun, _ = strconv.ParseUint(fields[19], 10, 64)
+	return p, true
+}
+
+// procIsOurs tells whether /proc is that of this pid namespace: the numbers of
+// another are not ours.
+func procIsOurs() bool {
+	self, _ := os.Readlink("/proc/self")
+	return self == strconv.Itoa(os.Getpid())
+}
+
+// processes returns all that can be seen and are no zombies.
+func processes() []procInfo {
+	if !procIsOurs() {
+		return nil
+	}
+	dir, err := os.Open("/proc")
+	if err != nil {
+		return nil
+	}
+	defer dir.Close()
+	names, _ := dir.Readdirnames(-1)
+	var all []procInfo
+	for _, name := range names {
+		pid, err := strconv.Atoi(name)
+		if err != nil {
+			continue
+		}
+		if p, ok := readProcess(pid); ok && !p.zombie {
+			all = append(all, p)
+		}
+	}
+	return all
+}
+
+// withDescendants adds to chosen, by pid, all descendants of those that are in it.
+func withDescendants(all []procInfo, chosen map[int]bool) {
+	for grew := true; grew; {
+		grew = false
+		for _, p := range all {
+			if chosen[p.parent] && !chosen[p.pid] {
+				chosen[p.pid] = true
+				grew = true
+			}
+		}
+	}
+}
+
+// environ is the environment that a process was started with, each entry between
+// two NULs.
+func environ(pid int) []byte {
+	env, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/environ")
+	if err != nil {
+		return nil
+	}
+	return append([]byte{0}, env...)
+}
+
+// send signals p if it still is the process that was seen.
+func (p procInfo) send(sig syscall.Signal) {
+	handle, err := os.FindProcess(p.pid) // by a pidfd, which cannot come to mean another process
+	if err != nil {
+		return
+	}
+	defer handle.Release()
+	if now, ok := readProcess(p.pid); ok && now.begun == p.begun {
+		_ = handle.Signal(sig)
+	}
+}
+
+// peerPID is the process that connected to a unix socket (SO_PEERCRED of unix(7)), 0
+// for one of another pid namespace.
+func peerPID(conn *net.UnixConn) int {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	pid := 0
+	_ = raw.Control(func(fd uintptr) {
+		if cred, err := syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED); err == nil {
+			pid = int(cred.Pid)
+		}
+	})
+	return pid
+}
 
 const (
 	netlinkSockDiag  = 4  // NETLINK_SOCK_DIAG
@@ -167,7 +273,8 @@ func lookUpSocket(local, remote netip.AddrPort) (found diagAnswer, ok bool, err 
 	return found, err == nil, err
 }
 
-func (a *diagAnswer) local() netip.AddrPort  { return a.addr(a.ID.Local, a.ID.LocalPort) }
+func (a *diagAnswer) local() netip.AddrPort { return a.addr(a.ID.Local, a.ID.LocalPort) }
+
 func (a *diagAnswer) remote() netip.AddrPort { return a.addr(a.ID.Remote, a.ID.RemotePort) }
 
 func (a *diagAnswer) addr(ip [16]byte, port [2]byte) netip.AddrPort {

@@ -7,7 +7,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"log/slog"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -17,11 +16,10 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -29,10 +27,38 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
-	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 )
 
-// The tests of this file are about who is at the other end of a connection.
+// Where file descriptors run out, those who are connected go on, and others get in
+// when there is room.
+func TestNoMoreDescriptors(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "state.json")
+	p, endpoint := startAlone(t, []string{"-db-path", file, "-janitor-interval", "100ms"}, limited("-n 64"))
+	check := neighbour(t, endpoint)
+	old := dialPlane(t, endpoint)
+	old.mustRegister(t, "legacy", registration{id: "before"})
+	var conns []net.Conn
+	for range 200 {
+		conn, err := net.Dial("tcp", endpoint)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conns = append(conns, conn)
+	}
+	old.mustRegister(t, "v1", registration{id: "while"})
+	for _, conn := range conns {
+		conn.Close()
+	}
+	dialPlane(t, endpoint).mustRegister(t, "v1", registration{id: "after"})
+	check()
+	p.stop()
+	p.hasNot(p.stderr, "control plane ended")
+	if got := countSaved(t, file); got != 4 {
+		t.Errorf("%d services are saved, want 4", got)
+	}
+}
 
 // planeAddresses calls test for each kind of address that a control plane can have.
 func planeAddresses(t *testing.T, test func(t *testing.T, address string)) {
@@ -260,43 +286,6 @@ func TestSharedServiceID(t *testing.T) {
 	}
 }
 
-// What is said on a connection is not looked up again.
-func TestOneLookupForEachConnection(t *testing.T) {
-	t.Parallel()
-	lis, endpoint, err := listenPlane("127.0.0.1", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var lookups atomic.Int64
-	trace := func(net.Conn, string) origin {
-		lookups.Add(1)
-		return origin{component: "store", known: true}
-	}
-	p := servePlane(lis, testRegistry(), planeSettings{trace: trace}, slog.New(slog.DiscardHandler))
-	t.Cleanup(p.stop)
-	for n := range int64(3) {
-		c := dialPlane(t, endpoint)
-		if _, err := c.legacy.ListServices(t.Context(), nil); err != nil || lookups.Load() != n {
-			t.Errorf("%d lookups for %d connections and one on which nothing was said: %v", lookups.Load(), n, err)
-		}
-		if got := c.mustRegister(t, "legacy", registration{}).id; got != "store" {
-			t.Errorf("registered as %q", got)
-		}
-		var calls sync.WaitGroup
-		for i := range 10 {
-			calls.Go(func() {
-				for range 100 {
-					wantCode(t, "heartbeat", c.heartbeat(t.Context(), dialects[i%2], "store"), codes.OK)
-				}
-			})
-		}
-		calls.Wait()
-		if lookups.Load() != n+1 {
-			t.Errorf("%d lookups for %d connections", lookups.Load(), n+1)
-		}
-	}
-}
-
 // A control plane alone has no components and refuses nobody.
 func TestServerRefusesNobody(t *testing.T) {
 	t.Parallel()
@@ -430,30 +419,6 @@ func TestComponentThatProcHides(t *testing.T) {
 	})
 	p.waitReady()
 	p.stop()
-}
-
-// actorRole is the value of roleVar for r.
-func actorRole(tb testing.TB, r role) string {
-	tb.Helper()
-	return actor("", r).Env[roleVar]
-}
-
-// publicProgram is this test's program, where every user can run it.
-func publicProgram(tb testing.TB) string {
-	tb.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		tb.Fatal(err)
-	}
-	data, err := os.ReadFile(self)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	program := writeFile(tb, filepath.Join(publicDir(tb), "actor"), string(data))
-	if err := os.Chmod(program, 0o755); err != nil {
-		tb.Fatal(err)
-	}
-	return program
 }
 
 // Whoever calls itself by the id of another component of the pipeline goes on to be

@@ -1,0 +1,954 @@
+//go:build linux
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
+
+	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
+)
+
+// hammer calls everything that the plane has, as the client number i.
+func hammer(t *testing.T, ctx context.Context, c planeClient, r *registry, i int) {
+	names := []string{"ledgers", "transfers", "store", "x", "y", fmt.Sprint("own-", i)}
+	for n := range 60 {
+		id, dialect := names[(n+i)%len(names)], dialects[n%2]
+		reg := registration{id: id, componentID: names[(n*i)%len(names)], metadata: map[string]string{"k": id}, outputEvents: []string{"e"}}
+		_, err := c.register(ctx, dialect, reg)
+		wantCode(t, "registration", err, codes.OK)
+		_, err = c.legacy.Heartbeat(ctx, &flowctlpb.ServiceHeartbeat{ServiceId: id, Metrics: map[string]float64{"n": float64(n)}})
+		_, err1 := c.v1.Heartbeat(ctx, &flowctlv1.HeartbeatRequest{ServiceId: id, Metrics: map[string]string{"m": "x"}, Status: flowctlv1.HealthStatus(n % 6)})
+		_, err2 := c.legacy.GetServiceStatus(ctx, &flowctlpb.ServiceInfo{ServiceId: id})
+		_, err3 := c.v1.GetComponentStatus(ctx, &flowctlv1.ComponentStatusRequest{ServiceId: id})
+		for _, err := range []error{err, err1, err2, err3} {
+			if code := status.Code(err); code != codes.OK && code != codes.NotFound { // another client may just have deregistered it
+				t.Errorf("client %d: %v", i, err)
+			}
+		}
+		_, err = c.legacy.ListServices(ctx, &emptypb.Empty{})
+		wantCode(t, "ListServices", err, codes.OK)
+		_, err = c.v1.ListComponents(ctx, &flowctlv1.ListComponentsRequest{IncludeUnhealthy: true})
+		wantCode(t, "ListComponents", err, codes.OK)
+		_, err = c.v1.DiscoverComponents(ctx, &flowctlv1.DiscoveryRequest{EventTypes: []string{"e"}})
+		wantCode(t, "DiscoverComponents", err, codes.OK)
+		switch component := names[n%3]; n % 5 {
+		case 0:
+			c.v1.UnregisterComponent(ctx, &flowctlv1.UnregisterRequest{ServiceId: id})
+		case 1:
+			r.starting(component, time.Now())
+		case 2:
+			r.finished(component, "exit status 1", time.Now())
+		case 3:
+			r.admit(component, time.Now())
+		case 4:
+			r.checked(component, "", time.Now())
+		}
+	}
+}
+
+func BenchmarkHeartbeat(b *testing.B) {
+	r := testRegistry()
+	mustRegister(b, r, registration{id: "store"}, time.Now())
+	ctx := b.Context()
+	b.Run("legacy", func(b *testing.B) {
+		b.ReportAllocs()
+		in := &flowctlpb.ServiceHeartbeat{ServiceId: "store", Metrics: map[string]float64{"events": 1, "errors": 2, "lag": 3}}
+		for b.Loop() {
+			if _, err := (legacyServer{registry: r}).Heartbeat(ctx, in); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("v1", func(b *testing.B) {
+		b.ReportAllocs()
+		in := &flowctlv1.HeartbeatRequest{ServiceId: "store", Metrics: map[string]string{"events": "1", "errors": "2", "lag": "3"}}
+		for b.Loop() {
+			if _, err := (v1Server{registry: r}).Heartbeat(ctx, in); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
+
+// floorServer and floorV1Server do nothing: what a call to them costs is gRPC's part.
+type floorServer struct {
+	flowctlpb.UnimplementedControlPlaneServer
+}
+
+type floorV1Server struct {
+	flowctlv1.UnimplementedControlPlaneServiceServer
+}
+
+func (floorV1Server) Heartbeat(context.Context, *flowctlv1.HeartbeatRequest) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, nil
+}
+
+func (floorServer) Heartbeat(context.Context, *flowctlpb.ServiceHeartbeat) (*emptypb.Empty, error) {
+	return &emptypb.Empty{}, nil
+}
+
+// serveFloor serves the floor's servers with the options of a plane.
+func serveFloor() (server *grpc.Server, endpoint string, err error) {
+	lis, endpoint, err := listenPlane("127.0.0.1", 0)
+	if err != nil {
+		return nil, "", err
+	}
+	server = grpc.NewServer(planeOptions(insecure.NewCredentials())...)
+	flowctlpb.RegisterControlPlaneServer(server, floorServer{})
+	flowctlv1.RegisterControlPlaneServiceServer(server, floorV1Server{})
+	go server.Serve(lis)
+	return server, endpoint, nil
+}
+
+func startFloor(tb testing.TB) string {
+	tb.Helper()
+	server, endpoint, err := serveFloor()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(server.Stop)
+	return endpoint
+}
+
+const benchmarkConns = 8
+
+// connect opens the benchmark's connections to endpoint, one service on each.
+func connect(b *testing.B, endpoint string) []planeClient {
+	b.Helper()
+	clients := make([]planeClient, benchmarkConns)
+	for i := range clients {
+		clients[i] = dialPlane(b, endpoint)
+		if err := heartbeatOnce(b.Context(), clients[i], i); err != nil {
+			b.Fatal(err)
+		}
+	}
+	return clients
+}
+
+// connectBoth connects to a plane with a registered service per connection and to
+// the floor.
+func connectBoth(b *testing.B) (plane, floor []planeClient) {
+	b.Helper()
+	return connectPlane(b, startPlane(b, newRegistry(testTTL, testInterval, "", nil))), connect(b, startFloor(b))
+}
+
+func connectPlane(b *testing.B, c planeClient) []planeClient {
+	b.Helper()
+	for i := range benchmarkConns {
+		c.mustRegister(b, "legacy", registration{id: fmt.Sprint("service-", i)})
+	}
+	return connect(b, c.conn.Target())
+}
+
+// startKeptPlane is startPlane with a state file that is written each second, and
+// twenty times a second for one of many services that registers again.
+func startKeptPlane(b *testing.B) planeClient {
+	b.Helper()
+	st, err := openStore(filepath.Join(b.TempDir(), "state.json"), "", false, slog.New(slog.DiscardHandler))
+	if err != nil {
+		b.Fatal(err)
+	}
+	r := newRegistry(testTTL, time.Second, "", nil)
+	restoreAll(b, r, nil, time.Now())
+	lis, endpoint, err := listenPlane("127.0.0.1", 0)
+	if err != nil {
+		b.Fatal(err)
+	}
+	p := servePlane(lis, r, planeSettings{store: st}, slog.New(slog.DiscardHandler))
+	c := dialPlane(b, endpoint)
+	done := make(chan struct{})
+	var registering sync.WaitGroup
+	registering.Go(func() {
+		ticker := time.NewTicker(50 * time.Millisecond)
+		defer ticker.Stop()
+		for i := 0; ; i++ {
+			select {
+			case <-done:
+				return
+			case <-ticker.C:
+				if _, err := c.register(context.Background(), "legacy", registration{id: fmt.Sprint("other-", i%100)}); err != nil {
+					b.Error(err)
+				}
+			}
+		}
+	})
+	b.Cleanup(func() {
+		close(done)
+		registering.Wait()
+		p.stop()
+		st.close()
+	})
+	return c
+}
+
+func heartbeatOnce(ctx context.Context, c planeClient, i int) error {
+	_, err := c.legacy.Heartbeat(ctx, &flowctlpb.ServiceHeartbeat{
+		ServiceId: fmt.Sprint("service-", i), Metrics: map[string]float64{"events": 1, "errors": 2, "lag": 3},
+	})
+	return err
+}
+
+func BenchmarkHeartbeatRPC(b *testing.B) {
+	plane, floor := connectBoth(b)
+	for _, side := range []struct {
+		name    string
+		clients []planeClient
+	}{{"flowctl", plane}, {"floor", floor}} {
+		b.Run(side.name, func(b *testing.B) {
+			var next atomic.Int64
+			b.ReportAllocs()
+			b.SetParallelism(benchmarkConns)
+			b.RunParallel(func(pb *testing.PB) {
+				i := int(next.Add(1)) % benchmarkConns
+				for pb.Next() {
+					if err := heartbeatOnce(b.Context(), side.clients[i], i); err != nil {
+						b.Error(err)
+						return
+					}
+				}
+			})
+		})
+	}
+}
+
+// BenchmarkHeartbeatRatio takes turns in short rounds, so that what else the machine
+// does weighs on both alike. The ratio is that of the rates: 1 would be a plane that
+// costs nothing. One operation is a round of both.
+func BenchmarkHeartbeatRatio(b *testing.B) {
+	b.Run("memory", func(b *testing.B) {
+		plane, floor := connectBoth(b)
+		measureRatio(b, plane, floor)
+	})
+	b.Run("file", func(b *testing.B) {
+		measureRatio(b, connectPlane(b, startKeptPlane(b)), connect(b, startFloor(b)))
+	})
+}
+
+func measureRatio(b *testing.B, plane, floor []planeClient) {
+	const calls = 100
+	round := func(clients []planeClient) time.Duration {
+		var running sync.WaitGroup
+		begun := time.Now()
+		for i, c := range clients {
+			running.Go(func() {
+				for range calls {
+					if err := heartbeatOnce(b.Context(), c, i); err != nil {
+						b.Error(err)
+						return
+					}
+				}
+			})
+		}
+		running.Wait()
+		return time.Since(begun)
+	}
+	round(plane)
+	round(floor)
+	var ratios []float64
+	var all time.Duration
+	for n := 0; b.Loop(); n++ {
+		var ofPlane, ofFloor time.Duration
+		if n%2 == 0 {
+			ofPlane, ofFloor = round(plane), round(floor)
+		} else {
+			ofFloor, ofPlane = round(floor), round(plane)
+		}
+		ratios = append(ratios, float64(ofFloor)/float64(ofPlane))
+		all += ofPlane
+	}
+	slices.Sort(ratios)
+	ratio := ratios[len(ratios)/2]
+	b.ReportMetric(float64(len(ratios)*calls*len(plane))/all.Seconds(), "heartbeats/s")
+	b.ReportMetric(ratio, "ratio")
+	if least := 0.9; len(ratios) >= 100 && ratio < least { // of fewer rounds, one that was disturbed counts too much
+		b.Errorf("the ratio is %.3f, less than %v", ratio, least)
+	}
+}
+
+// quick builds the component of the benchmarks: small, and quick to start.
+func quick(b *testing.B) string {
+	b.Helper()
+	return build(b, "quick", "./testdata/quick")
+}
+
+// BenchmarkReadiness measures from the start of flowctl to READY=1, and in turn with
+// it the floor: the same components started at once, all of them, with a server
+// that does nothing but count, until the last has registered.
+func BenchmarkReadiness(b *testing.B) {
+	if raceEnabled() {
+		b.Skip("the race detector is not what we measure")
+	}
+	component := quick(b)
+	flowctl := binary(b)
+	for _, n := range []int{3, 30, 300} {
+		b.Run(strconv.Itoa(n), func(b *testing.B) {
+			var parts []Component
+			for i := range n {
+				parts = append(parts, Component{ID: fmt.Sprintf("c%d", i), Command: []string{component}})
+			}
+			file := writePipeline(b, parts...)
+			var took, floor []time.Duration
+			for range b.N {
+				floor = append(floor, measureFloor(b, component, n))
+				took = append(took, measureReady(b, flowctl, file))
+			}
+			slices.Sort(took)
+			slices.Sort(floor)
+			t, f := took[len(took)/2], floor[len(floor)/2]
+			b.ReportMetric(0, "ns/op") // of both together: says nothing
+			b.ReportMetric(t.Seconds()*1000, "ms")
+			b.ReportMetric(f.Seconds()*1000, "floor-ms")
+			b.ReportMetric(float64(t)/float64(f), "x-floor")
+			b.ReportMetric((t-f).Seconds()*1000, "extra-ms")
+			b.ReportMetric((t.Seconds()-1.3*f.Seconds())*1000, "ms-over-1.3x") // the target is 20 at most
+		})
+	}
+}
+
+// measureReady returns the time from the start of flowctl to READY=1.
+func measureReady(b *testing.B, flowctl, file string) time.Duration {
+	b.Helper()
+	dir := shortDir(b)
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer conn.Close()
+	_ = conn.SetReadDeadline(time.Now().Add(2 * patience))
+	cmd := exec.Command(flowctl, "run", file, "-control-plane-port", "0")
+	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+filepath.Join(dir, "notify"))
+	begun := time.Now()
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer cmd.Process.Signal(syscall.SIGTERM)
+	buf := make([]byte, 4096)
+	for {
+		n, err := conn.Read(buf)
+		if err != nil {
+			b.Fatal(err)
+		}
+		if strings.HasPrefix(string(buf[:n]), "READY=1") {
+			took := time.Since(begun)
+			go io.Copy(io.Discard, conn) // until conn is closed
+			return took
+		}
+	}
+}
+
+// countingPlane takes registrations and does nothing with them.
+type countingPlane struct {
+	flowctlpb.UnimplementedControlPlaneServer
+	registered chan struct{}
+}
+
+func (p countingPlane) Register(_ context.Context, in *flowctlpb.ServiceInfo) (*flowctlpb.RegistrationAck, error) {
+	p.registered <- struct{}{}
+	return &flowctlpb.RegistrationAck{ServiceId: in.GetServiceId()}, nil
+}
+
+func measureFloor(b *testing.B, component string, n int) time.Duration {
+	b.Helper()
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	plane := countingPlane{registered: make(chan struct{}, n)}
+	server := grpc.NewServer()
+	flowctlpb.RegisterControlPlaneServer(server, plane)
+	go server.Serve(lis)
+	defer server.Stop()
+	env := append(os.Environ(), "FLOWCTL_ENDPOINT="+lis.Addr().String(), "FLOWCTL_COMPONENT_ID=c", "HEALTH_PORT=1")
+	begun := time.Now()
+	for range n {
+		cmd := exec.Command(component)
+		cmd.Env = env
+		if err := cmd.Start(); err != nil {
+			b.Fatal(err)
+		}
+		defer cmd.Wait()
+		defer cmd.Process.Kill()
+	}
+	for range n {
+		select {
+		case <-plane.registered:
+		case <-time.After(2 * patience):
+			b.Fatal("not all have registered")
+		}
+	}
+	return time.Since(begun)
+}
+
+// BenchmarkFootprint tells how large flowctl is as a file and, with three components
+// at rest, in memory.
+func BenchmarkFootprint(b *testing.B) {
+	component := quick(b)
+	flowctl := build(b, "flowctl-stripped", ".", "-trimpath", "-ldflags", "-s -w")
+	info, err := os.Stat(flowctl)
+	if err != nil {
+		b.Fatal(err)
+	}
+	var parts []Component
+	for i := range 3 {
+		parts = append(parts, Component{ID: fmt.Sprintf("c%d", i), Command: []string{component}})
+	}
+	file := writePipeline(b, parts...)
+	var most int
+	for range b.N {
+		p := start(b, []string{"run", file, "-control-plane-port", "0"}, func(p *process) { p.cmd.Path = flowctl })
+		p.waitReady()
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+		if err != nil {
+			b.Fatal(err)
+		}
+		kib, err := strconv.Atoi(regexp.MustCompile(`VmRSS:\s*(\d+) kB`).FindStringSubmatch(string(status))[1])
+		if err != nil {
+			b.Fatal(err)
+		}
+		most = max(most, kib)
+		p.stop()
+	}
+	b.ReportMetric(0, "ns/op")
+	b.ReportMetric(float64(info.Size())/(1<<20), "MiB-file")
+	b.ReportMetric(float64(most)/(1<<10), "MiB-RSS")
+}
+
+// processorTime is what a process that has ended and was not waited for has used
+// itself, without its children.
+func processorTime(tb testing.TB, pid int) time.Duration {
+	tb.Helper()
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	fields := strings.Fields(string(data[bytes.LastIndexByte(data, ')')+1:]))
+	user, _ := strconv.Atoi(fields[11])
+	system, _ := strconv.Atoi(fields[12])
+	const tick = 10 * time.Millisecond // USER_HZ is 100 everywhere
+	return time.Duration(user+system) * tick
+}
+
+// BenchmarkThroughput is how fast lines of four components come through flowctl into
+// a file, none lost and none torn, and in turn what cat does with the same: the floor.
+func BenchmarkThroughput(b *testing.B) {
+	flowctl := plain()
+	for _, bb := range []struct {
+		name         string
+		lines, width int
+	}{
+		{"short", 250_000, 100},
+		{"long", 100, 100_000},
+	} {
+		b.Run(bb.name, func(b *testing.B) {
+			dir := b.TempDir()
+			var components []Component
+			var files []string
+			size := 0
+			for _, id := range []string{"a", "b", "c", "d"} {
+				file := numbered(b, filepath.Join(dir, id), id, bb.lines, bb.width)
+				components = append(components, Component{ID: id, Command: []string{"cat", file}, Register: new(false)})
+				files = append(files, file)
+				size += bb.lines * bb.width
+			}
+			pipeline := writePipeline(b, components...)
+			var took, floor, used time.Duration
+			b.SetBytes(int64(size))
+			for b.Loop() {
+				out, err := os.Create(filepath.Join(dir, "out"))
+				if err != nil {
+					b.Fatal(err)
+				}
+				cmd := exec.Command(flowctl, runArgs(pipeline, "-log-level", "error", "-show-status=false")...)
+				cmd.Stdout, cmd.Stderr = out, os.Stderr
+				began := time.Now()
+				if err := cmd.Start(); err != nil {
+					b.Fatal(err)
+				}
+				awaitExit(cmd.Process.Pid)
+				took += time.Since(began)
+				used += processorTime(b, cmd.Process.Pid)
+				if err := cmd.Wait(); err != nil {
+					b.Fatal(err)
+				}
+				out.Close()
+				y := newTally(nil)
+				data, err := os.ReadFile(out.Name())
+				if err != nil {
+					b.Fatal(err)
+				}
+				_, _ = y.Write(data)
+				for i, c := range components {
+					y.same(b, c.ID, files[i])
+				}
+				y.clean(b)
+				if b.Failed() {
+					return
+				}
+				began = time.Now()
+				if out, err := exec.Command("sh", append([]string{"-c", `for f in "$@"; do cat "$f" & done | cat >"$0"`, out.Name()}, files...)...).CombinedOutput(); err != nil {
+					b.Fatalf("%v: %s", err, out)
+				}
+				floor += time.Since(began)
+			}
+			mega := float64(size) * float64(b.N) / 1e6
+			b.ReportMetric(mega/took.Seconds(), "MB/s")
+			b.ReportMetric(used.Seconds()/(mega/1000), "cpu-s/GB")
+			b.ReportMetric(mega/floor.Seconds(), "floor-MB/s")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
+// scaleVar makes the tests of bounds run at their size and hold their bounds. noisy is
+// how often the time may be taken that a server takes which does nothing, where that is
+// more than the bound: machines are shared.
+const (
+	scaleVar = "FLOWCTL_SCALE"
+	noisy    = 2
+)
+
+// latencies are how long calls took.
+type latencies struct {
+	mu   sync.Mutex // guards all
+	all  []time.Duration
+	errs map[string]int
+}
+
+func (l *latencies) add(d time.Duration, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.all = append(l.all, d)
+	if err != nil {
+		if l.errs == nil {
+			l.errs = make(map[string]int)
+		}
+		l.errs[err.Error()]++
+	}
+}
+
+// take returns what was added since it was last called.
+func (l *latencies) take() (count int, p50, p99, most time.Duration, errs map[string]int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	all, errs := l.all, l.errs
+	l.all, l.errs = nil, nil
+	if len(all) == 0 {
+		return 0, 0, 0, 0, errs
+	}
+	slices.Sort(all)
+	return len(all), all[len(all)/2], all[len(all)*99/100], all[len(all)-1], errs
+}
+
+// report logs what was added since it was last called and returns its p99. Errors fail t.
+func (l *latencies) report(t *testing.T, what string) time.Duration {
+	t.Helper()
+	count, p50, p99, most, errs := l.take()
+	t.Logf("%s: %d, p50 %.2f ms, p99 %.2f ms, most %.1f ms", what, count, p50.Seconds()*1000, p99.Seconds()*1000, most.Seconds()*1000)
+	if len(errs) > 0 {
+		t.Errorf("%s: %v", what, errs)
+	}
+	return p99
+}
+
+// startAlone starts a control plane alone and returns it with its endpoint.
+func startAlone(tb testing.TB, args []string, options ...option) (*process, string) {
+	tb.Helper()
+	p := start(tb, append([]string{"server", "-control-plane-port", "0"}, args...), options...)
+	return p, p.endpoint()
+}
+
+// load is services that heartbeat every ten seconds, over connections that they share.
+type load struct {
+	clients  []planeClient
+	services int
+}
+
+func newLoad(t *testing.T, endpoint string, services, conns int) *load {
+	t.Helper()
+	l := &load{services: services}
+	for range conns {
+		l.clients = append(l.clients, dialPlane(t, endpoint, grpc.WithStaticStreamWindowSize(64<<10), grpc.WithStaticConnWindowSize(64<<10))) // no ping for each answer
+	}
+	return l
+}
+
+// beat has all of them heartbeat for some time, and returns when all are answered. took
+// hears of each answer how long it took from when its call was due, not from when it was
+// sent: a plane that holds others up has that in its own figures.
+func (l *load) beat(length time.Duration, took func(time.Duration, error)) {
+	const callers = 400 // so many that a call that takes long holds no other up
+	pause := 10 * time.Second / time.Duration(l.services)
+	first := time.Now()
+	var calls sync.WaitGroup
+	for caller := range callers {
+		c := l.clients[caller%len(l.clients)]
+		calls.Go(func() {
+			for n := caller; time.Duration(n)*pause < length; n += callers {
+				due := first.Add(time.Duration(n) * pause)
+				if wait := time.Until(due); wait > 0 {
+					time.Sleep(wait)
+				}
+				err := c.heartbeatAs(n % l.services)
+				took(time.Since(due), err)
+			}
+		})
+	}
+	calls.Wait()
+}
+
+// heartbeatAs sends a heartbeat with three metrics in the dialect of service i.
+func (c planeClient) heartbeatAs(i int) (err error) {
+	id := fmt.Sprint("service-", i)
+	if i%2 == 0 {
+		_, err = c.legacy.Heartbeat(context.Background(), &flowctlpb.ServiceHeartbeat{ServiceId: id, Metrics: map[string]float64{"events": float64(i), "errors": 2, "lag": 3}})
+	} else {
+		_, err = c.v1.Heartbeat(context.Background(), &flowctlv1.HeartbeatRequest{ServiceId: id, Metrics: map[string]string{"events": strconv.Itoa(i), "errors": "2", "lag": "3"}})
+	}
+	return err
+}
+
+// registerAll registers services over conns connections.
+func registerAll(t *testing.T, endpoint string, services, conns int) {
+	t.Helper()
+	clients := make([]planeClient, conns)
+	for i := range clients {
+		clients[i] = dialPlane(t, endpoint)
+	}
+	var calls sync.WaitGroup
+	const atOnce = 16 // on a connection
+	for w := range conns * atOnce {
+		calls.Go(func() {
+			for i := w; i < services; i += conns * atOnce {
+				reg := registration{
+					id: fmt.Sprint("service-", i), kind: 1, endpoint: fmt.Sprintf("http://host-%d:8080/health", i),
+					outputEvents: []string{"ledger"}, metadata: map[string]string{"network": "testnet", "index": strconv.Itoa(i)},
+				}
+				if _, err := clients[i%conns].register(t.Context(), dialects[i%2], reg); err != nil {
+					t.Errorf("service %d: %v", i, err)
+				}
+			}
+		})
+	}
+	calls.Wait()
+}
+
+// listAll runs list -json, and returns what looks at its output: bytes and components.
+// To read it costs a second, which is not for when others are measured.
+func listAll(t *testing.T, binary, endpoint string) func() (size, components int) {
+	t.Helper()
+	answer, err := os.Create(filepath.Join(t.TempDir(), "list.json"))
+	if err != nil {
+		t.Error(err)
+	}
+	defer answer.Close()
+	list := exec.Command(binary, "list", "-json", "-e", endpoint)
+	list.Stdout, list.Stderr = answer, os.Stderr
+	if err := list.Run(); err != nil {
+		t.Errorf("list -json: %v", err)
+	}
+	return func() (size, components int) {
+		text, err := os.ReadFile(answer.Name())
+		var pipelines []listedPipeline
+		if err == nil {
+			err = json.Unmarshal(text, &pipelines)
+		}
+		if err != nil || len(pipelines) != 1 {
+			t.Fatalf("list -json: %v, %d pipelines", err, len(pipelines))
+		}
+		return len(text), len(pipelines[0].Components)
+	}
+}
+
+// startFloorProcess has the floor in a process of its own, as a plane is.
+func startFloorProcess(tb testing.TB) *process {
+	tb.Helper()
+	program, err := os.Executable()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return start(tb, nil, withBinary(program), withEnv(roleVar+"="+actorRole(tb, role{Floor: true})))
+}
+
+// TestScale has many services heartbeat every ten seconds, while their state is
+// written and listed, and looks at what a heartbeat takes and what the server costs.
+func TestScale(t *testing.T) {
+	services, conns, length, full := 2000, 16, time.Second, os.Getenv(scaleVar) != ""
+	if full && raceEnabled() {
+		t.Skip("the bounds are for programs without the race detector")
+	}
+	if full {
+		services, length = 100_000, 12*time.Second
+		defer debug.SetGCPercent(debug.SetGCPercent(1000)) // the server is what is measured
+	} else {
+		t.Parallel()
+	}
+	file := filepath.Join(t.TempDir(), "state.json")
+	p, endpoint := startAlone(t, []string{"-db-path", file}, withBinary(plainBinary(t)))
+	pid := p.cmd.Process.Pid
+	begun := time.Now()
+	registerAll(t, endpoint, services, 100)
+	t.Logf("%d registrations: %.1f s; VmRSS %.0f MiB", services, time.Since(begun).Seconds(), mib(memory(t, pid, "VmRSS")))
+
+	plane, floor := newLoad(t, endpoint, services, conns), newLoad(t, startFloorProcess(t).endpoint(), services, conns)
+	p99, bound := beatAndList(t, p, endpoint, plane, floor, length)
+	for range 2 { // what else this machine does can only make it worse
+		if full && p99 > bound {
+			p99, bound = beatAndList(t, p, endpoint, plane, floor, length)
+		}
+	}
+	if full && p99 > bound {
+		t.Errorf("p99 of a heartbeat is %v, more than %v", p99, bound)
+	}
+	rss, peak := memory(t, pid, "VmRSS"), memory(t, pid, "VmHWM")
+	t.Logf("VmRSS %.0f MiB, VmHWM %.0f MiB, processor %v", mib(rss), mib(peak), processorTime(t, pid))
+	if most := 250.0; full && mib(peak) > most {
+		t.Errorf("VmHWM is %.0f MiB, more than %.0f", mib(peak), most)
+	}
+	p.stop()
+	if got := countSaved(t, file); got != services {
+		t.Errorf("%d services are in the state file, want %d", got, services)
+	}
+}
+
+// beatAndList has services heartbeat three times so long, and lists them all in the second
+// of these. Between, the same load goes to the floor, a server that does nothing: this
+// machine may be shared, and what others do to the one they do to the other. It returns
+// the p99 of a heartbeat and its bound: mostLate, or where the floor has taken so long
+// that this cannot be, noisy times its p99.
+func beatAndList(t *testing.T, p *process, endpoint string, plane, floor *load, length time.Duration) (p99, bound time.Duration) {
+	t.Helper()
+	var phase, total, idle latencies
+	var size, count int
+	for _, what := range []string{"heartbeats alone", "with list -json", "heartbeats to the end"} {
+		var listing sync.WaitGroup
+		var read func() (size, components int)
+		if what == "with list -json" {
+			listing.Go(func() {
+				begun := time.Now()
+				read = listAll(t, p.cmd.Path, endpoint)
+				t.Logf("list -json: %.2f s", time.Since(begun).Seconds())
+			})
+		}
+		plane.beat(length, func(took time.Duration, err error) {
+			phase.add(took, err)
+			total.add(took, err)
+		})
+		phase.report(t, what)
+		if listing.Wait(); read != nil {
+			size, count = read()
+			runtime.GC() // so that it is not the floor that waits for it
+		}
+		floor.beat(length/2, idle.add) // the plane writes what it saw last meanwhile: a hundredth of two processors
+	}
+	t.Logf("list -json: %.0f MiB", mib(size))
+	if count != plane.services {
+		t.Errorf("list -json has %d components, want %d", count, plane.services)
+	}
+	p99, least := total.report(t, "all together"), idle.report(t, "heartbeats that nobody takes in")
+	t.Logf("p99 is %.1f times that of a server that does nothing", float64(p99)/float64(least))
+	return p99, max(mostLate, noisy*least)
+}
+
+// mostLate is the bound of a heartbeat's p99.
+const mostLate = 10 * time.Millisecond
+
+func countSaved(tb testing.TB, file string) int {
+	tb.Helper()
+	services, err := savedIn(file)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return len(services)
+}
+
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+// BenchmarkHeartbeatGrowth is what a heartbeat costs among a hundred thousand
+// services, and with a hundred streams of changes, as a multiple of what it costs
+// among a hundred and without.
+func BenchmarkHeartbeatGrowth(b *testing.B) {
+	now := time.Now()
+	few, many, followed := silentRegistry(b, 100, time.Hour, now), silentRegistry(b, 100_000, time.Hour, now), silentRegistry(b, 100, time.Hour, now)
+	for range 100 {
+		w := &follower{registry: followed, follows: true, send: func(*operatorv1.WatchResponse) error { return nil }}
+		_ = w.join()
+		if err := w.snapshot(); err != nil {
+			b.Fatal(err)
+		}
+		if _, err := w.catchUp(); err != nil {
+			b.Fatal(err)
+		}
+		defer w.leave()
+	}
+	ids := make([]string, 100) // the same, so that the processor's caches are not what is measured
+	for i := range ids {
+		ids[i] = fmt.Sprint("service-", i)
+	}
+	round := func(r *registry) time.Duration {
+		begun := time.Now()
+		for i := range 10_000 {
+			if err := beat(r, ids[i%100], now); err != nil {
+				b.Fatal(err)
+			}
+		}
+		return time.Since(begun)
+	}
+	var growth, following []float64
+	for b.Loop() {
+		one, all, told := round(few), round(many), round(followed)
+		growth = append(growth, float64(all)/float64(one))
+		following = append(following, float64(told)/float64(one))
+	}
+	report := func(what string, times []float64) {
+		slices.Sort(times)
+		median := times[len(times)/2]
+		b.ReportMetric(median, what)
+		if most := 1.5; len(times) >= 20 && median > most { // of fewer rounds, one that was disturbed counts too much
+			b.Errorf("%s is %.2f, more than %v", what, median, most)
+		}
+	}
+	report("x-100k-services", growth)
+	report("x-100-followers", following)
+}
+
+// TestStaleOnTime has services fall silent at different moments and wants each told
+// of as soon as its time is up, by the subscriber and by a stream.
+func TestStaleOnTime(t *testing.T) {
+	services, late := 10_000, 10*time.Second // with other tests beside it
+	if raceEnabled() {
+		services = 2000
+	} else if os.Getenv(scaleVar) != "" {
+		late = 100 * time.Millisecond
+	}
+	t.Parallel()
+	const ttl = 3 * time.Second
+	r := newRegistry(ttl, 10*time.Second, "", nil)
+	c := startPlane(t, r)
+	stream, err := operatorv1.NewOperatorClient(c.conn).Watch(t.Context(), &operatorv1.WatchRequest{Follow: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex // guards the maps
+	silent := make(map[string]time.Time)
+	told, streamed := make(map[string]time.Duration), make(map[string]time.Duration)
+	note := func(in map[string]time.Duration, id string) int {
+		mu.Lock()
+		defer mu.Unlock()
+		if _, twice := in[id]; twice {
+			t.Errorf("%s is told stale twice", id)
+		}
+		in[id] = time.Since(silent[id]) - ttl
+		return len(in)
+	}
+	var listeners sync.WaitGroup
+	listeners.Go(func() {
+		for range r.wake {
+			for _, ch := range r.changes(time.Now()) {
+				if ch.now == unhealthy && note(told, ch.id) == services {
+					return
+				}
+			}
+		}
+	})
+	listeners.Go(func() {
+		for {
+			out, err := stream.Recv()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			for _, s := range out.GetComponents() {
+				if s.GetHealth() == unhealthy.String() && note(streamed, s.GetId()) == services {
+					return
+				}
+			}
+		}
+	})
+	for i := range services { // in about a second and a half
+		id := fmt.Sprint("service-", i)
+		mu.Lock()
+		silent[id] = time.Now()
+		mu.Unlock()
+		mustRegister(t, r, registration{id: id}, time.Now())
+		if i%(services/150) == 0 {
+			time.Sleep(10 * time.Millisecond) // different moments are what is wanted
+		}
+	}
+	listeners.Wait()
+	for what, in := range map[string]map[string]time.Duration{"subscriber": told, "stream": streamed} {
+		var all []time.Duration
+		for _, d := range in {
+			all = append(all, d)
+		}
+		slices.Sort(all)
+		t.Logf("%s: %d told, %v to %v after their time, half within %v", what, len(all), all[0], all[len(all)-1], all[len(all)/2])
+		if all[0] < 0 || all[len(all)-1] > late {
+			t.Errorf("%s: told %v to %v after their time, want 0 to %v", what, all[0], all[len(all)-1], late)
+		}
+	}
+}
+
+// TestStoppedPlaneBlamesNobody stops a control plane for three TTLs, while its
+// clients go on.
+func TestStoppedPlaneBlamesNobody(t *testing.T) {
+	t.Parallel()
+	const ttl = 2 * time.Second
+	p, endpoint := startAlone(t, []string{"-no-persistence", "-heartbeat-ttl", ttl.String()})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var beats sync.WaitGroup
+	for i := range 20 {
+		c := dialPlane(t, endpoint)
+		id := fmt.Sprint("service-", i)
+		c.mustRegister(t, dialects[i%2], registration{id: id})
+		beats.Go(func() {
+			for ctx.Err() == nil {
+				within, cancel := context.WithTimeout(ctx, ttl/2)
+				_ = c.heartbeat(within, dialects[i%2], id) // one that is lost is lost
+				cancel()
+				time.Sleep(ttl / 10) // its interval
+			}
+		})
+	}
+	dialPlane(t, endpoint).mustRegister(t, "v1", registration{id: "silent"})
+	p.signal(syscall.SIGSTOP)
+	time.Sleep(3 * ttl) // it is time itself that passes
+	p.signal(syscall.SIGCONT)
+	p.waitErr("msg=unhealthy id=silent") // a TTL later
+	time.Sleep(ttl)
+	cancel()
+	beats.Wait()
+	p.hasNot(p.stderr, "unhealthy id=service-")
+}

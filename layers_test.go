@@ -1,0 +1,136 @@
+//go:build linux
+
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"go/ast"
+	"go/importer"
+	"go/parser"
+	"go/token"
+	"go/types"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// room is a row of the table in docs/architecture.md.
+type room struct {
+	order int
+	wing  string // "" for none
+}
+
+// rooms reads the table: a row begins with the name of a file.
+func rooms(t *testing.T) map[string]room {
+	t.Helper()
+	text, err := os.ReadFile("docs/architecture.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := make(map[string]room)
+	for line := range strings.Lines(string(text)) {
+		cells := strings.Split(line, "|")
+		if len(cells) != 5 || !strings.HasSuffix(strings.TrimSpace(cells[1]), ".go") {
+			continue
+		}
+		out[strings.TrimSpace(cells[1])] = room{len(out), strings.TrimSpace(cells[2])}
+	}
+	return out
+}
+
+// roomOf is the row that a file belongs to.
+func roomOf(file string) string {
+	name := strings.TrimSuffix(filepath.Base(file), ".go")
+	for _, twin := range []string{"_linux", "_darwin", "_other"} {
+		name = strings.TrimSuffix(name, twin)
+	}
+	return name + ".go"
+}
+
+// TestLayers fails for a reference from a file of this package to one below it in the table
+// of docs/architecture.md, or from one wing to the other, and where table and files differ.
+func TestLayers(t *testing.T) {
+	if os.Getenv("FLOWCTL_LAYERS") == "" {
+		t.Skip("the rooms are being redrawn: set FLOWCTL_LAYERS=1 to see what is left")
+	}
+	rooms := rooms(t)
+	seen := make(map[string]bool)
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	files = slices.DeleteFunc(files, func(name string) bool { return strings.HasSuffix(name, "_test.go") })
+	for _, name := range files {
+		seen[roomOf(name)] = true
+		if _, ok := rooms[roomOf(name)]; !ok {
+			t.Errorf("%s: the table of docs/architecture.md has no %s", name, roomOf(name))
+		}
+	}
+	for name := range rooms {
+		if !seen[name] {
+			t.Errorf("docs/architecture.md: there is no file %s", name)
+		}
+	}
+	wrong := make(map[string]bool)
+	uses, fset := typeCheck(t)
+	for id, object := range uses {
+		if object.Pkg() == nil || object.Pkg().Path() != "main" || object.Parent() == types.Universe {
+			continue
+		}
+		from, to := fset.Position(id.Pos()), fset.Position(object.Pos())
+		user, used := rooms[roomOf(from.Filename)], rooms[roomOf(to.Filename)]
+		why := ""
+		switch {
+		case used.order > user.order:
+			why = "which is below it"
+		case user.wing != used.wing && user.wing != "" && used.wing != "":
+			why = "which is of the other wing"
+		default:
+			continue
+		}
+		wrong[fmt.Sprintf("%s:%d: refers to %s of %s, %s", filepath.Base(from.Filename), from.Line, object.Name(), filepath.Base(to.Filename), why)] = true
+	}
+	for _, text := range slices.Sorted(func(yield func(string) bool) {
+		for text := range wrong {
+			if !yield(text) {
+				return
+			}
+		}
+	}) {
+		t.Error(text)
+	}
+}
+
+// typeCheck type-checks the package as it is built here, without its tests.
+func typeCheck(t *testing.T) (map[*ast.Ident]types.Object, *token.FileSet) {
+	t.Helper()
+	out, err := exec.Command("go", "list", "-export", "-deps", "-f", "{{.ImportPath}}\t{{.Export}}\t{{if not .DepOnly}}{{join .GoFiles \" \"}}{{end}}", ".").Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	exports := make(map[string]string)
+	var files []*ast.File
+	fset := token.NewFileSet()
+	for scanner := bufio.NewScanner(strings.NewReader(string(out))); scanner.Scan(); {
+		fields := strings.Split(scanner.Text(), "\t")
+		exports[fields[0]] = fields[1]
+		for _, name := range strings.Fields(fields[2]) {
+			f, err := parser.ParseFile(fset, name, nil, parser.SkipObjectResolution)
+			if err != nil {
+				t.Fatal(err)
+			}
+			files = append(files, f)
+		}
+	}
+	info := &types.Info{Uses: make(map[*ast.Ident]types.Object), Selections: make(map[*ast.SelectorExpr]*types.Selection)}
+	config := types.Config{Importer: importer.ForCompiler(fset, "gc", func(path string) (io.ReadCloser, error) { return os.Open(exports[path]) })}
+	if _, err := config.Check("main", fset, files, info); err != nil {
+		t.Fatal(err)
+	}
+	return info.Uses, fset
+}

@@ -1,0 +1,364 @@
+//go:build linux
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
+)
+
+// watchedView is what a stream of changes has told: components by record.
+type watchedView map[int64]*operatorv1.Component
+
+func (v watchedView) take(out *operatorv1.WatchResponse) {
+	if out.GetReset_() {
+		clear(v)
+	}
+	for _, c := range out.GetComponents() {
+		v[c.GetRecord()] = c
+	}
+	for _, record := range out.GetRemoved() {
+		delete(v, record)
+	}
+}
+
+// differs is the first difference of two views but for what no change is told of:
+// signs of life and metrics.
+func (v watchedView) differs(from watchedView) string {
+	if len(v) != len(from) {
+		return fmt.Sprintf("%d components, want %d", len(v), len(from))
+	}
+	for record, want := range from {
+		got := v[record]
+		if got == nil {
+			return fmt.Sprintf("record %d is missing, want %v", record, want)
+		}
+		got, want := proto.CloneOf(got), proto.CloneOf(want)
+		for _, c := range []*operatorv1.Component{got, want} {
+			c.LastSeen, c.Metrics, c.TextMetrics = nil, nil, nil
+		}
+		if !proto.Equal(got, want) {
+			return fmt.Sprintf("record %d:\n got %v\nwant %v", record, got, want)
+		}
+	}
+	return ""
+}
+
+// reaches reads a stream until it has told what want says.
+func (v watchedView) reaches(t *testing.T, stream grpc.ServerStreamingClient[operatorv1.WatchResponse], want watchedView) {
+	stuck := time.AfterFunc(patience, func() { t.Errorf("a follower does not get there") })
+	defer stuck.Stop()
+	for v.differs(want) != "" {
+		out, err := stream.Recv()
+		if err != nil {
+			t.Errorf("%v: %s", err, v.differs(want))
+			return
+		}
+		v.take(out)
+	}
+}
+
+// snapshotOf is all that a control plane has now.
+func snapshotOf(t *testing.T, c planeClient) watchedView {
+	t.Helper()
+	stream, err := operatorv1.NewOperatorClient(c.conn).Watch(t.Context(), &operatorv1.WatchRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := make(watchedView)
+	for {
+		out, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return v
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		v.take(out)
+	}
+}
+
+// Whoever follows, fast or slowly, comes to see what is.
+func TestFollowersSeeWhatIs(t *testing.T) {
+	t.Parallel()
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	r := newRegistry(time.Hour, time.Hour, "", testMembers())
+	c := startPlane(t, r)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
+	defer cancel()
+	var changes, followers sync.WaitGroup
+	over := make(chan struct{})
+	var want watchedView
+	for i := range 12 {
+		own := dialPlane(t, c.conn.Target())
+		stream, err := operatorv1.NewOperatorClient(own.conn).Watch(ctx, &operatorv1.WatchRequest{Follow: true, Heartbeats: i%3 == 0})
+		if err != nil {
+			t.Fatal(err)
+		}
+		followers.Go(func() {
+			v, random := make(watchedView), rand.New(rand.NewPCG(seed, uint64(i)))
+			for reading := i%4 != 3; reading; { // the others begin when all is over
+				out, err := stream.Recv()
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				v.take(out)
+				if i%4 == 2 {
+					time.Sleep(time.Duration(random.IntN(20)) * time.Millisecond) // a slow reader
+				}
+				reading = !slices.ContainsFunc(out.GetComponents(), func(c *operatorv1.Component) bool { return c.GetId() == "last" })
+			}
+			<-over
+			v.reaches(t, stream, want)
+		})
+	}
+	for i := range 8 {
+		changes.Go(func() {
+			random := rand.New(rand.NewPCG(seed, uint64(100+i)))
+			for range 1500 {
+				now := time.Now()
+				id := fmt.Sprint("service-", random.IntN(400))
+				switch component := testMembers()[random.IntN(3)].ID; random.IntN(12) {
+				case 0, 1, 2, 3:
+					mustRegister(t, r, registration{id: id, version: fmt.Sprint(random.Int())}, now)
+				case 4, 5, 6:
+					_, _ = r.heartbeat(id, origin{}, flowctlv1.HealthStatus(random.IntN(6)), now, func(*service, error) error { return nil })
+				case 7, 8, 9:
+					_, _ = r.unregister(id, origin{}, now)
+				case 10:
+					r.finished(component, []string{"", "exit status 1"}[random.IntN(2)], now)
+				case 11:
+					r.starting(component, now)
+					r.admit(component, now)
+				}
+			}
+			for n := range 700 { // more removals than are remembered
+				id := fmt.Sprint("passing-", i, "-", n)
+				mustRegister(t, r, registration{id: id}, time.Now())
+				_, _ = r.unregister(id, origin{}, time.Now())
+			}
+		})
+	}
+	changes.Wait()
+	mustRegister(t, r, registration{id: "last"}, time.Now())
+	checkRegistry(t, r, time.Now())
+	want = snapshotOf(t, c)
+	close(over)
+	followers.Wait()
+}
+
+// What is not read costs no memory, and is caught up with.
+func TestFollowersThatDoNotRead(t *testing.T) {
+	changes := 10_000
+	if os.Getenv(scaleVar) != "" {
+		changes = 100_000
+	} else {
+		t.Parallel()
+	}
+	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
+	c := dialPlane(t, endpoint)
+	const services = 500
+	text := strings.Repeat("x", 1000) // so that a snapshot is more than what lies on the way
+	for i := range services {
+		c.mustRegister(t, "v1", registration{id: fmt.Sprint("service-", i), description: text})
+	}
+	check := neighbour(t, endpoint)
+	before := memory(t, p.cmd.Process.Pid, "VmRSS")
+	var streams []grpc.ServerStreamingClient[operatorv1.WatchResponse]
+	for range 16 {
+		stream, err := operatorv1.NewOperatorClient(dialPlane(t, endpoint).conn).Watch(t.Context(), &operatorv1.WatchRequest{Follow: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		streams = append(streams, stream)
+	}
+	var calls sync.WaitGroup
+	for w := range 20 {
+		own := dialPlane(t, endpoint)
+		calls.Go(func() {
+			for n := w; n < changes; n += 20 {
+				status := []flowctlv1.HealthStatus{flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, flowctlv1.HealthStatus_HEALTH_STATUS_HEALTHY}[n/services%2]
+				_, err := own.v1.Heartbeat(t.Context(), &flowctlv1.HeartbeatRequest{ServiceId: fmt.Sprint("service-", n%services), Status: status})
+				if err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	calls.Wait()
+	check()
+	memoryGrew(t, p, before, 40)
+	want := snapshotOf(t, c)
+	for _, stream := range streams {
+		make(watchedView).reaches(t, stream, want)
+	}
+}
+
+func TestTooManyFollowers(t *testing.T) {
+	t.Parallel()
+	_, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
+	check := neighbour(t, endpoint)
+	var c planeClient
+	watch := func() (context.CancelFunc, error) {
+		ctx, cancel := context.WithCancel(t.Context())
+		t.Cleanup(cancel)
+		stream, err := operatorv1.NewOperatorClient(c.conn).Watch(ctx, &operatorv1.WatchRequest{Follow: true})
+		if err == nil {
+			_, err = stream.Recv()
+		}
+		return cancel, err
+	}
+	var cancel context.CancelFunc
+	for n := range maxFollowers {
+		if n%(maxCalls/2) == 0 {
+			c = dialPlane(t, endpoint) // which has so many calls at most
+		}
+		var err error
+		if cancel, err = watch(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err := watch()
+	wantCode(t, "one too many", err, codes.ResourceExhausted)
+	if code, out, stderr := call(t, "list", "-e", endpoint); code != exitOK || !strings.Contains(out, "neighbour") {
+		t.Errorf("list beside them: exit %d\n%s%s", code, out, stderr)
+	}
+	cancel()
+	eventually(t, "room for another", func() bool {
+		_, err := watch()
+		return err == nil
+	})
+	check()
+}
+
+// watchRaw reads a stream of changes up to the end of the first snapshot.
+func watchRaw(ctx context.Context, conn *grpc.ClientConn, method string, data []byte) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := conn.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, method, grpc.ForceCodec(rawCodec{}))
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(stream.SendMsg(&data), stream.CloseSend()); err != nil {
+		return err
+	}
+	for {
+		var got []byte
+		if err := stream.RecvMsg(&got); errors.Is(err, io.EOF) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		out := &operatorv1.WatchResponse{}
+		if err := proto.Unmarshal(got, out); err != nil || out.GetComplete() {
+			return err
+		}
+	}
+}
+
+// Who does not take the answers that it asks for, as they are too large for its client,
+// keeps nobody else from theirs.
+func TestListsThatAreAbandoned(t *testing.T) {
+	t.Parallel()
+	_, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
+	c, other := dialPlane(t, endpoint), dialPlane(t, endpoint, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)))
+	for i := range 20 {
+		c.mustRegister(t, "v1", large(fmt.Sprint("large-", i), 1<<19))
+	}
+	for range 20 { // of 10 MiB each
+		if _, err := c.v1.ListComponents(t.Context(), &flowctlv1.ListComponentsRequest{}); !strings.Contains(err.Error(), "larger than max") {
+			t.Fatal(err)
+		}
+	}
+	if out, err := other.v1.ListComponents(t.Context(), &flowctlv1.ListComponentsRequest{}); err != nil || len(out.GetComponents()) != 20 {
+		t.Errorf("another's list: %d components, %v", len(out.GetComponents()), err)
+	}
+}
+
+// Lists are answered again when those who have not read theirs are gone.
+func TestListAfterThoseWhoDoNotRead(t *testing.T) {
+	t.Parallel()
+	_, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
+	c := dialPlane(t, endpoint)
+	for i := range 30 {
+		c.mustRegister(t, "v1", large(fmt.Sprint("large-", i), 1<<19))
+	}
+	refused := func() bool {
+		_, err := c.legacy.ListServices(t.Context(), &emptypb.Empty{})
+		return status.Code(err) == codes.ResourceExhausted
+	}
+	u := dialClosed(t, endpoint)
+	for range 30 {
+		u.call(flowctlv1.ControlPlaneService_ListComponents_FullMethodName, &emptypb.Empty{}, 0)
+	}
+	eventually(t, "lists are refused", refused)
+	if code, out, stderr := call(t, "list", "-e", endpoint); code != exitOK {
+		t.Errorf("list, which is told in pieces: exit %d\n%s%s", code, out, stderr)
+	}
+	u.conn.Close()
+	eventually(t, "lists are answered", func() bool { return !refused() })
+}
+
+// A follower that was told of a service before it was on disk is told of its end.
+func TestFollowerOfWhatIsNotOnDisk(t *testing.T) {
+	t.Parallel()
+	st, err := openStore(filepath.Join(t.TempDir(), "state.json"), "", false, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.close()
+	r := newRegistry(testTTL, testInterval, "", nil)
+	restoreAll(t, r, nil, testEpoch)
+	mustRegister(t, r, registration{id: "ghost"}, testEpoch)
+	known := make(map[int64]bool)
+	w := &follower{registry: r, follows: true, send: func(out *operatorv1.WatchResponse) error {
+		for _, c := range out.GetComponents() {
+			known[c.GetRecord()] = true
+		}
+		for _, record := range out.GetRemoved() {
+			delete(known, record)
+		}
+		return nil
+	}}
+	if err := errors.Join(w.join(), w.snapshot()); err != nil {
+		t.Fatal(err)
+	}
+	defer w.leave()
+	if _, err := r.unregister("ghost", origin{}, testEpoch); err != nil {
+		t.Fatal(err)
+	}
+	count := uint64(0)
+	if err := st.write(func(out io.Writer) (err error) {
+		count, err = r.save(out, "", func() {})
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	r.settle(count, nil)
+	if _, err := w.catchUp(); err != nil || len(known) > 0 {
+		t.Errorf("still known: %v, %v", known, err)
+	}
+}

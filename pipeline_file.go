@@ -1,0 +1,1045 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+)
+
+// What a pipeline file may hold. Errors are collected up to maxErrors, so that a
+// hostile file costs little, and shown up to maxShown.
+const (
+	maxFileSize   = 4 << 20
+	maxComponents = 1000
+	maxDepth      = 100
+	maxErrors     = 1000
+	maxShown      = 100
+
+	minDuration = time.Millisecond
+	maxDuration = 24 * time.Hour
+)
+
+// readPipeline reads the pipeline file at path; env is asked for the variables
+// that the file refers to. Relative paths in the file become absolute, from the
+// folder that path is in, or from the working directory when path is no file on a
+// disk (a pipe, /dev/stdin). What is wrong with the file's content is a *fileErrors.
+func readPipeline(path string, env func(string) (string, bool)) (*Pipeline, error) {
+	if ext := filepath.Ext(path); strings.EqualFold(ext, ".yaml") || strings.EqualFold(ext, ".yml") {
+		return nil, fmt.Errorf("%s: a pipeline file is JSON; this turns YAML into it: %s",
+			path, yamlCommand(path, strings.TrimSuffix(path, ext)+".json"))
+	}
+	data, regular, err := readFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read pipeline file: %w", err)
+	}
+	p, err := parsePipeline(data, path, env)
+	if err != nil {
+		return nil, err
+	}
+	folder := filepath.Dir(path)
+	if !regular || strings.HasPrefix(path, "/dev/") {
+		folder = "."
+	}
+	if folder, err = filepath.Abs(folder); err != nil {
+		return nil, fmt.Errorf("cannot find the folder of %s: %v", path, err)
+	}
+	p.resolve(folder)
+	return p, nil
+}
+
+func yamlCommand(from, to string) string {
+	return "python3 -c 'import json, sys, yaml; json.dump(yaml.safe_load(sys.stdin.buffer), sys.stdout, indent=2, default=str)' < " +
+		shellWord(from) + " > " + shellWord(to)
+}
+
+// pipelineFiles returns those of the first files in a folder that are JSON and say that
+// they are pipelines.
+func pipelineFiles(folder string) []string {
+	const (
+		mostEntries = 1000
+		mostFiles   = 20
+		mostBytes   = 256 << 10
+	)
+	dir, err := os.Open(folder)
+	if err != nil {
+		return nil
+	}
+	defer dir.Close()
+	entries, _ := dir.ReadDir(mostEntries) // what could be read will do
+	slices.SortFunc(entries, func(a, b os.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
+	entries = slices.DeleteFunc(entries, func(e os.DirEntry) bool { return filepath.Ext(e.Name()) != ".json" || !e.Type().IsRegular() })
+	var out []string
+	for _, e := range entries[:min(len(entries), mostFiles)] {
+		var head struct{ Kind string }
+		if info, err := e.Info(); err != nil || info.Size() > mostBytes {
+			continue
+		}
+		data, err := os.ReadFile(filepath.Join(folder, e.Name()))
+		if err == nil && json.Unmarshal(data, &head) == nil && head.Kind == "Pipeline" {
+			out = append(out, printable(e.Name()))
+		}
+	}
+	return out
+}
+
+// readFile reads one byte more than a pipeline file may have, at most.
+func readFile(path string) (data []byte, regular bool, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, false, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, false, err
+	}
+	if info.IsDir() {
+		return nil, false, fmt.Errorf("%s is a folder", path)
+	}
+	data, err = io.ReadAll(io.LimitReader(f, maxFileSize+1))
+	return data, info.Mode().IsRegular(), err
+}
+
+// resolve makes the paths in p absolute, also that of the program of an exec: check.
+// The name of a program without a slash stays: it is looked up in PATH when the program
+// starts.
+func (p *Pipeline) resolve(folder string) {
+	absolute := func(path string) string {
+		if filepath.IsAbs(path) {
+			return path
+		}
+		return filepath.Join(folder, path)
+	}
+	for _, c := range p.components() {
+		if len(c.Command) > 0 && strings.Contains(c.Command[0], "/") {
+			c.Command[0] = absolute(c.Command[0])
+		}
+		if line, ok := strings.CutPrefix(c.HealthCheck, "exec:"); ok {
+			c.HealthCommand, _ = words(line) // checkHealth has found it right
+			if c.Image == "" && strings.Contains(c.HealthCommand[0], "/") {
+				c.HealthCommand[0] = absolute(c.HealthCommand[0])
+			}
+		}
+		if c.Image == "" { // else it is one of the container
+			c.WorkingDir = absolute(c.WorkingDir)
+		}
+		for i, volume := range c.Volumes {
+			if host, rest, isPath := volumeHost(volume); isPath {
+				c.Volumes[i] = absolute(host) + ":" + rest
+			}
+		}
+		for name, path := range c.EnvFiles {
+			c.EnvFiles[name] = absolute(path)
+		}
+	}
+}
+
+// parsePipeline reads a pipeline from the content of a file. The name is for the
+// errors, which are all returned at once as a *fileErrors; paths stay as written.
+func parsePipeline(data []byte, name string, env func(string) (string, bool)) (*Pipeline, error) {
+	r := &reader{data: data, env: env, nodes: make(map[*Component]*node)}
+	r.errs.name = name
+	p := new(Pipeline)
+	if r.checkSyntax() {
+		r.dec = json.NewDecoder(bytes.NewReader(data))
+		r.dec.UseNumber()
+		if root := new(node); r.tree(root, 0) && r.checkSize(root) {
+			r.bind(root, p)
+			r.check(p, root)
+		}
+	}
+	if len(r.errs.list) > 0 {
+		return nil, r.sortedErrors()
+	}
+	return p, nil
+}
+
+// A fileError is one thing that is wrong in a pipeline file.
+type fileError struct {
+	offset       int
+	line, column int    // from 1; the column counts characters
+	path         string // such as spec.sources[0].id; empty for the file as a whole
+	msg          string
+}
+
+// fileErrors is all that is wrong with a pipeline file, in the order of the file.
+// Its text has a line for each error.
+type fileErrors struct {
+	name string
+	list []fileError
+	more int // errors that are not in the list
+}
+
+func (e *fileErrors) Error() string {
+	var lines []string
+	for _, err := range e.list {
+		line := fmt.Sprintf("%s:%d:%d: ", e.name, err.line, err.column)
+		if err.path != "" {
+			line += err.path + ": "
+		}
+		lines = append(lines, line+err.msg)
+	}
+	if e.more > 0 {
+		lines = append(lines, fmt.Sprintf("%s: and %d more errors", e.name, e.more))
+	}
+	return strings.Join(lines, "\n")
+}
+
+// A node is a value of the file with its place. Its text is the string, with the
+// references to the environment filled in once it is bound, or the literal.
+type node struct {
+	kind   kind
+	text   string
+	kids   []*node // elements or members
+	parent *node
+	key    string // in an object
+	index  int    // in a list
+	offset int    // of the value, and of the key in an object
+	keyAt  int
+	bad    bool // an error names it: nothing more need be said
+}
+
+// A kind of value, as errors name it.
+type kind string
+
+const (
+	kindObject kind = "an object"
+	kindList   kind = "a list"
+	kindString kind = "a string"
+	kindNumber kind = "a number"
+	kindBool   kind = "true or false"
+	kindNull   kind = "null"
+)
+
+// child returns the member of that name, or nil.
+func (n *node) child(name string) *node {
+	for _, kid := range n.kids {
+		if n.kind == kindObject && kid.key == name {
+			return kid
+		}
+	}
+	return nil
+}
+
+// sound returns the member of that name if it is there and nothing is wrong with it.
+func (n *node) sound(name string) *node {
+	if kid := n.child(name); kid != nil && !kid.bad {
+		return kid
+	}
+	return nil
+}
+
+func (n *node) path() string {
+	switch {
+	case n.parent == nil:
+		return ""
+	case n.parent.kind == kindList:
+		return fmt.Sprintf("%s[%d]", n.parent.path(), n.index)
+	case !variableName.MatchString(n.key) || len(n.key) > maxQuoted:
+		return fmt.Sprintf("%s[%s]", n.parent.path(), quote(n.key))
+	}
+	return strings.TrimPrefix(n.parent.path()+"."+n.key, ".")
+}
+
+var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+
+// A reader turns one file into a Pipeline: syntax, then a tree of nodes, then the
+// model, then what the model must keep to.
+type reader struct {
+	data  []byte
+	env   func(string) (string, bool)
+	dec   *json.Decoder
+	nodes map[*Component]*node
+	added int // bytes that the environment has added
+	errs  fileErrors
+}
+
+func (r *reader) errorf(n *node, format string, args ...any) {
+	n.bad = true
+	if r.full() {
+		r.errs.more++
+		return
+	}
+	r.errorAt(n.offset, n.path(), format, args...)
+}
+
+func (r *reader) missing(n *node, name, format string, args ...any) {
+	r.errorAt(n.offset, (&node{parent: n, key: name}).path(), format, args...)
+}
+
+func (r *reader) errorAt(offset int, path, format string, args ...any) {
+	if r.full() {
+		r.errs.more++
+		return
+	}
+	r.errs.list = append(r.errs.list, fileError{offset: offset, path: path, msg: fmt.Sprintf(format, args...)})
+}
+
+func (r *reader) full() bool { return len(r.errs.list) >= maxErrors }
+
+func (r *reader) sortedErrors() *fileErrors {
+	e := &r.errs
+	slices.SortStableFunc(e.list, func(a, b fileError) int { return cmp.Compare(a.offset, b.offset) })
+	if n := len(e.list) - maxShown; n > 0 {
+		e.list, e.more = e.list[:maxShown], e.more+n
+	}
+	for i := range e.list {
+		before := r.data[:e.list[i].offset]
+		e.list[i].line = bytes.Count(before, []byte("\n")) + 1
+		e.list[i].column = utf8.RuneCount(before[bytes.LastIndexByte(before, '\n')+1:]) + 1
+	}
+	return e
+}
+
+func (r *reader) line(offset int) int {
+	if r.full() {
+		return 0 // nobody sees it
+	}
+	return bytes.Count(r.data[:offset], []byte("\n")) + 1
+}
+
+// checkSyntax leaves to encoding/json what JSON is.
+func (r *reader) checkSyntax() bool {
+	switch {
+	case len(r.data) > maxFileSize:
+		r.errorAt(0, "", "the file is larger than 4 MiB")
+	case bytes.HasPrefix(r.data, []byte("\ufeff")):
+		r.errorAt(0, "", "the file begins with a byte order mark, save it as UTF-8 without one")
+	case !utf8.Valid(r.data):
+		r.errorAt(bytes.IndexRune(r.data, utf8.RuneError), "", "the file is not UTF-8")
+	case len(bytes.TrimSpace(r.data)) == 0:
+		r.errorAt(0, "", "the file is empty")
+	default:
+		var syntax *json.SyntaxError
+		if err := json.Unmarshal(r.data, new(json.RawMessage)); errors.As(err, &syntax) {
+			at, msg := r.explain(syntax)
+			r.errorAt(at, "", "%s", msg)
+		}
+	}
+	return len(r.errs.list) == 0
+}
+
+// explain returns where a syntax error is, and its text with the usual cause.
+func (r *reader) explain(syntax *json.SyntaxError) (at int, msg string) {
+	msg = syntax.Error()
+	if strings.HasPrefix(msg, "unexpected end") {
+		return len(r.data), "unexpected end of file: a closing bracket or quote is missing"
+	}
+	at = int(syntax.Offset) - 1
+	before := bytes.TrimSpace(r.data[:at])
+	c, _ := utf8.DecodeRune(r.data[at:])
+	if _, rest, ok := strings.Cut(msg, "' "); ok && c >= utf8.RuneSelf {
+		msg = fmt.Sprintf("invalid character %q %s", c, rest) // encoding/json shows its first byte
+	}
+	switch {
+	case strings.Contains(msg, " in "): // a string, a number, true: the text says it
+	case c == '/' || c == '#':
+		msg += ": JSON has no comments"
+	case c == '\'' || c == '“' || c == '”' || c == '‘' || c == '’':
+		msg += `: strings are in "double quotes"`
+	case (c == '}' || c == ']') && bytes.HasSuffix(before, []byte(",")):
+		msg += ": remove the comma before it"
+	case strings.HasSuffix(msg, "after top-level value"):
+		msg += ": the file must be one object"
+	case strings.HasSuffix(msg, "after array element"), strings.HasSuffix(msg, "after object key:value pair"):
+		msg += ": is a comma missing?"
+	case len(before) == 0:
+		msg += ": a pipeline file is JSON and begins with {"
+	}
+	return at, msg
+}
+
+// tree reads the next value into n, whose place in its parent is known. It is
+// false after an error that ends the reading.
+func (r *reader) tree(n *node, depth int) bool {
+	n.offset = r.nextOffset()
+	token, err := r.dec.Token()
+	if err == nil && depth > maxDepth {
+		err = fmt.Errorf("more than %d levels of lists and objects", maxDepth)
+	}
+	if err != nil {
+		r.errorAt(n.offset, "", "%v", err)
+		return false
+	}
+	switch t := token.(type) {
+	case string:
+		n.kind, n.text = kindString, t
+	case json.Number:
+		n.kind, n.text = kindNumber, t.String()
+	case bool:
+		n.kind, n.text = kindBool, strconv.FormatBool(t)
+	case nil:
+		n.kind = kindNull
+	case json.Delim:
+		n.kind = kindObject
+		if t == '[' {
+			n.kind = kindList
+		}
+		return r.members(n, depth)
+	}
+	return true
+}
+
+func (r *reader) members(n *node, depth int) bool {
+	first := make(map[string]int) // key to offset
+	for i := 0; r.dec.More(); i++ {
+		kid := &node{parent: n, index: i, keyAt: r.nextOffset()}
+		if n.kind == kindObject {
+			token, _ := r.dec.Token() // checkSyntax has seen that it is a string
+			kid.key, _ = token.(string)
+		}
+		if !r.tree(kid, depth+1) {
+			return false
+		}
+		if n.kind == kindObject {
+			if offset, ok := first[kid.key]; ok {
+				r.errorAt(kid.keyAt, kid.path(), "duplicate key, first on line %d", r.line(offset))
+				continue
+			}
+			first[kid.key] = kid.keyAt
+		}
+		n.kids = append(n.kids, kid)
+	}
+	_, _ = r.dec.Token()
+	return true
+}
+
+// nextOffset is where the next token begins.
+func (r *reader) nextOffset() int {
+	at := int(r.dec.InputOffset())
+	return len(r.data) - len(bytes.TrimLeft(r.data[at:], " \t\r\n,:"))
+}
+
+// checkSize comes before the model is made, which costs more than the tree.
+func (r *reader) checkSize(root *node) bool {
+	spec := root.child("spec")
+	if spec == nil {
+		return true
+	}
+	count := 0
+	for _, name := range []string{"sources", "processors", "sinks"} {
+		if list := spec.child(name); list != nil && list.kind == kindList {
+			count += len(list.kids)
+		}
+	}
+	if count > maxComponents {
+		r.errorf(spec, "%d components, at most %d are allowed", count, maxComponents)
+	}
+	return count <= maxComponents
+}
+
+// bind sets what target points to, and reports what does not fit. Empty lists and
+// maps stay nil, as if they were not in the file.
+func (r *reader) bind(n *node, target any) {
+	switch t := target.(type) {
+	case *string:
+		*t = r.text(n)
+	case *int:
+		*t = r.number(n)
+	case *bool:
+		*t = r.want(n, kindBool) && n.text == "true"
+	case **bool:
+		if r.want(n, kindBool) {
+			*t = new(n.text == "true")
+		}
+	case *Duration:
+		*t = r.duration(n)
+	case *[]string:
+		if r.wantStrings(n) && len(n.kids) > 0 {
+			*t = make([]string, len(n.kids))
+			for i, kid := range n.kids {
+				(*t)[i] = r.text(kid)
+			}
+		}
+	case *[]Component:
+		if r.want(n, kindList) && len(n.kids) > 0 {
+			*t = make([]Component, len(n.kids))
+			for i, kid := range n.kids {
+				r.nodes[&(*t)[i]] = kid
+				r.bind(kid, &(*t)[i])
+			}
+		}
+	case *map[string]string:
+		bindMap(r, n, t, r.text)
+	case *map[string]any:
+		bindMap(r, n, t, r.config)
+	default:
+		r.object(n, reflect.ValueOf(target).Elem())
+	}
+}
+
+func (r *reader) want(n *node, k kind) bool {
+	switch {
+	case n.kind == k:
+		return true
+	case k == kindString && (n.kind == kindNumber || n.kind == kindBool):
+		r.errorf(n, "must be %s, not %s: write %s", k, n.kind, quote(n.text))
+	default:
+		r.errorf(n, "must be %s, not %s", k, n.kind)
+	}
+	return false
+}
+
+func (r *reader) wantStrings(n *node) bool {
+	switch n.kind {
+	case kindList:
+		return true
+	case kindString:
+		words := strings.Fields(n.text)
+		if len(words) == 0 || len(words) > 10 {
+			words = []string{"..."}
+		}
+		for i := range words {
+			words[i] = quote(words[i])
+		}
+		r.errorf(n, "must be a list of strings, such as [%s]", strings.Join(words, ", "))
+	default:
+		r.errorf(n, "must be a list of strings, not %s", n.kind)
+	}
+	return false
+}
+
+func (r *reader) number(n *node) int {
+	if !r.want(n, kindNumber) {
+		return 0
+	}
+	i, err := strconv.ParseInt(n.text, 10, 32)
+	if errors.Is(err, strconv.ErrRange) {
+		r.errorf(n, "%s is out of range", clip(n.text))
+	} else if err != nil {
+		r.errorf(n, "must be a whole number such as 3, not %s", clip(n.text))
+	}
+	return int(i)
+}
+
+func (r *reader) duration(n *node) Duration {
+	if n.kind == kindNumber {
+		r.errorf(n, "must be a string with a unit, such as \"5s\", not a number")
+		return 0
+	}
+	text := r.text(n)
+	if n.bad {
+		return 0
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil {
+		r.errorf(n, "bad duration %s, write it like \"500ms\", \"5s\" or \"1m30s\"", quote(text))
+	} else if d < minDuration || d > maxDuration {
+		r.errorf(n, "must be from 1ms to 24h, not %s", quote(text))
+	}
+	return Duration(d)
+}
+
+// config keeps the value as it is, with the strings in it filled in.
+func (r *reader) config(n *node) any {
+	switch n.kind {
+	case kindString:
+		return r.text(n)
+	case kindNumber:
+		return json.Number(n.text)
+	case kindBool:
+		return n.text == "true"
+	case kindList:
+		list := make([]any, len(n.kids))
+		for i, kid := range n.kids {
+			list[i] = r.config(kid)
+		}
+		return list
+	case kindObject:
+		object := make(map[string]any, len(n.kids))
+		for _, kid := range n.kids {
+			object[kid.key] = r.config(kid)
+		}
+		return object
+	}
+	return nil
+}
+
+// object binds the fields of a struct and applies the rules in its tags.
+func (r *reader) object(n *node, v reflect.Value) {
+	if !r.want(n, kindObject) {
+		return
+	}
+	l := &levels[slices.IndexFunc(levels, func(l level) bool { return l.model == v.Type() })]
+	for _, kid := range n.kids {
+		i := slices.Index(l.fields, kid.key)
+		if i < 0 {
+			r.unknownField(n, kid, l)
+			continue
+		}
+		r.bind(kid, v.Field(i).Addr().Interface())
+		if rule := rules[l.model.Field(i).Tag.Get("check")]; rule != nil {
+			r.apply(rule, kid)
+		}
+	}
+	for i, name := range l.fields {
+		tag := l.model.Field(i).Tag
+		if strings.HasSuffix(tag.Get("json"), ",omitempty") || n.child(name) != nil {
+			continue
+		}
+		if rule := rules[tag.Get("check")]; rule != nil {
+			r.missing(n, name, "is missing, it %v", rule(""))
+		} else {
+			r.missing(n, name, "is missing")
+		}
+	}
+}
+
+func (r *reader) apply(rule func(string) error, n *node) {
+	if n.bad {
+		return
+	}
+	if n.kind == kindList || n.kind == kindObject {
+		for _, kid := range n.kids {
+			r.apply(rule, kid)
+		}
+	} else if err := rule(n.text); err != nil {
+		r.errorf(n, "%v", err)
+	}
+}
+
+// unknownField reports kid and gives it its right name, if there is one, so that
+// this field is not reported as missing too.
+func (r *reader) unknownField(n, kid *node, l *level) {
+	kid.bad = true
+	if r.full() {
+		r.errs.more++
+		return
+	}
+	right, place := suggest(kid.key, l)
+	hint := ""
+	if right != "" {
+		hint = fmt.Sprintf(", did you mean %q?", right)
+	} else if place != "" {
+		hint = ", it belongs " + place
+	}
+	r.errorAt(kid.keyAt, kid.path(), "unknown field %s%s", quote(kid.key), hint)
+	if right != "" && n.child(right) == nil {
+		kid.key = right
+	}
+}
+
+// text returns the string of n with ${NAME}, ${NAME:-default} and ${NAME:?message}
+// filled in and $$ made $. Any other $ stays, so that a shell command can be
+// written as it is. The default and the message are literal up to the next }.
+func (r *reader) text(n *node) string {
+	if !r.want(n, kindString) {
+		return ""
+	}
+	if r.added > maxFileSize {
+		n.bad = true // an error that says so is there
+		return ""
+	}
+	var b strings.Builder
+	rest := n.text
+	for {
+		before, after, found := strings.Cut(rest, "$")
+		b.WriteString(before)
+		if !found {
+			break
+		}
+		switch {
+		case strings.HasPrefix(after, "$"):
+			b.WriteByte('$')
+			rest = after[1:]
+		case strings.HasPrefix(after, "{"):
+			var ref string
+			if ref, rest, found = strings.Cut(after[1:], "}"); !found {
+				r.errorf(n, "%s has no closing }, write $${ for the text itself", quote("$"+after))
+				return ""
+			}
+			b.WriteString(r.lookup(n, ref))
+		default:
+			b.WriteByte('$')
+			rest = after
+		}
+	}
+	n.text = b.String()
+	if strings.Contains(n.text, "\x00") {
+		r.errorf(n, "must not contain a NUL character")
+	}
+	return n.text
+}
+
+func (r *reader) lookup(n *node, ref string) string {
+	m := reference.FindStringSubmatch(ref)
+	if m == nil || strings.Contains(m[3], "${") {
+		why := "is not a reference"
+		if m != nil {
+			why = "holds another reference"
+		}
+		r.errorf(n, "%s %s, write ${NAME}, ${NAME:-default}, ${NAME:?message}, or $${ for the text itself", quote("${"+ref+"}"), why)
+		return ""
+	}
+	name, op, arg := m[1], m[2], m[3]
+	if r.added > maxFileSize {
+		return ""
+	}
+	value, ok := r.env(name)
+	switch {
+	case op == ":-" && value == "":
+		value = arg
+	case op == ":?" && value == "":
+		if arg != "" {
+			arg = ": " + quote(arg)
+		}
+		r.errorf(n, "${%s} is not set or empty%s", clip(name), arg)
+	case !ok:
+		r.errorf(n, "${%s} is not set in the environment, write ${%[1]s:-default} for a default, $${%[1]s} for the text itself", clip(name))
+	}
+	if r.added += len(value); r.added > maxFileSize {
+		r.errorf(n, "the environment adds more than 4 MiB to the file")
+	}
+	return value
+}
+
+// check reports what the fields must keep to among themselves. It passes over
+// what bind has found to be wrong.
+func (r *reader) check(p *Pipeline, root *node) {
+	all := p.components()
+	if spec := root.sound("spec"); spec != nil && len(all) == 0 &&
+		!slices.ContainsFunc(spec.kids, func(kid *node) bool { return kid.bad }) {
+		r.errorf(spec, "needs at least one component in sources, processors or sinks")
+	}
+	for role, list := range [][]Component{p.Spec.Sources, p.Spec.Processors, p.Spec.Sinks} {
+		for i := range list {
+			list[i].Role = Role(role)
+		}
+	}
+	for _, c := range all {
+		if n := r.nodes[c]; n.kind == kindObject {
+			r.checkCommand(n)
+			r.checkEnv(n)
+			r.checkPolicies(n)
+		}
+	}
+	r.checkCycles(all, r.checkReferences(all))
+}
+
+func (r *reader) checkCommand(n *node) {
+	command, image := n.child("command"), n.child("image")
+	switch {
+	case command == nil && image == nil:
+		r.missing(n, "command", "is missing")
+	case command != nil && image != nil:
+		r.errorf(image, "cannot be given beside command")
+	case image != nil:
+		if dir := n.sound("working_dir"); dir != nil && !strings.HasPrefix(dir.text, "/") {
+			r.errorf(dir, "must be an absolute path in the container, not %s", quote(dir.text))
+		}
+		return
+	case command.bad:
+	case len(command.kids) == 0:
+		r.errorf(command, "must not be empty")
+	default:
+		r.apply(checkPath, command.kids[0])
+	}
+	for _, name := range []string{"volumes", "ports", "user"} {
+		if kid := n.sound(name); kid != nil && image == nil {
+			r.errorf(kid, "has no effect without image")
+		}
+	}
+}
+
+func (r *reader) checkPolicies(n *node) {
+	if n.child("health_check") == nil {
+		for _, name := range []string{"health_interval", "health_timeout", "health_retries"} {
+			if kid := n.sound(name); kid != nil {
+				r.errorf(kid, "has no effect without health_check")
+			}
+		}
+	}
+	policy, most := n.child("restart_policy"), n.sound("max_restarts")
+	if most != nil && (policy == nil || policy.text == restartNo) {
+		r.errorf(most, "has no effect unless restart_policy is on-failure or always")
+	}
+}
+
+// checkEnv refuses what is no variable, what flowctl sets, and what is set twice.
+// Only config may repeat a variable of the others, as it gives way to them.
+func (r *reader) checkEnv(n *node) {
+	offsets := make(map[string]int)
+	for _, list := range []string{"env", "env_files", "config"} {
+		vars := n.sound(list)
+		if vars == nil {
+			continue
+		}
+		if list == "config" {
+			clear(offsets)
+		}
+		for _, kid := range vars.kids {
+			name := kid.key
+			if list == "config" {
+				name = strings.ToUpper(name)
+			}
+			offset, taken := offsets[name]
+			switch {
+			case r.full():
+				r.errs.more++
+			case !variableName.MatchString(kid.key):
+				r.errorAt(kid.keyAt, kid.path(), "%s", notVariable(kid.key))
+			case strings.HasPrefix(name, "FLOWCTL_") && name != "FLOWCTL_HEARTBEAT_INTERVAL":
+				r.errorAt(kid.keyAt, kid.path(), "%s is set by flowctl", clip(name))
+			case taken:
+				r.errorAt(kid.keyAt, kid.path(), "%s is set on line %d already", clip(name), r.line(offset))
+			case list == "config" && kid.kind == kindNull:
+				r.errorf(kid, "must not be null")
+			default:
+				offsets[name] = kid.keyAt
+			}
+		}
+	}
+}
+
+// checkReferences returns what each component waits for.
+func (r *reader) checkReferences(all []*Component) [][]waitEdge {
+	index := make(map[string]int, len(all))
+	sure := true // false when an id is wrong: what refers to it may be right
+	for i, c := range all {
+		id := r.nodes[c].sound("id")
+		if id == nil {
+			sure = false
+		} else if first, ok := index[c.ID]; ok {
+			r.errorf(id, "duplicate id %s, first on line %d", quote(c.ID), r.line(r.nodes[all[first]].child("id").offset))
+		} else {
+			index[c.ID] = i
+		}
+	}
+	edges := make([][]waitEdge, len(all))
+	for i, c := range all {
+		for _, name := range []string{"inputs", "depends_on"} {
+			list := r.nodes[c].sound(name)
+			if list == nil {
+				continue
+			}
+			if name == "inputs" && c.Role == roleSource && len(list.kids) > 0 {
+				r.errorf(list, "a source has no inputs")
+				continue
+			}
+			listed := make(map[string]bool)
+			for _, kid := range list.kids {
+				on, known := index[kid.text]
+				switch {
+				case kid.bad:
+				case listed[kid.text]:
+					r.errorf(kid, "%s is listed twice", quote(kid.text))
+				case kid.text == c.ID:
+					r.errorf(kid, "%s is this component itself", quote(kid.text))
+				case !known && sure:
+					r.errorf(kid, "unknown component %s%s", quote(kid.text), r.likely(kid.text, all))
+				case known && name == "inputs" && all[on].Role == roleSink:
+					r.errorf(kid, "%s is a sink, which has no output", quote(kid.text))
+				case known:
+					edges[i] = append(edges[i], waitEdge{on, kid})
+				}
+				listed[kid.text] = true
+			}
+		}
+	}
+	return edges
+}
+
+func (r *reader) likely(id string, all []*Component) string {
+	if r.full() {
+		return ""
+	}
+	var ids []string
+	for _, c := range all {
+		ids = append(ids, c.ID)
+	}
+	if near := nearest(id, ids); near != "" {
+		return fmt.Sprintf(", did you mean %q?", near)
+	}
+	return ""
+}
+
+// checkCycles reports each entry that closes a cycle when the components are
+// walked in the order of the file.
+func (r *reader) checkCycles(all []*Component, edges [][]waitEdge) {
+	var path []int
+	place := make([]int, len(all)) // 1 + index in path; -1 once left; 0 if not seen
+	var visit func(i int)
+	visit = func(i int) {
+		path = append(path, i)
+		place[i] = len(path)
+		for _, edge := range edges[i] {
+			if place[edge.on] == 0 {
+				visit(edge.on)
+			} else if place[edge.on] > 0 {
+				r.errorf(edge.at, "cycle, each waits for the next: %s", r.cycle(all, path[place[edge.on]-1:]))
+			}
+		}
+		path = path[:len(path)-1]
+		place[i] = -1
+	}
+	for i := range all {
+		if place[i] == 0 {
+			visit(i)
+		}
+	}
+}
+
+func (r *reader) cycle(all []*Component, members []int) string {
+	if r.full() {
+		return ""
+	}
+	var b strings.Builder
+	for _, i := range members {
+		fmt.Fprintf(&b, "%s -> ", clip(all[i].ID))
+	}
+	return b.String() + clip(all[members[0]].ID)
+}
+
+func bindMap[T any](r *reader, n *node, target *map[string]T, value func(*node) T) {
+	if !r.want(n, kindObject) || len(n.kids) == 0 {
+		return
+	}
+	*target = make(map[string]T, len(n.kids))
+	for _, kid := range n.kids {
+		(*target)[kid.key] = value(kid)
+	}
+}
+
+// A level is an object of the file that has fields.
+type level struct {
+	name   string
+	model  reflect.Type
+	fields []string // by index in the struct, where what JSON does not know comes last
+}
+
+var levels = []level{
+	newLevel[Pipeline]("at the top level"),
+	newLevel[Metadata]("in metadata"),
+	newLevel[Spec]("in spec"),
+	newLevel[Component]("in a component"),
+}
+
+func newLevel[T any](name string) level {
+	l := level{name: name, model: reflect.TypeFor[T]()}
+	for i := range l.model.NumField() {
+		if field, _, _ := strings.Cut(l.model.Field(i).Tag.Get("json"), ","); field != "-" {
+			l.fields = append(l.fields, field)
+		}
+	}
+	return l
+}
+
+// suggest returns the field of l that name stands for, or where a field of that
+// name belongs, or nothing.
+func suggest(name string, l *level) (right, place string) {
+	if name == "name" && l.model == reflect.TypeFor[Component]() {
+		return "id", ""
+	}
+	var places []string
+	for _, other := range levels {
+		if slices.Contains(other.fields, name) {
+			places = append(places, other.name)
+		}
+	}
+	if places != nil {
+		return "", strings.Join(places, " or ")
+	}
+	return nearest(name, l.fields), ""
+}
+
+var reference = regexp.MustCompile(`(?s)^([A-Za-z_][A-Za-z0-9_]*)(?:(:-|:\?)(.*))?$`)
+
+// pipelineSchema is the JSON Schema (draft 2020-12) of a pipeline file, made from the
+// model. It is laxer than reading is: what depends on other fields it cannot say.
+func pipelineSchema() map[string]any {
+	out := typeSchema(reflect.TypeFor[Pipeline](), "")
+	out["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+	out["title"] = "flowctl pipeline"
+	out["$defs"] = map[string]any{"Component": structSchema(reflect.TypeFor[Component]())}
+	return out
+}
+
+// anyReference matches a string that holds a ${...}, of which a schema knows nothing.
+const anyReference = `\$\{`
+
+// typeSchema is the schema of a value of type t that keeps to rule, as in the tag
+// check of the model.
+func typeSchema(t reflect.Type, rule string) map[string]any {
+	switch {
+	case t == reflect.TypeFor[Duration]():
+		return map[string]any{"type": "string", "pattern": `^([0-9]+(\.[0-9]+)?(ns|us|µs|ms|s|m|h))+$|` + anyReference}
+	case t == reflect.TypeFor[Component]():
+		return map[string]any{"$ref": "#/$defs/Component"}
+	}
+	switch t.Kind() {
+	case reflect.Pointer:
+		return typeSchema(t.Elem(), rule)
+	case reflect.Struct:
+		return structSchema(t)
+	case reflect.Slice:
+		return map[string]any{"type": "array", "items": typeSchema(t.Elem(), rule)}
+	case reflect.Map:
+		out := map[string]any{"type": "object"}
+		if t.Elem().Kind() != reflect.Interface {
+			out["additionalProperties"] = typeSchema(t.Elem(), rule)
+		}
+		return out
+	case reflect.Bool:
+		return map[string]any{"type": "boolean"}
+	case reflect.Int:
+		return map[string]any{"type": "integer", "minimum": map[string]int{"from1": 1}[rule]}
+	}
+	return textSchema(rule)
+}
+
+func structSchema(t reflect.Type) map[string]any {
+	properties, required := make(map[string]any), []string{}
+	for i := range t.NumField() {
+		f := t.Field(i)
+		name, options, _ := strings.Cut(f.Tag.Get("json"), ",")
+		if name == "-" {
+			continue
+		}
+		properties[name] = typeSchema(f.Type, f.Tag.Get("check"))
+		if options != "omitempty" {
+			required = append(required, name)
+		}
+	}
+	return map[string]any{"type": "object", "properties": properties, "required": required, "additionalProperties": false}
+}
+
+// textSchema is that of a string.
+func textSchema(rule string) map[string]any {
+	out := map[string]any{"type": "string"}
+	allow := func(values ...string) {
+		out["anyOf"] = []any{map[string]any{"enum": values}, map[string]any{"pattern": anyReference}}
+	}
+	switch rule {
+	case "version":
+		allow("flowctl/v1")
+	case "kind":
+		allow("Pipeline")
+	case "policy":
+		allow(restartNo, restartOnFailure, restartAlways)
+	case "signal":
+		allow(stopSignalNames...)
+	case "name":
+		out["pattern"] = namePattern.String() + "|" + anyReference
+	case "health":
+		out["pattern"] = `^((https?|tcp|grpc)://|exec:)|` + anyReference
+	case "volume":
+		out["pattern"] = `^[^:]+:/|` + anyReference
+	case "port":
+		out["pattern"] = portPattern.String() + "|" + anyReference
+	case "filled", "path", "image":
+		out["minLength"] = 1
+	}
+	return out
+}

@@ -1,0 +1,163 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+	"unicode/utf16"
+	"unicode/utf8"
+)
+
+// clean is printable for a table: a long text is cut.
+func clean(text string) string {
+	const most = 60
+	text = printable(text)
+	if utf8.RuneCountInString(text) > most {
+		text = string([]rune(text)[:most-3]) + "..."
+	}
+	return text
+}
+
+// printable makes text that a component chose fit to be shown: control characters
+// and bytes that are no UTF-8 become a mark.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) || unicode.Is(unicode.Cf, r) || r == utf8.RuneError || r == '\u2028' || r == '\u2029' {
+			return '\uFFFD'
+		}
+		return r
+	}, text)
+}
+
+// enumerate lists a few of many.
+func enumerate(ids []string) string {
+	const most = 5
+	if len(ids) > most {
+		return fmt.Sprintf("%s and %d more", strings.Join(ids[:most], ", "), len(ids)-most)
+	}
+	return strings.Join(ids, ", ")
+}
+
+const maxQuoted = 80
+
+// quote makes text from the file safe and short enough to show.
+func quote(s string) string { return strconv.Quote(clip(s)) }
+
+func clip(s string) string {
+	count := 0
+	for i := range s {
+		if count == maxQuoted {
+			return s[:i] + "…"
+		}
+		count++
+	}
+	return s
+}
+
+// shellWord quotes s for a shell, where that is needed.
+func shellWord(s string) string {
+	if plainWord.MatchString(s) {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}
+
+var plainWord = regexp.MustCompile(`^[\w./-]+$`)
+
+// nearest returns the known name that is most like name, if one is like it at all.
+func nearest(name string, known []string) string {
+	plain := func(s string) string { return strings.NewReplacer("_", "", "-", "").Replace(strings.ToLower(s)) }
+	want := plain(clip(name))
+	best, limit := "", min(len(want)/2, 3)+1
+	for _, k := range known {
+		if k := plain(k); max(len(want)-len(k), len(k)-len(want)) >= limit {
+			continue
+		}
+		if d := distance(want, plain(k)); d < limit {
+			best, limit = k, d
+		}
+	}
+	return best
+}
+
+// distance is the number of bytes to insert, delete and replace to make b of a.
+func distance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			replaced := diagonal
+			if a[i] != b[j] {
+				replaced++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(replaced, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}
+
+func dash(ok bool, value any) string {
+	if !ok {
+		return "-"
+	}
+	return fmt.Sprint(value)
+}
+
+func ago(d time.Duration) string {
+	if d < 10*time.Second {
+		return max(d, 0).Round(100*time.Millisecond).String() + " ago"
+	}
+	return d.Round(time.Second).String() + " ago"
+}
+
+// oneLine is the depth of what is not to be indented.
+const oneLine = -1
+
+// appendJSON appends v as list prints it, so many levels deep. There must be nothing in
+// it that JSON does not know, or it panics: half an array is worse than none. What could
+// do something to a terminal is escaped.
+func appendJSON(b []byte, v any, depth int) []byte {
+	text := bytes.NewBuffer(b)
+	enc := json.NewEncoder(text)
+	enc.SetEscapeHTML(false)
+	if depth != oneLine {
+		enc.SetIndent(strings.Repeat("  ", depth), "  ")
+	}
+	if err := enc.Encode(v); err != nil {
+		panic(err)
+	}
+	return escapeJSON(bytes.TrimSuffix(text.Bytes(), []byte("\n")))
+}
+
+// escapeJSON escapes the control and format characters that JSON leaves as they are.
+// They can be in strings alone.
+func escapeJSON(text []byte) []byte {
+	wild := func(r rune) bool { return r >= 0x7f && (unicode.IsControl(r) || unicode.Is(unicode.Cf, r)) }
+	if i := slices.IndexFunc(text, func(b byte) bool { return b >= 0x7f }); i < 0 || !bytes.ContainsFunc(text[i:], wild) {
+		return text
+	}
+	var out []byte
+	for _, r := range string(text) {
+		high, low := utf16.EncodeRune(r)
+		switch {
+		case !wild(r):
+			out = utf8.AppendRune(out, r)
+		case high == unicode.ReplacementChar: // it needs no pair
+			out = fmt.Appendf(out, `\u%04x`, r)
+		default:
+			out = fmt.Appendf(out, `\u%04x\u%04x`, high, low)
+		}
+	}
+	return out
+}
