@@ -7,13 +7,11 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"os/signal"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -46,24 +44,9 @@ type listOptions struct {
 // starting.
 const listPatience = 2 * time.Second
 
-func listCommand(args []string) error {
-	runtime.GOMAXPROCS(1) // the others are for those that are listed
-	var o listOptions
-	fs := flag.NewFlagSet("list", flag.ContinueOnError)
-	o.define(fs)
-	fs.BoolVar(&o.json, "json", false, "print JSON")
-	fs.BoolVar(&o.watch, "watch", false, "go on, and show each change")
-	fs.BoolVar(&o.wait, "wait", true, "wait up to 2s for one that is starting; =false not to")
-	rest, err := parseFlags(fs, args, 1)
-	if err != nil {
-		return err
-	}
-	if err := o.check(fs, rest); err != nil {
-		return err
-	}
-	if len(rest) > 0 {
-		o.id = rest[0]
-	}
+// listRuns shows what is registered at the control planes that o names, and follows it
+// with o.watch.
+func listRuns(o listOptions) error {
 	runs, starting, err := o.runs(false)
 	if err != nil {
 		return &exitError{exitPlane, err}
@@ -85,34 +68,6 @@ func listCommand(args []string) error {
 		fmt.Fprintln(os.Stderr, complaint("flowctl: "+printable(err.Error())))
 	}
 	return watchPlanes(clients, o)
-}
-
-// define defines the flags that say which control plane to ask, and how.
-func (o *listOptions) define(fs *flag.FlagSet) {
-	fs.StringVar(&o.endpoint, "endpoint", "", "`host:port` of the control plane, or unix:PATH (default: those of the pipelines that run here)")
-	fs.StringVar(&o.endpoint, "e", "", "short for -endpoint")
-	o.tls.define(fs, "client certificate in `file`, PEM", "dial TLS, and trust the CA in `file`, PEM")
-}
-
-// check looks at the flags and the argument alone. What is given and empty is refused,
-// because a script whose variable is not set must not get something else.
-func (o *listOptions) check(fs *flag.FlagSet, rest []string) error {
-	if err := o.tls.check(fs); err != nil {
-		return err
-	}
-	var err error
-	fs.Visit(func(set *flag.Flag) {
-		if endpoint := set.Value.String(); (set.Name == "endpoint" || set.Name == "e") && !dialable(endpoint) {
-			err = fmt.Errorf("-%s %q: it must be host:port or unix:PATH", set.Name, endpoint)
-		}
-	})
-	if err == nil && len(rest) > 0 && rest[0] == "" {
-		err = fmt.Errorf("%s \"\": the argument must be a name, or be left out", fs.Name())
-	}
-	if err != nil {
-		return &usageError{fs.Name(), err}
-	}
-	return nil
 }
 
 // dialable is false for an endpoint that could not be one, and for schemes of grpc's.
@@ -658,25 +613,10 @@ func (v *watchView) draw(now time.Time) error {
 // file and answers, so more is a disk or a control plane that hangs.
 const reloadPatience = 30 * time.Second
 
-func reloadCommand(args []string) error {
-	var o listOptions
-	fs := flag.NewFlagSet("reload", flag.ContinueOnError)
-	o.define(fs)
-	rest, err := parseFlags(fs, args, 1)
-	if err != nil {
-		return err
-	}
-	if err := o.check(fs, rest); err != nil {
-		return err
-	}
+// reloadRun has a running pipeline read its file again: the one that o.endpoint or name
+// says, else the only one.
+func reloadRun(o listOptions, name string) error {
 	o.wait = true
-	name := ""
-	if len(rest) > 0 {
-		name = rest[0]
-	}
-	if name != "" && o.endpoint != "" {
-		return &usageError{"reload", fmt.Errorf("-endpoint %q and the pipeline %q: name one of them", o.endpoint, name)}
-	}
 	runs, _, err := o.runs(true)
 	if err == nil && o.endpoint == "" {
 		runs, err = choosePipeline(runs, name)

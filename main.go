@@ -12,15 +12,14 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"net/url"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 	"unicode/utf8"
 
@@ -206,23 +205,21 @@ func explainFlag(fs *flag.FlagSet, err error) error {
 	return err
 }
 
-// planeFlags are the flags of the control plane, which run and server have.
+// planeFlags are the flags that run and server share.
 type planeFlags struct {
-	address  string
-	port     int
-	portSet  bool // on the command line
+	listen   listenConfig
+	tls      tlsFlags
 	ttl      time.Duration
 	interval time.Duration
 	logLevel slog.Level
 	format   string
 	dbPath   string
 	noState  bool
-	tls      tlsFlags
 }
 
 func (o *planeFlags) define(fs *flag.FlagSet) {
-	fs.StringVar(&o.address, "control-plane-address", "127.0.0.1", "control plane's `host`, or unix:PATH")
-	fs.IntVar(&o.port, "control-plane-port", 8080, "control plane's `port`, 0 for a free one")
+	fs.StringVar(&o.listen.address, "control-plane-address", "127.0.0.1", "control plane's `host`, or unix:PATH")
+	fs.IntVar(&o.listen.port, "control-plane-port", 8080, "control plane's `port`, 0 for a free one")
 	fs.DurationVar(&o.ttl, "heartbeat-ttl", 30*time.Second, "who does not heartbeat for so long is stale")
 	fs.DurationVar(&o.interval, "janitor-interval", 10*time.Second, "look for stale services at least this often")
 	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "log from `level` up: debug, info, warn, error")
@@ -233,71 +230,106 @@ func (o *planeFlags) define(fs *flag.FlagSet) {
 	}
 	fs.StringVar(&o.dbPath, "db-path", "", "keep the registry's state in `file`, not in $STATE_DIRECTORY or "+place)
 	fs.BoolVar(&o.noState, "no-persistence", false, "keep the registry's state in memory only")
-	o.tls.define(fs, "serve TLS with the certificate in `file`, PEM", "require client certificates, by the CA in `file`")
+	defineTLS(fs, &o.tls, "serve TLS with the certificate in `file`, PEM", "require client certificates, by the CA in `file`")
 }
 
-// stateFile is where the registry's state is kept, "" for nowhere: the file that was
-// asked for, else name.json in the folder that systemd gives, else, for a control plane
-// alone, in the user's own, which is to be made.
-func (o *planeFlags) stateFile(name string, alone bool) (file string, own bool, err error) {
+// given tells whether the command line has one of the flags of fs that are named.
+func given(fs *flag.FlagSet, names ...string) bool {
+	found := false
+	fs.Visit(func(f *flag.Flag) { found = found || slices.Contains(names, f.Name) })
+	return found
+}
+
+// state returns where the registry's state is kept: in the file that was asked for, else
+// in name.json in the folder that systemd gives, else, for a control plane alone, in the
+// user's own folder.
+func (o *planeFlags) state(name string, alone bool) (stateConfig, error) {
 	name += ".json"
-	given, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":")
+	folder, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":")
 	switch {
 	case o.noState:
-		return "", false, nil
+		return stateConfig{}, nil
 	case o.dbPath != "":
-		return o.dbPath, false, nil
-	case given != "":
-		return filepath.Join(given, name), false, nil
+		return stateConfig{file: o.dbPath}, nil
+	case folder != "":
+		return stateConfig{file: filepath.Join(folder, name)}, nil
 	case !alone:
-		return "", false, nil
+		return stateConfig{}, nil
 	}
 	base := os.Getenv("XDG_STATE_HOME")
 	if !filepath.IsAbs(base) { // the XDG base directory specification has others ignored
 		home, err := os.UserHomeDir()
 		if err != nil {
-			return "", false, fmt.Errorf("no place for the registry's state: %v: name a file with -db-path, or choose -no-persistence", err)
+			return stateConfig{}, fmt.Errorf("no place for the registry's state: %v: name a file with -db-path, or choose -no-persistence", err)
 		}
 		base = filepath.Join(home, ".local", "state")
 	}
-	return filepath.Join(base, "flowctl", name), true, nil
+	return stateConfig{file: filepath.Join(base, "flowctl", name), own: true}, nil
 }
 
 func (o *planeFlags) check(fs *flag.FlagSet) error {
-	fs.Visit(func(f *flag.Flag) { o.portSet = o.portSet || f.Name == "control-plane-port" })
-	if o.address == "" || o.address == "unix:" {
-		return &usageError{fs.Name(), fmt.Errorf("-control-plane-address %q: it must be a host or unix:PATH; 0.0.0.0 is all interfaces", o.address)}
+	wrong := func(format string, args ...any) error { return &usageError{fs.Name(), fmt.Errorf(format, args...)} }
+	address, port, socket := o.listen.address, o.listen.port, strings.HasPrefix(o.listen.address, "unix:")
+	if address == "" || address == "unix:" {
+		return wrong("-control-plane-address %q: it must be a host or unix:PATH; 0.0.0.0 is all interfaces", address)
 	}
-	if host, port, err := net.SplitHostPort(o.address); err == nil && !strings.HasPrefix(o.address, "unix:") {
-		return &usageError{fs.Name(), fmt.Errorf("-control-plane-address %q: it must be a host alone, such as %q; the port is -control-plane-port %s", o.address, host, port)}
+	if host, port, err := net.SplitHostPort(address); err == nil && !socket {
+		return wrong("-control-plane-address %q: it must be a host alone, such as %q; the port is -control-plane-port %s", address, host, port)
 	}
-	if o.portSet && o.port != 0 && strings.HasPrefix(o.address, "unix:") {
-		return &usageError{fs.Name(), fmt.Errorf("-control-plane-port %d: a socket file, -control-plane-address %q, has no port", o.port, o.address)}
+	if given(fs, "control-plane-port") && port != 0 && socket {
+		return wrong("-control-plane-port %d: a socket file, -control-plane-address %q, has no port", port, address)
 	}
-	if o.port < 0 || o.port > 65535 {
-		return &usageError{fs.Name(), fmt.Errorf("-control-plane-port %d: it must be between 0 and 65535", o.port)}
+	if port < 0 || port > 65535 {
+		return wrong("-control-plane-port %d: it must be between 0 and 65535", port)
 	}
 	if !slices.Contains([]string{formatAuto, formatText, formatJSON, formatJournal}, o.format) {
-		return &usageError{fs.Name(), fmt.Errorf("-log-format %q: it must be auto, text, json or journal", o.format)}
+		return wrong("-log-format %q: it must be auto, text, json or journal", o.format)
 	}
 	var err error
 	if o.format, err = resolveFormat(o.format); err != nil {
-		return &usageError{fs.Name(), err}
+		return wrong("%v", err)
 	}
-	if planeSocketPassed() {
-		fs.Visit(func(f *flag.Flag) {
-			if f.Name == "control-plane-address" || f.Name == "control-plane-port" {
-				err = &usageError{fs.Name(), fmt.Errorf("-%s %s: systemd has passed a socket named %s, which is where the control plane listens: leave out one or the other", f.Name, f.Value, planeSocket)}
-			}
-		})
-		if err != nil {
-			return err
+	for _, name := range []string{"control-plane-port", "control-plane-address"} {
+		if given(fs, name) && planeSocketPassed() {
+			return wrong("-%s %s: systemd has passed a socket named %s, which is where the control plane listens: leave out one or the other", name, fs.Lookup(name).Value, planeSocket)
 		}
 	}
 	if o.dbPath != "" && o.noState {
-		return &usageError{fs.Name(), errors.New("-db-path and -no-persistence contradict each other")}
+		return wrong("-db-path and -no-persistence contradict each other")
 	}
-	return errors.Join(o.tls.checkPlane(fs, o.address), positive(fs, "heartbeat-ttl", "janitor-interval"))
+	if o.tls.ca != "" && o.tls.cert == "" && o.tls.key == "" {
+		return wrong("-tls-ca-cert %q: it needs -tls-cert and -tls-key, the control plane's own certificate", o.tls.ca)
+	}
+	if o.tls.cert != "" && socket {
+		// Beside TLS there is a listener for the components, which every user of the
+		// machine can reach; a socket file of mode 0600 is its user's alone.
+		return wrong("-tls-cert %q: it must not be given with -control-plane-address %q, a socket file that is open to its user alone", o.tls.cert, address)
+	}
+	return errors.Join(checkTLS(fs, o.tls), positive(fs, "heartbeat-ttl", "janitor-interval"))
+}
+
+// defineTLS defines the flags of TLS. What cert and ca are for depends on the command.
+func defineTLS(fs *flag.FlagSet, to *tlsFlags, cert, ca string) {
+	fs.StringVar(&to.cert, "tls-cert", "", cert)
+	fs.StringVar(&to.key, "tls-key", "", "private key of -tls-cert, a PEM `file`")
+	fs.StringVar(&to.ca, "tls-ca-cert", "", ca)
+}
+
+// checkTLS looks at the flags alone. An empty one is refused, because a script whose
+// variable is not set must not get a control plane without TLS.
+func checkTLS(fs *flag.FlagSet, o tlsFlags) error {
+	for _, name := range []string{"tls-key", "tls-cert", "tls-ca-cert"} {
+		if given(fs, name) && fs.Lookup(name).Value.String() == "" {
+			return &usageError{fs.Name(), fmt.Errorf("-%s \"\": it must be a file", name)}
+		}
+	}
+	switch {
+	case o.cert != "" && o.key == "":
+		return &usageError{fs.Name(), fmt.Errorf("-tls-cert %q: it needs -tls-key, the file of its private key", o.cert)}
+	case o.key != "" && o.cert == "":
+		return &usageError{fs.Name(), fmt.Errorf("-tls-key %q: it needs -tls-cert, the file of its certificate", o.key)}
+	}
+	return nil
 }
 
 // positive fails for the first of the duration flags that is below 10ms.
@@ -308,42 +340,6 @@ func positive(fs *flag.FlagSet, names ...string) error {
 		}
 	}
 	return nil
-}
-
-// runFlags are the flags of run.
-type runFlags struct {
-	planeFlags
-	file             string
-	startTimeout     time.Duration
-	unhealthyTimeout time.Duration
-	stopTimeout      time.Duration
-	showStatus       bool
-	until            string
-	logDir           string
-	logDirSet        bool // on the command line
-	orchestrator     string
-	engineName       string
-	engine           *engine  // nil for none
-	command          []string // after --
-}
-
-const (
-	untilStopped = "stopped"
-	untilReady   = "ready"
-	untilDone    = "done"
-)
-
-func (o *runFlags) define(fs *flag.FlagSet) {
-	o.planeFlags.define(fs)
-	fs.StringVar(&o.file, "f", "flow.json", "pipeline `file`")
-	defineOrchestrator(fs, &o.orchestrator)
-	fs.StringVar(&o.engineName, "engine", "", "`program` that runs containers (default docker, else podman)")
-	fs.DurationVar(&o.startTimeout, "start-timeout", 30*time.Second, "from a component's start until it is ready")
-	fs.DurationVar(&o.unhealthyTimeout, "unhealthy-timeout", 30*time.Second, "how long a component may stay unhealthy")
-	fs.DurationVar(&o.stopTimeout, "stop-timeout", 10*time.Second, "from the stop signal to SIGKILL")
-	fs.BoolVar(&o.showStatus, "show-status", true, "keep a status below the log; =false for none")
-	fs.StringVar(&o.logDir, "log-dir", "", "log each component to `dir`/ID.log; \"\" for none (on a terminal: logs beside the pipeline file)")
-	fs.StringVar(&o.until, "until", untilStopped, "run until `event`: stopped, ready or done")
 }
 
 // defineOrchestrator defines the flag that says whether there may be containers.
@@ -358,75 +354,139 @@ func checkOrchestrator(fs *flag.FlagSet, value string) error {
 	return nil
 }
 
-// openEngine finds the engine for containers, if there may be any.
-func (o *runFlags) openEngine() (err error) {
-	if o.orchestrator == orchestrateContainers {
-		o.engine, err = findEngine(o.engineName)
-	}
-	return err
-}
-
-// read reads the pipeline file. It fails also for what the flags leave no way to run.
-func (o *runFlags) read() (*Pipeline, error) {
-	p, err := readPipeline(o.file, os.LookupEnv)
-	if err != nil {
-		return nil, err
-	}
-	if err := cmp.Or(o.tls.checkPipeline(p), o.engine.checkImages(p)); err != nil {
-		return nil, fmt.Errorf("%s: %v", o.file, err)
-	}
-	return p, nil
-}
-
 func runCommand(args []string) error {
-	var o runFlags
+	var o planeFlags
+	config := runConfig{version: versionName()}
+	var orchestrator, engineName string
 	fs := flag.NewFlagSet("run", flag.ContinueOnError)
 	o.define(fs)
+	fs.StringVar(&config.file, "f", "flow.json", "pipeline `file`")
+	defineOrchestrator(fs, &orchestrator)
+	fs.StringVar(&engineName, "engine", "", "`program` that runs containers (default docker, else podman)")
+	fs.DurationVar(&config.startTimeout, "start-timeout", 30*time.Second, "from a component's start until it is ready")
+	fs.DurationVar(&config.unhealthyTimeout, "unhealthy-timeout", 30*time.Second, "how long a component may stay unhealthy")
+	fs.DurationVar(&config.stopTimeout, "stop-timeout", 10*time.Second, "from the stop signal to SIGKILL")
+	fs.BoolVar(&config.showStatus, "show-status", true, "keep a status below the log; =false for none")
+	fs.StringVar(&config.logDir, "log-dir", "", "log each component to `dir`/ID.log; \"\" for none (on a terminal: logs beside the pipeline file)")
+	fs.StringVar(&config.until, "until", untilStopped, "run until `event`: stopped, ready or done")
 	dashed := slices.Index(args, "--")
 	if dashed >= 0 {
-		args, o.command = args[:dashed], args[dashed+1:]
+		args, config.command = args[:dashed], args[dashed+1:]
 	}
 	rest, err := parseFlags(fs, args, 1)
 	if err != nil {
 		return err
 	}
-	if dashed >= 0 && len(o.command) == 0 {
+	if dashed >= 0 && len(config.command) == 0 {
 		return &usageError{"run", errors.New("a command must come after --")}
 	}
-	if len(o.command) > 0 && o.until != untilStopped {
+	if len(config.command) > 0 && config.until != untilStopped {
 		return &usageError{"run", errors.New("-until and a command after -- contradict each other: the run ends with the command")}
 	}
 	if err := errors.Join(o.check(fs), positive(fs, "start-timeout", "unhealthy-timeout", "stop-timeout")); err != nil {
 		return err
 	}
-	if err := checkOrchestrator(fs, o.orchestrator); err != nil {
+	if err := checkOrchestrator(fs, orchestrator); err != nil {
 		return err
 	}
-	if o.engineName != "" && o.orchestrator != orchestrateContainers {
-		return &usageError{"run", fmt.Errorf("-engine %q has no effect without -orchestrator container", o.engineName)}
+	if engineName != "" && orchestrator != orchestrateContainers {
+		return &usageError{"run", fmt.Errorf("-engine %q has no effect without -orchestrator container", engineName)}
 	}
-	if o.until != untilStopped && o.until != untilReady && o.until != untilDone {
-		return &usageError{"run", fmt.Errorf("-until %q: it must be stopped, ready or done", o.until)}
+	if config.until != untilStopped && config.until != untilReady && config.until != untilDone {
+		return &usageError{"run", fmt.Errorf("-until %q: it must be stopped, ready or done", config.until)}
 	}
-	if o.file, err = fileArgument(fs, o.file, rest); err != nil {
+	if config.file, err = fileArgument(fs, config.file, rest); err != nil {
 		return err
 	}
-	fs.Visit(func(f *flag.Flag) { o.logDirSet = o.logDirSet || f.Name == "log-dir" })
-	if err := o.openEngine(); err != nil {
-		return &exitError{exitUsage, err}
+	if orchestrator == orchestrateContainers {
+		if config.engine, err = findEngine(engineName); err != nil {
+			return &exitError{exitUsage, err}
+		}
 	}
-	pipeline, err := o.read()
+	config.listen, config.tls, config.ttl, config.interval, config.logLevel, config.format = o.listen, o.tls, o.ttl, o.interval, o.logLevel, o.format
+	config.listen.anyPort = !given(fs, "control-plane-port")
+	if !given(fs, "log-dir") {
+		config.logDir, config.logDirOptional = defaultLogDir(config.file), true
+	}
+	p, err := config.read()
 	if err != nil {
 		return &exitError{exitUsage, err}
 	}
-	return runPipeline(pipeline, o)
+	if config.state, err = o.state(url.PathEscape(p.Metadata.Name), false); err != nil {
+		return &exitError{exitPlane, err}
+	}
+	return runPipeline(p, config)
+}
+
+// defaultLogDir is the folder for the lines of components where none is asked for: the
+// one that systemd gives, else, on a terminal, logs beside the pipeline file.
+func defaultLogDir(file string) string {
+	logs, _, _ := strings.Cut(os.Getenv("LOGS_DIRECTORY"), ":")
+	if logs == "" && isTerminal(os.Stdout) {
+		return filepath.Join(filepath.Dir(file), "logs")
+	}
+	return logs
+}
+
+func listCommand(args []string) error {
+	var o listOptions
+	fs := flag.NewFlagSet("list", flag.ContinueOnError)
+	fs.BoolVar(&o.json, "json", false, "print JSON")
+	fs.BoolVar(&o.watch, "watch", false, "go on, and show each change")
+	fs.BoolVar(&o.wait, "wait", true, "wait up to 2s for one that is starting; =false not to")
+	name, err := parseListFlags(fs, &o, args)
+	if err != nil {
+		return err
+	}
+	o.id = name
+	return listRuns(o)
+}
+
+func reloadCommand(args []string) error {
+	var o listOptions
+	fs := flag.NewFlagSet("reload", flag.ContinueOnError)
+	name, err := parseListFlags(fs, &o, args)
+	if err != nil {
+		return err
+	}
+	if name != "" && o.endpoint != "" {
+		return &usageError{"reload", fmt.Errorf("-endpoint %q and the pipeline %q: name one of them", o.endpoint, name)}
+	}
+	return reloadRun(o, name)
+}
+
+// parseListFlags parses args by the flags of fs and those that say which control plane
+// to ask, and how. It returns the one argument, "" for none. What is given and empty is
+// refused, because a script whose variable is not set must not get something else.
+func parseListFlags(fs *flag.FlagSet, o *listOptions, args []string) (string, error) {
+	fs.StringVar(&o.endpoint, "endpoint", "", "`host:port` of the control plane, or unix:PATH (default: those of the pipelines that run here)")
+	fs.StringVar(&o.endpoint, "e", "", "short for -endpoint")
+	defineTLS(fs, &o.tls, "client certificate in `file`, PEM", "dial TLS, and trust the CA in `file`, PEM")
+	rest, err := parseFlags(fs, args, 1)
+	if err != nil {
+		return "", err
+	}
+	if err := checkTLS(fs, o.tls); err != nil {
+		return "", err
+	}
+	for _, name := range []string{"endpoint", "e"} {
+		if endpoint := fs.Lookup(name).Value.String(); given(fs, name) && !dialable(endpoint) {
+			return "", &usageError{fs.Name(), fmt.Errorf("-%s %q: it must be host:port or unix:PATH", name, endpoint)}
+		}
+	}
+	if len(rest) == 0 {
+		return "", nil
+	}
+	if rest[0] == "" {
+		return "", &usageError{fs.Name(), fmt.Errorf("%s \"\": the argument must be a name, or be left out", fs.Name())}
+	}
+	return rest[0], nil
 }
 
 // fileArgument is the pipeline file: named by -f or as an argument, not by both, else
 // the usual one, which has to be there.
 func fileArgument(fs *flag.FlagSet, file string, rest []string) (string, error) {
-	set := false
-	fs.Visit(func(f *flag.Flag) { set = set || f.Name == "f" })
+	set := given(fs, "f")
 	switch {
 	case len(rest) == 0 && set:
 		return file, nil
@@ -468,13 +528,12 @@ func serverCommand(args []string) error {
 		defer records.close()
 		log = slog.New(records.handler(o.logLevel))
 	}
-	o.portSet = true // what components of other machines know must not wander
 	signals := catchSignals()
 	certs, err := openCertificates(o.tls, log)
 	if err != nil {
 		return &exitError{exitPlane, err}
 	}
-	lis, endpoint, err := openPlane(o, log)
+	lis, endpoint, err := openPlane(o.listen, o.tls, log)
 	if err != nil {
 		return &exitError{exitPlane, err}
 	}
@@ -490,7 +549,11 @@ func serverCommand(args []string) error {
 	}
 	registry := newRegistry(o.ttl, o.interval, endpoint, nil)
 	about := about{version: versionName(), started: time.Now(), status: "control plane alone", ready: true}
-	st, err := o.openState(registry, &about, true, log)
+	state, err := o.state("registry", true)
+	var st *store
+	if err == nil {
+		st, err = openState(state, registry, &about, log)
+	}
 	if err != nil {
 		lis.Close()
 		return &exitError{exitPlane, err}
@@ -639,20 +702,6 @@ func printFlag(w io.Writer, f *flag.Flag) {
 		line += " " + word
 	}
 	fmt.Fprintln(w, line)
-}
-
-// catchSignals returns the signals that ask for an end. SIGHUP stays ignored where
-// flowctl was started so, by nohup; SIGINT does not, which a script's shell ignores
-// for whatever it starts in the background, and children would inherit that. SIGPIPE
-// is caught so that a closed standard output is an error of a write and not the end.
-func catchSignals() <-chan os.Signal {
-	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
-	if !signal.Ignored(syscall.SIGHUP) {
-		signal.Notify(signals, syscall.SIGHUP)
-	}
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
-	return signals
 }
 
 // checkReport is what check -json prints.
@@ -863,10 +912,4 @@ func (e *fileErrors) entries() []checkError {
 		out = append(out, checkError{err.line, err.column, err.path, err.msg})
 	}
 	return out
-}
-
-// fromStandardInput tells whether the pipeline file cannot be read a second time.
-func fromStandardInput(file string) bool {
-	info, err := os.Stat(file)
-	return err == nil && !info.Mode().IsRegular()
 }

@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -531,16 +530,16 @@ type screen struct {
 // go, and the screen that both are on. That is nil where the status goes into the log:
 // it is not to be shown otherwise, standard error is no terminal that can have a
 // footer, or standard output is another one, or a pipe.
-func openOutputs(o runFlags) (stderr *logWriter, stdout io.Writer, s *screen) {
+func openOutputs(format string, showStatus bool) (stderr *logWriter, stdout io.Writer, s *screen) {
 	out, _ := os.Stdout.Stat()
 	err, _ := os.Stderr.Stat()
 	piped := !isTerminal(os.Stdout)
 	maybeHere := out.Mode()&(os.ModeNamedPipe|os.ModeSocket) != 0 // of tee, say: what it gets can come to this terminal
-	if !o.showStatus || o.format != formatText || !isTerminal(os.Stderr) || os.Getenv("TERM") == "dumb" || maybeHere || !piped && !os.SameFile(out, err) {
-		return newLogWriter(patient{os.Stderr}, o.format), patient{os.Stdout}, nil
+	if !showStatus || format != formatText || !isTerminal(os.Stderr) || os.Getenv("TERM") == "dumb" || maybeHere || !piped && !os.SameFile(out, err) {
+		return newLogWriter(patient{os.Stderr}, format), patient{os.Stdout}, nil
 	}
 	s = &screen{f: os.Stderr, signals: make(chan os.Signal, 4)}
-	s.lines = newLogWriter(s, o.format)
+	s.lines = newLogWriter(s, format)
 	signal.Notify(s.signals, syscall.SIGWINCH)
 	if !signal.Ignored(syscall.SIGTSTP) {
 		signal.Notify(s.signals, syscall.SIGTSTP)
@@ -770,29 +769,4 @@ func controlString(text []byte, bell bool) int {
 		}
 	}
 	return 0
-}
-
-// logFiles opens the folder for the components' lines, nil for none. That one which
-// nobody asked for cannot be opened is only a warning.
-func (o *runFlags) logFiles(ids []string, log *slog.Logger) (*logFiles, error) {
-	dir := o.logDir
-	switch logs, _, _ := strings.Cut(os.Getenv("LOGS_DIRECTORY"), ":"); {
-	case o.logDirSet:
-	case logs != "":
-		dir = logs
-	case isTerminal(os.Stdout):
-		dir = filepath.Join(filepath.Dir(o.file), "logs")
-	}
-	if dir == "" {
-		return nil, nil
-	}
-	files, err := openLogFiles(dir, ids, log)
-	switch {
-	case err == nil:
-		return files, nil
-	case o.logDirSet:
-		return nil, fmt.Errorf("-log-dir: %v", err)
-	}
-	log.Warn("no log files", "err", err)
-	return nil, nil
 }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/url"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -592,15 +591,21 @@ func (p *plane) stop() {
 	}
 }
 
-// openPlane listens where o says. Where nobody asked for that very port and it is
-// taken, a free one serves.
-func openPlane(o planeFlags, log *slog.Logger) (net.Listener, string, error) {
+// listenConfig says where the control plane listens.
+type listenConfig struct {
+	address string // a host, or unix:PATH
+	port    int    // 0 takes a free one
+	anyPort bool   // a free one serves where port is taken
+}
+
+// openPlane listens where o says.
+func openPlane(o listenConfig, tls tlsFlags, log *slog.Logger) (net.Listener, string, error) {
 	lis, endpoint, err := passedListener(log)
 	if lis == nil && err == nil {
 		lis, endpoint, err = listenPlane(o.address, o.port)
 	}
 	tcp := !strings.HasPrefix(o.address, "unix:")
-	if errors.Is(err, syscall.EADDRINUSE) && !o.portSet && tcp {
+	if errors.Is(err, syscall.EADDRINUSE) && o.anyPort && tcp {
 		attrs := []any{"port", o.port}
 		if pid, name, ok := portHolder(o.address, o.port); ok {
 			attrs = append(attrs, "pid", pid, "name", name)
@@ -622,11 +627,11 @@ func openPlane(o planeFlags, log *slog.Logger) (net.Listener, string, error) {
 	case err != nil:
 		return nil, "", fmt.Errorf("the control plane cannot listen at -control-plane-address %q: %v", o.address, err)
 	}
-	if _, ok := lis.(*net.UnixListener); ok && o.tls.cert != "" {
+	if _, ok := lis.(*net.UnixListener); ok && tls.cert != "" {
 		lis.Close()
-		return nil, "", fmt.Errorf("-tls-cert %q: a control plane on a socket file (%s) has no TLS", o.tls.cert, endpoint)
+		return nil, "", fmt.Errorf("-tls-cert %q: a control plane on a socket file (%s) has no TLS", tls.cert, endpoint)
 	}
-	if tcp, ok := lis.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() && o.tls.cert == "" {
+	if tcp, ok := lis.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() && tls.cert == "" {
 		log.Warn("the control plane listens off the loopback without TLS: who reaches it can register", "endpoint", endpoint)
 	}
 	log.Info("listening", "endpoint", endpoint)
@@ -648,14 +653,19 @@ func logChange(log *slog.Logger, c change) {
 	log.Log(context.Background(), level, c.now.String(), attrs...)
 }
 
+// stateConfig says where the registry's state is kept.
+type stateConfig struct {
+	file string // "" for memory
+	own  bool   // its folder is flowctl's own, which is made
+}
+
 // openState opens the state file, if there is to be one, and lets r take in what is
 // in it.
-func (o *planeFlags) openState(r *registry, about *about, alone bool, log *slog.Logger) (*store, error) {
-	file, own, err := o.stateFile(url.PathEscape(cmp.Or(about.name, "registry")), alone)
-	if err != nil || file == "" {
-		return nil, err
+func openState(config stateConfig, r *registry, about *about, log *slog.Logger) (*store, error) {
+	if config.file == "" {
+		return nil, nil
 	}
-	st, err := openStore(file, about.name, own, log)
+	st, err := openStore(config.file, about.name, config.own, log)
 	if err != nil {
 		return nil, err
 	}

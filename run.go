@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -28,10 +29,51 @@ const stallTime = 100 * time.Millisecond
 // echoTime is how long after the first signal the same one is still the first.
 const echoTime = 50 * time.Millisecond
 
+// The events that end a run by themselves (-until).
+const (
+	untilStopped = "stopped" // none
+	untilReady   = "ready"
+	untilDone    = "done"
+)
+
+// runConfig is how a pipeline is run.
+type runConfig struct {
+	file             string // the pipeline file
+	version          string // of flowctl
+	listen           listenConfig
+	tls              tlsFlags
+	ttl              time.Duration // of a heartbeat
+	interval         time.Duration // of the janitor
+	state            stateConfig
+	format           string // of the log, never formatAuto
+	logLevel         slog.Level
+	logDir           string // one file per component, "" for none
+	logDirOptional   bool   // it is only a warning that logDir cannot be used
+	showStatus       bool
+	startTimeout     time.Duration
+	unhealthyTimeout time.Duration
+	stopTimeout      time.Duration
+	until            string
+	engine           *engine  // nil for none
+	command          []string // after --
+}
+
+// read reads the pipeline file. It fails also for a pipeline that cannot be run in this way.
+func (c *runConfig) read() (*Pipeline, error) {
+	p, err := readPipeline(c.file, os.LookupEnv)
+	if err != nil {
+		return nil, err
+	}
+	if err := cmp.Or(c.tls.checkPipeline(p), c.engine.checkImages(p)); err != nil {
+		return nil, fmt.Errorf("%s: %v", c.file, err)
+	}
+	return p, nil
+}
+
 // run is one run of a pipeline. One goroutine, in loop, owns it: everything that
 // happens reaches it as an event, and it alone decides.
 type run struct {
-	flags       runFlags
+	flags       runConfig
 	log         *slog.Logger
 	stderr      *logWriter
 	cleanups    []func() // of what was opened, in that order
@@ -68,9 +110,9 @@ type run struct {
 }
 
 // runPipeline runs p and returns an *exitError for everything but success.
-func runPipeline(p *Pipeline, o runFlags) error {
+func runPipeline(p *Pipeline, o runConfig) error {
 	r := &run{
-		flags: o, about: about{name: p.Metadata.Name, version: versionName(), started: time.Now()},
+		flags: o, about: about{name: p.Metadata.Name, version: o.version, started: time.Now()},
 		conditions: make(map[string]change), unhealthy: make(map[string]time.Time),
 		verdicts: make(chan verdict), watches: make(map[string]context.CancelFunc),
 		reloads: make(chan reloadRequest), over: make(chan struct{}),
@@ -97,7 +139,7 @@ func runPipeline(p *Pipeline, o runFlags) error {
 	if err := r.supervise(p, ids, settings); err != nil {
 		return err
 	}
-	st, err := o.openState(r.registry, &r.about, false, r.log)
+	st, err := openState(o.state, r.registry, &r.about, r.log)
 	if err != nil {
 		r.sup.close()
 		return &exitError{exitPlane, err}
@@ -129,7 +171,7 @@ func (r *run) cleanUp() {
 // openLog opens flowctl's own log and what the lines of the components ids go to.
 func (r *run) openLog(ids []string) {
 	var stdout io.Writer
-	r.stderr, stdout, r.screen = openOutputs(r.flags)
+	r.stderr, stdout, r.screen = openOutputs(r.flags.format, r.flags.showStatus)
 	r.atEnd(r.stderr.close)
 	r.log = newLogger(r.stderr, r.flags.format, r.flags.logLevel)
 	if r.flags.format == formatJournal {
@@ -178,7 +220,7 @@ func (r *run) listen(p *Pipeline) (lis net.Listener, way entrance, err error) {
 	if r.certs, err = openCertificates(r.flags.tls, r.log); err != nil {
 		return nil, way, err
 	}
-	if lis, r.endpoint, err = openPlane(r.flags.planeFlags, r.log); err != nil {
+	if lis, r.endpoint, err = openPlane(r.flags.listen, r.flags.tls, r.log); err != nil {
 		return nil, way, err
 	}
 	r.atEnd(func() { lis.Close() }) // again, where a control plane has served
@@ -200,11 +242,15 @@ func (r *run) supervise(p *Pipeline, ids []string, settings procSettings) (err e
 	if err := settings.checkReach(p); err != nil {
 		return &exitError{exitUsage, err}
 	}
-	if r.files, err = r.flags.logFiles(ids, r.log); err != nil {
-		return &exitError{exitUsage, err}
-	}
-	if r.files != nil {
-		r.atEnd(r.files.close)
+	if r.flags.logDir != "" {
+		switch r.files, err = openLogFiles(r.flags.logDir, ids, r.log); {
+		case err == nil:
+			r.atEnd(r.files.close)
+		case r.flags.logDirOptional:
+			r.log.Warn("no log files", "err", err)
+		default:
+			return &exitError{exitUsage, fmt.Errorf("-log-dir: %v", err)}
+		}
 	}
 	if r.sup, err = newSupervisor(p, settings, r.emit, r.log, r.children); err != nil {
 		return &exitError{exitFailed, err}
@@ -923,4 +969,24 @@ func (r *run) describe(p *proc) failedComponent {
 	}
 	out.NeverStarted, out.Stopped = r.sup.affected(p)
 	return out
+}
+
+// catchSignals returns the signals that ask for an end. SIGHUP stays ignored where
+// flowctl was started so, by nohup; SIGINT does not, which a script's shell ignores
+// for whatever it starts in the background, and children would inherit that. SIGPIPE
+// is caught so that a closed standard output is an error of a write and not the end.
+func catchSignals() <-chan os.Signal {
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) {
+		signal.Notify(signals, syscall.SIGHUP)
+	}
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	return signals
+}
+
+// fromStandardInput tells whether the pipeline file cannot be read a second time.
+func fromStandardInput(file string) bool {
+	info, err := os.Stat(file)
+	return err == nil && !info.Mode().IsRegular()
 }

@@ -198,7 +198,7 @@ func TestCommandSignalEchoesInTime(t *testing.T) {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	}()
-	r := &run{sup: s, log: slog.New(slog.NewTextHandler(t.Output(), nil)), guest: &guest{cmd: cmd}, flags: runFlags{stopTimeout: time.Hour}}
+	r := &run{sup: s, log: slog.New(slog.NewTextHandler(t.Output(), nil)), guest: &guest{cmd: cmd}, flags: runConfig{stopTimeout: time.Hour}}
 	now := time.Now()
 	r.signalled(syscall.SIGTERM, now)
 	r.signalled(syscall.SIGTERM, now.Add(echoTime-1))

@@ -6,14 +6,12 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
-	"flag"
 	"fmt"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -26,47 +24,6 @@ const maxPEMFile = 4 << 20
 
 // tlsFlags name the files of TLS, PEM each. Without any there is no TLS.
 type tlsFlags struct{ cert, key, ca string }
-
-// define defines the flags. What cert and ca are for depends on the command.
-func (f *tlsFlags) define(fs *flag.FlagSet, cert, ca string) {
-	fs.StringVar(&f.cert, "tls-cert", "", cert)
-	fs.StringVar(&f.key, "tls-key", "", "private key of -tls-cert, a PEM `file`")
-	fs.StringVar(&f.ca, "tls-ca-cert", "", ca)
-}
-
-// check looks at the flags alone. An empty one is refused, because a script whose
-// variable is not set must not get a control plane without TLS.
-func (f *tlsFlags) check(fs *flag.FlagSet) error {
-	var err error
-	fs.Visit(func(set *flag.Flag) {
-		if strings.HasPrefix(set.Name, "tls-") && set.Value.String() == "" {
-			err = fmt.Errorf("-%s \"\": it must be a file", set.Name)
-		}
-	})
-	switch {
-	case err != nil:
-	case f.cert != "" && f.key == "":
-		err = fmt.Errorf("-tls-cert %q: it needs -tls-key, the file of its private key", f.cert)
-	case f.key != "" && f.cert == "":
-		err = fmt.Errorf("-tls-key %q: it needs -tls-cert, the file of its certificate", f.key)
-	default:
-		return nil
-	}
-	return &usageError{fs.Name(), err}
-}
-
-// checkPlane is check for a control plane at address.
-func (f *tlsFlags) checkPlane(fs *flag.FlagSet, address string) error {
-	switch {
-	case f.ca != "" && f.cert == "" && f.key == "":
-		return &usageError{fs.Name(), fmt.Errorf("-tls-ca-cert %q: it needs -tls-cert and -tls-key, the control plane's own certificate", f.ca)}
-	case f.cert != "" && strings.HasPrefix(address, "unix:"):
-		// Beside TLS there is a listener for the components, which every user of the
-		// machine can reach, as none can a socket file of mode 0600.
-		return &usageError{fs.Name(), fmt.Errorf("-tls-cert %q: it must not be given with -control-plane-address %q, a socket file that is open to its user alone", f.cert, address)}
-	}
-	return f.check(fs)
-}
 
 // checkPipeline fails for components that are to speak TLS when there is none.
 func (f tlsFlags) checkPipeline(p *Pipeline) error {
