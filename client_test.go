@@ -402,7 +402,7 @@ func TestWatchUnread(t *testing.T) {
 func openList(t *testing.T, width, height int, args string) *terminal {
 	t.Helper()
 	c := openTerminal(t, width, height, nil)
-	writeFile(t, filepath.Join(c.dir, "run"), "#!/bin/sh\nexec "+binary(t)+" list "+args+"\n")
+	writeFile(t, filepath.Join(c.dir, "run"), "#!/bin/sh\nexec "+flowctlProgram(t)+" list "+args+"\n")
 	return c
 }
 

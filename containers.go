@@ -50,13 +50,13 @@ const (
 // engine is the command line of docker, or of what is used like it. A nil one has no
 // containers. It is complete when the supervisor is made, and does not change then.
 type engine struct {
-	name     string // as it was looked for
-	path     string
-	env      []string // of its command line: flowctl's own
-	reaper   *reaper
-	pipeline string
-	claim    string // "" for none: nobody knows then what a dead run has left
-	run      string
+	name       string // as it was looked for
+	path       string
+	env        []string // of its command line: flowctl's own
+	reaper     *reaper
+	pipeline   string
+	ownerLabel string // "" for none: nobody knows then what a dead run has left
+	run        string
 }
 
 // findEngine returns the engine that is called name, or with "" docker, else podman.
@@ -165,8 +165,8 @@ func (e *engine) remove(ctx context.Context, filter string) (names []string, err
 // the engine answers, nothing is left of a run that was killed, and the images are
 // there. It says all at once what is not so.
 func (e *engine) prepare(ctx context.Context, p *Pipeline, log *slog.Logger) error {
-	filter := "label=" + labelClaim + "=" + e.claim
-	if e.claim == "" {
+	filter := "label=" + labelClaim + "=" + e.ownerLabel
+	if e.ownerLabel == "" {
 		filter = "label=" + labelRun + "=" // none: this only tells whether the engine answers
 	}
 	left, err := e.remove(ctx, filter)
@@ -334,7 +334,7 @@ func (e *engine) container(c *Component, given []string, number int) (*exec.Cmd,
 	box.doom = sync.OnceFunc(func() { close(box.doomed) })
 	// What is printed goes to flowctl alone, and a missing image is not fetched now.
 	args := []string{"run", "--rm", "--name=" + box.name, "--pull=never", "--log-driver=none"}
-	for _, label := range [][2]string{{labelPipeline, e.pipeline}, {labelComponent, c.ID}, {labelRun, e.run}, {labelClaim, e.claim}} {
+	for _, label := range [][2]string{{labelPipeline, e.pipeline}, {labelComponent, c.ID}, {labelRun, e.run}, {labelClaim, e.ownerLabel}} {
 		args = append(args, "--label="+label[0]+"="+label[1])
 	}
 	vars, file, byName := splitEnv(given)

@@ -406,7 +406,7 @@ func TestCommandsOnATerminal(t *testing.T) {
 		p := start(t, []string{"--version"}) // for its harness alone
 		<-p.done
 		screen := filepath.Join(t.TempDir(), "screen")
-		cmd := exec.Command("script", "-qec", "exec "+binary(t)+" run "+file+` -log-dir "" -control-plane-port 0 `+tt.more, screen)
+		cmd := exec.Command("script", "-qec", "exec "+flowctlProgram(t)+" run "+file+` -log-dir "" -control-plane-port 0 `+tt.more, screen)
 		cmd.Env = append(p.cmd.Env, "SHELL=/bin/sh")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Errorf("%v\n%s", err, out)

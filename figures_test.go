@@ -308,7 +308,7 @@ func BenchmarkReadiness(b *testing.B) {
 		b.Skip("the race detector is not what we measure")
 	}
 	component := quick(b)
-	flowctl := binary(b)
+	flowctl := flowctlProgram(b)
 	for _, n := range []int{3, 30, 300} {
 		b.Run(strconv.Itoa(n), func(b *testing.B) {
 			var parts []Component

@@ -111,8 +111,8 @@ var built struct {
 	file string
 }
 
-// binary returns flowctl, built once: with the race detector where this test is.
-func binary(tb testing.TB) string {
+// flowctlProgram returns flowctl, built once: with the race detector where this test is.
+func flowctlProgram(tb testing.TB) string {
 	tb.Helper()
 	if file := os.Getenv(binaryVar); file != "" {
 		return file
@@ -567,7 +567,7 @@ func start(tb testing.TB, args []string, options ...option) *process {
 		tb: tb, mark: fmt.Sprintf("%s=%d.%d", markVar, os.Getpid(), marks.Add(1)),
 		stdout: newTranscript(), stderr: newTranscript(), notified: newTranscript(), done: make(chan struct{}),
 	}
-	p.cmd = exec.Command(binary(tb), args...)
+	p.cmd = exec.Command(flowctlProgram(tb), args...)
 	p.cmd.Env = append(slices.DeleteFunc(os.Environ(), hidden), p.mark,
 		"GORACE=atexit_sleep_ms=0",      // else each process takes a second to end
 		"XDG_RUNTIME_DIR="+tb.TempDir(), // pipelines of the same name run side by side
@@ -910,7 +910,7 @@ func ownNetwork(t *testing.T) bool {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(program, "-test.run=^"+regexp.QuoteMeta(t.Name())+"$", "-test.v")
-	cmd.Env = append(os.Environ(), lonelyVar+"="+t.Name(), binaryVar+"="+binary(t))
+	cmd.Env = append(os.Environ(), lonelyVar+"="+t.Name(), binaryVar+"="+flowctlProgram(t))
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET,
 		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}},
@@ -1404,7 +1404,7 @@ func mib(n int) float64 { return float64(n) / (1 << 20) }
 func plainBinary(tb testing.TB) string {
 	tb.Helper()
 	if !raceEnabled() {
-		return binary(tb)
+		return flowctlProgram(tb)
 	}
 	return build(tb, "flowctl-plain", ".")
 }

@@ -1,100 +1,141 @@
 package main
 
+// Who is at the other end of a connection to the control plane: which component, as far
+// as the kernel of this machine tells. identity_linux.go asks it.
+
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"net"
 	"sync"
 	"sync/atomic"
 
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/peer"
 )
 
-// tracer finds the process at the other end of a connection. claim is the component
-// that it says it is, with which to begin.
-type tracer func(conn net.Conn, claim string) origin
+// commandID stands for the command after -- where the id of a component would stand. No
+// component can have it.
+const commandID = "--"
 
-// tracing are transport credentials under which each call knows the connection that
-// it came by, and so whose it is, unless trace is nil.
-type tracing struct {
-	credentials.TransportCredentials
-	trace tracer
+// origin is who is at the other end of a connection.
+type origin struct {
+	component string // the id of a component, commandID, or "" for a process that is of neither
+	known     bool   // false where the kernel cannot tell, as for another machine
+	unseen    bool   // flowctl cannot see the process: it may be in a container of the pipeline
 }
 
-// ServerHandshake refuses a process that is of no component on the listener that is
-// there for components alone: it would go round TLS. One that could be in a container of
-// the pipeline is let in, though it may be another's: the engine may be of another user,
-// and then flowctl cannot see whose its processes are.
-func (t tracing) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	secured, info, err := t.TransportCredentials.ServerHandshake(conn)
+// identifier finds the component that a process or a connection belongs to. It holds what
+// the rest of flowctl knows of the processes of a run. Its methods may be called from any
+// goroutine.
+type identifier struct {
+	leaders     func() map[int]string // the id of the component, or commandID, by the pid of each process that was started and has not ended
+	descendants func() []procInfo     // all processes below flowctl that a component can have started
+	mark        string                // the variable that each process of the run was started with, as NAME=value
+	containers  bool                  // an engine may have started processes of the run
+
+	socketsVisible atomic.Bool // the kernel has told of a socket before
+}
+
+// peerCredentials are the transport credentials of the control plane's gRPC server. Each
+// call that comes in by them knows its peerConn.
+type peerCredentials struct {
+	credentials.TransportCredentials                                              // of all listeners but a componentListener
+	identify                         func(conn net.Conn, claimedID string) origin // nil: nobody is looked up
+	log                              *slog.Logger
+}
+
+// ServerHandshake makes raw ready for calls. On a componentListener there is no TLS, and a
+// process that is known to be of no component is refused, as it could get round TLS there.
+// A process that cannot be seen is let in: the container engine may be another user's, and
+// then flowctl sees none of its processes.
+func (c peerCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	p, creds := &peerConn{conn: raw, identify: c.identify}, c.TransportCredentials
+	if own, ok := raw.(componentConn); ok {
+		if from := p.origin(""); from.known && from.component == "" && !from.unseen {
+			return nil, nil, errors.New("a process that is of no component of this pipeline has to use TLS")
+		}
+		raw, creds = own.Conn, insecure.NewCredentials()
+	}
+	conn, info, err := creds.ServerHandshake(raw)
 	if err != nil {
+		c.log.Debug("TLS handshake failed", "addr", raw.RemoteAddr().String(), "err", err)
 		return nil, nil, err
 	}
-	r := &remote{AuthInfo: info, conn: conn, trace: t.trace}
-	if _, private := conn.(privateConn); private && t.trace != nil {
-		if from := r.origin(""); from.known && from.component == "" && !from.hidden {
-			return nil, nil, errors.New("a process that is no component of this pipeline is to use TLS")
-		}
+	p.AuthInfo = info
+	return conn, p, nil
+}
+
+func (c peerCredentials) Clone() credentials.TransportCredentials {
+	c.TransportCredentials = c.TransportCredentials.Clone()
+	return c
+}
+
+// componentListener is a listener for the components of a run alone. It marks its
+// connections for peerCredentials.
+type componentListener struct{ net.Listener }
+
+type componentConn struct{ net.Conn }
+
+func (l componentListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
 	}
-	return secured, r, nil
+	return componentConn{conn}, nil
 }
 
-func (t tracing) Clone() credentials.TransportCredentials {
-	return tracing{t.TransportCredentials.Clone(), t.trace}
-}
+// NetConn returns the connection that was marked.
+func (c componentConn) NetConn() net.Conn { return c.Conn }
 
-// remote is the other end of one connection. Whose it is is looked up once, when it
-// is first asked for, so that a connection on which nothing is said costs nothing.
-type remote struct {
+// peerConn is a connection to the control plane. Who is at its other end is looked up
+// once, when that is first asked for: a connection without calls costs nothing.
+type peerConn struct {
 	credentials.AuthInfo
-	conn  net.Conn
-	trace tracer
-	found atomic.Pointer[origin]
+	conn     net.Conn
+	identify func(conn net.Conn, claimedID string) origin // nil: nobody is looked up
+
 	mu    sync.Mutex // held while it is looked up
+	found atomic.Pointer[origin]
 
 	begun atomic.Int32 // calls whose requests are not whole, and those that were no messages
 }
 
-// remoteOf is who makes the call of ctx, nil where it is not from a connection.
-func remoteOf(ctx context.Context) *remote {
+// peerConnOf returns the connection that the call of ctx came by, nil if it came by none.
+func peerConnOf(ctx context.Context) *peerConn {
 	caller, ok := peer.FromContext(ctx)
 	if !ok {
 		return nil
 	}
-	r, _ := caller.AuthInfo.(*remote)
-	return r
+	p, _ := caller.AuthInfo.(*peerConn)
+	return p
 }
 
-// originOf tells who makes the call of ctx. claim is who the caller says it is.
-func originOf(ctx context.Context, claim string) origin {
-	if r := remoteOf(ctx); r != nil && r.trace != nil {
-		return r.origin(claim)
+// originOf returns who makes the call of ctx. claimedID is the component that the caller
+// says it is, "" for none: that one's processes are looked at first.
+func originOf(ctx context.Context, claimedID string) origin {
+	if p := peerConnOf(ctx); p != nil {
+		return p.origin(claimedID)
 	}
 	return origin{}
 }
 
-func (r *remote) origin(claim string) origin {
-	if found := r.found.Load(); found != nil {
+// origin is originOf for any call that comes by p.
+func (p *peerConn) origin(claimedID string) origin {
+	if p.identify == nil {
+		return origin{}
+	}
+	if found := p.found.Load(); found != nil {
 		return *found
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if found := r.found.Load(); found != nil {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if found := p.found.Load(); found != nil {
 		return *found
 	}
-	found := r.trace(r.conn, claim)
-	r.found.Store(&found)
+	found := p.identify(p.conn, claimedID)
+	p.found.Store(&found)
 	return found
 }
-
-// origin is who is at the other end of a connection, as far as the kernel tells.
-type origin struct {
-	component string // its id in the pipeline, guestID, or "" for a process that is of none
-	known     bool   // false where the kernel cannot tell, as for another machine
-	hidden    bool   // flowctl cannot see the process, which could be one in a container
-}
-
-// guestID stands for the command after -- where an id of a component would. No component
-// can have it.
-const guestID = "--"

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"net"
 	"os"
 	"slices"
@@ -9,86 +8,91 @@ import (
 	"strings"
 )
 
-// componentAt tells which component holds the other end of a connection to flowctl:
-// it, or what it has started. claim is the one to begin with. known is false where
-// the kernel cannot tell: for another machine, a container, which a component may be
-// the client of, or a process of a component that flowctl may not look into. With an id
-// of "" it is known that the other end is of no component, unless it is hidden: a process
-// that cannot be seen, and could be that of a container.
-func (s *supervisor) componentAt(conn net.Conn, claim string) (id string, known, hidden bool) {
-	switch conn := conn.(type) {
-	case *net.UnixConn:
-		id, known = s.componentOf(peerPID(conn))
-		return id, known, false
-	default:
-		local, ok := conn.LocalAddr().(*net.TCPAddr)
-		remote, alsoOK := conn.RemoteAddr().(*net.TCPAddr)
-		if !ok || !alsoOK {
-			return "", false, false
-		}
-		inode, uid, ok, err := socketOwner(remote.AddrPort(), local.AddrPort())
-		if ok {
-			if id, known, hidden := s.componentHolding(inode, uid, claim); known {
-				return id, true, hidden
-			}
-			_, _, ok, err = socketOwner(remote.AddrPort(), local.AddrPort())
-		}
-		// Who has closed it did not wait for an answer, as components do.
-		return "", !ok && err == nil && remote.IP.IsLoopback() && socketsVisible(), false
+// identifyPeer returns which component holds the other end of conn, a connection to
+// flowctl: a process that flowctl has started for it, or a descendant of one. The processes
+// of claimedID are looked at first. It cannot tell for another machine, for a container that
+// a component may be a client of, and while a process of a component that flowctl may not
+// look into could hold the socket.
+func (i *identifier) identifyPeer(conn net.Conn, claimedID string) origin {
+	for wrapped, ok := conn.(interface{ NetConn() net.Conn }); ok; wrapped, ok = conn.(interface{ NetConn() net.Conn }) {
+		conn = wrapped.NetConn()
 	}
+	if unix, ok := conn.(*net.UnixConn); ok {
+		return i.processOrigin(peerPID(unix))
+	}
+	local, ok := conn.LocalAddr().(*net.TCPAddr)
+	remote, alsoOK := conn.RemoteAddr().(*net.TCPAddr)
+	if !ok || !alsoOK {
+		return origin{}
+	}
+	inode, uid, ok, err := socketOwner(remote.AddrPort(), local.AddrPort())
+	if ok {
+		if from := i.holderOf(inode, uid, claimedID); from.known {
+			return from
+		}
+		_, _, ok, err = socketOwner(remote.AddrPort(), local.AddrPort())
+	}
+	// A socket that is closed is no component's: a component waits for its answer.
+	return origin{known: !ok && err == nil && remote.IP.IsLoopback() && i.seesSockets()}
 }
 
-// componentHolding is componentAt for the TCP socket inode of the user uid.
-func (s *supervisor) componentHolding(inode uint64, uid int, claim string) (id string, known, hidden bool) {
-	leaders := s.leaders.now()
+// seesSockets tells whether the kernel can be asked for sockets at all.
+func (i *identifier) seesSockets() bool {
+	if !i.socketsVisible.Load() && canSeeSockets() {
+		i.socketsVisible.Store(true)
+	}
+	return i.socketsVisible.Load()
+}
+
+// holderOf is identifyPeer for the TCP socket inode, which the user uid has made.
+func (i *identifier) holderOf(inode uint64, uid int, claimedID string) origin {
+	leaders := i.leaders()
 	for pid, id := range leaders {
-		if id != claim {
+		if id != claimedID {
 			continue
 		}
 		if held, _ := holdsSocket(pid, inode); held {
-			return id, true, false
+			return origin{component: id, known: true}
 		}
 	}
 	for range 2 { // a process can hand its socket on and end while /proc is read
-		blind := false
-		for pid, id := range leaders {
+		unreadable := false // the holder may be a process that flowctl may not look into
+		holds := func(pid int) bool {
 			held, readable := holdsSocket(pid, inode)
-			if held {
-				return id, true, false
-			}
-			blind = blind || !readable && mayHaveMade(pid, uid)
+			unreadable = unreadable || !readable && mayHaveMade(pid, uid)
+			return held
 		}
-		below := s.descendants()
+		for pid, id := range leaders {
+			if holds(pid) {
+				return origin{component: id, known: true}
+			}
+		}
+		below := i.descendants()
 		for _, p := range below {
-			if leaders[p.pid] != "" {
-				continue
+			if leaders[p.pid] == "" && holds(p.pid) {
+				return i.processOrigin(p.pid)
 			}
-			held, readable := holdsSocket(p.pid, inode)
-			if held {
-				id, known = s.componentOf(p.pid)
-				return id, known, false
+		}
+		if unreadable {
+			if pid, _, ok := socketHolder(inode); ok {
+				return i.processOrigin(pid)
 			}
-			blind = blind || !readable && mayHaveMade(p.pid, uid)
+			return origin{}
 		}
-		if pid, _, ok := socketHolder(inode); ok && blind {
-			id, known = s.componentOf(pid)
-			return id, known, false
-		}
-		if blind || len(below) == 0 && len(leaders) > 0 { // a /proc that shows not even those hides them
-			return "", false, false
+		if len(below) == 0 && len(leaders) > 0 { // /proc does not show even the processes that flowctl has started
+			return origin{}
 		}
 	}
 	if pid, _, ok := socketHolder(inode); ok {
-		id, known = s.componentOf(pid)
-		return id, known, false
+		return i.processOrigin(pid)
 	}
 	if _, err := os.Stat("/proc/1"); err != nil && uid == os.Getuid() {
-		return "", false, false // hidepid= of proc(5): a component's may be hidden, too
+		return origin{} // hidepid= of proc(5): a component may be hidden as well
 	}
-	return "", true, s.settings.engine != nil
+	return origin{known: true, unseen: i.containers}
 }
 
-// mayHaveMade tells whether a process can have made a socket that is of the user uid.
+// mayHaveMade tells whether a process can have made a socket of the user uid.
 func mayHaveMade(pid, uid int) bool {
 	status, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/status")
 	if err != nil {
@@ -99,32 +103,18 @@ func mayHaveMade(pid, uid int) bool {
 	return uid == 0 || slices.Contains(strings.Fields(uids), strconv.Itoa(uid)) // it may have been root
 }
 
-// componentOutside tells which component a process is of that is not below flowctl:
-// none, or in a container, whose processes are below its engine, the one that its
-// environment names. known is false where that cannot be read.
-func (s *supervisor) componentOutside(pid int) (id string, known bool) {
-	if inPIDNamespace(pid) {
-		return "", true
-	}
-	if id, known = s.markedComponent(pid); known {
-		return id, true
-	}
-	_, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/environ")
-	return "", err == nil
+// processOrigin is componentOf as an origin.
+func (i *identifier) processOrigin(pid int) origin {
+	id, known := i.componentOf(pid)
+	return origin{component: id, known: known}
 }
 
-// inPIDNamespace tells whether a process is in flowctl's own pid namespace, and not in
-// a container.
-func inPIDNamespace(pid int) bool {
-	own, err := os.Readlink("/proc/self/ns/pid")
-	its, itsErr := os.Readlink("/proc/" + strconv.Itoa(pid) + "/ns/pid")
-	return err == nil && itsErr == nil && own == its
-}
-
-// componentOf tells which component process pid is of, as componentAt does. One that
-// has left the tree of its leader is known by its environment.
-func (s *supervisor) componentOf(pid int) (id string, known bool) {
-	leaders := s.leaders.now()
+// componentOf returns the component that process pid belongs to, commandID for the command
+// after --, "" for none. It belongs to the first process above it that flowctl has started,
+// or that leads its group. One that has left that tree is known by its environment. known
+// is false where /proc does not tell.
+func (i *identifier) componentOf(pid int) (id string, known bool) {
+	leaders := i.leaders()
 	self := os.Getpid()
 	for at := pid; at != self; {
 		p, ok := readProcess(at)
@@ -137,25 +127,35 @@ func (s *supervisor) componentOf(pid int) (id string, known bool) {
 		if id, ok := leaders[p.group]; ok {
 			return id, true
 		}
-		if p.parent == self { // adopted
-			return s.markedComponent(pid)
+		if p.parent == self { // flowctl has adopted it
+			return markedComponent(pid, i.mark)
 		}
 		if p.parent <= 1 {
 			break
 		}
 		at = p.parent
 	}
-	return s.componentOutside(pid)
+	return i.componentOutside(pid)
 }
 
-// markedComponent is the component of this run that the environment of a process
-// names. What a flowctl starts that is itself a component has a mark of its own.
-func (s *supervisor) markedComponent(pid int) (id string, known bool) {
-	env := environ(pid)
-	_, rest, ok := bytes.Cut(env, []byte("\x00FLOWCTL_COMPONENT_ID="))
-	name, _, _ := bytes.Cut(rest, []byte{0})
-	if !ok || !bytes.Contains(env, []byte("\x00"+runMark+"="+s.run+"\x00")) {
-		return "", false
+// componentOutside is componentOf for a process that is not below flowctl: that of a
+// container is below its engine and belongs to the component that its environment names,
+// any other to none.
+func (i *identifier) componentOutside(pid int) (id string, known bool) {
+	if inPIDNamespace(pid) {
+		return "", true
 	}
-	return string(name), true
+	if id, ok := markedComponent(pid, i.mark); ok {
+		return id, true
+	}
+	_, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/environ")
+	return "", err == nil
+}
+
+// inPIDNamespace tells whether a process is in flowctl's own pid namespace, and so in no
+// container.
+func inPIDNamespace(pid int) bool {
+	own, err := os.Readlink("/proc/self/ns/pid")
+	its, itsErr := os.Readlink("/proc/" + strconv.Itoa(pid) + "/ns/pid")
+	return err == nil && itsErr == nil && own == its
 }

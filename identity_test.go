@@ -5,8 +5,10 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -22,6 +24,7 @@ import (
 	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -419,6 +422,45 @@ func TestComponentThatProcHides(t *testing.T) {
 	})
 	p.waitReady()
 	p.stop()
+}
+
+// On the listener of components there is no TLS, and a process that is of none is refused.
+func TestComponentListener_RefusesForeignProcesses(t *testing.T) {
+	t.Parallel()
+	lis := componentListener{listen(t, "127.0.0.1:0")}
+	for _, tt := range []struct {
+		name   string
+		from   origin
+		refuse bool
+	}{
+		{"a component", origin{component: "a", known: true}, false},
+		{"the command", origin{component: commandID, known: true}, false},
+		{"a process of no component", origin{known: true}, true},
+		{"one that may be in a container", origin{known: true, unseen: true}, false},
+		{"one that the kernel does not tell of", origin{}, false},
+	} {
+		client, err := net.Dial("tcp", lis.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		raw, err := lis.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer raw.Close()
+		var creds credentials.TransportCredentials = peerCredentials{
+			credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS12}),
+			func(net.Conn, string) origin { return tt.from }, slog.New(slog.DiscardHandler),
+		}
+		conn, info, err := creds.Clone().ServerHandshake(raw)
+		if (err != nil) != tt.refuse {
+			t.Errorf("%s: %v, want refused: %t", tt.name, err, tt.refuse)
+		}
+		if _, plain := conn.(*net.TCPConn); err == nil && (!plain || info.AuthType() != "insecure") {
+			t.Errorf("%s: got a %T by %s, want the connection as it is", tt.name, conn, info.AuthType())
+		}
+	}
 }
 
 // Whoever calls itself by the id of another component of the pipeline goes on to be

@@ -183,7 +183,7 @@ func TestStopDoesNotWaitForTheLog(t *testing.T) {
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(binary(t), "-f", file, "-control-plane-port", "0")
+	cmd := exec.Command(flowctlProgram(t), "-f", file, "-control-plane-port", "0")
 	cmd.Stderr = w
 	stdout, err := cmd.StdoutPipe()
 	if err != nil {

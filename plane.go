@@ -458,11 +458,11 @@ const durableService = "flowctl.durable"
 // planeSettings are what a control plane may have. Without any it serves without TLS,
 // from memory, and asks nobody who calls.
 type planeSettings struct {
-	store   *store
-	trace   tracer
-	certs   *certificates
-	private net.Listener // for the components that do not speak TLS
-	reload  func(context.Context) (reloaded, error)
+	store      *store
+	identify   func(conn net.Conn, claimedID string) origin
+	certs      *certificates
+	components net.Listener // of those that do not speak TLS; nil for none
+	reload     func(context.Context) (reloaded, error)
 }
 
 // limitCall gives a call its maxCallTime, if its connection has many whose requests are
@@ -473,7 +473,7 @@ func limitCall(ctx context.Context, call *tap.Info) (context.Context, error) {
 		reflectionpb.ServerReflection_ServerReflectionInfo_FullMethodName, reflectionalphapb.ServerReflection_ServerReflectionInfo_FullMethodName:
 		return ctx, nil
 	}
-	if caller := remoteOf(ctx); caller == nil || caller.begun.Add(1) <= maxBegun {
+	if caller := peerConnOf(ctx); caller == nil || caller.begun.Add(1) <= maxBegun {
 		return ctx, nil // a timer is a tenth of what a heartbeat allocates
 	}
 	ctx, cancel := context.WithTimeout(ctx, maxCallTime)
@@ -483,7 +483,7 @@ func limitCall(ctx context.Context, call *tap.Info) (context.Context, error) {
 
 // wholeCall takes note that the request of a call is whole.
 func wholeCall(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	if caller := remoteOf(ctx); caller != nil {
+	if caller := peerConnOf(ctx); caller != nil {
 		caller.begun.Add(-1)
 	}
 	return handler(ctx, request)
@@ -529,7 +529,7 @@ func planeOptions(creds credentials.TransportCredentials) []grpc.ServerOption {
 
 // servePlane starts to answer on lis. It returns at once; stop ends what it began.
 func servePlane(lis net.Listener, r *registry, o planeSettings, log *slog.Logger) *plane {
-	creds := tracing{o.certs.credentials(), o.trace}
+	creds := peerCredentials{o.certs.credentials(), o.identify, log}
 	p := &plane{health: health.NewServer(), ended: make(chan struct{}), server: grpc.NewServer(planeOptions(creds)...)}
 	flowctlpb.RegisterControlPlaneServer(p.server, legacyServer{registry: r})
 	flowctlv1.RegisterControlPlaneServiceServer(p.server, v1Server{registry: r})
@@ -555,8 +555,8 @@ func servePlane(lis net.Listener, r *registry, o planeSettings, log *slog.Logger
 		p.done.Go(func() { r.keep(ctx, o.store, durable) })
 	}
 	p.serve(lis, log)
-	if o.private != nil {
-		p.serve(o.private, log)
+	if o.components != nil {
+		p.serve(componentListener{o.components}, log)
 	}
 	return p
 }

@@ -718,11 +718,11 @@ func TestOneLookupForEachConnection(t *testing.T) {
 		t.Fatal(err)
 	}
 	var lookups atomic.Int64
-	trace := func(net.Conn, string) origin {
+	identify := func(net.Conn, string) origin {
 		lookups.Add(1)
 		return origin{component: "store", known: true}
 	}
-	p := servePlane(lis, testRegistry(), planeSettings{trace: trace}, slog.New(slog.DiscardHandler))
+	p := servePlane(lis, testRegistry(), planeSettings{identify: identify}, slog.New(slog.DiscardHandler))
 	t.Cleanup(p.stop)
 	for n := range int64(3) {
 		c := dialPlane(t, endpoint)

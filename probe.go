@@ -1,5 +1,7 @@
 package main
 
+// Health checks: how each kind asks, and the goroutines that ask again and again.
+
 import (
 	"cmp"
 	"context"
@@ -7,14 +9,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
-	"os/exec"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc"
@@ -23,6 +25,155 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 )
+
+// firstCheckWait is from the first check of a component to the second, where its interval is
+// longer. It doubles until a check passes, so that a start waits for no interval.
+const firstCheckWait = 20 * time.Millisecond
+
+// checks makes the health checks of the components that run, each in a goroutine of its own.
+// Its methods are called from one goroutine, which also takes what comes from results.
+type checks struct {
+	results chan checkResult
+	ownerOf func(pid int) (id string, known bool) // the component that a process belongs to
+	log     *slog.Logger
+	cancels map[string]context.CancelFunc // by component
+	running sync.WaitGroup
+}
+
+// checkResult is what the checks of a component come to after one more of them.
+type checkResult struct {
+	child   *child // the process that was checked
+	id      string
+	failing string // why it is not well; "" for a pass
+}
+
+func newChecks(ownerOf func(pid int) (id string, known bool), log *slog.Logger) *checks {
+	return &checks{results: make(chan checkResult), ownerOf: ownerOf, log: log, cancels: make(map[string]context.CancelFunc)}
+}
+
+// start checks c for as long as its process ch runs, until stop. At first it checks at growing
+// steps, then at its interval. A result is sent for each pass, and for each failure from the
+// health_retries-th in a row on. A failure at the steps does not count, as c may not listen
+// yet; where c is ready only by a pass it is sent too, as the reason why c is not ready.
+// Of what is ready once it runs the first pass is the last: then its process stands for it.
+func (s *checks) start(c *Component, ch *child) {
+	s.stop(c.ID)
+	ctx, cancel := context.WithCancel(context.Background())
+	s.cancels[c.ID] = cancel
+	s.running.Go(func() { s.run(ctx, c, ch) })
+}
+
+// stop ends the checks of a component, if there are any. It does not wait for one that is
+// being made, but its result will not come.
+func (s *checks) stop(id string) {
+	if cancel := s.cancels[id]; cancel != nil {
+		cancel()
+		delete(s.cancels, id)
+	}
+}
+
+// close ends all checks and waits for them.
+func (s *checks) close() {
+	for id := range s.cancels {
+		s.stop(id)
+	}
+	s.running.Wait()
+}
+
+func (s *checks) run(ctx context.Context, c *Component, ch *child) {
+	failures, step, passed := 0, min(firstCheckWait, c.healthInterval()), false
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			return
+		}
+		result := checkResult{child: ch, id: c.ID}
+		err := probeOnce(ctx, c, ch)
+		switch {
+		case err == nil:
+			if !passed {
+				s.warnIfForeign(c, ch)
+			}
+			failures, step, passed = 0, c.healthInterval(), true
+		case step < c.healthInterval():
+			step = min(2*step, c.healthInterval())
+		default:
+			failures++
+		}
+		if err != nil {
+			result.failing = fmt.Sprintf("%s: %.200s", describeFailing(c, ch, failures), printable(err.Error()))
+		}
+		if err == nil || !passed && !c.registers() || failures >= c.healthRetries() {
+			select {
+			case s.results <- result:
+			case <-ctx.Done():
+				return
+			}
+		}
+		if passed && c.readyOnceRunning() {
+			return
+		}
+		timer.Reset(step)
+	}
+}
+
+// warnIfForeign warns where the check of c passes by another program, which listens on the
+// port. It stays a pass: what is asked may be meant to be elsewhere.
+func (s *checks) warnIfForeign(c *Component, ch *child) {
+	u, err := url.Parse(ch.fill(c.HealthCheck))
+	if err != nil || u.Hostname() != "localhost" && net.ParseIP(u.Hostname()) == nil {
+		return
+	}
+	port, _ := strconv.Atoi(cmp.Or(u.Port(), map[string]string{"http": "80", "https": "443"}[u.Scheme]))
+	pid, name, ok := portHolder(u.Hostname(), port)
+	if !ok {
+		return
+	}
+	if id, known := s.ownerOf(pid); known && id != c.ID {
+		s.log.Warn("health_check passes, but what listens there is not of this component", "component", c.ID, "addr", u.Host, "pid", pid, "name", clean(name))
+	}
+}
+
+// describeFailing says what fails, as the beginning of a reason.
+func describeFailing(c *Component, ch *child, failures int) string {
+	if c.readyOnceRunning() {
+		return "its container does not run yet"
+	}
+	return fmt.Sprintf("health_check %s %s", withoutPassword(ch.fill(c.HealthCheck)), howOften(failures))
+}
+
+// howOften says how often in a row a check has failed, 0 for failures that do not count.
+func howOften(failures int) string {
+	switch failures {
+	case 0:
+		return "has not passed yet"
+	case 1:
+		return "failed"
+	}
+	return fmt.Sprintf("failed %d times running", failures)
+}
+
+// withoutPassword is check as it may be shown.
+func withoutPassword(check string) string {
+	if u, err := url.Parse(check); err == nil && u.User != nil {
+		return u.Redacted()
+	}
+	return check
+}
+
+// probeOnce is probe within the component's health_timeout.
+func probeOnce(ctx context.Context, c *Component, ch *child) error {
+	ctx, cancel := context.WithTimeout(ctx, c.healthTimeout())
+	defer cancel()
+	err := probe(ctx, c, ch)
+	if errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("no answer within %s", c.healthTimeout())
+	}
+	return err
+}
 
 // probe asks once how c is by its health_check. It fails with the reason why that did
 // not pass; ctx bounds how long it takes. An exec: check runs in the folder and the
@@ -111,142 +262,19 @@ func probeGRPC(ctx context.Context, target, service string) error {
 	return nil
 }
 
-// probeExec passes if the command ends with 0, and else fails with the last line that
-// it printed. It leads a process group, which is killed when its time is up, and of
-// which nothing is left when it has ended.
+// probeExec passes if the command ends with 0. Else it fails with the last line that the
+// command printed.
 func probeExec(ctx context.Context, argv []string, ch *child) error {
-	argv = ch.container.inside(argv)
-	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
-	cmd.Env, cmd.Dir = ch.cmd.Env, ch.cmd.Dir
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	ch.cgroup.hold(cmd.SysProcAttr)
-	var printed tail
-	cmd.Stdout, cmd.Stderr = &printed, &printed
-	cmd.WaitDelay = outputGrace // where what has left the group holds its output
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	if err := ch.reaper.start(cmd); err != nil {
-		return fmt.Errorf("cannot run %q: %v", argv[0], cause(err))
-	}
-	ch.guard.lead(cmd.Process.Pid)
-	awaitExit(cmd.Process.Pid)
-	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
-	_ = ch.reaper.wait(cmd) // how it ended is in its state
-	ch.guard.leave(cmd.Process.Pid)
-	lines := printed.lines()
+	state, lines, err := ch.run(ctx, argv)
 	switch {
-	case cmd.ProcessState.Success():
+	case err != nil:
+		return err
+	case state.Success():
 		return nil
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case len(lines) > 0:
-		return fmt.Errorf("%s: %s", describeExit(cmd.ProcessState), lines[len(lines)-1])
+		return fmt.Errorf("%s: %s", describeExit(state), lines[len(lines)-1])
 	}
-	return errors.New(describeExit(cmd.ProcessState))
-}
-
-// verdict is what the checks of a component come to after one more of them.
-type verdict struct {
-	child   *child // the process that was checked
-	id      string
-	failing string // "" for a pass
-}
-
-// watch probes the component c while its process ch runs, until ctx ends: at growing
-// steps at first, so that its start waits for no interval, and then at its interval.
-// It sends a verdict for each pass, and for each failure from the health_retries-th
-// in a row on. Failures at the steps, when it may not listen yet, do not count; where
-// it is ready only by a pass they are sent too, as the reason why it is not. Of what is
-// ready once it runs the first pass is the last: from then on its process stands for it.
-func watch(ctx context.Context, s *supervisor, c *Component, ch *child, verdicts chan<- verdict) {
-	const firstStep = 20 * time.Millisecond
-	failures, step, passed := 0, min(firstStep, c.healthInterval()), false
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	for {
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			return
-		}
-		v := verdict{child: ch, id: c.ID}
-		err := probeOnce(ctx, c, ch)
-		switch {
-		case err == nil:
-			if !passed {
-				s.warnOfStranger(c, ch)
-			}
-			failures, step, passed = 0, c.healthInterval(), true
-		case step < c.healthInterval():
-			step = min(2*step, c.healthInterval())
-		default:
-			failures++
-		}
-		if err != nil {
-			v.failing = fmt.Sprintf("%s: %.200s", describeFailing(c, ch, failures), printable(err.Error()))
-		}
-		if err == nil || !passed && !c.registers() || failures >= c.healthRetries() {
-			select {
-			case verdicts <- v:
-			case <-ctx.Done():
-				return
-			}
-		}
-		if passed && c.readyOnceRunning() {
-			return
-		}
-		timer.Reset(step)
-	}
-}
-
-// warnOfStranger tells of a check that another program passes, which has the port and
-// says nothing of c. It stays a pass: what is asked may be meant to be elsewhere.
-func (s *supervisor) warnOfStranger(c *Component, ch *child) {
-	u, err := url.Parse(ch.fill(c.HealthCheck))
-	if err != nil || u.Hostname() != "localhost" && net.ParseIP(u.Hostname()) == nil {
-		return
-	}
-	port, _ := strconv.Atoi(cmp.Or(u.Port(), map[string]string{"http": "80", "https": "443"}[u.Scheme]))
-	pid, name, ok := portHolder(u.Hostname(), port)
-	if !ok {
-		return
-	}
-	if id, known := s.componentOf(pid); known && id != c.ID {
-		s.log.Warn("health_check passes, but what listens there is not of this component", "component", c.ID, "addr", u.Host, "pid", pid, "name", clean(name))
-	}
-}
-
-func describeFailing(c *Component, ch *child, failures int) string {
-	if c.readyOnceRunning() {
-		return "its container does not run yet"
-	}
-	return fmt.Sprintf("health_check %s %s", withoutPassword(ch.fill(c.HealthCheck)), howOften(failures))
-}
-
-// howOften says how often in a row a check has failed, 0 for a start.
-func howOften(failures int) string {
-	switch failures {
-	case 0:
-		return "has not passed yet"
-	case 1:
-		return "failed"
-	}
-	return fmt.Sprintf("failed %d times running", failures)
-}
-
-func probeOnce(ctx context.Context, c *Component, ch *child) error {
-	ctx, cancel := context.WithTimeout(ctx, c.healthTimeout())
-	defer cancel()
-	err := probe(ctx, c, ch)
-	if errors.Is(err, context.DeadlineExceeded) {
-		return fmt.Errorf("no answer within %s", c.healthTimeout())
-	}
-	return err
-}
-
-// withoutPassword is check as it may be shown.
-func withoutPassword(check string) string {
-	if u, err := url.Parse(check); err == nil && u.User != nil {
-		return u.Redacted()
-	}
-	return check
+	return errors.New(describeExit(state))
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -585,4 +586,28 @@ func (l *leaders) now() map[int]string {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
 	return maps.Clone(l.byPID)
+}
+
+// run runs a command beside the child: in its environment, folder and control group, or in
+// its container. The command leads a process group of its own, which is killed when ctx
+// ends, and of which nothing is left when run returns. lines are the last that it printed.
+func (c *child) run(ctx context.Context, argv []string) (state *os.ProcessState, lines []string, err error) {
+	argv = c.container.inside(argv)
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	cmd.Env, cmd.Dir = c.cmd.Env, c.cmd.Dir
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	c.cgroup.hold(cmd.SysProcAttr)
+	var printed tail
+	cmd.Stdout, cmd.Stderr = &printed, &printed
+	cmd.WaitDelay = outputGrace // where what has left the group holds its output
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	if err := c.reaper.start(cmd); err != nil {
+		return nil, nil, fmt.Errorf("cannot run %q: %v", argv[0], cause(err))
+	}
+	c.guard.lead(cmd.Process.Pid)
+	awaitExit(cmd.Process.Pid)
+	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+	_ = c.reaper.wait(cmd) // how it ended is in its state
+	c.guard.leave(cmd.Process.Pid)
+	return cmd.ProcessState, printed.lines(), nil
 }

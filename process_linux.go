@@ -365,7 +365,7 @@ func (s *supervisor) strays(id string) []procInfo {
 		return nil // what its leader has left is flowctl's child now
 	}
 	return slices.DeleteFunc(processes(), func(p procInfo) bool {
-		marked, known := s.markedComponent(p.pid)
+		marked, known := markedComponent(p.pid, runMark+"="+s.run)
 		return !known || marked != id
 	})
 }

@@ -45,6 +45,7 @@ func (g *cgroup) remove()                   {}
 func (c *child) groupIsEmpty() bool { return false }
 
 func (s *supervisor) strays(string) []procInfo { return nil }
+func (s *supervisor) descendants() []procInfo  { return nil }
 func (s *supervisor) sweep(time.Duration)      {}
 
 type guard struct{}

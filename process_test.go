@@ -94,7 +94,7 @@ func TestKilledWhileStarting(t *testing.T) {
 	pipeline := func(h herd) string {
 		return writePipeline(t, component(h, "a"), component(h, "b"), component(h, "c", "a"), component(h, "d", "c"))
 	}
-	binary(t) // building it is not to be measured
+	flowctlProgram(t) // building it is not to be measured
 	h := newHerd()
 	began := time.Now()
 	p := launch(t, pipeline(h))
@@ -338,7 +338,7 @@ func TestNestedRuns(t *testing.T) {
 	nest := func(t *testing.T, policy string) (p *process, outer, inner herd, pid int) {
 		outer, inner = newHerd(), newHerd()
 		file := writePipeline(t, shell("leaf", inner.script(daemons+` & exec sleep T`)))
-		nested := Component{ID: "nested", Command: []string{binary(t), "run", file, "-control-plane-port", "0", "-stop-timeout", "500ms"}, Register: new(false), RestartPolicy: policy}
+		nested := Component{ID: "nested", Command: []string{flowctlProgram(t), "run", file, "-control-plane-port", "0", "-stop-timeout", "500ms"}, Register: new(false), RestartPolicy: policy}
 		nested.Env = map[string]string{"XDG_RUNTIME_DIR": t.TempDir()} // the names are the same
 		p = launch(t, writePipeline(t, nested, shell("beside", outer.script(`exec sleep T`))))
 		p.waitReady()

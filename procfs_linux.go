@@ -2,7 +2,7 @@ package main
 
 import (
 	"bytes"
-	endian "encoding/binary"
+	"encoding/binary"
 	"errors"
 	"io/fs"
 	"net"
@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"syscall"
 )
 
@@ -97,6 +96,19 @@ func environ(pid int) []byte {
 	return append([]byte{0}, env...)
 }
 
+// markedComponent returns the component that the environment of a process names, if the
+// entry mark, NAME=value, is in it too. What a flowctl starts that is itself a component has
+// a mark of its own.
+func markedComponent(pid int, mark string) (id string, ok bool) {
+	env := environ(pid)
+	_, rest, ok := bytes.Cut(env, []byte("\x00FLOWCTL_COMPONENT_ID="))
+	name, _, _ := bytes.Cut(rest, []byte{0})
+	if !ok || !bytes.Contains(env, []byte("\x00"+mark+"\x00")) {
+		return "", false
+	}
+	return string(name), true
+}
+
 // send signals p if it still is the process that was seen.
 func (p procInfo) send(sig syscall.Signal) {
 	handle, err := os.FindProcess(p.pid) // by a pidfd, which cannot come to mean another process
@@ -178,15 +190,9 @@ func socketOwner(local, remote netip.AddrPort) (inode uint64, uid int, ok bool, 
 	return 0, 0, false, nil
 }
 
-// socketsSeen is whether socketsVisible was ever true.
-var socketsSeen atomic.Bool
-
-// socketsVisible tells whether the kernel can be asked at all, by a connection of
+// canSeeSockets tells whether the kernel can be asked for sockets at all, by a connection of
 // flowctl to itself.
-func socketsVisible() bool {
-	if socketsSeen.Load() {
-		return true
-	}
+func canSeeSockets() bool {
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return false
@@ -198,7 +204,6 @@ func socketsVisible() bool {
 	}
 	defer conn.Close()
 	_, _, ok, _ := socketOwner(conn.LocalAddr().(*net.TCPAddr).AddrPort(), conn.RemoteAddr().(*net.TCPAddr).AddrPort())
-	socketsSeen.CompareAndSwap(false, ok)
 	return ok
 }
 
@@ -241,13 +246,13 @@ func lookUpSocket(local, remote netip.AddrPort) (found diagAnswer, ok bool, err 
 		return found, false, nil
 	}
 	request := diagRequest{Family: family, Protocol: syscall.IPPROTO_TCP, States: ^uint32(0)}
-	request.Header = syscall.NlMsghdr{Len: uint32(endian.Size(request)), Type: sockDiagByFamily, Flags: syscall.NLM_F_REQUEST}
+	request.Header = syscall.NlMsghdr{Len: uint32(binary.Size(request)), Type: sockDiagByFamily, Flags: syscall.NLM_F_REQUEST}
 	request.ID.Cookie = [2]uint32{^uint32(0), ^uint32(0)} // INET_DIAG_NOCOOKIE: whichever it is
-	endian.BigEndian.PutUint16(request.ID.LocalPort[:], local.Port())
-	endian.BigEndian.PutUint16(request.ID.RemotePort[:], remote.Port())
+	binary.BigEndian.PutUint16(request.ID.LocalPort[:], local.Port())
+	binary.BigEndian.PutUint16(request.ID.RemotePort[:], remote.Port())
 	copy(request.ID.Local[:], local.Addr().AsSlice())
 	copy(request.ID.Remote[:], remote.Addr().AsSlice())
-	message, err := endian.Append(nil, endian.NativeEndian, request)
+	message, err := binary.Append(nil, binary.NativeEndian, request)
 	if err != nil {
 		return found, false, err
 	}
@@ -269,7 +274,7 @@ func lookUpSocket(local, remote netip.AddrPort) (found diagAnswer, ok bool, err 
 	if err != nil || len(answers) == 0 || answers[0].Header.Type != sockDiagByFamily { // that is NLMSG_ERROR: there is none
 		return found, false, err
 	}
-	_, err = endian.Decode(answers[0].Data, endian.NativeEndian, &found)
+	_, err = binary.Decode(answers[0].Data, binary.NativeEndian, &found)
 	return found, err == nil, err
 }
 
@@ -282,7 +287,7 @@ func (a *diagAnswer) addr(ip [16]byte, port [2]byte) netip.AddrPort {
 	if a.Family == syscall.AF_INET {
 		addr = netip.AddrFrom4([4]byte(ip[:4]))
 	}
-	return unmap(netip.AddrPortFrom(addr, endian.BigEndian.Uint16(port[:])))
+	return unmap(netip.AddrPortFrom(addr, binary.BigEndian.Uint16(port[:])))
 }
 
 // unmap makes the IPv4 address of one that is mapped into IPv6, as either end of the

@@ -121,9 +121,7 @@ type procSettings struct {
 
 // supervisor starts, restarts and stops the processes of a pipeline. One goroutine
 // owns it and calls its methods; it is told the time and never asks. What happens
-// elsewhere arrives in exits, and next says when a deadline is due. Only componentAt and
-// warnOfStranger are called from elsewhere: of its fields they use none that changes, but
-// for leaders and those that lock themselves.
+// elsewhere arrives in exits, and next says when a deadline is due.
 type supervisor struct {
 	settings procSettings
 	log      *slog.Logger

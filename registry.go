@@ -556,14 +556,14 @@ func (r *registry) identifyLocked(reg *registration, from origin) (*service, err
 // refuse fails where s is a component that flowctl started and the kernel knows
 // that the caller is not of its process tree.
 func (s *service) refuse(from origin) error {
-	if s.member == nil || !from.known || from.component == s.member.ID || from.hidden && s.member.Image != "" {
+	if s.member == nil || !from.known || from.component == s.member.ID || from.unseen && s.member.Image != "" {
 		return nil
 	}
 	who := "component " + from.component
 	switch from.component {
 	case "":
 		who = "a process that is no component of this pipeline"
-	case guestID:
+	case commandID:
 		who = "the command after --"
 	}
 	return status.Errorf(codes.PermissionDenied, "%s cannot speak for component %s: only its own processes can", who, s.member.ID)

@@ -15,7 +15,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -64,7 +63,7 @@ func (c *runConfig) read() (*Pipeline, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := cmp.Or(c.tls.checkPipeline(p), c.engine.checkImages(p)); err != nil {
+	if err := cmp.Or(c.tls.checkComponents(p.speakTLS(true)), c.engine.checkImages(p)); err != nil {
 		return nil, fmt.Errorf("%s: %v", c.file, err)
 	}
 	return p, nil
@@ -104,9 +103,8 @@ type run struct {
 	ready       bool // once and for all
 	code        int
 	blame       error // for code, where no component is
-	verdicts    chan verdict
-	watches     map[string]context.CancelFunc // by component: ends its health checks
-	watching    sync.WaitGroup
+	identifier  *identifier
+	checks      *checks
 }
 
 // runPipeline runs p and returns an *exitError for everything but success.
@@ -114,7 +112,6 @@ func runPipeline(p *Pipeline, o runConfig) error {
 	r := &run{
 		flags: o, about: about{name: p.Metadata.Name, version: o.version, started: time.Now()},
 		conditions: make(map[string]change), unhealthy: make(map[string]time.Time),
-		verdicts: make(chan verdict), watches: make(map[string]context.CancelFunc),
 		reloads: make(chan reloadRequest), over: make(chan struct{}),
 	}
 	defer r.cleanUp()
@@ -128,13 +125,13 @@ func runPipeline(p *Pipeline, o runConfig) error {
 	if stopped, err := r.prepare(p, signals); err != nil || stopped {
 		return err
 	}
-	lis, way, err := r.listen(p)
+	lis, access, err := r.listen(p)
 	if err != nil {
 		return &exitError{exitPlane, err}
 	}
 	settings := procSettings{
-		startTimeout: o.startTimeout, stopTimeout: o.stopTimeout, heartbeat: o.ttl / 3, endpoint: way.endpoint,
-		tlsEnv: way.tlsEnv, gateway: gatewayEndpoint(lis.Addr(), r.endpoint), engine: r.flags.engine, flush: r.console.flush,
+		startTimeout: o.startTimeout, stopTimeout: o.stopTimeout, heartbeat: o.ttl / 3, endpoint: access.endpoint,
+		tlsEnv: access.tlsEnv, gateway: gatewayEndpoint(lis.Addr(), r.endpoint), engine: r.flags.engine, flush: r.console.flush,
 	}
 	if err := r.supervise(p, ids, settings); err != nil {
 		return err
@@ -144,15 +141,12 @@ func runPipeline(p *Pipeline, o runConfig) error {
 		r.sup.close()
 		return &exitError{exitPlane, err}
 	}
-	r.registry.given = way.endpoint
+	r.registry.given = access.endpoint
 	r.registry.report(r.about)
-	plane := servePlane(lis, r.registry, planeSettings{store: st, trace: r.trace, certs: r.certs, private: way.private, reload: r.requestReload}, r.log)
+	plane := servePlane(lis, r.registry, planeSettings{store: st, identify: r.identifier.identifyPeer, certs: r.certs, components: access.listener, reload: r.requestReload}, r.log)
 	r.loop(signals)
 	close(r.over)
-	for _, end := range r.watches {
-		end()
-	}
-	r.watching.Wait()
+	r.checks.close()
 	r.sup.close()
 	plane.stop()
 	return r.end()
@@ -202,7 +196,7 @@ func (r *run) prepare(p *Pipeline, signals <-chan os.Signal) (stopped bool, err 
 	}
 	r.atEnd(r.children.close)
 	if engine := r.flags.engine; engine != nil {
-		engine.reaper, engine.pipeline, engine.claim = r.children, r.about.name, r.file.claim()
+		engine.reaper, engine.pipeline, engine.ownerLabel = r.children, r.about.name, r.file.ownerLabel()
 	}
 	sig, err := r.flags.engine.prepareUntil(signals, p, r.log)
 	if err != nil {
@@ -216,25 +210,25 @@ func (r *run) prepare(p *Pipeline, signals <-chan os.Signal) (stopped bool, err 
 
 // listen opens the control plane's listeners: where the flags say, and where the
 // components come in.
-func (r *run) listen(p *Pipeline) (lis net.Listener, way entrance, err error) {
+func (r *run) listen(p *Pipeline) (lis net.Listener, access componentAccess, err error) {
 	if r.certs, err = openCertificates(r.flags.tls, r.log); err != nil {
-		return nil, way, err
+		return nil, access, err
 	}
 	if lis, r.endpoint, err = openPlane(r.flags.listen, r.flags.tls, r.log); err != nil {
-		return nil, way, err
+		return nil, access, err
 	}
 	r.atEnd(func() { lis.Close() }) // again, where a control plane has served
 	if err := r.file.publish(r.endpoint); err != nil {
 		r.log.Warn("list cannot find this run by itself", "err", err)
 	}
-	if way, err = openEntrance(p, r.certs, r.endpoint, r.log); err != nil {
-		return nil, way, err
+	if access, err = openComponentAccess(r.certs, r.endpoint, p.speakTLS(true), p.speakTLS(false), r.log); err != nil {
+		return nil, access, err
 	}
-	if way.private != nil {
-		r.atEnd(func() { way.private.Close() })
+	if access.listener != nil {
+		r.atEnd(func() { access.listener.Close() })
 	}
-	r.entrance = r.certs == nil || way.private != nil
-	return lis, way, nil
+	r.entrance = r.certs == nil || access.listener != nil
+	return lis, access, nil
 }
 
 // supervise makes the supervisor, and the registry that knows its components.
@@ -256,6 +250,11 @@ func (r *run) supervise(p *Pipeline, ids []string, settings procSettings) (err e
 		return &exitError{exitFailed, err}
 	}
 	r.registry, r.edition = newRegistry(r.flags.ttl, r.flags.interval, r.endpoint, r.sup.members()), r.sup.edition
+	r.identifier = &identifier{
+		leaders: r.sup.leaders.now, descendants: r.sup.descendants,
+		mark: runMark + "=" + r.sup.run, containers: settings.engine != nil,
+	}
+	r.checks = newChecks(r.identifier.componentOf, r.log)
 	return nil
 }
 
@@ -292,12 +291,6 @@ func (r *run) end() error {
 		_, _ = text.WriteTo(r.stderr)
 	}
 	return &exitError{code: r.code}
-}
-
-// trace tells the control plane of which component a caller is.
-func (r *run) trace(conn net.Conn, claim string) origin {
-	id, known, hidden := r.sup.componentAt(conn, claim)
-	return origin{id, known, hidden}
 }
 
 // report is what the registry passes on of a component's process.
@@ -345,8 +338,8 @@ func (r *run) loop(signals <-chan os.Signal) {
 			r.exited(e, time.Now())
 		case <-r.sup.guardGone():
 			r.sup.guardLost(time.Now())
-		case v := <-r.verdicts:
-			r.checked(v, time.Now())
+		case result := <-r.checks.results:
+			r.checked(result, time.Now())
 		case state := <-guestEnded:
 			r.guestEnded(state, time.Now())
 		case request := <-r.reloads:
@@ -461,25 +454,22 @@ func (r *run) start(p *proc) {
 		if p.HealthCheck != "" && !p.registers() {
 			r.registry.checked(p.ID, "health_check "+p.HealthCheck+" has not been answered yet", time.Now())
 		}
-		var ctx context.Context
-		ctx, r.watches[p.ID] = context.WithCancel(context.Background())
-		child := p.child
-		r.watching.Go(func() { watch(ctx, r.sup, p.Component, child, r.verdicts) })
+		r.checks.start(p.Component, p.child)
 	case !p.registers():
 		r.registry.admit(p.ID, time.Now())
 	}
 }
 
-// checked takes the verdict of a component's health check in.
-func (r *run) checked(v verdict, now time.Time) {
-	p := r.sup.byID[v.id]
-	if p == nil || p.child != v.child {
+// checked takes in what the health checks of a component come to.
+func (r *run) checked(result checkResult, now time.Time) {
+	p := r.sup.byID[result.id]
+	if p == nil || p.child != result.child {
 		return
 	}
-	if !p.registers() && p.state == procStarting && v.failing == "" {
+	if !p.registers() && p.state == procStarting && result.failing == "" {
 		r.registry.admit(p.ID, now)
 	}
-	r.registry.checked(p.ID, v.failing, now)
+	r.registry.checked(p.ID, result.failing, now)
 }
 
 func (r *run) takeChanges(now time.Time) {
@@ -531,13 +521,10 @@ func (r *run) expireUnhealthy(now time.Time) {
 func (r *run) exited(e exit, now time.Time) {
 	id := e.proc.ID
 	if e.proc.readyOnceRunning() && e.state.Success() {
-		r.checked(verdict{child: e.child, id: id}, now) // it has run, if it was over before that was seen
+		r.checked(checkResult{child: e.child, id: id}, now) // it has run, if it was over before that was seen
 	}
 	r.takeChanges(now)
-	if end := r.watches[id]; end != nil {
-		end()
-		delete(r.watches, id)
-	}
+	r.checks.stop(id)
 	r.sup.exited(e, now)
 	cause := ""
 	if e.proc.state != procCompleted {
@@ -760,7 +747,7 @@ func (g *guest) start(s *supervisor) error {
 	if slices.Contains(s.settings.tlsEnv, endpoint) { // there is none without TLS
 		g.cmd.Env = append(g.cmd.Env, s.settings.tlsEnv...)
 	}
-	if err := s.leaders.start(guestID, s.reaper, g.cmd); err != nil {
+	if err := s.leaders.start(commandID, s.reaper, g.cmd); err != nil {
 		g.over = true
 		return fmt.Errorf("the command after --: cannot run %q: %v", g.argv[0], cause(err))
 	}

@@ -250,7 +250,7 @@ func TestCommandInATerminal(t *testing.T) {
 	heard := filepath.Join(dir, "heard")
 	file := writePipeline(t, shell("a", "exec sleep 300"))
 	// The shell that script(1) starts must be gone: it is in the foreground too, and some end by the signal.
-	command := "exec " + binary(t) + " run " + file + ` -log-dir "" -control-plane-port 0 -- sh -c 'trap "echo once >>` + heard + `" INT; echo up; n=0; while [ $n -lt 20 ]; do n=$((n+1)); sleep 0.05; done; exit 5'`
+	command := "exec " + flowctlProgram(t) + " run " + file + ` -log-dir "" -control-plane-port 0 -- sh -c 'trap "echo once >>` + heard + `" INT; echo up; n=0; while [ $n -lt 20 ]; do n=$((n+1)); sleep 0.05; done; exit 5'`
 	in, keys, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)

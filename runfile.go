@@ -121,9 +121,9 @@ func claimRunIn(folder string, info runInfo) (*runFile, error) {
 	return r, nil
 }
 
-// claim names the run file, and by that whoever holds it, among those of all users
-// and machines that share a container engine. It is "" where there is none.
-func (r *runFile) claim() string {
+// ownerLabel names the run file, and so the run that holds it, among those of all users and
+// machines that share a container engine. It is "" where there is no run file.
+func (r *runFile) ownerLabel() string {
 	if r == nil {
 		return ""
 	}

@@ -46,7 +46,7 @@ func openLab(t *testing.T) *lab {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, from := range map[string]string{"flowctl": binary(t), "actor": self} {
+	for name, from := range map[string]string{"flowctl": flowctlProgram(t), "actor": self} {
 		data, err := os.ReadFile(from)
 		if err == nil {
 			err = os.WriteFile(filepath.Join(folder, name), data, 0o755)

@@ -37,7 +37,7 @@ func openTerminal(tb testing.TB, width, height int, components []Component, args
 		components[i].WorkingDir = t.dir
 	}
 	file := writePipeline(tb, components...)
-	command := "exec " + binary(tb) + " " + strings.Join(runArgs(file, "-log-dir", "''"), " ")
+	command := "exec " + flowctlProgram(tb) + " " + strings.Join(runArgs(file, "-log-dir", "''"), " ")
 	for _, arg := range args {
 		command += " '" + arg + "'"
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
@@ -25,10 +26,11 @@ const maxPEMFile = 4 << 20
 // tlsFlags name the files of TLS, PEM each. Without any there is no TLS.
 type tlsFlags struct{ cert, key, ca string }
 
-// checkPipeline fails for components that are to speak TLS when there is none.
-func (f tlsFlags) checkPipeline(p *Pipeline) error {
-	if ids := p.speakTLS(true); len(ids) > 0 && f.cert == "" {
-		return fmt.Errorf("\"tls\": true of %s needs -tls-cert and -tls-key", enumerate(ids))
+// checkComponents fails where components, withTLS by their ids, are to speak TLS and there
+// is none.
+func (f tlsFlags) checkComponents(withTLS []string) error {
+	if len(withTLS) > 0 && f.cert == "" {
+		return fmt.Errorf("\"tls\": true of %s needs -tls-cert and -tls-key", enumerate(withTLS))
 	}
 	return nil
 }
@@ -244,83 +246,53 @@ func (c *certificates) credentials() credentials.TransportCredentials {
 	if c == nil {
 		return insecure.NewCredentials()
 	}
-	return planeCredentials{credentials.NewTLS(&tls.Config{GetConfigForClient: c.current, MinVersion: tls.VersionTLS12}), c.log}
+	return credentials.NewTLS(&tls.Config{GetConfigForClient: c.current, MinVersion: tls.VersionTLS12})
 }
 
-// planeCredentials let one server answer on two listeners: by TLS, and on the
-// private one, which the components of a run are given, without.
-type planeCredentials struct {
-	credentials.TransportCredentials // TLS
-	log                              *slog.Logger
+// componentAccess is how the components of a run reach the control plane.
+type componentAccess struct {
+	endpoint string       // of components without "tls": true
+	listener net.Listener // at endpoint; nil where that is the control plane's own
+	tlsEnv   []string     // the variables of components with "tls": true; nil without TLS
 }
 
-func (c planeCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	if private, ok := raw.(privateConn); ok {
-		return insecure.NewCredentials().ServerHandshake(private.TCPConn)
-	}
-	conn, info, err := c.TransportCredentials.ServerHandshake(raw)
-	if err != nil {
-		c.log.Debug("TLS handshake failed", "addr", raw.RemoteAddr().String(), "err", err)
-	}
-	return conn, info, err
-}
-
-func (c planeCredentials) Clone() credentials.TransportCredentials {
-	return planeCredentials{c.TransportCredentials.Clone(), c.log}
-}
-
-// privateListener marks its connections for planeCredentials.
-type privateListener struct{ *net.TCPListener }
-
-type privateConn struct{ *net.TCPConn }
-
-func (l privateListener) Accept() (net.Conn, error) {
-	conn, err := l.AcceptTCP()
-	if err != nil {
-		return nil, err
-	}
-	return privateConn{conn}, nil
-}
-
-// entrance is how the components of a run reach the plane.
-type entrance struct {
-	endpoint string       // FLOWCTL_ENDPOINT of those without "tls": true
-	private  net.Listener // behind endpoint; nil where that is the plane's own
-	tlsEnv   []string     // what those with "tls": true get
-}
-
-// openEntrance opens the way in for the components of p: while there is TLS, a
-// listener without it for those that cannot speak it. endpoint is the plane's own.
-func openEntrance(p *Pipeline, c *certificates, endpoint string, log *slog.Logger) (entrance, error) {
-	e := entrance{endpoint: endpoint}
+// openComponentAccess has the components of a run reach the control plane at endpoint: where
+// that has TLS, there is a listener without it for those that do not speak it. withTLS and
+// without are the ids of the components with "tls": true and of the others.
+func openComponentAccess(c *certificates, endpoint string, withTLS, without []string, log *slog.Logger) (componentAccess, error) {
 	if c == nil {
-		return e, nil
+		return componentAccess{endpoint: endpoint}, nil
 	}
-	e.tlsEnv = []string{"FLOWCTL_ENDPOINT=" + endpoint}
-	ca := c.flags.ca
-	if ca == "" {
-		ca = c.flags.cert // its own CA where it is self-signed
+	env, err := c.componentEnv(endpoint)
+	if err != nil {
+		return componentAccess{}, err
 	}
+	if len(withTLS) > 0 {
+		c.warn(withTLS, endpoint)
+	}
+	if len(without) == 0 {
+		return componentAccess{endpoint: endpoint, tlsEnv: env}, nil
+	}
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return componentAccess{}, fmt.Errorf("cannot listen for the components: %v", err)
+	}
+	log.Info("listening for components, without TLS", "endpoint", lis.Addr().String())
+	return componentAccess{lis.Addr().String(), lis, env}, nil
+}
+
+// componentEnv returns the variables of components with "tls": true.
+func (c *certificates) componentEnv(endpoint string) ([]string, error) {
+	env := []string{"FLOWCTL_ENDPOINT=" + endpoint}
+	ca := cmp.Or(c.flags.ca, c.flags.cert) // its own CA where it is self-signed
 	for _, v := range [][2]string{{"FLOWCTL_TLS_CA", ca}, {"FLOWCTL_TLS_CERT", c.flags.cert}, {"FLOWCTL_TLS_KEY", c.flags.key}} {
 		file, err := filepath.Abs(v[1])
 		if err != nil {
-			return e, fmt.Errorf("cannot find the folder of %s: %v", v[1], err)
+			return nil, fmt.Errorf("cannot find the folder of %s: %v", v[1], err)
 		}
-		e.tlsEnv = append(e.tlsEnv, v[0]+"="+file)
+		env = append(env, v[0]+"="+file)
 	}
-	if ids := p.speakTLS(true); len(ids) > 0 {
-		c.warn(ids, endpoint)
-	}
-	if len(p.speakTLS(false)) == 0 {
-		return e, nil
-	}
-	lis, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
-	if err != nil {
-		return e, fmt.Errorf("cannot listen for the components: %v", err)
-	}
-	e.endpoint, e.private = lis.Addr().String(), privateListener{lis}
-	log.Info("listening for components, without TLS", "endpoint", e.endpoint)
-	return e, nil
+	return env, nil
 }
 
 // warn says beforehand what those with "tls": true would fail by and could hardly

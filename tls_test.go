@@ -21,7 +21,6 @@ import (
 	"regexp"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -594,35 +593,6 @@ func TestTLSRunAllSecure(t *testing.T) {
 			}
 			p.hasNot(p.stderr, "without TLS")
 		})
-	}
-}
-
-// A connection to the private listener is known as such, and can be asked for the
-// process at its other end.
-func TestTLSPrivateConnections(t *testing.T) {
-	t.Parallel()
-	lis, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer lis.Close()
-	client, err := net.Dial("tcp", lis.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
-	conn, err := privateListener{lis}.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	if _, ok := conn.(syscall.Conn); !ok {
-		t.Errorf("a %T does not give its socket", conn)
-	}
-	var creds credentials.TransportCredentials = planeCredentials{insecure.NewCredentials(), slog.New(slog.DiscardHandler)}
-	plain, info, err := creds.Clone().ServerHandshake(conn)
-	if _, ok := plain.(*net.TCPConn); !ok || err != nil || info.AuthType() != "insecure" {
-		t.Errorf("got a %T, %v, %v, want the connection as it is", plain, info, err)
 	}
 }
 
