@@ -4,7 +4,6 @@ package main
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -13,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -26,7 +24,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 )
 
-func TestRunStopsOnSignal(t *testing.T) {
+func TestRun_StopsOnSignal(t *testing.T) {
 	t.Parallel()
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP} {
 		t.Run(sig.String(), func(t *testing.T) {
@@ -42,7 +40,7 @@ func TestRunStopsOnSignal(t *testing.T) {
 
 // A stop that comes while components start is no failure, and to die of the signal
 // is as good as to end by it.
-func TestRunStopsBeforeReady(t *testing.T) {
+func TestRun_StopBeforeReadyIsNoFailure(t *testing.T) {
 	t.Parallel()
 	p := launch(t, writePipeline(t, actor("ledgers", role{Gate: true}), shell("other", "exec sleep 300")))
 	p.waitOut("waiting")
@@ -50,7 +48,7 @@ func TestRunStopsBeforeReady(t *testing.T) {
 	p.hasNot(p.stderr, "pipeline ready", "failed")
 }
 
-func TestRunCompletes(t *testing.T) {
+func TestRun_EndsWhenAllHaveCompleted(t *testing.T) {
 	t.Parallel()
 	for _, until := range []string{untilStopped, untilDone} {
 		t.Run(until, func(t *testing.T) {
@@ -68,7 +66,7 @@ func TestRunCompletes(t *testing.T) {
 }
 
 // What ends well as soon as it is ready has completed, however many do so at once.
-func TestRunCompletesAtOnce(t *testing.T) {
+func TestRun_ManyMayCompleteAtOnce(t *testing.T) {
 	t.Parallel()
 	var parts []Component
 	for i := range 100 {
@@ -80,7 +78,7 @@ func TestRunCompletesAtOnce(t *testing.T) {
 	}
 }
 
-func TestRunUntilReady(t *testing.T) {
+func TestRun_UntilReady(t *testing.T) {
 	t.Parallel()
 	journal := filepath.Join(t.TempDir(), "journal")
 	store := actor("store", role{Dialect: "v1", Journal: journal})
@@ -91,7 +89,7 @@ func TestRunUntilReady(t *testing.T) {
 	inOrder(t, readJournal(t, journal), "start ledgers", "start store", "stop ledgers", "stop store")
 }
 
-func TestRunFailsAfterReady(t *testing.T) {
+func TestRun_FailsWhenAComponentEndsUnasked(t *testing.T) {
 	t.Parallel()
 	p := launch(t, writePipeline(t, actor("ledgers", role{Dialect: "legacy"}), actor("store", role{Dialect: "v1", OnUSR1: "exit", Code: 7})))
 	p.waitReady()
@@ -100,7 +98,7 @@ func TestRunFailsAfterReady(t *testing.T) {
 	p.has(p.stderr, "flowctl: component store failed: exit status 7 (pid ", ", registered)\n", "flowctl: the last lines of store:\n  registered\n")
 }
 
-func TestRunFailsBySignal(t *testing.T) {
+func TestRun_FailsWhenAComponentIsKilled(t *testing.T) {
 	t.Parallel()
 	p := launch(t, writePipeline(t, actor("ledgers", role{Dialect: "legacy"})))
 	p.waitReady()
@@ -110,7 +108,7 @@ func TestRunFailsBySignal(t *testing.T) {
 }
 
 // The start timeout is the default of 30 s: what has ended is not waited for.
-func TestRunFailsFast(t *testing.T) {
+func TestRun_EndBeforeReadyFailsAtOnce(t *testing.T) {
 	t.Parallel()
 	journal := filepath.Join(t.TempDir(), "journal")
 	bad := actor("bad", role{End: "early", Code: 3, Out: []byte("config read\n"), Err: []byte("no such table\nat last words")})
@@ -129,7 +127,7 @@ func TestRunFailsFast(t *testing.T) {
 	inOrder(t, readJournal(t, journal), "start good", "term good", "stop good")
 }
 
-func TestRunFailsUnhealthy(t *testing.T) {
+func TestRun_FailsWhenAComponentStaysUnhealthy(t *testing.T) {
 	t.Parallel()
 	p := launch(t, writePipeline(t, actor("ledgers", role{Dialect: "legacy"}), actor("store", role{Dialect: "v1", OnUSR1: "unhealthy"})), "-unhealthy-timeout", "300ms")
 	p.waitReady()
@@ -139,7 +137,7 @@ func TestRunFailsUnhealthy(t *testing.T) {
 		"flowctl: component store failed: unhealthy for 300ms (-unhealthy-timeout): it declared itself UNHEALTHY (pid ", ", registered)\n")
 }
 
-func TestRunHealsInTime(t *testing.T) {
+func TestRun_ComponentThatHealsInTimeIsNoFailure(t *testing.T) {
 	t.Parallel()
 	p := launch(t, writePipeline(t, actor("store", role{Dialect: "v1", OnUSR1: "unhealthy"})), "-unhealthy-timeout", "20s")
 	p.waitReady()
@@ -156,7 +154,7 @@ func TestRunHealsInTime(t *testing.T) {
 	p.stop()
 }
 
-func TestRunCannotStart(t *testing.T) {
+func TestRun_SaysWhyAComponentCannotStart(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	program := writeFile(t, filepath.Join(dir, "program"), "#!/bin/sh\n")
@@ -192,7 +190,7 @@ func TestRunCannotStart(t *testing.T) {
 	}
 }
 
-func TestRunPortTaken(t *testing.T) {
+func TestRun_PortIsTaken(t *testing.T) {
 	t.Parallel()
 	if !ownNetwork(t) {
 		return
@@ -217,7 +215,7 @@ func TestRunPortTaken(t *testing.T) {
 	p.stop()
 }
 
-func TestRunBadAddress(t *testing.T) {
+func TestRun_BadAddressIsRefused(t *testing.T) {
 	t.Parallel()
 	file := writePipeline(t, shell("a", "exit 9"))
 	for _, tt := range []struct{ address, want string }{
@@ -232,7 +230,7 @@ func TestRunBadAddress(t *testing.T) {
 	}
 }
 
-func TestRunStartTimeout(t *testing.T) {
+func TestRun_StartTimeoutOfFlagAndFile(t *testing.T) {
 	t.Parallel()
 	store := actor("store", role{})
 	store.StartTimeout = Duration(100 * time.Millisecond)
@@ -255,7 +253,7 @@ func TestRunStartTimeout(t *testing.T) {
 	}
 }
 
-func TestRunEnvironment(t *testing.T) {
+func TestRun_EnvironmentOfComponents(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	a := actor("a", role{Environ: true, Dialect: "legacy"})
@@ -327,101 +325,7 @@ func TestRunEnvironment(t *testing.T) {
 	})
 }
 
-func TestRunStartOrder(t *testing.T) {
-	t.Parallel()
-	gated := role{Dialect: "legacy", Gate: true}
-	processor, sink := actor("processor", gated), actor("sink", gated)
-	processor.Inputs = []string{"a", "b"}
-	sink.Inputs, sink.DependsOn = []string{"processor"}, []string{"db"}
-	db := actor("db", role{Gate: true, Check: "http"})
-	db.Register = new(false)
-	port := freePort(t)
-	db.Env["HEALTH_PORT"], db.HealthCheck, db.HealthInterval = port, "http://127.0.0.1:"+port+"/", Duration(20*time.Millisecond)
-	p := launch(t, writePipeline(t, actor("a", gated), actor("b", gated), db, processor, sink))
-	// All three wait for us: so they were started together.
-	p.waitOut(" a         | waiting\n")
-	p.waitOut(" b         | waiting\n")
-	p.waitOut(" db        | waiting\n")
-	p.tell("a", syscall.SIGUSR2)
-	p.waitErr("msg=ready component=a ")
-	p.hasNot(p.stderr, "msg=started component=processor")
-	p.tell("b", syscall.SIGUSR2)
-	p.waitOut(" processor | waiting\n")
-	p.tell("processor", syscall.SIGUSR2)
-	p.waitErr("msg=ready component=processor ")
-	p.hasNot(p.stderr, "msg=started component=sink", "msg=ready component=db")
-	p.tell("db", syscall.SIGUSR2)
-	p.waitOut(" sink      | waiting\n")
-	p.hasNot(p.stderr, "pipeline ready")
-	p.tell("sink", syscall.SIGUSR2)
-	p.waitReady()
-	p.has(p.stderr, "msg=ready component=a ", "msg=ready component=b ", "msg=started component=processor ", "msg=ready component=processor ",
-		"msg=ready component=db ", "msg=started component=sink ", "msg=ready component=sink ", "pipeline ready")
-	p.stop()
-}
-
-func TestRunStopOrder(t *testing.T) {
-	t.Parallel()
-	journal := filepath.Join(t.TempDir(), "journal")
-	noted := role{Dialect: "legacy", Journal: journal}
-	processor, sink, a := actor("processor", noted), actor("sink", noted), actor("a", noted)
-	processor.Inputs = []string{"a", "b"}
-	sink.Inputs, sink.DependsOn = []string{"processor"}, []string{"db"}
-	a.DependsOn = []string{"db"}
-	p := launch(t, writePipeline(t, sink, processor, actor("db", noted), a, actor("b", noted)))
-	p.waitReady()
-	p.stop()
-	got := readJournal(t, journal)
-	inOrder(t, got, "term a", "stop a", "term processor", "stop processor", "term sink", "stop sink", "term db", "stop db")
-	inOrder(t, got, "term b", "stop b", "term processor")
-}
-
-// The source ignores SIGTERM. What reads from it is not kept waiting for ever, and
-// gets its own time to end.
-func TestRunStopsDeaf(t *testing.T) {
-	t.Parallel()
-	journal := filepath.Join(t.TempDir(), "journal")
-	sink := actor("sink", role{Dialect: "legacy", Journal: journal})
-	sink.Inputs = []string{"deaf"}
-	p := launch(t, writePipeline(t, actor("deaf", role{Dialect: "v1", Deaf: true, Journal: journal}), sink), "-stop-timeout", "1s")
-	p.waitReady()
-	p.stop()
-	inOrder(t, readJournal(t, journal), "term deaf", "term sink", "stop sink")
-	p.has(p.stderr, `msg="still running, sending SIGKILL" component=deaf`, "msg=ended component=deaf", "killed by signal 9")
-	p.hasNot(p.stderr, "SIGKILL\" component=sink", "failed")
-}
-
-// The source ends only when its reader has gone, as some gRPC servers do: it gets
-// its chance within its own stop timeout.
-func TestRunStopsSourceThatWaitsForItsReader(t *testing.T) {
-	t.Parallel()
-	socket := filepath.Join(shortDir(t), "data")
-	source, sink := actor("source", role{Dialect: "legacy", Serve: socket}), actor("sink", role{Dialect: "legacy", Dial: socket})
-	sink.Inputs = []string{"source"}
-	source.StopTimeout = Duration(6 * time.Second)
-	p := launch(t, writePipeline(t, source, sink))
-	p.waitReady()
-	p.stop()
-	p.has(p.stderr, "msg=stopping component=source ", "msg=stopping component=sink ", "msg=ended component=sink ", "msg=ended component=source ")
-	p.hasNot(p.stderr, "SIGKILL")
-}
-
-func TestRunStopSignal(t *testing.T) {
-	t.Parallel()
-	c := shell("a", `trap 'echo got INT; exit 0' INT; echo up; while :; do read -r x <"$0.fifo" || exit 1; done`)
-	fifo := filepath.Join(t.TempDir(), "a")
-	if err := syscall.Mkfifo(fifo+".fifo", 0o600); err != nil {
-		t.Fatal(err)
-	}
-	c.Args, c.StopSignal = []string{fifo}, "SIGINT"
-	p := launch(t, writePipeline(t, c))
-	p.waitOut("up")
-	p.stop()
-	p.has(p.stderr, "msg=stopping component=a", "signal=interrupt")
-	p.has(p.stdout, "a | got INT\n")
-}
-
-func TestRunSecondSignalKills(t *testing.T) {
+func TestRun_SecondSignalKills(t *testing.T) {
 	t.Parallel()
 	sink := actor("sink", role{Dialect: "legacy"})
 	sink.Inputs = []string{"deaf"}
@@ -437,7 +341,7 @@ func TestRunSecondSignalKills(t *testing.T) {
 
 // Nothing of a component's process group is left, however the component ends;
 // cleanup looks for it.
-func TestRunKillsWholeGroup(t *testing.T) {
+func TestRun_EndsWholeProcessGroups(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		name, script string
@@ -464,7 +368,7 @@ func TestRunKillsWholeGroup(t *testing.T) {
 }
 
 // What a health check leaves behind ends with it too.
-func TestRunKillsWhatAHealthCheckLeaves(t *testing.T) {
+func TestRun_EndsWhatAHealthCheckLeaves(t *testing.T) {
 	t.Parallel()
 	script := writeFile(t, filepath.Join(t.TempDir(), "check"), "sleep 300 &\n")
 	c := shell("a", "exec sleep 300")
@@ -475,7 +379,7 @@ func TestRunKillsWhatAHealthCheckLeaves(t *testing.T) {
 
 // A process that left the group holds the output of the component after its end:
 // neither the run nor what was written before waits for it.
-func TestRunDoesNotWaitForDaemons(t *testing.T) {
+func TestRun_DoesNotWaitForDaemons(t *testing.T) {
 	t.Parallel()
 	c := shell("a", `setsid sleep 300 & echo last words; exit 0`)
 	c.RestartPolicy = "no"
@@ -500,7 +404,7 @@ func register(tb testing.TB, endpoint, id string) {
 
 // A component goes stale by its own fault or because it is stopped, and heals by
 // its next heartbeat.
-func TestRunStale(t *testing.T) {
+func TestRun_SilentComponentIsStaleAndHeals(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		name, dialect string
@@ -531,7 +435,7 @@ func TestRunStale(t *testing.T) {
 	}
 }
 
-func TestRunOnUnixSocket(t *testing.T) {
+func TestRun_ListensOnAUnixSocket(t *testing.T) {
 	t.Parallel()
 	socket := filepath.Join(shortDir(t), "plane")
 	file := writePipeline(t, actor("ledgers", role{Dialect: "legacy", Environ: true}), actor("store", role{Dialect: "v1"}))
@@ -558,169 +462,8 @@ func TestRunOnUnixSocket(t *testing.T) {
 	}
 }
 
-func TestRunRestarts(t *testing.T) {
-	t.Parallel()
-	for _, tt := range []struct {
-		name   string
-		policy string
-		max    int
-		role   role
-		code   int
-		starts int
-		want   string
-	}{
-		{"no, status 0", "no", 0, role{Dialect: "legacy", End: "registered"}, exitOK, 1, "all components have ended"},
-		{"no, status 1", "no", 0, role{Dialect: "legacy", End: "registered", Code: 1}, exitFailed, 1, "component a failed: exit status 1"},
-		{"on-failure, status 0", "on-failure", 0, role{Dialect: "legacy", End: "registered"}, exitOK, 1, "all components have ended"},
-		{"on-failure, then fine", "on-failure", 0, role{Dialect: "legacy", End: "early", Code: 1, Starts: 1}, -1, 2, "msg=restarting component=a"},
-		{"on-failure, in vain", "on-failure", 1, role{Dialect: "legacy", End: "early", Code: 4}, exitFailed, 2, "component a failed: exit status 4, and max_restarts (1) is used up"},
-		{"always, status 0", "always", 1, role{Dialect: "legacy", End: "registered"}, exitOK, 2, "msg=restarting component=a"},
-		{"always, status 1", "always", 1, role{Dialect: "legacy", End: "registered", Code: 1}, exitFailed, 2, "component a failed: exit status 1, and max_restarts (1) is used up"},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			tt.role.Journal = filepath.Join(t.TempDir(), "journal")
-			c := actor("a", tt.role)
-			c.RestartPolicy, c.MaxRestarts = tt.policy, tt.max
-			p := launch(t, writePipeline(t, c))
-			if tt.code < 0 {
-				p.waitReady()
-				p.stop()
-			} else {
-				p.exit(tt.code)
-			}
-			p.has(p.stderr, tt.want)
-			if starts := strings.Count(p.stderr.String(), "msg=started component=a"); starts != tt.starts {
-				t.Errorf("it was started %d times, want %d\n%s", starts, tt.starts, p)
-			}
-		})
-	}
-}
-
-// What an earlier process registered does not make the next one ready.
-func TestRunRestartRegistersAnew(t *testing.T) {
-	t.Parallel()
-	c := actor("a", role{Dialect: "legacy", Gate: true, OnUSR1: "exit", Code: 1})
-	c.RestartPolicy = "on-failure"
-	file := writePipeline(t, c, actor("b", role{Dialect: "v1"}))
-	p := start(t, []string{"run", file, "-control-plane-port", "0"}, notifySocket(t, filepath.Join(shortDir(t), "notify")))
-	p.waitOut("a | waiting\n")
-	p.tell("a", syscall.SIGUSR2)
-	p.waitReady()
-	p.tell("a", syscall.SIGUSR1)
-	p.waitErr("msg=restarting component=a")
-	p.waitErr("msg=status ready=1 total=2 restarting=a\n")
-	p.wait(p.stdout, "a | waiting\n", 2)
-	p.wait(p.stderr, "msg=status ready=1 total=2 waiting=", 2)
-	code, out, _ := call(t, "list", "-e", p.endpoint())
-	if !regexp.MustCompile(`\na +source +starting +\d+ +1 +unregistered `).MatchString(out) || code != exitFailed {
-		t.Errorf("list: exit %d\n%s", code, out)
-	}
-	if n := strings.Count(p.stderr.String(), "msg=ready component=a "); n != 1 {
-		t.Errorf("a is ready without having registered\n%s", p)
-	}
-	p.tell("a", syscall.SIGUSR2)
-	p.wait(p.stderr, "msg=ready component=a ", 2)
-	p.wait(p.stderr, "msg=status ready=2 total=2\n", 2)
-	p.stop()
-	p.wait(p.notified, "STATUS=stopping", 1)
-	if n := strings.Count(p.notified.String(), "READY=1"); n != 1 {
-		t.Errorf("READY=1 came %d times\n%s", n, p)
-	}
-}
-
-// What was ready once and is not ready now holds up what has not started yet, until it
-// is ready again or the run has failed by it.
-func TestRunWaitsForWhatIsReadyNow(t *testing.T) {
-	t.Parallel()
-	for _, tt := range []struct {
-		name, onUSR1  string
-		args          []string
-		broken, mends string
-	}{
-		{"restarted", "exit", nil, "msg=restarting component=a ", "msg=ready component=a "},
-		{"unhealthy", "unhealthy", nil, "msg=unhealthy id=a ", "msg=healthy id=a "},
-		{"never healthy", "unhealthy", []string{"-unhealthy-timeout", "2s"}, "msg=unhealthy id=a ", ""},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			a := actor("a", role{Dialect: "v1", Gate: true, OnUSR1: tt.onUSR1, Code: 1})
-			a.RestartPolicy = "on-failure"
-			reader := actor("reader", role{Dialect: "v1"})
-			reader.Inputs = []string{"a", "slow"}
-			p := launch(t, writePipeline(t, a, actor("slow", role{Dialect: "v1", Gate: true}), reader), tt.args...)
-			p.waitOut("a      | waiting\n")
-			p.waitOut("slow   | waiting\n")
-			p.tell("a", syscall.SIGUSR2)
-			p.waitErr("msg=ready component=a ")
-			p.tell("a", syscall.SIGUSR1)
-			p.waitErr(tt.broken)
-			p.tell("slow", syscall.SIGUSR2)
-			p.waitErr("msg=ready component=slow ")
-			if tt.mends == "" {
-				p.exit(exitFailed)
-				p.has(p.stderr, "flowctl: component a failed: unhealthy for 2s (-unhealthy-timeout)", "never started, waiting for a: reader")
-				return
-			}
-			if tt.onUSR1 == "exit" {
-				p.wait(p.stdout, "a      | waiting\n", 2)
-			}
-			p.tell("a", syscall.SIGUSR2)
-			p.waitReady()
-			p.stop()
-			p.has(p.stderr, tt.broken, "msg=ready component=slow ", tt.mends, "msg=started component=reader ")
-		})
-	}
-}
-
-// A program that is being replaced when its component is to be started again is tried
-// again.
-func TestRunRestartOfWhatCannotBeRun(t *testing.T) {
-	t.Parallel()
-	program := filepath.Join(t.TempDir(), "program")
-	if err := os.Symlink("/bin/sh", program); err != nil {
-		t.Fatal(err)
-	}
-	c := shell("a", "exec sleep 300")
-	c.Command[0], c.RestartPolicy = program, "on-failure"
-	p := launch(t, writePipeline(t, c))
-	p.waitReady()
-	if err := os.Remove(program); err != nil {
-		t.Fatal(err)
-	}
-	p.tell("a", syscall.SIGKILL)
-	p.waitErr(`msg="cannot be started again" component=a err="cannot run \"` + program + `\": no such file or directory"`)
-	if _, out, _ := call(t, "list", "a", "-e", p.endpoint()); !strings.Contains(out, "cannot run") {
-		t.Errorf("list does not say why\n%s", out)
-	}
-	if err := os.Symlink("/bin/sh", program); err != nil {
-		t.Fatal(err)
-	}
-	p.wait(p.stderr, "msg=ready component=a ", 2)
-	p.stop()
-	p.has(p.stderr, "msg=restarting component=a in=1", "restarts=1", "cannot be started again", "msg=restarting component=a in=2", "restarts=2")
-}
-
-func TestRunRestartDoesNotSurviveStop(t *testing.T) {
-	t.Parallel()
-	c := actor("a", role{End: "early", Code: 1})
-	c.RestartPolicy = "always"
-	p := launch(t, writePipeline(t, c, actor("b", role{Dialect: "v1"})))
-	p.waitErr("msg=restarting component=a")
-	p.waitErr("msg=ready component=b")
-	p.stop()
-	again := actor("a", role{Dialect: "legacy", Deaf: true})
-	again.RestartPolicy = "always"
-	p = launch(t, writePipeline(t, again), "-stop-timeout", "100ms")
-	p.waitReady()
-	p.stop() // by SIGKILL, which is no reason to restart
-	if n := strings.Count(p.stderr.String(), "msg=started component=a"); n != 1 {
-		t.Errorf("it was started %d times\n%s", n, p)
-	}
-}
-
 // A program that knows nothing of flowctl is ready when it runs.
-func TestRunUnregistered(t *testing.T) {
+func TestRun_UnregisteredComponentIsReadyWhenItRuns(t *testing.T) {
 	t.Parallel()
 	reader := actor("reader", role{Dialect: "legacy"})
 	reader.Inputs = []string{"a"}
@@ -732,7 +475,7 @@ func TestRunUnregistered(t *testing.T) {
 }
 
 // Such a program is ready only once its health check passes.
-func TestRunHealthChecks(t *testing.T) {
+func TestRun_UnregisteredComponentIsReadyWhenItsCheckPasses(t *testing.T) {
 	t.Parallel()
 	for _, kind := range []string{"http", "tcp", "grpc", "exec"} {
 		t.Run(kind, func(t *testing.T) {
@@ -770,7 +513,7 @@ func TestRunHealthChecks(t *testing.T) {
 }
 
 // The report of a start that came to nothing says what the check said.
-func TestRunHealthCheckNeverPasses(t *testing.T) {
+func TestRun_ReportSaysWhatTheHealthCheckSaid(t *testing.T) {
 	t.Parallel()
 	c := shell("a", "exec sleep 300")
 	c.HealthCheck, c.HealthInterval, c.HealthRetries = "exec:false", Duration(20*time.Millisecond), 2
@@ -781,7 +524,7 @@ func TestRunHealthCheckNeverPasses(t *testing.T) {
 
 // A component that registers and then never heartbeats stays healthy by its check,
 // and is unhealthy when that fails or never passed.
-func TestRunHealthCheckInsteadOfHeartbeats(t *testing.T) {
+func TestRun_HealthCheckStandsForHeartbeats(t *testing.T) {
 	t.Parallel()
 	port := freePort(t)
 	c := actor("a", role{Dialect: "legacy", Mute: true, Check: "http", OnUSR1: "fail"})
@@ -810,7 +553,7 @@ func TestRunHealthCheckInsteadOfHeartbeats(t *testing.T) {
 }
 
 // A flowctl that was started by nohup outlives the terminal.
-func TestRunNohup(t *testing.T) {
+func TestRun_NohupIgnoresSIGHUP(t *testing.T) {
 	t.Parallel()
 	file := writePipeline(t, actor("a", role{Dialect: "legacy"}))
 	p := start(t, []string{"run", file, "-control-plane-port", "0"}, func(p *process) {
@@ -828,9 +571,8 @@ func TestRunNohup(t *testing.T) {
 	p.hasNot(p.stderr, "hangup")
 }
 
-// TestStoppedFlowctlGivesTime stops flowctl itself past the start timeout of a
-// component that registers meanwhile.
-func TestStoppedFlowctlGivesTime(t *testing.T) {
+// flowctl itself is stopped past the start timeout of a component that registers meanwhile.
+func TestRun_StoppedFlowctlPutsStartTimeoutsOff(t *testing.T) {
 	t.Parallel()
 	p := launch(t, writePipeline(t, actor("a", role{Dialect: "v1", Gate: true})), "-start-timeout", "2s", "-until", "ready")
 	p.waitOut("| waiting\n")
@@ -843,156 +585,6 @@ func TestStoppedFlowctlGivesTime(t *testing.T) {
 	time.Sleep(2 * time.Second)
 	p.signal(syscall.SIGCONT)
 	p.exit(exitOK)
-}
-
-// A component that always fails is started less and less often, which is seen; a stop
-// finds it in its pause and is over at once.
-func TestRestartsAreFewAndEndWithTheRun(t *testing.T) {
-	t.Parallel()
-	h := newHerd()
-	p := launch(t, writePipeline(t,
-		func() Component {
-			c := shell("a", h.script(`: T; exit 3`))
-			c.RestartPolicy = "always"
-			return c
-		}(), shell("b", h.script(`exec sleep T`))))
-	p.wait(p.stderr, "msg=restarting component=a", 3)
-	var waits []time.Duration
-	for _, m := range regexp.MustCompile(`msg=restarting component=a in=(\S+) restarts=\d+\n`).FindAllStringSubmatch(p.stderr.String(), -1) {
-		d, err := time.ParseDuration(m[1])
-		if err != nil {
-			t.Fatal(err)
-		}
-		waits = append(waits, d)
-	}
-	for i, want := range []time.Duration{time.Second, 2 * time.Second, 4 * time.Second} {
-		if waits[i] < want || waits[i] > want+want/10 {
-			t.Errorf("pause %d is %s, want %s and a tenth at most", i, waits[i], want)
-		}
-	}
-	p.waitErr("restarting=a")
-	began := time.Now()
-	p.stop()
-	if took := time.Since(began); took > 2*time.Second {
-		t.Errorf("the stop took %s", took)
-	}
-	h.gone(p, 0)
-	if n := strings.Count(p.stderr.String(), "msg=started component=a"); n != 3 {
-		t.Errorf("it was started %d times, want 3\n%s", n, p)
-	}
-}
-
-// What reads from a component that is restarted goes on, and can see how that is.
-func TestReaderOfARestartedComponentGoesOn(t *testing.T) {
-	t.Parallel()
-	a := actor("a", role{Dialect: "legacy", OnUSR1: "exit", Code: 1})
-	a.RestartPolicy = "on-failure"
-	b := actor("b", role{Dialect: "v1"})
-	b.Inputs = []string{"a"}
-	p := launch(t, writePipeline(t, a, b))
-	p.waitReady()
-	health := func() (string, time.Time) {
-		_, out, _ := call(t, "list", "-e", p.endpoint(), "-json")
-		var pipelines []listedPipeline
-		if err := json.Unmarshal([]byte(out), &pipelines); err != nil || len(pipelines) != 1 {
-			t.Fatalf("%v: %s", err, out)
-		}
-		for _, r := range pipelines[0].Components {
-			if r.ID == "a" && r.Registered != nil {
-				return r.Health, *r.Registered
-			}
-		}
-		return "", time.Time{}
-	}
-	before, registered := health()
-	first, reader := p.pid("a"), p.pid("b")
-	p.tell("a", syscall.SIGUSR1)
-	p.waitErr("msg=restarting component=a")
-	if during, _ := health(); before != "healthy" || during == before {
-		t.Errorf("its health was %q and is %q while it is restarted", before, during)
-	}
-	p.wait(p.stderr, "msg=ready component=a ", 2)
-	after, again := health()
-	if after != "healthy" || !again.After(registered) {
-		t.Errorf("it is %q and was registered at %s, then at %s", after, registered, again)
-	}
-	if p.pid("a") == first || p.pid("b") != reader || strings.Count(p.stderr.String(), "msg=started component=b") != 1 {
-		t.Errorf("want another process of a and the same of b\n%s", p)
-	}
-	p.stop()
-}
-
-// TestNothingLeaksOverManyRestarts is of one process, and so not parallel: it counts
-// what this process has.
-func TestNothingLeaksOverManyRestarts(t *testing.T) {
-	program := filepath.Join(t.TempDir(), "leak"+strconv.Itoa(os.Getpid()%10000000)) // its zombies have this name
-	if err := os.Symlink("/bin/sh", program); err != nil {
-		t.Fatal(err)
-	}
-	s, _ := supervise(t, []map[string]any{{"id": "a", "command": []string{program, "-c", "echo out; echo err >&2; exit 1"}, "register": false, "restart_policy": "always"}}, nil)
-	p, now := s.byID["a"], time.Now()
-	once := func() {
-		for _, p := range s.startable() {
-			s.start(p, now)
-			s.ready(p, now)
-			nextExit(t, s, now)
-			now = p.deadline
-			s.expire(now)
-		}
-	}
-	count := func() (files, goroutines, zombies int) {
-		entries, _ := os.ReadDir("/proc/self/fd")
-		return len(entries), runtime.NumGoroutine(), len(processesNamed(filepath.Base(program)))
-	}
-	for range 10 {
-		once()
-	}
-	files, goroutines, _ := count()
-	for range 1000 {
-		once()
-	}
-	if p.state != procWaiting || p.restarts != 1010 {
-		t.Fatalf("state %s after %d restarts", p.state, p.restarts)
-	}
-	// The goroutines of the last process may need a moment.
-	eventually(t, "as few descriptors, goroutines and zombies as before", func() bool {
-		f, g, z := count()
-		return f <= files && g <= goroutines && z == 0
-	})
-}
-
-// TestManyEndTogether is not parallel: it measures.
-func TestManyEndTogether(t *testing.T) {
-	const many = 300
-	h := newHerd()
-	var components []Component
-	for i := range many {
-		components = append(components, Component{ID: fmt.Sprintf("c%03d", i), Command: []string{"sleep", string(h)}, Register: new(false)})
-	}
-	p := start(t, runArgs(writePipeline(t, components...)), withBinary(plain()))
-	p.waitReady()
-	var fds []int
-	for pid := range h.await(p, many) {
-		fds = append(fds, handle(t, pid))
-	}
-	if len(fds) != many {
-		t.Fatalf("%d processes", len(fds))
-	}
-	fds = append(fds, handle(t, p.cmd.Process.Pid))
-	p.signal(syscall.SIGTERM)
-	times, ok := ends(t, patience, fds...)
-	if !ok {
-		t.Fatalf("not all have ended\n%s", p)
-	}
-	last := slices.MaxFunc(times[:many], time.Time.Compare)
-	first := slices.MinFunc(times[:many], time.Time.Compare)
-	after := times[many].Sub(last)
-	t.Logf("%d components ended within %s, flowctl %s after the last", many, last.Sub(first), after)
-	if after > 300*time.Millisecond {
-		t.Errorf("flowctl ended %s after the last of them", after)
-	}
-	p.exit(exitOK)
-	h.gone(p, 0)
 }
 
 // chaosVar is how long TestChaos takes, 5s without it.
@@ -1114,7 +706,7 @@ func TestChaos(t *testing.T) {
 }
 
 // Why a component cannot be started is told with its id and the path.
-func TestWhyItCannotStart(t *testing.T) {
+func TestRun_SaysWhyAProgramCannotRun(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	file := func(name, text string, mode os.FileMode) string {
@@ -1161,7 +753,7 @@ func TestWhyItCannotStart(t *testing.T) {
 	}
 }
 
-func TestTooManyOpenFiles(t *testing.T) {
+func TestRun_SaysThatOpenFilesRunOut(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		name string
@@ -1190,7 +782,7 @@ func TestTooManyOpenFiles(t *testing.T) {
 	}
 }
 
-func TestTooManyProcesses(t *testing.T) {
+func TestRun_SaysThatProcessesRunOut(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {
 		t.Skip("needs a user without other processes")

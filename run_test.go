@@ -17,7 +17,7 @@ import (
 
 // The command runs once all are ready, has its own input and output, and its exit
 // code is flowctl's.
-func TestCommand(t *testing.T) {
+func TestCommand_ItsExitCodeIsFlowctls(t *testing.T) {
 	t.Parallel()
 	file := writePipeline(t, actor("a", role{Dialect: "v1"}))
 	for _, tt := range []struct {
@@ -46,7 +46,7 @@ func TestCommand(t *testing.T) {
 }
 
 // Where the endpoint speaks TLS alone, the command gets what it takes to dial it.
-func TestCommandDialsTLS(t *testing.T) {
+func TestCommand_GetsWhatDialingTLSTakes(t *testing.T) {
 	t.Parallel()
 	ca := newCA(t)
 	files := newFiles(t, issue(t, ca, nil), ca)
@@ -64,7 +64,7 @@ func TestCommandDialsTLS(t *testing.T) {
 	}
 }
 
-func TestCommandRefused(t *testing.T) {
+func TestCommand_WrongOnesAreRefused(t *testing.T) {
 	t.Parallel()
 	file := writePipeline(t, shell("a", "exec sleep 300"))
 	for _, tt := range []struct {
@@ -85,7 +85,7 @@ func TestCommandRefused(t *testing.T) {
 
 // When a component fails, the command is asked to end and the exit code is the
 // component's.
-func TestCommandOfAFailedRun(t *testing.T) {
+func TestCommand_IsStoppedWhenAComponentFails(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ name, script string }{
 		{"heeds", `trap "echo asked; exit 7" TERM; echo up; while :; do sleep 0.05; done`},
@@ -104,7 +104,7 @@ func TestCommandOfAFailedRun(t *testing.T) {
 }
 
 // A pipeline that has not become ready runs no command.
-func TestCommandIsNotRun(t *testing.T) {
+func TestCommand_IsNotRunBeforeReady(t *testing.T) {
 	t.Parallel()
 	p := start(t, runArgs(writePipeline(t, actor("a", role{})), "-start-timeout", "100ms", "--", "echo", "ran"))
 	p.exit(exitNotReady)
@@ -121,7 +121,7 @@ func TestCommandIsNotRun(t *testing.T) {
 
 // The command is the first to get a signal, and the run goes on until it has ended;
 // a second signal does not wait for it.
-func TestCommandSignals(t *testing.T) {
+func TestCommand_FirstSignalIsItsOwn(t *testing.T) {
 	t.Parallel()
 	file := writePipeline(t, shell("a", `trap "echo stopped; exit 0" TERM; while :; do sleep 0.05; done`))
 	p := start(t, runArgs(file, "--", "sh", "-c", `trap "echo asked; sleep 0.3; echo done; exit 9" INT; echo up; while :; do sleep 0.05; done`))
@@ -141,7 +141,7 @@ func TestCommandSignals(t *testing.T) {
 
 // Who sends a signal that may be the only one gets an end of what ignores it. A person
 // who presses Ctrl-C can press it again, and so is waited for.
-func TestCommandIgnoresSignals(t *testing.T) {
+func TestCommand_IsKilledWhenItIgnoresSIGTERM(t *testing.T) {
 	t.Parallel()
 	file := writePipeline(t, shell("a", "exec sleep 300"))
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGHUP} {
@@ -166,7 +166,7 @@ func TestCommandIgnoresSignals(t *testing.T) {
 
 // A signal that comes twice by two ways is one: the pipeline goes on until the command
 // has ended.
-func TestCommandSignalEchoes(t *testing.T) {
+func TestCommand_SignalByTwoWaysIsOne(t *testing.T) {
 	t.Parallel()
 	file := writePipeline(t, shell("a", "exec sleep 300"))
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
@@ -187,7 +187,7 @@ func TestCommandSignalEchoes(t *testing.T) {
 }
 
 // Two signals in a row may be one to a process. Here their time is given.
-func TestCommandSignalEchoesInTime(t *testing.T) {
+func TestCommand_RepeatedSignalIsJudgedByItsTime(t *testing.T) {
 	t.Parallel()
 	s, _ := supervise(t, []map[string]any{sh("a", forever, nil)}, nil)
 	cmd := exec.Command("sh", "-c", `trap "" TERM; exec sleep 300`)
@@ -212,7 +212,7 @@ func TestCommandSignalEchoesInTime(t *testing.T) {
 }
 
 // A third signal waits for nothing.
-func TestCommandThirdSignal(t *testing.T) {
+func TestCommand_ThirdSignalKills(t *testing.T) {
 	t.Parallel()
 	deaf := shell("a", `trap "" TERM; echo deaf; while :; do sleep 0.05; done`)
 	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
@@ -232,7 +232,7 @@ func TestCommandThirdSignal(t *testing.T) {
 }
 
 // Nothing is left of the command either when flowctl is killed, which the harness sees.
-func TestCommandOfAKilledFlowctl(t *testing.T) {
+func TestCommand_DoesNotOutliveAKilledFlowctl(t *testing.T) {
 	t.Parallel()
 	p := start(t, runArgs(writePipeline(t, shell("a", "exec sleep 300")), "--", "sh", "-c", `trap "" TERM INT; echo up; sleep 300 & wait`))
 	p.waitOut("up\n")
@@ -241,7 +241,7 @@ func TestCommandOfAKilledFlowctl(t *testing.T) {
 }
 
 // By Ctrl-C in a terminal the command is told once, by the terminal.
-func TestCommandInATerminal(t *testing.T) {
+func TestCommand_IsToldOnceByATerminal(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("script"); err != nil {
 		t.Skip("no script(1) here, which makes a terminal")
@@ -280,7 +280,7 @@ func TestCommandInATerminal(t *testing.T) {
 	}
 }
 
-func TestReload(t *testing.T) {
+func TestReload_ChangesWhatTheFileChanged(t *testing.T) {
 	t.Parallel()
 	kept, changed, gone := actor("kept", role{Dialect: "v1"}), actor("changed", role{Dialect: "legacy"}), actor("gone", role{Dialect: "v1"})
 	changed.Inputs, gone.Inputs = []string{"kept"}, []string{"changed"}
@@ -320,7 +320,7 @@ func TestReload(t *testing.T) {
 	p.stop()
 }
 
-func TestReloadRefused(t *testing.T) {
+func TestReload_WrongFileChangesNothing(t *testing.T) {
 	t.Parallel()
 	a, b := actor("a", role{Dialect: "v1"}), shell("b", "exec sleep 300")
 	file := writePipeline(t, a, b)
@@ -354,7 +354,7 @@ func TestReloadRefused(t *testing.T) {
 
 // Without -endpoint the one pipeline is meant that runs here, or that is named, or
 // whose process systemd names.
-func TestReloadFinds(t *testing.T) {
+func TestReload_FindsTheRunningPipeline(t *testing.T) {
 	t.Parallel()
 	here := runsIn(t.TempDir())
 	reload := func(want int, args ...string) *process {
@@ -395,7 +395,7 @@ func TestReloadFinds(t *testing.T) {
 }
 
 // SIGHUP reloads under systemd, which is told, and ends a run elsewhere.
-func TestReloadBySignal(t *testing.T) {
+func TestReload_BySIGHUPUnderSystemd(t *testing.T) {
 	t.Parallel()
 	a, b := shell("a", "exec sleep 300"), shell("b", "exec sleep 300")
 	file := writePipeline(t, a)
@@ -419,7 +419,7 @@ func TestReloadBySignal(t *testing.T) {
 }
 
 // What is asked to stop while a reload is under way stops as a whole.
-func TestStopWhileReloading(t *testing.T) {
+func TestReload_StopMeanwhileStopsAll(t *testing.T) {
 	t.Parallel()
 	stubborn := shell("stubborn", `trap "" TERM; echo up; while :; do sleep 1; done`)
 	reader := shell("reader", "exec sleep 300")
@@ -439,7 +439,7 @@ func TestStopWhileReloading(t *testing.T) {
 }
 
 // A second reload before the first is done changes where that leads to.
-func TestReloadTwice(t *testing.T) {
+func TestReload_SecondOneAddsToTheFirst(t *testing.T) {
 	t.Parallel()
 	slow := shell("slow", `trap "sleep 0.5; exit 0" TERM; echo up; while :; do sleep 0.05; done`)
 	stay := shell("stay", "exec sleep 300")
@@ -468,7 +468,7 @@ func TestReloadTwice(t *testing.T) {
 
 // A component keeps its registration when the reload adds one that has an id by which
 // it called itself.
-func TestReloadAddsAnAlias(t *testing.T) {
+func TestReload_NewComponentMayHaveAnAliasAsItsID(t *testing.T) {
 	t.Parallel()
 	a := actor("a", role{Dialect: "legacy", Alias: "zeta"})
 	file := writePipeline(t, a)
@@ -490,7 +490,7 @@ func TestReloadAddsAnAlias(t *testing.T) {
 
 // What the reload has added stops in the order of the new file, also before the reload
 // is done.
-func TestStopOrderOfAReload(t *testing.T) {
+func TestReload_StopMeanwhileKeepsTheOrder(t *testing.T) {
 	t.Parallel()
 	slow := shell("slow", `trap "" TERM; echo up; while :; do sleep 0.05; done`)
 	source, reader := shell("source", `trap "sleep 0.3; exit 0" TERM; while :; do sleep 0.02; done`), shell("reader", "exec sleep 300")
@@ -511,7 +511,7 @@ func TestStopOrderOfAReload(t *testing.T) {
 
 // A component that waits to be started anew by a reload holds up what waits for it,
 // although its former process becomes ready on the way out.
-func TestLeavingComponentIsNotReady(t *testing.T) {
+func TestReload_RetiringComponentIsNotReady(t *testing.T) {
 	t.Parallel()
 	late := actor("late", role{Dialect: "v1"})
 	stubborn := shell("stubborn", `trap "sleep 0.5; exit 0" TERM; echo up; while :; do sleep 0.02; done`)
@@ -534,7 +534,7 @@ func TestLeavingComponentIsNotReady(t *testing.T) {
 
 // A flowctl that was stopped itself gives those that start more time, and none to those
 // that are stopping.
-func TestStopOfAStartingComponentAfterAStall(t *testing.T) {
+func TestRun_StoppedFlowctlStopsOnTime(t *testing.T) {
 	t.Parallel()
 	p := launch(t, writePipeline(t, actor("a", role{Dialect: ""}), shell("b", `trap "" TERM; echo up; while :; do sleep 0.02; done`)), "-start-timeout", "20s", "-stop-timeout", "2s")
 	p.waitOut("up\n")
@@ -546,7 +546,7 @@ func TestStopOfAStartingComponentAfterAStall(t *testing.T) {
 	p.exit(exitOK)
 }
 
-func TestReloadOfWhatIsNoFile(t *testing.T) {
+func TestReload_FIFOIsRefused(t *testing.T) {
 	t.Parallel()
 	file := writePipeline(t, shell("a", "exec sleep 300"))
 	p := launch(t, file)
