@@ -339,7 +339,7 @@ func listPlanes(clients []*listClient, absent []error, o listOptions) error {
 	if o.id != "" && len(pipelines) == 0 {
 		return &exitError{exitFailed, errors.Join(append(failed, o.unknown(clients))...)}
 	}
-	if err := showPipelines(os.Stdout, pipelines, o); err != nil {
+	if err := o.show(os.Stdout, pipelines); err != nil {
 		return err
 	}
 	unhealthy := func(p listedPipeline) bool {
@@ -349,6 +349,14 @@ func listPlanes(clients []*listClient, absent []error, o listOptions) error {
 		return &exitError{exitFailed, errors.Join(failed...)}
 	}
 	return nil
+}
+
+// show prints pipelines in the form that was asked for.
+func (o *listOptions) show(w io.Writer, pipelines []listedPipeline) error {
+	if o.json {
+		return writeJSON(w, pipelines)
+	}
+	return showPipelines(w, pipelines, o.id)
 }
 
 // unknown says that there is no component with the id that was asked for.
@@ -430,8 +438,8 @@ func watchPlanes(clients []*listClient, o listOptions) error {
 	v := &watchView{clients: clients, options: o, screen: screen, out: os.Stdout}
 	defer v.end()
 	stops := make(chan os.Signal, 1)
-	if screen && !signal.Ignored(syscall.SIGTSTP) {
-		signal.Notify(stops, syscall.SIGTSTP)
+	if screen && canBeSuspended() {
+		signal.Notify(stops, syscall.SIGTSTP, syscall.SIGCONT)
 	}
 	ticker := time.NewTicker(redrawTime)
 	defer ticker.Stop()
@@ -441,8 +449,10 @@ func watchPlanes(clients []*listClient, o listOptions) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-stops:
-			err = v.suspend()
+		case sig := <-stops:
+			if v.suspended = sig == syscall.SIGTSTP; v.suspended {
+				err = v.suspend()
+			}
 		case n := <-arrived:
 			if n.out != nil {
 				err = v.show(n.client.take(n.out))
@@ -494,22 +504,22 @@ func (o *listOptions) watchEnd(endpoint string, came bool, err error) error {
 // watchView is what list -watch shows: on a terminal the tables, redrawn in place,
 // elsewhere each change.
 type watchView struct {
-	clients []*listClient
-	options listOptions
-	screen  bool
-	entered bool // the alternate screen is on
-	stopped bool // by Ctrl-Z, and nothing has been drawn since
-	out     *os.File
-	changed bool
-	drawn   time.Time
+	clients    []*listClient
+	options    listOptions
+	screen     bool
+	entered    bool // the alternate screen is on
+	suspended  bool // by Ctrl-Z, until SIGCONT
+	background bool // was suspended, and nothing has been drawn since
+	out        *os.File
+	changed    bool
+	drawn      time.Time
 }
 
-// suspend leaves the terminal to the shell that Ctrl-Z brings back. It returns when
-// flowctl goes on.
+// suspend leaves the terminal to the shell that Ctrl-Z brings back, and stops flowctl.
 func (v *watchView) suspend() error {
+	v.background, v.changed = true, true
 	err := v.leave()
 	stopSelf()
-	v.stopped, v.changed = true, true
 	return err
 }
 
@@ -526,7 +536,7 @@ func (v *watchView) leave() error {
 func (v *watchView) end() {
 	if v.screen {
 		_ = v.leave()
-		_ = showPipelines(v.out, v.pipelines(), v.options)
+		_ = v.options.show(v.out, v.pipelines())
 	}
 }
 
@@ -582,12 +592,12 @@ func (v *watchView) draw(now time.Time) error {
 		return nil
 	}
 	pipelines := v.pipelines()
-	if len(pipelines) == 0 && !v.entered || v.stopped && !inForeground(v.out) {
+	if len(pipelines) == 0 && !v.entered || v.suspended || v.background && !inForeground(v.out) {
 		return nil // there is nothing to draw, or the terminal is another's
 	}
-	v.changed, v.drawn, v.stopped = false, now, false
+	v.changed, v.drawn, v.background = false, now, false
 	var text strings.Builder
-	if err := showPipelines(&text, pipelines, v.options); err != nil {
+	if err := v.options.show(&text, pipelines); err != nil {
 		return err
 	}
 	width, height := terminalSize(v.out)

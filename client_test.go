@@ -423,11 +423,11 @@ func TestWatchScreen(t *testing.T) {
 	c.until("a table", shown)
 	modes := c.modes()
 	c.keys("C-z")
-	c.shows("$ ./run", "[1] + Stopped                    ./run", "$")
+	c.shows("$ ./run", "[1] + Stopped (signal)           ./run", "$")
 	c.restored()
 	c.keys("bg", "Enter")
 	time.Sleep(1500 * time.Millisecond) // it is time itself that passes here
-	c.shows("$ ./run", "[1] + Stopped                    ./run", "$ bg", "[1] ./run", "$")
+	c.shows("$ ./run", "[1] + Stopped (signal)           ./run", "$ bg", "[1] ./run", "$")
 	c.keys("fg", "Enter")
 	c.until("the table again", shown)
 	if again := c.modes(); again != modes {

@@ -520,14 +520,9 @@ func serverCommand(args []string) error {
 	if err := o.check(fs); err != nil {
 		return err
 	}
-	stderr := newLogWriter(patient{os.Stderr}, o.format)
-	defer stderr.close()
-	log := newLogger(stderr, o.format, o.logLevel)
-	if o.format == formatJournal {
-		records := openJournal("", nil)
-		defer records.close()
-		log = slog.New(records.handler(o.logLevel))
-	}
+	out := openOutputs(outputConfig{format: o.format, level: o.logLevel})
+	defer out.close()
+	log := out.log
 	signals := catchSignals()
 	certs, err := openCertificates(o.tls, log)
 	if err != nil {

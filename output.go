@@ -1,3 +1,6 @@
+// Where lines go: to the console, to log files, to the journal, to a terminal with a
+// footer. The loop of a run has one outputs for all of them.
+
 package main
 
 import (
@@ -11,6 +14,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"sync"
 	"syscall"
 	"time"
@@ -18,208 +22,223 @@ import (
 
 // The forms of the log, as -log-format names them.
 const (
-	formatAuto = "auto"
-	formatText = "text"
-	formatJSON = "json"
-
+	formatAuto    = "auto"
+	formatText    = "text"
+	formatJSON    = "json"
 	formatJournal = "journal"
 )
+
+const (
+	maxQueued  = 1 << 20  // bytes of flowctl's own log that wait to be written; more is dropped
+	maxAhead   = 64 << 10 // queued bytes from which on components wait
+	maxKept    = 2 << 20  // bytes of a buffer that is kept for the next lines
+	maxLogFile = 10 << 20 // bytes of a log file before it is rotated
+
+	footerTime = 250 * time.Millisecond // between two changes of the footer, at least
+	uptimeTime = time.Second            // between two changes of the footer, at most: it shows uptimes
+	eraseTime  = time.Second            // for a terminal to take the erased footer before others use it
+)
+
+// outputConfig says where the lines of a run go.
+type outputConfig struct {
+	pipeline string   // its name, "" for a control plane alone
+	ids      []string // of its components
+	format   string   // formatText, formatJSON or formatJournal
+	level    slog.Level
+	footer   bool // a footer is wanted, where there is a terminal for it
+}
+
+// outputs are all the places that lines go to. The methods emit, flush and log may be
+// called by any goroutine, the others by the one that owns the run.
+type outputs struct {
+	log    *slog.Logger  // flowctl's own; it never blocks
+	broken chan struct{} // closed when standard output cannot be written; brokenErr says why
+
+	format  string
+	stderr  *logWriter
+	console *console
+	screen  *screen     // nil for no footer
+	journal *journalLog // nil where the log is not in the journal
+	files   *logFiles   // nil for none
+}
+
+// runReport is what is said last of a run that failed, in each of its forms.
+type runReport struct {
+	text, json []byte // whole lines
+	journal    []journalEntry
+}
+
+// openOutputs opens all but the log files. The caller has to close it.
+func openOutputs(c outputConfig) *outputs {
+	o := &outputs{format: c.format}
+	write := blockingFile{os.Stdout}.Write
+	if c.footer && c.format == formatText {
+		var shared bool
+		if o.screen, shared = openScreen(); shared {
+			write = o.screen.lines.writeWaiting
+		}
+	}
+	if o.screen != nil {
+		o.stderr = o.screen.lines
+	} else {
+		o.stderr = newLogWriter(blockingFile{os.Stderr}, c.format, nil, nil)
+	}
+	o.log = newLogger(o.stderr, c.format, c.level)
+	if c.format == formatJournal {
+		o.journal = openJournal(c.pipeline, c.ids)
+		o.log = slog.New(o.journal.handler(c.level))
+	}
+	o.console = newConsole(write, c.format, useColours(os.Stdout), c.ids)
+	o.broken = o.console.broken
+	return o
+}
+
+// close writes what is left, for at most flushTime each, and closes all.
+func (o *outputs) close() {
+	if o.files != nil {
+		o.files.close()
+	}
+	o.journal.close()
+	o.stderr.close()
+	o.screen.close()
+}
+
+// openFiles has the lines of each component kept in dir as well.
+func (o *outputs) openFiles(dir string, ids []string) (err error) {
+	o.files, err = openLogFiles(dir, ids, o.log)
+	return err
+}
+
+// add makes components known that were not so when it was opened. After an error,
+// which is that of a log file, the console and the journal do not know them.
+func (o *outputs) add(ids []string) error {
+	if o.files != nil {
+		for _, id := range ids {
+			if err := o.files.add(id); err != nil {
+				return err
+			}
+		}
+	}
+	for _, id := range ids {
+		o.console.add(id)
+		if o.journal != nil {
+			o.journal.add(id)
+		}
+	}
+	return nil
+}
+
+// emit passes lines of a component on. The log files come first, so that what is shown
+// is in them.
+func (o *outputs) emit(id, stream string, lines []byte) {
+	if o.files != nil {
+		o.files.lines(id, stream, lines)
+	}
+	if o.journal != nil {
+		o.journal.lines(id, stream, lines)
+	} else {
+		o.console.lines(id, stream, lines)
+	}
+}
+
+// flush returns when all lines that were emitted are written, however long that takes.
+func (o *outputs) flush() {
+	if o.screen != nil && o.screen.shared {
+		o.stderr.await()
+	}
+}
+
+// brokenErr is why standard output cannot be written, nil while it can.
+func (o *outputs) brokenErr() error {
+	o.console.mu.Lock()
+	defer o.console.mu.Unlock()
+	return o.console.err
+}
+
+// logFile is where the lines of a component are kept, "" for nowhere.
+func (o *outputs) logFile(id string) string {
+	if o.files == nil {
+		return ""
+	}
+	return o.files.path(id)
+}
+
+// report says what has failed, last of all.
+func (o *outputs) report(r runReport) {
+	switch {
+	case o.journal != nil:
+		o.journal.report(r.journal)
+	case o.format == formatJSON:
+		_, _ = o.stderr.Write(r.json)
+	default:
+		_, _ = o.stderr.Write(r.text) // at once, because a line at a time could be lost by half
+	}
+}
+
+// showsFooter tells whether there is a footer that can be read. A flowctl in the
+// background has none: the terminal is another's.
+func (o *outputs) showsFooter() bool { return o.screen != nil && o.screen.shows() }
+
+// updateFooter shows the rows of a footer, unless the last are younger than footerTime:
+// then footerDue says when it is to be called again.
+func (o *outputs) updateFooter(now time.Time, rows func() []string) {
+	if s := o.screen; s != nil {
+		if s.overdue = now.Sub(s.updated) < footerTime; !s.overdue {
+			s.updated = now
+			s.show(rows())
+		}
+	}
+}
+
+// footerDue gets the time when updateFooter is to be called although nothing happens. It
+// is nil without a footer.
+func (o *outputs) footerDue() <-chan time.Time {
+	if o.screen == nil {
+		return nil
+	}
+	wait := uptimeTime
+	if o.screen.overdue {
+		wait = footerTime
+	}
+	return time.After(time.Until(o.screen.updated.Add(wait)))
+}
+
+// removeFooter erases the footer for good. It returns when that is done, or eraseTime
+// is over.
+func (o *outputs) removeFooter() {
+	if o.screen != nil {
+		o.screen.remove()
+	}
+}
 
 // newLogger returns flowctl's own log. Durations are shown as Go writes them, such
 // as 1.5s, in JSON too.
 func newLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
-	options := &slog.HandlerOptions{Level: level, ReplaceAttr: readable(format)}
+	readable := func(groups []string, a slog.Attr) slog.Attr {
+		if a.Key == slog.TimeKey && len(groups) == 0 && format != formatJSON && a.Value.Kind() == slog.KindTime {
+			a.Value = slog.StringValue(a.Value.Time().Format(time.TimeOnly))
+		}
+		return durationText(groups, a)
+	}
+	options := &slog.HandlerOptions{Level: level, ReplaceAttr: readable}
 	if format == formatJSON {
 		return slog.New(slog.NewJSONHandler(w, options))
 	}
 	return slog.New(slog.NewTextHandler(w, options))
 }
 
-// readable has slog write attributes for people in the format given.
-func readable(format string) func(groups []string, a slog.Attr) slog.Attr {
-	return func(groups []string, a slog.Attr) slog.Attr {
-		switch {
-		case a.Value.Kind() == slog.KindDuration:
-			a.Value = slog.StringValue(a.Value.Duration().String())
-		case a.Key == slog.TimeKey && len(groups) == 0 && format != formatJSON && a.Value.Kind() == slog.KindTime:
-			a.Value = slog.StringValue(a.Value.Time().Format(time.TimeOnly))
-		}
-		return a
-	}
-}
-
-// patient writes to a file as if it had never been set to be non-blocking, which any
-// program can do to a terminal that it shares with flowctl (ssh and node are known to).
-type patient struct{ f *os.File }
-
-func (p patient) Write(b []byte) (written int, err error) {
-	for {
-		n, err := p.f.Write(b[written:])
-		written += n
-		if !errors.Is(err, syscall.EAGAIN) {
-			return written, err
-		}
-		if err := syscall.SetNonblock(int(p.f.Fd()), false); err != nil {
-			return written, err
-		}
-	}
-}
-
-// logWriter hands what it is given to another writer, in the background: whoever
-// logs must not wait for a terminal that is held or a pipe that nobody reads, least
-// of all while it stops a pipeline. Past maxQueued bytes it drops lines and says so.
-type logWriter struct {
-	w    io.Writer
-	json bool          // its lines are JSON, and so must be what it says itself
-	more chan struct{} // gets a token when there is something to do
-
-	mu      sync.Mutex // guards the fields below
-	queue   []byte
-	own     int           // bytes of queue that are of the log, and not of components
-	room    sync.Cond     // signalled when queue has been taken, or nothing will be
-	written chan struct{} // closed when what is queued now has been written, nil when nobody waits for that
-	lost    int           // lines
-	err     error         // the first of w
-	closed  bool
-}
-
-const (
-	maxQueued  = 1 << 20
-	maxWaiting = 64 << 10        // queued bytes from which on those wait that can
-	flushTime  = 5 * time.Second // for the last lines, when flowctl ends
-)
-
-func newLogWriter(w io.Writer, format string) *logWriter {
-	l := &logWriter{w: w, json: format == formatJSON, more: make(chan struct{}, 1)}
-	l.room.L = &l.mu
-	go l.run()
-	return l
-}
-
-// Write takes one line. It never blocks and never fails.
-func (l *logWriter) Write(line []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.own+len(line) > maxQueued {
-		l.lost++
-	} else {
-		l.queue, l.own = append(l.queue, line...), l.own+len(line)
-	}
-	l.poke()
-	return len(line), nil
-}
-
-// awaitLocked returns what is closed when all that is queued has been written.
-func (l *logWriter) awaitLocked() <-chan struct{} {
-	if l.written == nil {
-		l.written = make(chan struct{})
-	}
-	l.poke()
-	return l.written
-}
-
-// poke has w written to, though there may be no lines.
-func (l *logWriter) poke() {
-	select {
-	case l.more <- struct{}{}:
-	default:
-	}
-}
-
-func (l *logWriter) run() {
-	var lines []byte
-	for closed := false; !closed; {
-		<-l.more
-		l.mu.Lock()
-		lines, l.queue, l.own = l.queue, lines[:0], 0
-		if l.lost > 0 {
-			lines = l.appendLost(lines)
-		}
-		written := l.written
-		l.lost, l.written, closed = 0, nil, l.closed
-		l.room.Broadcast()
-		l.mu.Unlock()
-		if _, err := l.w.Write(lines); err != nil {
-			l.fail(err)
-		}
-		if written != nil {
-			close(written)
-		}
-	}
-}
-
-// fail notes err for those that wait: to those that do not, there is nothing to say.
-func (l *logWriter) fail(err error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.err = cmp.Or(l.err, err)
-	l.room.Broadcast()
-}
-
-// flush returns when all that is queued has been written, or after most.
-func (l *logWriter) flush(most time.Duration) {
-	l.mu.Lock()
-	written := l.awaitLocked()
-	l.mu.Unlock()
-	timer := time.NewTimer(most)
-	defer timer.Stop()
-	select {
-	case <-written:
-	case <-timer.C:
-	}
-}
-
-// appendLost appends that lines are lost, which a reader of JSON has to understand too.
-func (l *logWriter) appendLost(lines []byte) []byte {
-	text := fmt.Sprintf("%d lines of this log are lost: standard error was not read", l.lost)
-	if l.json {
-		out := bytes.NewBuffer(lines)
-		newLogger(out, formatJSON, slog.LevelInfo).Error(text, "lines", l.lost)
-		return out.Bytes()
-	}
-	return fmt.Appendf(lines, "flowctl: %s\n", text)
-}
-
-// close writes what is left, unless that takes longer than flushTime.
-func (l *logWriter) close() {
-	l.mu.Lock()
-	l.closed = true
-	l.room.Broadcast()
-	l.mu.Unlock()
-	l.flush(flushTime)
-}
-
-// waiting is how components write to a logWriter: none of their lines is dropped, and
-// they wait while many are queued. It fails after w has.
-type waiting struct{ *logWriter }
-
-func (l waiting) Write(lines []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for len(l.queue) >= maxWaiting && l.err == nil && !l.closed {
-		l.room.Wait()
-	}
+// resolveFormat turns auto into what it stands for here, and fails for a journal that
+// is not there. With auto, the journal is one that standard error leads to.
+func resolveFormat(format string) (string, error) {
 	switch {
-	case l.err != nil:
-		return 0, l.err
-	case l.closed:
-		return 0, os.ErrClosed
+	case format == formatAuto && stderrIsJournal():
+		return formatJournal, nil
+	case format == formatAuto:
+		return formatText, nil
+	case format == formatJournal && !journalRuns():
+		return "", errors.New("-log-format journal: there is no journal on this machine (/run/systemd/journal/socket): choose auto, text or json")
 	}
-	l.queue = append(l.queue, lines...)
-	l.poke()
-	return len(lines), nil
-}
-
-// await returns when all that is queued has been written, or never will be.
-func (l waiting) await() {
-	l.mu.Lock()
-	if l.closed {
-		l.mu.Unlock()
-		return
-	}
-	written := l.awaitLocked()
-	l.mu.Unlock()
-	<-written
+	return format, nil
 }
 
 // palette are the colours of components on a terminal, readable on black and white.
@@ -227,24 +246,23 @@ var palette = []string{"36", "33", "32", "35", "34", "96", "93", "92", "95", "94
 
 // console writes the lines of components to one output, whole and one component's
 // at a time. Its first error is kept: from then on it drops what it gets, so that
-// components can be stopped, and broken is closed.
+// components can be stopped.
 type console struct {
+	write   func([]byte) (int, error)
 	json    bool
 	colours bool
-	broken  chan struct{}
+	broken  chan struct{} // closed after the first error
 
-	mu     sync.Mutex        // guards the fields below; held while w is written, so that a slow reader slows components
+	mu     sync.Mutex        // guards the fields below; held during write, so that a slow reader slows components
 	heads  map[string]string // by id: what stands between the time and the line
 	colour map[string]string // by id: the escape code, empty without colours
 	width  int               // of the longest id
-	w      io.Writer
 	buf    []byte
 	err    error
 }
 
-// newConsole returns a console for the components ids.
-func newConsole(w io.Writer, format string, colours bool, ids []string) *console {
-	c := &console{w: w, json: format == formatJSON, colours: colours, heads: make(map[string]string), colour: make(map[string]string), broken: make(chan struct{})}
+func newConsole(write func([]byte) (int, error), format string, colours bool, ids []string) *console {
+	c := &console{write: write, json: format == formatJSON, colours: colours, heads: make(map[string]string), colour: make(map[string]string), broken: make(chan struct{})}
 	for _, id := range ids {
 		c.width = max(c.width, len(id))
 	}
@@ -281,19 +299,12 @@ func (c *console) lines(id, stream string, lines []byte) {
 	} else {
 		c.appendText(id, lines, time.Now())
 	}
-	if _, err := c.w.Write(c.buf); err != nil {
+	if _, err := c.write(c.buf); err != nil {
 		c.err = err
 		close(c.broken)
 	}
-	if cap(c.buf) > 2*maxLine {
+	if cap(c.buf) > maxKept {
 		c.buf = nil
-	}
-}
-
-// flush returns when the lines that it was given are written, however long that takes.
-func (c *console) flush() {
-	if w, ok := c.w.(waiting); ok {
-		w.await()
 	}
 }
 
@@ -331,10 +342,387 @@ func (c *console) appendJSON(id, stream string, lines []byte, now time.Time) {
 	c.buf = out.Bytes()
 }
 
-// cutLine takes the first line off lines, without its newline and a CR before that.
-func cutLine(lines []byte) (line, rest []byte) {
-	line, rest, _ = bytes.Cut(lines, []byte{'\n'})
-	return bytes.TrimSuffix(line, []byte{'\r'}), rest
+// blockingFile writes to a file as if it had never been set to be non-blocking. Any
+// program that shares a terminal with flowctl can do that to it (ssh and node do).
+type blockingFile struct{ f *os.File }
+
+func (b blockingFile) Write(p []byte) (written int, err error) {
+	for {
+		n, err := b.f.Write(p[written:])
+		written += n
+		if !errors.Is(err, syscall.EAGAIN) {
+			return written, err
+		}
+		if err := syscall.SetNonblock(int(b.f.Fd()), false); err != nil {
+			return written, err
+		}
+	}
+}
+
+// logWriter passes lines on to w in the background, because who logs must not wait for
+// a terminal that is held or a pipe that nobody reads. It is written to in two ways:
+// Write, for flowctl's own log, never waits, and drops lines past maxQueued bytes and
+// says so; writeWaiting, for the lines of components, waits and drops nothing.
+type logWriter struct {
+	w         io.Writer
+	json      bool             // its lines are JSON, and so is what it says itself
+	wakeup    chan struct{}    // gets a token when there is something to do
+	signals   <-chan os.Signal // nil for none
+	signalled func(os.Signal)  // called between two writes
+	ended     chan struct{}    // closed when run has returned
+
+	mu      sync.Mutex // guards the fields below
+	queue   []byte
+	own     int           // bytes of queue that came by Write
+	taken   sync.Cond     // signalled when queue was taken, or will not be
+	written chan struct{} // closed when what is queued now was written, nil when nobody waits for that
+	lost    int           // lines
+	err     error         // the first of w
+	closed  bool
+}
+
+func newLogWriter(w io.Writer, format string, signals <-chan os.Signal, signalled func(os.Signal)) *logWriter {
+	l := &logWriter{w: w, json: format == formatJSON, wakeup: make(chan struct{}, 1), signals: signals, signalled: signalled, ended: make(chan struct{})}
+	l.taken.L = &l.mu
+	go l.run()
+	return l
+}
+
+// Write takes whole lines. It never blocks and never fails.
+func (l *logWriter) Write(lines []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.own+len(lines) > maxQueued {
+		l.lost++
+	} else {
+		l.queue, l.own = append(l.queue, lines...), l.own+len(lines)
+	}
+	l.wake()
+	return len(lines), nil
+}
+
+// writeWaiting takes whole lines, after waiting while maxAhead bytes are queued. It
+// fails after w has.
+func (l *logWriter) writeWaiting(lines []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for len(l.queue) >= maxAhead && l.err == nil && !l.closed {
+		l.taken.Wait()
+	}
+	switch {
+	case l.err != nil:
+		return 0, l.err
+	case l.closed:
+		return 0, os.ErrClosed
+	}
+	l.queue = append(l.queue, lines...)
+	l.wake()
+	return len(lines), nil
+}
+
+// wake has w written to, with no lines if there are none.
+func (l *logWriter) wake() {
+	select {
+	case l.wakeup <- struct{}{}:
+	default:
+	}
+}
+
+func (l *logWriter) run() {
+	defer close(l.ended)
+	var lines []byte
+	for closed := false; !closed; {
+		select {
+		case <-l.wakeup:
+		case sig := <-l.signals:
+			l.signalled(sig)
+		}
+		l.mu.Lock()
+		lines, l.queue, l.own = l.queue, lines[:0], 0
+		if l.lost > 0 {
+			lines = l.appendLost(lines)
+		}
+		written := l.written
+		l.lost, l.written, closed = 0, nil, l.closed
+		l.taken.Broadcast()
+		l.mu.Unlock()
+		if _, err := l.w.Write(lines); err != nil {
+			l.fail(err)
+		}
+		if cap(lines) > maxKept {
+			lines = nil
+		}
+		if written != nil {
+			close(written)
+		}
+	}
+}
+
+// appendLost appends how many lines were dropped, in the form of the others.
+func (l *logWriter) appendLost(lines []byte) []byte {
+	text := fmt.Sprintf("%d lines of this log are lost: standard error was not read", l.lost)
+	if l.json {
+		out := bytes.NewBuffer(lines)
+		newLogger(out, formatJSON, slog.LevelInfo).Error(text, "lines", l.lost)
+		return out.Bytes()
+	}
+	return fmt.Appendf(lines, "flowctl: %s\n", text)
+}
+
+// fail keeps err for writeWaiting. Write has nobody to tell.
+func (l *logWriter) fail(err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.err = cmp.Or(l.err, err)
+	l.taken.Broadcast()
+}
+
+// pending returns a channel that is closed when all that is queued now was written.
+func (l *logWriter) pending() <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.written == nil {
+		l.written = make(chan struct{})
+	}
+	l.wake()
+	return l.written
+}
+
+// await returns when all that is queued was written, or never will be.
+func (l *logWriter) await() {
+	select {
+	case <-l.pending():
+	case <-l.ended:
+	}
+}
+
+// flush is await for at most so long.
+func (l *logWriter) flush(most time.Duration) {
+	timer := time.NewTimer(most)
+	defer timer.Stop()
+	select {
+	case <-l.pending():
+	case <-l.ended:
+	case <-timer.C:
+	}
+}
+
+// close writes what is left, unless that takes longer than flushTime.
+func (l *logWriter) close() {
+	l.mu.Lock()
+	l.closed = true
+	l.taken.Broadcast()
+	l.mu.Unlock()
+	l.wake()
+	timer := time.NewTimer(flushTime)
+	defer timer.Stop()
+	select {
+	case <-l.ended:
+	case <-timer.C:
+	}
+}
+
+// screen is a terminal with a footer below the lines. All that flowctl shows on it
+// passes through lines, a logWriter that writes to the screen.
+//
+// The footer begins with an empty row, and the cursor rests at its start. What is to
+// be erased before the next lines is always what is below the cursor, so neither the
+// width of lines, nor what a terminal makes of them when it is resized, nor what the
+// user types in a line needs to be known. Where Enter has taken the cursor away, it is
+// brought back to where it was saved; but Enter pressed so often between two redraws
+// that the terminal scrolls the footer leaves a copy of it among the lines. A terminal
+// may be narrower by now than it was when it was asked, so rows are written with
+// autowrap off (DECAWM), and on again by the same write(2): that is all that is ever
+// changed of it, and there is nothing to restore, however flowctl ends.
+type screen struct {
+	f       *os.File
+	lines   *logWriter
+	shared  bool           // the lines of components are on it, too
+	signals chan os.Signal // SIGWINCH, SIGCONT and SIGTSTP, for the goroutine of lines
+
+	// Only the owner of the run uses these.
+	updated time.Time // when it was given rows last
+	overdue bool      // there would have been others, but updated was too young
+
+	mu   sync.Mutex // guards the fields below
+	rows []string   // of the footer, in full; folded, it is the first
+	gone bool       // for good
+
+	// Only the goroutine of lines uses these.
+	suspended     bool // by Ctrl-Z
+	buf           []byte
+	drawn         []byte // the footer as it is on the terminal, nil for none
+	width, height int    // of the terminal then
+	typed         int    // bytes that nobody had read then
+}
+
+// openScreen returns the screen on standard error, and whether standard output is it,
+// too. It is nil where standard error is no terminal that can have a footer, or
+// standard output is another one, or a pipe.
+func openScreen() (s *screen, shared bool) {
+	out, outErr := os.Stdout.Stat()
+	stderr, stderrErr := os.Stderr.Stat()
+	if outErr != nil || stderrErr != nil || !isTerminal(os.Stderr) || os.Getenv("TERM") == "dumb" {
+		return nil, false
+	}
+	shared = isTerminal(os.Stdout)
+	maybeHere := out.Mode()&(os.ModeNamedPipe|os.ModeSocket) != 0 // of tee, say: what it gets can come to this terminal
+	if maybeHere || shared && !os.SameFile(out, stderr) {
+		return nil, false
+	}
+	s = &screen{f: os.Stderr, shared: shared, signals: make(chan os.Signal, 4)}
+	signal.Notify(s.signals, syscall.SIGWINCH, syscall.SIGCONT)
+	if canBeSuspended() {
+		signal.Notify(s.signals, syscall.SIGTSTP)
+	}
+	s.lines = newLogWriter(s, formatText, s.signals, s.signalled)
+	return s, shared
+}
+
+func (s *screen) close() {
+	if s != nil {
+		signal.Stop(s.signals)
+	}
+}
+
+// shows tells whether the footer is there to be read.
+func (s *screen) shows() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.gone && inForeground(s.f)
+}
+
+// show has rows for a footer from now on.
+func (s *screen) show(rows []string) {
+	s.mu.Lock()
+	s.rows = rows
+	s.mu.Unlock()
+	s.lines.wake()
+}
+
+// remove erases the footer for good, and returns when that is done or eraseTime is over.
+func (s *screen) remove() {
+	s.mu.Lock()
+	s.gone = true
+	s.mu.Unlock()
+	s.lines.flush(eraseTime)
+}
+
+// signalled acts on a signal; the redraw follows. After Ctrl-Z the terminal is the
+// shell's, so the footer is erased before flowctl stops, and when it goes on there is
+// none to erase: what is below the cursor is not flowctl's any more.
+func (s *screen) signalled(sig os.Signal) {
+	switch sig {
+	case syscall.SIGTSTP:
+		s.suspended = true
+		_, _ = s.Write(nil)
+		stopSelf()
+	case syscall.SIGCONT:
+		s.suspended, s.drawn = false, nil
+	}
+}
+
+// Write writes whole lines, and the footer below them, by one write(2).
+func (s *screen) Write(lines []byte) (int, error) {
+	width, height := terminalSize(s.f)
+	footer, ours := s.footer(width, height)
+	if !ours {
+		s.drawn = nil // it is not ours to erase any more
+	}
+	typed, resized := unread(s.f), width != s.width || height != s.height
+	if len(lines) == 0 && bytes.Equal(footer, s.drawn) && (footer == nil || typed == s.typed && !resized) {
+		return 0, nil
+	}
+	out := s.buf[:0]
+	if s.drawn != nil {
+		if typed != s.typed && !resized {
+			out = append(out, "\x1b8"...)
+		}
+		if len(lines) > 0 || footer == nil {
+			out = append(out, "\r \x1b[J\r"...) // not from its corner: tmux would take what is erased into its history
+		} else {
+			out = append(out, "\r\x1b[K"...) // the rest is written over, which does not flicker
+		}
+	}
+	out = appendSanitized(out, lines)
+	out = append(out, footer...)
+	s.buf, s.drawn, s.width, s.height, s.typed = out, footer, width, height, typed
+	if cap(s.buf) > maxKept {
+		s.buf = nil
+	}
+	if _, err := (blockingFile{s.f}).Write(out); err != nil {
+		return 0, err
+	}
+	return len(lines), nil
+}
+
+// footer is what draws it from the start of an empty row, where the cursor then is
+// again, and saved. It has no newlines, at which the kernel would split it. Where it
+// would take more than half of the terminal it is folded to its first row. It is nil
+// for none, and ours is false where the terminal is another's now.
+func (s *screen) footer(width, height int) (footer []byte, ours bool) {
+	if !inForeground(s.f) {
+		return nil, false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	rows := s.rows
+	if 1+len(rows) > height/2 {
+		rows = rows[:min(1, len(rows))]
+	}
+	if s.suspended || s.gone || len(rows) == 0 || height < 3 {
+		return nil, true
+	}
+	footer = append(footer, "\x1b[?7l"...)
+	for _, row := range rows {
+		footer = append(append(append(footer, "\x1bE"...), cut(row, width-1)...), "\x1b[K"...)
+	}
+	return fmt.Appendf(footer, "\x1b[J\x1b[?7h\x1b[%dA\r\x1b7", len(rows)), true
+}
+
+// controls are the sequences of ECMA-48 within a line, as bytes of UTF-8. Group 1 is
+// one that only sets colours and the like (SGR). A sequence without its end is matched
+// as far as it goes, but for a control string, of which it is only the beginning.
+var controls = regexp.MustCompile(`(\x1b\[[0-9:;]*m)` +
+	`|(?:\x1b\[|\x{9b})[ -?]*[@-~]?` + // CSI
+	`|(?:\x1b\]|\x{9d})[^\x07\x1b\x{80}-\x{9f}]*(?:\x07|\x1b\\|\x{9c})` + // OSC
+	`|(?:\x1b[PX^_]|[\x{90}\x{98}\x{9e}\x{9f}])[^\x1b\x{80}-\x{9f}]*(?:\x1b\\|\x{9c})` + // DCS, SOS, PM, APC
+	`|\x1b[ -/]*[0-~]?` + // all others of ESC
+	`|[\x0e\x0f\x{80}-\x{9f}]`) // SO, SI, C1
+
+// appendSanitized appends lines without what would move the cursor or change the
+// terminal, and ends a colour with the line that left it on.
+func appendSanitized(out, lines []byte) []byte {
+	if !hasControls(lines) {
+		return append(out, lines...)
+	}
+	for line := range bytes.Lines(lines) {
+		if !hasControls(line) {
+			out = append(out, line...)
+			continue
+		}
+		line, ended := bytes.CutSuffix(line, []byte("\n"))
+		line = controls.ReplaceAll(line, []byte("$1"))
+		out = append(out, line...)
+		if last := bytes.LastIndexByte(line, '\x1b'); last >= 0 && !bytes.HasPrefix(line[last:], []byte("\x1b[0m")) && !bytes.HasPrefix(line[last:], []byte("\x1b[m")) {
+			out = append(out, "\x1b[0m"...)
+		}
+		if ended {
+			out = append(out, '\n')
+		}
+	}
+	return out
+}
+
+// hasControls tells whether something in lines may match controls: each begins with
+// ESC, SO, SI, or the first byte of a C1 control character.
+func hasControls(lines []byte) bool {
+	for _, b := range []byte{'\x1b', '\x0e', '\x0f', '\xc2'} {
+		if bytes.IndexByte(lines, b) >= 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // logFiles keeps the lines of each component in a file of its own below a folder,
@@ -363,8 +751,6 @@ type logFile struct {
 	missing int // lines that could not be written
 }
 
-const maxLogFile = 10 << 20
-
 // openLogFiles makes the folder and opens a file for each of ids.
 func openLogFiles(dir string, ids []string, log *slog.Logger) (*logFiles, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -380,6 +766,8 @@ func openLogFiles(dir string, ids []string, log *slog.Logger) (*logFiles, error)
 	return l, nil
 }
 
+func (l *logFiles) path(id string) string { return filepath.Join(l.dir, id+".log") }
+
 // add opens the file of id, if that has not been done.
 func (l *logFiles) add(id string) error {
 	l.mu.Lock()
@@ -387,7 +775,7 @@ func (l *logFiles) add(id string) error {
 	if l.byID[id] != nil {
 		return nil
 	}
-	f := &logFile{path: filepath.Join(l.dir, id+".log")}
+	f := &logFile{path: l.path(id)}
 	if err := f.open(); err != nil {
 		return err
 	}
@@ -459,7 +847,7 @@ func (f *logFile) write(lines []byte, now time.Time) error {
 		return err
 	}
 	f.size += int64(len(f.buf))
-	if cap(f.buf) > 2*maxLine {
+	if cap(f.buf) > maxKept {
 		f.buf = nil
 	}
 	return rotated
@@ -489,284 +877,4 @@ func (f *logFile) open() error {
 	}
 	f.f, f.size, f.most = file, info.Size(), maxLogFile
 	return nil
-}
-
-const (
-	footerTime = 250 * time.Millisecond // the footer changes no more often
-	uptimeTime = time.Second            // it is drawn anew so often although nothing happens
-	eraseTime  = time.Second            // for a terminal to take what is to be on it before others use it
-)
-
-// screen is a terminal with a footer below the lines: all that flowctl shows on it
-// passes through lines, a logWriter that writes to the screen.
-//
-// The footer begins with an empty row, and the cursor rests at its start. What is to
-// be erased before the next lines is always what is below the cursor, so neither the
-// width of lines, nor what a terminal makes of them when it is resized, nor what the
-// user types in a line needs to be known. Where Enter has taken the cursor away, it is
-// brought back to where it was saved; but Enter pressed so often between two redraws
-// that the terminal scrolls the footer leaves a copy of it among the lines. A terminal
-// may be narrower by now than it was when it was asked, so rows are written with
-// autowrap off (DECAWM), and on again by the same write(2): that is all that is ever
-// changed of it, and there is nothing to restore, however flowctl ends.
-type screen struct {
-	f       *os.File
-	lines   *logWriter
-	signals chan os.Signal // SIGWINCH and SIGTSTP, which the owner hands to signalled
-
-	mu        sync.Mutex // guards the fields below
-	rows      []string   // of the footer, in full; folded, it is the first
-	suspended bool
-	gone      bool // for good
-
-	// Only Write, which lines calls, uses what follows.
-	buf           []byte
-	drawn         []byte // the footer as it is on the terminal, nil for none
-	width, height int    // of the terminal then
-	typed         int    // bytes that nobody had read then
-}
-
-// openOutputs returns where the log of a run goes, where the lines of its components
-// go, and the screen that both are on. That is nil where the status goes into the log:
-// it is not to be shown otherwise, standard error is no terminal that can have a
-// footer, or standard output is another one, or a pipe.
-func openOutputs(format string, showStatus bool) (stderr *logWriter, stdout io.Writer, s *screen) {
-	out, _ := os.Stdout.Stat()
-	err, _ := os.Stderr.Stat()
-	piped := !isTerminal(os.Stdout)
-	maybeHere := out.Mode()&(os.ModeNamedPipe|os.ModeSocket) != 0 // of tee, say: what it gets can come to this terminal
-	if !showStatus || format != formatText || !isTerminal(os.Stderr) || os.Getenv("TERM") == "dumb" || maybeHere || !piped && !os.SameFile(out, err) {
-		return newLogWriter(patient{os.Stderr}, format), patient{os.Stdout}, nil
-	}
-	s = &screen{f: os.Stderr, signals: make(chan os.Signal, 4)}
-	s.lines = newLogWriter(s, format)
-	signal.Notify(s.signals, syscall.SIGWINCH)
-	if !signal.Ignored(syscall.SIGTSTP) {
-		signal.Notify(s.signals, syscall.SIGTSTP)
-	}
-	if piped {
-		return s.lines, patient{os.Stdout}, s
-	}
-	return s.lines, waiting{s.lines}, s
-}
-
-// events is nil, which never has any, for no screen.
-func (s *screen) events() <-chan os.Signal {
-	if s == nil {
-		return nil
-	}
-	return s.signals
-}
-
-// shows tells whether the footer is there to be read. A flowctl in the background has
-// none: the terminal is another's.
-func (s *screen) shows() bool {
-	if s == nil {
-		return false
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return !s.suspended && !s.gone && inForeground(s.f)
-}
-
-// show has rows for a footer from now on.
-func (s *screen) show(rows []string) {
-	s.mu.Lock()
-	s.rows = rows
-	s.mu.Unlock()
-	s.lines.poke()
-}
-
-// dismiss erases the footer for good, and returns when that is done or eraseTime is over.
-func (s *screen) dismiss() {
-	if s == nil {
-		return
-	}
-	s.mu.Lock()
-	s.gone = true
-	s.mu.Unlock()
-	s.lines.flush(eraseTime)
-}
-
-// signalled acts on a signal. By SIGTSTP, of Ctrl-Z, flowctl stops: it returns when
-// it runs again.
-func (s *screen) signalled(sig os.Signal) {
-	if sig == syscall.SIGTSTP {
-		s.suspend(true)
-		s.lines.flush(eraseTime)
-		stopSelf()
-		s.suspend(false)
-	}
-	s.lines.poke()
-}
-
-func (s *screen) suspend(suspended bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.suspended = suspended
-}
-
-// Write writes whole lines, and the footer below them, by one write(2).
-func (s *screen) Write(lines []byte) (int, error) {
-	width, height := terminalSize(s.f)
-	footer, ours := s.footer(width, height)
-	if !ours {
-		s.drawn = nil // it is not ours to erase any more
-	}
-	typed, resized := unread(s.f), width != s.width || height != s.height
-	if len(lines) == 0 && bytes.Equal(footer, s.drawn) && (footer == nil || typed == s.typed && !resized) {
-		return 0, nil
-	}
-	out := s.buf[:0]
-	if s.drawn != nil {
-		if typed != s.typed && !resized {
-			out = append(out, "\x1b8"...)
-		}
-		if len(lines) > 0 || footer == nil {
-			out = append(out, "\r \x1b[J\r"...) // not from its corner: tmux would take what is erased into its history
-		} else {
-			out = append(out, "\r\x1b[K"...) // the rest is written over, which does not flicker
-		}
-	}
-	out = appendTame(out, lines)
-	out = append(out, footer...)
-	s.buf, s.drawn, s.width, s.height, s.typed = out, footer, width, height, typed
-	if cap(s.buf) > 2*maxLine {
-		s.buf = nil
-	}
-	if _, err := (patient{s.f}).Write(out); err != nil {
-		return 0, err
-	}
-	return len(lines), nil
-}
-
-// footer is what draws it from the start of an empty row, where the cursor then is
-// again, and saved. It has no newlines, at which the kernel would split it. Where it
-// would take more than half of the terminal it is folded to its first row. It is nil
-// for none, and ours is false where the terminal is another's now.
-func (s *screen) footer(width, height int) (footer []byte, ours bool) {
-	if !inForeground(s.f) {
-		return nil, false
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	rows := s.rows
-	if 1+len(rows) > height/2 {
-		rows = rows[:min(1, len(rows))]
-	}
-	if s.suspended || s.gone || len(rows) == 0 || height < 3 {
-		return nil, true
-	}
-	footer = append(footer, "\x1b[?7l"...)
-	for _, row := range rows {
-		footer = append(append(append(footer, "\x1bE"...), cut(row, width-1)...), "\x1b[K"...)
-	}
-	return fmt.Appendf(footer, "\x1b[J\x1b[?7h\x1b[%dA\r\x1b7", len(rows)), true
-}
-
-// appendTame appends lines without what would move the cursor or change the terminal,
-// and ends a colour with the line that left it on. Sequences are those of ECMA-48.
-func appendTame(out, lines []byte) []byte {
-	lit := false // by a colour, or what else SGR can do
-	for len(lines) > 0 {
-		plain := 0
-		for plain < len(lines) && !wild[lines[plain]] && (!lit || lines[plain] != '\n') {
-			plain++
-		}
-		out, lines = append(out, lines[:plain]...), lines[plain:]
-		if len(lines) == 0 {
-			break
-		}
-		if lines[0] == '\n' {
-			out, lines, lit = append(out, "\x1b[0m\n"...), lines[1:], false
-			continue
-		}
-		n, sgr := sequence(lines)
-		if sgr {
-			out = append(out, lines[:n]...)
-			lit = !bytes.Equal(lines[:n], []byte("\x1b[0m")) && !bytes.Equal(lines[:n], []byte("\x1b[m"))
-		} else if n == 0 {
-			out, n = append(out, lines[0]), 1
-		}
-		lines = lines[n:]
-	}
-	return out
-}
-
-// wild are the bytes with which something begins that is not text: ESC, SO, SI, and
-// the first of two that are a control character of the second set in UTF-8.
-var wild = [256]bool{0x1b: true, 0x0e: true, 0x0f: true, 0xc2: true}
-
-// sequence is how many of the bytes at the start of text, which is wild, are no text.
-// Of a sequence that has no end in its line that is only how it begins.
-func sequence(text []byte) (n int, sgr bool) {
-	text, _, _ = bytes.Cut(text, []byte{'\n'})
-	kind := byte(0)
-	switch {
-	case text[0] == 0x0e || text[0] == 0x0f:
-		return 1, false
-	case len(text) < 2:
-		if text[0] == 0x1b {
-			return 1, false
-		}
-		return 0, false
-	case text[0] == 0x1b:
-		kind = text[1]
-	case text[1] >= 0x80 && text[1] < 0xa0:
-		kind = text[1] - 0x40 // ESC and this mean the same
-	default:
-		return 0, false
-	}
-	switch kind {
-	case '[':
-		n, sgr = controlSequence(text[2:])
-		return 2 + n, sgr && text[0] == 0x1b
-	case ']', 'P', 'X', '^', '_':
-		return 2 + controlString(text[2:], kind == ']'), false
-	}
-	if text[0] != 0x1b {
-		return 2, false
-	}
-	n = 1
-	for n < len(text) && text[n] >= 0x20 && text[n] < 0x30 {
-		n++
-	}
-	if n < len(text) && text[n] >= 0x30 && text[n] < 0x7f {
-		n++
-	}
-	return n, false
-}
-
-// controlSequence is the length of what follows CSI, as far as it is well formed, and
-// whether it is SGR: parameters of digits, and m.
-func controlSequence(text []byte) (n int, sgr bool) {
-	for n < len(text) && (text[n] >= '0' && text[n] <= '9' || text[n] == ';' || text[n] == ':') {
-		n++
-	}
-	if n < len(text) && text[n] == 'm' {
-		return n + 1, true
-	}
-	for n < len(text) && text[n] >= 0x20 && text[n] < 0x40 {
-		n++
-	}
-	if n < len(text) && text[n] >= 0x40 && text[n] < 0x7f {
-		n++
-	}
-	return n, false
-}
-
-// controlString is the length of what follows OSC, DCS or the like up to its end, 0
-// where that is missing. BEL ends one too, if bell is true.
-func controlString(text []byte, bell bool) int {
-	for i, b := range text {
-		switch {
-		case b == '\a' && bell:
-			return i + 1
-		case b == 0x1b && i+1 < len(text) && text[i+1] == '\\', b == 0xc2 && i+1 < len(text) && text[i+1] == 0x9c:
-			return i + 2
-		case b == 0x1b:
-			return 0
-		}
-	}
-	return 0
 }

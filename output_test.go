@@ -858,3 +858,18 @@ func TestNonBlockingOutputIsComplete(t *testing.T) {
 	y.same(t, "a", data)
 	y.clean(t)
 }
+
+// What was written before close has come through when close returns, which is at once.
+func TestLogWriter_CloseDoesNotHang(t *testing.T) {
+	t.Parallel()
+	for i := range 20_000 {
+		var got bytes.Buffer
+		l := newLogWriter(&got, formatText, nil, nil)
+		_, _ = l.Write([]byte("last\n"))
+		began := time.Now()
+		l.close()
+		if got.String() != "last\n" || time.Since(began) > flushTime/2 {
+			t.Fatalf("close %d took %s and has written %q", i, time.Since(began), got.String())
+		}
+	}
+}

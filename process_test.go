@@ -769,14 +769,14 @@ func FuzzPassLines(f *testing.F) {
 // BenchmarkPump is what a line costs from the pipe to the console's writer.
 func BenchmarkPump(b *testing.B) {
 	lines := []byte(strings.Repeat(strings.Repeat("x", 99)+"\n", 600))
-	out := newConsole(io.Discard, formatText, false, []string{"a"})
+	out := newConsole(io.Discard.Write, formatText, false, []string{"a"})
 	r, w, err := os.Pipe()
 	if err != nil {
 		b.Fatal(err)
 	}
 	c := &child{drained: make(chan struct{})}
 	c.pumping.Store(1)
-	go c.pump("a", "stdout", r, out.lines, out.flush)
+	go c.pump("a", "stdout", r, out.lines, nil)
 	b.SetBytes(int64(len(lines)))
 	b.ReportAllocs()
 	for b.Loop() {

@@ -1,18 +1,15 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
 	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -74,7 +71,7 @@ func (c *runConfig) read() (*Pipeline, error) {
 type run struct {
 	flags       runConfig
 	log         *slog.Logger
-	stderr      *logWriter
+	out         *outputs
 	cleanups    []func() // of what was opened, in that order
 	file        *runFile
 	certs       *certificates // nil without TLS
@@ -82,16 +79,10 @@ type run struct {
 	registry    *registry
 	children    *reaper
 	sup         *supervisor
-	console     *console
-	screen      *screen   // nil where there is no footer
-	shown       time.Time // when it was given a footer last
-	stale       bool      // showFooter has passed one over, which is due footerTime after shown
 	about       about
-	files       *logFiles   // nil for none
-	entrance    bool        // there is a listener without TLS, or no TLS
-	edition     int         // of sup, which the registry knows
-	guest       *guest      // nil for none
-	journal     *journalLog // nil where the log is not in the journal
+	entrance    bool   // there is a listener without TLS, or no TLS
+	edition     int    // of sup, which the registry knows
+	guest       *guest // nil for none
 	reloads     chan reloadRequest
 	over        chan struct{}        // closed when loop has returned
 	watchdog    time.Duration        // how often systemd wants to hear that flowctl turns, 0 for never
@@ -119,7 +110,9 @@ func runPipeline(p *Pipeline, o runConfig) error {
 	for _, c := range p.components() {
 		ids = append(ids, c.ID)
 	}
-	r.openLog(ids)
+	r.out = openOutputs(outputConfig{pipeline: r.about.name, ids: ids, format: o.format, level: o.logLevel, footer: o.showStatus})
+	r.atEnd(r.out.close)
+	r.log = r.out.log
 	r.watchdog = watchdogInterval(r.log)
 	signals := catchSignals()
 	if stopped, err := r.prepare(p, signals); err != nil || stopped {
@@ -131,7 +124,7 @@ func runPipeline(p *Pipeline, o runConfig) error {
 	}
 	settings := procSettings{
 		startTimeout: o.startTimeout, stopTimeout: o.stopTimeout, heartbeat: o.ttl / 3, endpoint: access.endpoint,
-		tlsEnv: access.tlsEnv, gateway: gatewayEndpoint(lis.Addr(), r.endpoint), engine: r.flags.engine, flush: r.console.flush,
+		tlsEnv: access.tlsEnv, gateway: gatewayEndpoint(lis.Addr(), r.endpoint), engine: r.flags.engine, flush: r.out.flush,
 	}
 	if err := r.supervise(p, ids, settings); err != nil {
 		return err
@@ -160,20 +153,6 @@ func (r *run) cleanUp() {
 	for _, f := range slices.Backward(r.cleanups) {
 		f()
 	}
-}
-
-// openLog opens flowctl's own log and what the lines of the components ids go to.
-func (r *run) openLog(ids []string) {
-	var stdout io.Writer
-	r.stderr, stdout, r.screen = openOutputs(r.flags.format, r.flags.showStatus)
-	r.atEnd(r.stderr.close)
-	r.log = newLogger(r.stderr, r.flags.format, r.flags.logLevel)
-	if r.flags.format == formatJournal {
-		r.journal = openJournal(r.about.name, ids)
-		r.atEnd(r.journal.close)
-		r.log = slog.New(r.journal.handler(r.flags.logLevel))
-	}
-	r.console = newConsole(stdout, r.flags.format, useColours(os.Stdout), ids)
 }
 
 // prepare does what comes before anything that others could see: it claims the name of
@@ -237,16 +216,15 @@ func (r *run) supervise(p *Pipeline, ids []string, settings procSettings) (err e
 		return &exitError{exitUsage, err}
 	}
 	if r.flags.logDir != "" {
-		switch r.files, err = openLogFiles(r.flags.logDir, ids, r.log); {
-		case err == nil:
-			r.atEnd(r.files.close)
-		case r.flags.logDirOptional:
+		err := r.out.openFiles(r.flags.logDir, ids)
+		switch {
+		case err != nil && r.flags.logDirOptional:
 			r.log.Warn("no log files", "err", err)
-		default:
+		case err != nil:
 			return &exitError{exitUsage, fmt.Errorf("-log-dir: %v", err)}
 		}
 	}
-	if r.sup, err = newSupervisor(p, settings, r.emit, r.log, r.children); err != nil {
+	if r.sup, err = newSupervisor(p, settings, r.out.emit, r.log, r.children); err != nil {
 		return &exitError{exitFailed, err}
 	}
 	r.registry, r.edition = newRegistry(r.flags.ttl, r.flags.interval, r.endpoint, r.sup.members()), r.sup.edition
@@ -258,38 +236,16 @@ func (r *run) supervise(p *Pipeline, ids []string, settings procSettings) (err e
 	return nil
 }
 
-// emit is the emitter of all components. It writes the files first, so that what is shown
-// is in them.
-func (r *run) emit(id, stream string, lines []byte) {
-	if r.files != nil {
-		r.files.lines(id, stream, lines)
-	}
-	if r.journal != nil {
-		r.journal.lines(id, stream, lines)
-	} else {
-		r.console.lines(id, stream, lines)
-	}
-}
-
 // end says what has failed, last of all, and returns an *exitError unless nothing has.
 func (r *run) end() error {
-	r.screen.dismiss()
+	r.out.removeFooter()
 	if len(r.sup.failures()) > 0 && r.code == exitOK {
 		r.code = exitFailed // found while stopping: a process that survived SIGKILL
 	}
 	if r.code == exitOK {
 		return nil
 	}
-	switch report := r.report(); {
-	case r.journal != nil:
-		r.journal.report(report)
-	case r.flags.format == formatJSON:
-		report.writeJSON(r.stderr)
-	default:
-		var text bytes.Buffer // a line at a time could be lost by half
-		report.writeText(&text)
-		_, _ = text.WriteTo(r.stderr)
-	}
+	r.out.report(r.report().forms())
 	return &exitError{code: r.code}
 }
 
@@ -306,7 +262,7 @@ func (p *proc) report() processReport {
 func (r *run) loop(signals <-chan os.Signal) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	broken := r.console.broken
+	broken := r.out.broken
 	var due time.Time // when there is something to do although nothing happens
 	var guestEnded <-chan *os.ProcessState
 	if r.guest != nil {
@@ -330,9 +286,7 @@ func (r *run) loop(signals <-chan os.Signal) {
 		select {
 		case sig := <-signals:
 			r.signalled(sig, time.Now())
-		case sig := <-r.screen.events():
-			r.screen.signalled(sig)
-		case <-r.footerDue(): // a timer of its own: that timer is late is how flowctl knows that it was stopped
+		case <-r.out.footerDue(): // a timer of its own: that timer is late is how flowctl knows that it was stopped
 		case <-r.registry.wake:
 		case e := <-r.sup.exits:
 			r.exited(e, time.Now())
@@ -347,8 +301,8 @@ func (r *run) loop(signals <-chan os.Signal) {
 			request.answer <- reloadAnswer{out, err}
 		case <-broken:
 			broken = nil
-			r.log.Error("standard output cannot be written, stopping", "err", r.console.err)
-			r.blame = fmt.Errorf("standard output cannot be written: %v", r.console.err)
+			r.log.Error("standard output cannot be written, stopping", "err", r.out.brokenErr())
+			r.blame = fmt.Errorf("standard output cannot be written: %v", r.out.brokenErr())
 			r.stop(exitFailed, time.Now())
 		case <-timer.C:
 		}
@@ -420,7 +374,7 @@ func (r *run) advance(now time.Time) {
 		r.sup.advanceStop(now)
 	}
 	r.showStatus()
-	r.showFooter(now)
+	r.out.updateFooter(now, func() []string { return r.footerRows(now) })
 }
 
 // failed ends the run because of failures. The first decides the exit code.
@@ -616,7 +570,7 @@ func (r *run) checkReady(now time.Time) {
 	if r.guest == nil {
 		return
 	}
-	r.screen.dismiss() // the terminal is the command's now
+	r.out.removeFooter() // the terminal is the command's now
 	if err := r.guest.start(r.sup); err != nil {
 		r.log.Error("the command did not start", "err", err)
 		r.blame = err
@@ -674,7 +628,7 @@ func (r *run) showStatus() {
 	}
 	r.about.status = status
 	r.registry.report(r.about)
-	if r.flags.showStatus && !r.screen.shows() {
+	if r.flags.showStatus && !r.out.showsFooter() {
 		r.log.Info("status", o.attrs()...)
 	}
 	states := []string{"STATUS=" + status}
@@ -684,33 +638,14 @@ func (r *run) showStatus() {
 	notify(r.log, states...)
 }
 
-// showFooter gives the screen a new footer, unless the last is too young.
-func (r *run) showFooter(now time.Time) {
-	if r.screen == nil {
-		return
-	}
-	if r.stale = now.Sub(r.shown) < footerTime; r.stale {
-		return
-	}
-	r.shown = now
+// footerRows are the rows of the footer.
+func (r *run) footerRows(now time.Time) []string {
 	own := r.registry.own(now)
 	shown := listPipeline(own)
 	for _, c := range own.GetComponents() {
 		shown.Components = append(shown.Components, listComponent(c))
 	}
-	r.screen.show(shown.footerRows(now))
-}
-
-// footerDue gets the time when showFooter has something to do although nothing happens.
-func (r *run) footerDue() <-chan time.Time {
-	wait := uptimeTime
-	switch {
-	case r.screen == nil:
-		return nil
-	case r.stale:
-		wait = footerTime
-	}
-	return time.After(time.Until(r.shown.Add(wait)))
+	return shown.footerRows(now)
 }
 
 // guest is the command after --, which a pipeline that is ready is run for. It is no
@@ -879,17 +814,12 @@ func (r *run) applyFile() (reloaded, error) {
 	if err := cmp.Or(r.sup.settings.checkReach(p), r.flags.engine.checkNew(p, r.sup.procs)); err != nil {
 		return reloaded{}, err
 	}
-	if r.files != nil {
-		for _, c := range p.components() {
-			if err := r.files.add(c.ID); err != nil {
-				return reloaded{}, err
-			}
-		}
-	}
+	var ids []string
 	for _, c := range p.components() {
-		if r.console.add(c.ID); r.journal != nil {
-			r.journal.add(c.ID)
-		}
+		ids = append(ids, c.ID)
+	}
+	if err := r.out.add(ids); err != nil {
+		return reloaded{}, err
 	}
 	out, err := r.sup.reload(p)
 	for _, p := range r.sup.procs {
@@ -951,9 +881,7 @@ func (r *run) describe(p *proc) failedComponent {
 	for _, line := range f.tail {
 		out.LastLines = append(out.LastLines, strings.TrimSuffix(line, "\r"))
 	}
-	if r.files != nil {
-		out.LogFile = filepath.Join(r.files.dir, f.component.ID+".log")
-	}
+	out.LogFile = r.out.logFile(f.component.ID)
 	out.NeverStarted, out.Stopped = r.sup.affected(p)
 	return out
 }

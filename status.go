@@ -197,6 +197,24 @@ func (r report) writeJSON(w io.Writer) {
 	_ = enc.Encode(r) // texts, numbers and a time always encode, and there is nowhere to say that it is not written
 }
 
+// forms are those in which a run reports what failed.
+func (r report) forms() runReport {
+	var text, line bytes.Buffer
+	r.writeText(&text)
+	r.writeJSON(&line)
+	out := runReport{text: text.Bytes(), json: line.Bytes()}
+	if r.Error != "" {
+		out.journal = append(out.journal, journalEntry{message: r.Error})
+	}
+	for _, f := range r.Failures {
+		var text strings.Builder
+		f.writeText(&text, true)
+		message := strings.ReplaceAll("\n"+strings.TrimSuffix(text.String(), "\n"), "\nflowctl: ", "\n")[1:]
+		out.journal = append(out.journal, journalEntry{message, f.Component, f.Reason})
+	}
+	return out
+}
+
 // symptoms are texts by which the reason of a failure, or a component's last lines,
 // show what to try. The first that fits is taken; %s is the component's id.
 var symptoms = []struct {
@@ -641,11 +659,9 @@ func firstLine(text string) string {
 	return printable(text)
 }
 
-// showPipelines prints them as o wants it.
-func showPipelines(w io.Writer, pipelines []listedPipeline, o listOptions) error {
-	if o.json {
-		return writeJSON(w, pipelines)
-	}
+// showPipelines shows pipelines to a person, or of each the component id, if there is
+// one.
+func showPipelines(w io.Writer, pipelines []listedPipeline, id string) error {
 	now := time.Now()
 	out := bufio.NewWriter(w) // keeps the first error, for Flush
 	for i, p := range pipelines {
@@ -656,7 +672,7 @@ func showPipelines(w io.Writer, pipelines []listedPipeline, o listOptions) error
 			fmt.Fprintf(out, "%s | %s\n", clean(cmp.Or(p.Pipeline, p.Endpoint)), p.ended)
 			continue
 		}
-		if o.id == "" {
+		if id == "" {
 			p.writeTable(out, now)
 			continue
 		}
@@ -665,16 +681,4 @@ func showPipelines(w io.Writer, pipelines []listedPipeline, o listOptions) error
 		}
 	}
 	return out.Flush()
-}
-
-// cut shortens a line to width characters.
-func cut(line string, width int) string {
-	count := 0
-	for i := range line {
-		if count == width {
-			return line[:i]
-		}
-		count++
-	}
-	return line
 }

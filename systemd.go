@@ -1,9 +1,7 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -75,6 +73,7 @@ func passedListener(log *slog.Logger) (net.Listener, string, error) {
 const (
 	journalPatience = 10 * time.Second       // for a journal that takes nothing, before lines are given up
 	journalRetry    = 100 * time.Millisecond // from one try to the next: nothing tells of a socket that is back
+	flushTime       = 5 * time.Second        // for the last lines of a log, when flowctl ends
 	journalQueue    = 4096                   // records of flowctl's own log
 
 	// A longer line becomes a record for each so many bytes of it. The package journal
@@ -235,19 +234,18 @@ func linePriority(line []byte, stream string) ([]byte, journald.Priority) {
 	return line, journald.PriInfo
 }
 
-// report takes a report: a record for each component that failed, with all that is to
-// be said of it.
-func (j *journalLog) report(r report) {
-	if r.Error != "" {
-		j.log(journalRecord{message: r.Error, priority: journald.PriErr, fields: j.base})
-	}
-	for _, f := range r.Failures {
-		var text bytes.Buffer
-		f.writeText(&text, true)
-		fields := map[string]string{"COMPONENT": f.Component, "REASON": f.Reason}
-		maps.Copy(fields, j.base)
-		message := strings.ReplaceAll("\n"+strings.TrimSuffix(text.String(), "\n"), "\nflowctl: ", "\n")[1:]
-		j.log(journalRecord{message: message, priority: journald.PriErr, fields: fields})
+// journalEntry is a part of the report of a run that failed. component and reason are
+// empty where no component has failed.
+type journalEntry struct{ message, component, reason string }
+
+// report writes the report of a run that failed.
+func (j *journalLog) report(entries []journalEntry) {
+	for _, e := range entries {
+		fields := maps.Clone(j.base)
+		if e.component != "" {
+			fields["COMPONENT"], fields["REASON"] = e.component, e.reason
+		}
+		j.log(journalRecord{message: e.message, priority: journald.PriErr, fields: fields})
 	}
 }
 
@@ -308,7 +306,7 @@ func (h *journalHandler) Handle(ctx context.Context, r slog.Record) error {
 	var text strings.Builder
 	rest := slog.NewRecord(time.Time{}, r.Level, "", 0)
 	rest.AddAttrs(attrs...)
-	err := slog.NewTextHandler(&text, &slog.HandlerOptions{Level: r.Level, ReplaceAttr: readable(formatText)}).Handle(ctx, rest)
+	err := slog.NewTextHandler(&text, &slog.HandlerOptions{Level: r.Level, ReplaceAttr: durationText}).Handle(ctx, rest)
 	tail := strings.TrimPrefix(text.String(), "level="+r.Level.String()+` msg=""`)
 	h.journal.log(journalRecord{message: r.Message + strings.TrimSuffix(tail, "\n"), priority: levelPriority(r.Level), fields: fields})
 	return err
@@ -347,19 +345,13 @@ func fieldName(key string) string {
 	return name[:min(len(name), most)]
 }
 
-// resolveFormat turns auto into what it stands for here, and fails for a journal that
-// is not there. With auto, the journal is one that standard error leads to.
-func resolveFormat(format string) (string, error) {
-	switch {
-	case format == formatAuto:
-		if on, err := journald.StderrIsJournalStream(); err == nil && on && journald.Enabled() {
-			return formatJournal, nil
-		}
-		return formatText, nil
-	case format == formatJournal && !journald.Enabled():
-		return "", errors.New("-log-format journal: there is no journal on this machine (/run/systemd/journal/socket): choose auto, text or json")
-	}
-	return format, nil
+// journalRuns tells whether there is a journal on this machine.
+func journalRuns() bool { return journald.Enabled() }
+
+// stderrIsJournal tells whether standard error leads to the journal.
+func stderrIsJournal() bool {
+	on, err := journald.StderrIsJournalStream()
+	return err == nil && on && journald.Enabled()
 }
 
 // complaint is text for standard error: the journal is told that each line is an error.

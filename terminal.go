@@ -2,6 +2,7 @@ package main
 
 import (
 	"os"
+	"os/signal"
 	"syscall"
 	"unsafe"
 )
@@ -36,6 +37,19 @@ func takesInterrupts() bool {
 	defer tty.Close()
 	return inForeground(tty)
 }
+
+// canBeSuspended tells whether a shell with job control has started flowctl, which can
+// continue it after Ctrl-Z: such a shell gives each job a process group of its own, so
+// that it is not that of the leader of the session. Other process groups the kernel
+// does not stop by Ctrl-Z.
+func canBeSuspended() bool {
+	session, _, errno := syscall.Syscall(syscall.SYS_GETSID, 0, 0, 0)
+	return errno == 0 && int(session) != syscall.Getpgrp() && !signal.Ignored(syscall.SIGTSTP)
+}
+
+// stopSelf stops flowctl as Ctrl-Z would. It may return a moment before that; SIGCONT
+// comes when flowctl goes on.
+func stopSelf() { _ = syscall.Kill(syscall.Getpid(), syscall.SIGSTOP) }
 
 // terminalSize is 80 by 24 where the terminal does not tell.
 func terminalSize(f *os.File) (width, height int) {

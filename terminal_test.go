@@ -346,7 +346,7 @@ func TestFooterIsSuspended(t *testing.T) {
 	c.shows(slices.Concat([]string{"$ ./run", "15:04:05 a | registered"}, footerOf("a", "b"))...)
 	modes := c.modes()
 	c.keys("C-z")
-	stopped := []string{"$ ./run", "15:04:05 a | registered", "[1] + Stopped                    ./run", "$"}
+	stopped := []string{"$ ./run", "15:04:05 a | registered", "[1] + Stopped (signal)           ./run", "$"}
 	c.shows(stopped...)
 	c.restored()
 	c.let()
@@ -592,15 +592,14 @@ func (w *heldWriter) Write(p []byte) (int, error) {
 func TestHeldTerminal(t *testing.T) {
 	t.Parallel()
 	w := &heldWriter{began: make(chan struct{}, 1), let: make(chan struct{})}
-	l := newLogWriter(w, formatText)
-	lines := waiting{l}
-	_, _ = lines.Write([]byte("first\n"))
+	l := newLogWriter(w, formatText, nil, nil)
+	_, _ = l.writeWaiting([]byte("first\n"))
 	<-w.began // it is in hand, and what follows is queued
 	long := strings.Repeat("x", maxQueued) + "\n"
-	_, _ = lines.Write([]byte(long))
+	_, _ = l.writeWaiting([]byte(long))
 	_, _ = l.Write([]byte("report\n"))
 	written := make(chan struct{})
-	go func() { lines.await(); close(written) }()
+	go func() { l.await(); close(written) }()
 	select {
 	case <-written:
 		t.Error("await returns although nothing is written")
@@ -645,7 +644,7 @@ func TestNoFooter(t *testing.T) {
 	}
 }
 
-func TestAppendTame(t *testing.T) {
+func TestSanitize(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ in, want string }{
 		{"plain\n", "plain\n"},
@@ -663,7 +662,7 @@ func TestAppendTame(t *testing.T) {
 		{"£ é 日本 \xc2\n\xff\x9b\n", "£ é 日本 \xc2\n\xff\x9b\n"},
 		{"a\x1b\nb\x1b[\nc\x1b]\n", "a\nb\nc\n"},
 	} {
-		if got := string(appendTame(nil, []byte(tt.in))); got != tt.want {
+		if got := string(appendSanitized(nil, []byte(tt.in))); got != tt.want {
 			t.Errorf("%q: %q, want %q", tt.in, got, tt.want)
 		}
 	}

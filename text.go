@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"regexp"
 	"slices"
 	"strconv"
@@ -160,4 +161,30 @@ func escapeJSON(text []byte) []byte {
 		}
 	}
 	return out
+}
+
+// cut shortens a line to width characters.
+func cut(line string, width int) string {
+	count := 0
+	for i := range line {
+		if count == width {
+			return line[:i]
+		}
+		count++
+	}
+	return line
+}
+
+// cutLine takes the first line off lines, without its newline and a CR before that.
+func cutLine(lines []byte) (line, rest []byte) {
+	line, rest, _ = bytes.Cut(lines, []byte{'\n'})
+	return bytes.TrimSuffix(line, []byte{'\r'}), rest
+}
+
+// durationText has slog write durations as Go does, such as 1.5s, in JSON too.
+func durationText(_ []string, a slog.Attr) slog.Attr {
+	if a.Value.Kind() == slog.KindDuration {
+		a.Value = slog.StringValue(a.Value.Duration().String())
+	}
+	return a
 }
