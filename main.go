@@ -523,6 +523,8 @@ func serverCommand(args []string) error {
 	out := openOutputs(outputConfig{format: o.format, level: o.logLevel})
 	defer out.close()
 	log := out.log
+	systemd := newNotifier(log)
+	defer systemd.close()
 	signals := catchSignals()
 	certs, err := openCertificates(o.tls, log)
 	if err != nil {
@@ -556,14 +558,14 @@ func serverCommand(args []string) error {
 	registry.report(about)
 	plane := servePlane(lis, registry, planeSettings{store: st, certs: certs}, log)
 	defer plane.stop()
-	notify(log, daemon.SdNotifyReady, "STATUS=listening on "+endpoint)
-	watchAlone(registry, signals, log)
+	systemd.send(daemon.SdNotifyReady, "STATUS=listening on "+endpoint)
+	watchAlone(registry, signals, systemd, log)
 	return nil
 }
 
 // watchAlone logs what changes in a registry that has no run, and feeds the watchdog,
 // until a signal asks for the end.
-func watchAlone(registry *registry, signals <-chan os.Signal, log *slog.Logger) {
+func watchAlone(registry *registry, signals <-chan os.Signal, systemd *notifier, log *slog.Logger) {
 	var feed <-chan time.Time
 	if interval := watchdogInterval(log); interval > 0 {
 		ticker := time.NewTicker(interval / 2)
@@ -578,13 +580,13 @@ func watchAlone(registry *registry, signals <-chan os.Signal, log *slog.Logger) 
 			}
 		case now := <-feed:
 			registry.condition("", now) // if the registry hangs, systemd hears no more
-			notify(log, daemon.SdNotifyWatchdog)
+			systemd.send(daemon.SdNotifyWatchdog)
 		case sig := <-signals:
 			if underSystemd(sig) {
 				continue // it has no file to reload
 			}
 			log.Info("stopping", "signal", sig.String())
-			notify(log, daemon.SdNotifyStopping)
+			systemd.send(daemon.SdNotifyStopping)
 			return
 		}
 	}

@@ -600,8 +600,11 @@ type listenConfig struct {
 
 // openPlane listens where o says.
 func openPlane(o listenConfig, tls tlsFlags, log *slog.Logger) (net.Listener, string, error) {
-	lis, endpoint, err := passedListener(log)
-	if lis == nil && err == nil {
+	lis, err := passedListener(log)
+	endpoint := ""
+	if lis != nil {
+		endpoint = passedEndpoint(lis.Addr())
+	} else if err == nil {
 		lis, endpoint, err = listenPlane(o.address, o.port)
 	}
 	tcp := !strings.HasPrefix(o.address, "unix:")
@@ -636,6 +639,19 @@ func openPlane(o listenConfig, tls tlsFlags, log *slog.Logger) (net.Listener, st
 	}
 	log.Info("listening", "endpoint", endpoint)
 	return lis, endpoint, nil
+}
+
+// passedEndpoint is where processes of this machine reach a listener at addr that systemd
+// has opened.
+func passedEndpoint(addr net.Addr) string {
+	if tcp, ok := addr.(*net.TCPAddr); ok {
+		return tcpEndpoint(tcp, tcp.IP.String())
+	}
+	path := addr.String()
+	if name, ok := strings.CutPrefix(path, "@"); ok {
+		return "unix-abstract:" + name
+	}
+	return "unix://" + path
 }
 
 func logChange(log *slog.Logger, c change) {

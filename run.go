@@ -84,7 +84,8 @@ type run struct {
 	edition     int    // of sup, which the registry knows
 	guest       *guest // nil for none
 	reloads     chan reloadRequest
-	over        chan struct{}        // closed when loop has returned
+	over        chan struct{} // closed when loop has returned
+	systemd     *notifier
 	watchdog    time.Duration        // how often systemd wants to hear that flowctl turns, 0 for never
 	watchdogFed time.Time            // when it heard that last
 	conditions  map[string]change    // by component: what the registry last told
@@ -113,6 +114,8 @@ func runPipeline(p *Pipeline, o runConfig) error {
 	r.out = openOutputs(outputConfig{pipeline: r.about.name, ids: ids, format: o.format, level: o.logLevel, footer: o.showStatus})
 	r.atEnd(r.out.close)
 	r.log = r.out.log
+	r.systemd = newNotifier(r.log)
+	r.atEnd(r.systemd.close)
 	r.watchdog = watchdogInterval(r.log)
 	signals := catchSignals()
 	if stopped, err := r.prepare(p, signals); err != nil || stopped {
@@ -354,7 +357,7 @@ func (r *run) advance(now time.Time) {
 	r.takeChanges(now) // which needs the registry: if that hangs, systemd hears no more
 	if r.watchdog > 0 && now.Sub(r.watchdogFed) >= r.watchdog/2 {
 		r.watchdogFed = now
-		notify(r.log, daemon.SdNotifyWatchdog)
+		r.systemd.send(daemon.SdNotifyWatchdog)
 	}
 	r.sup.expire(now)
 	r.guest.expire(now, r.log)
@@ -538,7 +541,7 @@ func (r *run) stop(code int, now time.Time) {
 	r.code = code
 	r.guest.end(now, r.flags.stopTimeout)
 	r.sup.beginStop()
-	notify(r.log, daemon.SdNotifyStopping, extendTimeout(r.sup.stopBound()))
+	r.systemd.send(daemon.SdNotifyStopping, extendTimeout(r.sup.stopBound()))
 }
 
 // patience is by when what keeps the pipeline from being ready has ended one way or
@@ -561,7 +564,7 @@ func (r *run) checkReady(now time.Time) {
 	r.ready, r.about.ready = true, true
 	r.log.Info("pipeline ready", "components", len(r.sup.procs), "endpoint", r.registry.endpoint, "after", now.Sub(r.about.started).Round(time.Millisecond))
 	r.showStatus() // who is told that all are ready finds it so when asking
-	notify(r.log, daemon.SdNotifyReady)
+	r.systemd.send(daemon.SdNotifyReady)
 	if r.flags.until == untilReady {
 		r.stop(exitOK, now)
 	} else if r.flags.format == formatText && isTerminal(os.Stderr) {
@@ -635,7 +638,7 @@ func (r *run) showStatus() {
 	if at := r.patience(); !r.ready && !r.sup.stopping && at.After(time.Now()) {
 		states = append(states, extendTimeout(time.Until(at)))
 	}
-	notify(r.log, states...)
+	r.systemd.send(states...)
 }
 
 // footerRows are the rows of the footer.
@@ -783,8 +786,8 @@ func (r *run) reload() (reloaded, error) {
 		return reloaded{}, errStopping
 	}
 	if r.ready { // before that systemd waits for READY=1 alone
-		notify(r.log, daemon.SdNotifyReloading, daemon.SdNotifyMonotonicUsec())
-		defer notify(r.log, daemon.SdNotifyReady)
+		r.systemd.send(daemon.SdNotifyReloading, daemon.SdNotifyMonotonicUsec())
+		defer r.systemd.send(daemon.SdNotifyReady)
 	}
 	out, err := r.applyFile()
 	if err != nil {

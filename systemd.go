@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -33,10 +34,10 @@ func planeSocketPassed() bool {
 		slices.Contains(strings.Split(os.Getenv("LISTEN_FDNAMES"), ":"), planeSocket)
 }
 
-// passedListener returns the socket for the control plane that systemd has passed, and
-// its endpoint; nil for none. All others are closed: no component is to have them. It
+// passedListener returns the socket for the control plane that systemd has passed, TCP or
+// of a file; nil for none. All others are closed: no component is to have them. It
 // has to be called before the first child is started.
-func passedListener(log *slog.Logger) (net.Listener, string, error) {
+func passedListener(log *slog.Logger) (net.Listener, error) {
 	var lis net.Listener
 	for _, f := range activation.Files(true) {
 		switch {
@@ -48,26 +49,20 @@ func passedListener(log *slog.Logger) (net.Listener, string, error) {
 			var err error
 			if lis, err = net.FileListener(f); err != nil {
 				f.Close()
-				return nil, "", fmt.Errorf("the socket %q that systemd has passed: %v: it must be that of a ListenStream=", planeSocket, err)
+				return nil, fmt.Errorf("the socket %q that systemd has passed: %v: it must be that of a ListenStream=", planeSocket, err)
 			}
 		}
 		f.Close() // a listener has its own
 	}
 	if lis == nil {
-		return nil, "", nil
+		return nil, nil
 	}
-	switch addr := lis.Addr().(type) {
-	case *net.TCPAddr:
-		return lis, tcpEndpoint(addr, addr.IP.String()), nil
-	case *net.UnixAddr:
-		if name, ok := strings.CutPrefix(addr.Name, "@"); ok {
-			return lis, "unix-abstract:" + name, nil
-		}
-		return lis, "unix://" + addr.Name, nil
-	default:
-		lis.Close()
-		return nil, "", fmt.Errorf("the socket %q that systemd has passed is of the network %q: it must be tcp or unix", planeSocket, addr.Network())
+	switch lis.(type) {
+	case *net.TCPListener, *net.UnixListener:
+		return lis, nil
 	}
+	lis.Close()
+	return nil, fmt.Errorf("the socket %q that systemd has passed is of the network %q: it must be tcp or unix", planeSocket, lis.Addr().Network())
 }
 
 const (
@@ -362,35 +357,6 @@ func complaint(text string) string {
 	return text
 }
 
-// How long notify waits for systemd to take a message: one that matters, and a status,
-// of which there will be another.
-const (
-	notifyTimeout = 5 * time.Second
-	statusTimeout = 100 * time.Millisecond
-)
-
-// notify tells systemd, where it is there to listen. daemon.SdNotify would wait for ever
-// where nobody reads any more: the kernel queues ten messages (net.unix.max_dgram_qlen).
-func notify(log *slog.Logger, states ...string) {
-	path := os.Getenv("NOTIFY_SOCKET")
-	if path == "" {
-		return
-	}
-	patience, level := notifyTimeout, slog.LevelWarn
-	if strings.HasPrefix(states[0], "STATUS=") {
-		patience, level = statusTimeout, slog.LevelDebug
-	}
-	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
-	if err == nil {
-		defer conn.Close()
-		_ = conn.SetWriteDeadline(time.Now().Add(patience)) // that of a connection that is open works
-		_, err = conn.Write([]byte(strings.Join(states, "\n")))
-	}
-	if err != nil {
-		log.Log(context.Background(), level, "cannot notify systemd", "err", err)
-	}
-}
-
 // watchdogInterval is how often systemd wants to hear from flowctl (WatchdogSec= of
 // the unit), 0 for never.
 func watchdogInterval(log *slog.Logger) time.Duration {
@@ -412,4 +378,137 @@ func underSystemd(sig os.Signal) bool {
 // which the longest is to write the last lines of its log to who reads them slowly.
 func extendTimeout(d time.Duration) string {
 	return fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", (d + 10*time.Second).Microseconds())
+}
+
+// notifyTimeout is how long systemd may leave a message unread before flowctl warns of
+// it, and how long flowctl waits at its end for the last ones to be read.
+const notifyTimeout = 5 * time.Second
+
+// maxPending is how many messages wait for systemd to read them. The kernel queues ten
+// more (net.unix.max_dgram_qlen).
+const maxPending = 64
+
+// notifier tells systemd how flowctl is (sd_notify(3)). A goroutine writes the messages
+// in order, so that a systemd that does not read holds up nobody else. A nil notifier,
+// for a flowctl that no unit started, tells nobody.
+type notifier struct {
+	log  *slog.Logger
+	addr *net.UnixAddr
+	done chan struct{} // closed when the goroutine has ended
+
+	mu      sync.Mutex // guards the fields below
+	changed *sync.Cond
+	pending []string
+	giveUp  time.Time // when close stops waiting, zero before close
+}
+
+// newNotifier starts the notifier of this process. close ends it.
+func newNotifier(log *slog.Logger) *notifier {
+	path := os.Getenv("NOTIFY_SOCKET")
+	if path == "" {
+		return nil
+	}
+	n := &notifier{log: log, addr: &net.UnixAddr{Name: path, Net: "unixgram"}, done: make(chan struct{})}
+	n.changed = sync.NewCond(&n.mu)
+	go n.run()
+	return n
+}
+
+// send tells systemd states, as one message. It never blocks. Where systemd does not
+// read, old statuses give way to new messages.
+func (n *notifier) send(states ...string) {
+	if n == nil {
+		return
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.pending = append(n.pending, strings.Join(states, "\n"))
+	if len(n.pending) > maxPending {
+		i := max(0, slices.IndexFunc(n.pending, isRepeated))
+		n.pending = slices.Delete(n.pending, i, i+1)
+	}
+	n.changed.Signal()
+}
+
+// isRepeated tells whether a later message will say what this one says.
+func isRepeated(message string) bool {
+	return strings.HasPrefix(message, "STATUS=") || message == daemon.SdNotifyWatchdog
+}
+
+// close returns when systemd has got every message, or after notifyTimeout. Nothing may
+// be sent after it.
+func (n *notifier) close() {
+	if n == nil {
+		return
+	}
+	n.mu.Lock()
+	n.giveUp = time.Now().Add(notifyTimeout)
+	n.changed.Signal()
+	n.mu.Unlock()
+	<-n.done
+}
+
+// run writes what is pending until close.
+func (n *notifier) run() {
+	defer close(n.done)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for {
+		for len(n.pending) == 0 && n.giveUp.IsZero() {
+			n.changed.Wait()
+		}
+		if len(n.pending) == 0 {
+			return
+		}
+		message := n.pending[0]
+		n.pending = n.pending[1:]
+		n.mu.Unlock()
+		err := n.write(message)
+		n.mu.Lock()
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			n.log.Warn("systemd has not read that flowctl is ending", "messages", len(n.pending)+1)
+			return
+		}
+		if err != nil {
+			level := slog.LevelWarn
+			if isRepeated(message) {
+				level = slog.LevelDebug
+			}
+			n.log.Log(context.Background(), level, "cannot notify systemd", "err", err)
+		}
+	}
+}
+
+// write returns when the kernel has taken the message, or with os.ErrDeadlineExceeded
+// when close waits no longer.
+func (n *notifier) write(message string) error {
+	conn, err := net.DialUnix("unixgram", nil, n.addr)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	for warned := false; ; warned = true {
+		now := time.Now()
+		n.mu.Lock()
+		giveUp := n.giveUp
+		n.mu.Unlock()
+		deadline := now.Add(notifyTimeout)
+		if !giveUp.IsZero() {
+			deadline = giveUp
+		}
+		_ = conn.SetWriteDeadline(deadline) // an open connection has deadlines
+		if _, err = conn.Write([]byte(message)); !errors.Is(err, os.ErrDeadlineExceeded) || !giveUp.IsZero() {
+			return err
+		}
+		if !warned {
+			n.log.Warn("systemd does not read what it is told", "for", notifyTimeout)
+		}
+	}
+}
+
+// notify tells systemd states at once. It blocks: what has a loop uses a notifier.
+func notify(log *slog.Logger, states ...string) {
+	n := newNotifier(log)
+	n.send(states...)
+	n.close()
 }

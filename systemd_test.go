@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -866,6 +867,81 @@ func TestRunNotifiesNobody(t *testing.T) {
 		}
 	}
 	p.stop()
+}
+
+// fullNotifySocket returns the address of a socket for notifications that takes no more until
+// the connection is read.
+func fullNotifySocket(t *testing.T) (string, *net.UnixConn) {
+	t.Helper()
+	addr := &net.UnixAddr{Name: filepath.Join(shortDir(t), "notify"), Net: "unixgram"}
+	conn, err := net.ListenUnixgram("unixgram", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	for err == nil {
+		var filler *net.UnixConn
+		if filler, err = net.DialUnix("unixgram", nil, addr); err != nil {
+			t.Fatal(err)
+		}
+		_ = filler.SetWriteDeadline(time.Now().Add(10 * time.Millisecond))
+		_, err = filler.Write([]byte("FILLER=1"))
+		filler.Close()
+	}
+	return addr.Name, conn
+}
+
+// readNotified reads messages until one begins with last, and returns those that are no
+// fillers.
+func readNotified(t *testing.T, conn *net.UnixConn, last string) []string {
+	t.Helper()
+	_ = conn.SetReadDeadline(time.Now().Add(time.Minute))
+	var got []string
+	for buf := make([]byte, 4096); ; {
+		n, err := conn.Read(buf)
+		if err != nil {
+			t.Fatalf("%v, after %q", err, got)
+		}
+		message := string(buf[:n])
+		if message != "FILLER=1" {
+			got = append(got, message)
+		}
+		if strings.HasPrefix(message, last) {
+			return got
+		}
+	}
+}
+
+// While systemd reads nothing a run goes on, and systemd gets what matters later.
+func TestRun_SystemdThatDoesNotRead(t *testing.T) {
+	t.Parallel()
+	address, conn := fullNotifySocket(t)
+	args := append(runArgs(writePipeline(t, shell("a", "exec sleep 300"))), "--", "sh", "-c", "echo started; exec sleep 300")
+	p := start(t, args, withEnv("NOTIFY_SOCKET="+address))
+	p.waitOut("started")
+	readNotified(t, conn, "READY=1")
+	p.signal(syscall.SIGTERM)
+	readNotified(t, conn, "STOPPING=1")
+	<-p.done
+}
+
+func TestNotifier_KeepsOrderAndWhatMatters(t *testing.T) {
+	address, conn := fullNotifySocket(t)
+	t.Setenv("NOTIFY_SOCKET", address)
+	n := newNotifier(slog.New(slog.NewTextHandler(t.Output(), nil)))
+	n.send("READY=1")
+	for i := range 10 * maxPending {
+		n.send(fmt.Sprint("STATUS=", i))
+		n.send("WATCHDOG=1")
+	}
+	n.send("STOPPING=1")
+	read := make(chan []string, 1)
+	go func() { read <- readNotified(t, conn, "STOPPING=1") }()
+	n.close()
+	got := <-read
+	if len(got) > maxPending+1 || got[0] != "READY=1" || got[len(got)-1] != "STOPPING=1" || got[len(got)-3] != fmt.Sprint("STATUS=", 10*maxPending-1) {
+		t.Errorf("%d messages: %q", len(got), got)
+	}
 }
 
 func TestRunNotifiesNothingUnready(t *testing.T) {
