@@ -183,7 +183,7 @@ func startKeptPlane(b *testing.B) planeClient {
 	if err != nil {
 		b.Fatal(err)
 	}
-	p := servePlane(lis, r, planeSettings{store: st}, slog.New(slog.DiscardHandler))
+	p := servePlane(r, planeConfig{listener: lis, store: st, log: slog.New(slog.DiscardHandler)})
 	c := dialPlane(b, endpoint)
 	done := make(chan struct{})
 	var registering sync.WaitGroup

@@ -484,7 +484,7 @@ func TestServiceIDOfAnotherComponent(t *testing.T) {
 func TestHealthPortThatTellsNothing(t *testing.T) {
 	t.Parallel()
 	r := newRegistry(testTTL, testInterval, "", []member{
-		{&Component{ID: "a"}, "9001"}, {&Component{ID: "b"}, "9001"}, {&Component{ID: "c"}, "9002"},
+		{id: "a", healthPort: "9001"}, {id: "b", healthPort: "9001"}, {id: "c", healthPort: "9002"},
 	})
 	for endpoint, want := range map[string]string{
 		"http://localhost:9001/health": "x", "http://10.1.2.3:9002/health": "x", "10.1.2.3:9002": "x",

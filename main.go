@@ -544,22 +544,27 @@ func serverCommand(args []string) error {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(aloneGCPercent)
 	}
-	registry := newRegistry(o.ttl, o.interval, endpoint, nil)
-	about := about{version: versionName(), started: time.Now(), status: "control plane alone", ready: true}
 	state, err := o.state("registry", true)
 	var st *store
 	if err == nil {
-		st, err = openState(state, registry, &about, log)
+		st, err = openState(state, "", log)
 	}
 	if err != nil {
 		lis.Close()
 		return &exitError{exitPlane, err}
 	}
-	registry.report(about)
-	plane := servePlane(lis, registry, planeSettings{store: st, certs: certs}, log)
+	plane, err := newPlane(planeConfig{
+		listener: lis, endpoint: endpoint, ttl: o.ttl, interval: o.interval, store: st, certs: certs, log: log,
+		pipeline: pipelineInfo{version: versionName(), started: time.Now(), status: "control plane alone", ready: true},
+	})
+	if err != nil {
+		st.close()
+		lis.Close()
+		return &exitError{exitPlane, err}
+	}
 	defer plane.stop()
 	systemd.send(daemon.SdNotifyReady, "STATUS=listening on "+endpoint)
-	watchAlone(registry, signals, systemd, log)
+	watchAlone(plane.registry, signals, systemd, log)
 	return nil
 }
 

@@ -5,119 +5,21 @@ import (
 	"errors"
 	"iter"
 	"os"
+	"runtime"
 	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/experimental"
+	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 )
-
-const (
-	maxFollowers = 256  // streams of changes at a time, and of snapshots
-	maxRemoved   = 4096 // removals that are remembered for streams that are behind
-)
-
-// Of many services is told in no hurry: all at once, it would take the processors from
-// the heartbeats for seconds, here and where it is read.
-const (
-	toldAtOnce = 1024 // services before the first pause
-	toldPause  = 3 * time.Millisecond
-	maxPart    = 64 << 10 // bytes that the services of a message weigh, but for the last of them
-)
-
-// about is what the operator service tells of the pipeline as a whole.
-type about struct {
-	name      string // "" for a control plane alone
-	version   string
-	started   time.Time
-	stateFile string // "" for none
-	status    string // in one line
-	ready     bool
-}
-
-// standing is where a service stands in what is written and what is told.
-type standing struct {
-	durable  uint64 // journal.count at its last change
-	revision uint64 // feed.revision when its last change was let out
-}
-
-// feed is what has changed, in order, so that any number of streams can each go on
-// from where it stands: what one misses costs no memory, because a service stands in
-// it once, at its last change. registry.mu guards it.
-type feed struct {
-	about     about
-	revision  uint64
-	stirred   uint64    // revision of about, and of whether the registry is durable
-	recent    chain     // the one that changed last at the end, and the mark of each follower, behind what it has told
-	removed   []removal // the last at the end
-	lost      uint64    // removals up to this revision are forgotten
-	news      chan struct{}
-	followers int // streams that go on
-	snapshots int // streams that do not
-}
-
-type removal struct {
-	record   int
-	revision uint64
-}
-
-func newFeed(t *table) feed { return feed{recent: chain{table: t, kind: amongChanged}} }
-
-// touch lets out that s has changed.
-func (f *feed) touch(s *service) {
-	f.announce()
-	s.revision = f.revision
-	switch {
-	case s.member == nil && !s.registered:
-		f.recent.remove(s)
-		f.remove(removal{s.record, f.revision}) // a snapshot may have told of it before it came here
-		f.recent.drop(s)
-	default:
-		f.recent.moveToBack(s)
-	}
-}
-
-func (f *feed) remove(r removal) {
-	if len(f.removed) == maxRemoved {
-		f.lost = f.removed[0].revision
-		f.removed = slices.Delete(f.removed, 0, 1)
-	}
-	f.removed = append(f.removed, r)
-}
-
-// report lets out that what is said of the pipeline as a whole has changed.
-func (f *feed) report(a about) {
-	if a != f.about {
-		f.about = a
-		f.stir()
-	}
-}
-
-func (f *feed) stir() {
-	f.announce()
-	f.stirred = f.revision
-}
-
-// announce wakes the streams that wait.
-func (f *feed) announce() {
-	f.revision++
-	if f.news != nil {
-		close(f.news)
-		f.news = nil
-	}
-}
-
-// wait returns what is closed at the next change.
-func (f *feed) wait() <-chan struct{} {
-	if f.news == nil {
-		f.news = make(chan struct{})
-	}
-	return f.news
-}
 
 // after returns some of the services that have changed since w was last told, the
 // first to change first, and the records that were removed; w is then told. It is
@@ -152,9 +54,24 @@ func (f *feed) after(w *follower) (changed []*service, removed []int64, ok bool)
 type operatorServer struct {
 	operatorv1.UnimplementedOperatorServer
 	*registry
-	ended  <-chan struct{}                         // closed when the control plane stops
-	reload func(context.Context) (reloaded, error) // nil where nothing can be
+	ended    <-chan struct{} // closed when the control plane stops
+	requests runRequests     // nil for a control plane alone
 }
+
+// runRequests is what the operator service may ask of the run.
+type runRequests interface {
+	// requestReload has the run take over its pipeline file as it is now. It fails, and
+	// changes nothing, for a wrong file, and with errStopping once the run stops.
+	requestReload(ctx context.Context) (reloadResult, error)
+}
+
+// reloadResult is what a reload has changed, by id.
+type reloadResult struct {
+	added, removed, restarted []string
+	unchanged                 int
+}
+
+var errStopping = errors.New("the pipeline is stopping")
 
 func (o operatorServer) GetPipeline(ctx context.Context, _ *operatorv1.GetPipelineRequest) (*operatorv1.Pipeline, error) {
 	o.mu.Lock()
@@ -168,10 +85,10 @@ func (o operatorServer) GetPipeline(ctx context.Context, _ *operatorv1.GetPipeli
 }
 
 func (o operatorServer) Reload(ctx context.Context, _ *operatorv1.ReloadRequest) (*operatorv1.ReloadResponse, error) {
-	if o.reload == nil {
+	if o.requests == nil {
 		return nil, status.Error(codes.Unimplemented, "a control plane alone has no pipeline file")
 	}
-	out, err := o.reload(ctx)
+	out, err := o.requests.requestReload(ctx)
 	switch {
 	case errors.Is(err, errStopping):
 		return nil, status.Error(codes.Unavailable, err.Error())
@@ -182,10 +99,10 @@ func (o operatorServer) Reload(ctx context.Context, _ *operatorv1.ReloadRequest)
 }
 
 func (r *registry) pipelineLocked() *operatorv1.Pipeline {
-	a := &r.feed.about
+	a := &r.feed.info
 	out := &operatorv1.Pipeline{
 		Name: a.name, Version: a.version, Pid: int64(os.Getpid()), Started: timestamppb.New(a.started),
-		Endpoint: r.endpoint, Status: a.status, Ready: a.ready, StateFile: a.stateFile,
+		Endpoint: r.endpoint, Status: a.status, Ready: a.ready, StateFile: r.stateFile,
 	}
 	if r.journal.broken != nil {
 		out.NotDurable = r.journal.broken.Error()
@@ -246,7 +163,7 @@ func (r *registry) componentLocked(s *service, now time.Time) *operatorv1.Compon
 		out.RegisteredAt, out.LastSeen = timestamppb.New(s.since), timestamppb.New(s.lastSeen)
 	}
 	if s.member != nil {
-		out.TypeInFile, out.Labels = s.member.Type, s.member.Labels
+		out.TypeInFile, out.Labels = s.member.kind, s.member.labels
 	}
 	for name, m := range s.metrics.all() {
 		if f, ok := m.float(); ok {
@@ -444,3 +361,117 @@ func (w *follower) heard(now time.Time) error {
 	}
 	return nil
 }
+
+const (
+	maxAnswer      = 64 << 20        // bytes of an answer that lists services
+	maxUnread      = 64 << 20        // bytes of answers that may wait to be read
+	answerPatience = 5 * time.Second // for others to be read
+)
+
+// What a connection can make the control plane hold.
+const (
+	maxMessage = 1 << 20 // bytes
+	maxCalls   = 128     // at a time
+)
+
+// bufferPool has the memory of messages, in buffers of at most twice their size: of
+// grpc's own sizes the one after 32 KiB is 1 MiB, and a follower that does not read holds
+// several. It counts the buffers beyond maxMessage, which are of answers: grpc takes one
+// whole, and keeps it until its reader's window lets it go, or the connection ends.
+type bufferPool struct {
+	mem.BufferPool
+	large atomic.Int64 // bytes that are in use, or have not been collected since
+
+	mu        sync.Mutex    // guards the fields below
+	freed     chan struct{} // closed and replaced when some have been
+	collected time.Time     // when await had them collected last
+}
+
+func (p *bufferPool) Get(length int) *[]byte {
+	if length <= maxMessage {
+		return p.BufferPool.Get(length)
+	}
+	buf := new(make([]byte, length))
+	p.large.Add(int64(length))
+	runtime.AddCleanup(buf, func(length int) {
+		p.large.Add(int64(-length))
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		close(p.freed)
+		p.freed = make(chan struct{})
+	}, length)
+	return buf
+}
+
+func (p *bufferPool) Put(buf *[]byte) {
+	if cap(*buf) <= maxMessage { // grpc does not put back what it has when a connection ends
+		p.BufferPool.Put(buf)
+	}
+}
+
+// full tells whether there is no room for another answer.
+func (p *bufferPool) full() bool { return p.large.Load() > maxUnread }
+
+// await returns when there may be room for another answer, or when ctx ends.
+func (p *bufferPool) await(ctx context.Context) {
+	p.mu.Lock()
+	freed, collect := p.freed, time.Since(p.collected) > time.Second
+	if collect {
+		p.collected = time.Now()
+	}
+	p.mu.Unlock()
+	if collect {
+		runtime.GC() // what has been read is only to be collected
+	}
+	if p.full() {
+		select {
+		case <-freed:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// messages is grpc's default pool: messages are encoded into that one alone, whatever the
+// options of a server are, and it may be set by init only.
+var messages = &bufferPool{
+	BufferPool: mem.NewTieredBufferPool(256, 4<<10, 16<<10, 32<<10, 64<<10, 128<<10, 256<<10, 512<<10, maxMessage),
+	freed:      make(chan struct{}),
+}
+
+func init() { experimental.SetDefaultBufferPool(messages) }
+
+// list makes an answer that lists services: f puts those in that are to be in it, and
+// tells which. It fails with RESOURCE_EXHAUSTED where that would be too large, or for
+// answerPatience too much of earlier answers has not been read.
+func (r *registry) list(ctx context.Context, f func(s *service, now time.Time) bool) error {
+	within, cancel := context.WithTimeout(ctx, answerPatience)
+	defer cancel()
+	for r.listing.Lock(); messages.full() && r.isLarge(); r.listing.Lock() {
+		r.listing.Unlock()
+		if messages.await(within); within.Err() != nil {
+			return status.Errorf(codes.ResourceExhausted, "%d bytes of earlier answers have not been read, at most %d may be", messages.large.Load(), maxUnread)
+		}
+	}
+	defer r.listing.Unlock()
+	size := 0
+	r.each(time.Now(), func(s *service, now time.Time) bool {
+		if f(s, now) {
+			size += int(s.size) + recordSize
+		}
+		return size <= maxAnswer
+	})
+	if size > maxAnswer {
+		return status.Errorf(codes.ResourceExhausted, "the services are too many for one message of at most %d bytes: call flowctl.operator.v1.Operator/Watch", maxAnswer)
+	}
+	return nil
+}
+
+// isLarge tells whether all services may be too much for a small message.
+func (r *registry) isLarge() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.bytes+len(r.all)*recordSize > maxMessage
+}
+
+// recordSize is what a service takes in an answer besides what it weighs, about.
+const recordSize = 64

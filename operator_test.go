@@ -140,7 +140,7 @@ func TestFollowersSeeWhatIs(t *testing.T) {
 			for range 1500 {
 				now := time.Now()
 				id := fmt.Sprint("service-", random.IntN(400))
-				switch component := testMembers()[random.IntN(3)].ID; random.IntN(12) {
+				switch component := testMembers()[random.IntN(3)].id; random.IntN(12) {
 				case 0, 1, 2, 3:
 					mustRegister(t, r, registration{id: id, version: fmt.Sprint(random.Int())}, now)
 				case 4, 5, 6:

@@ -9,24 +9,19 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"runtime"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/experimental"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
-	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/reflection"
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	reflectionalphapb "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
@@ -40,126 +35,12 @@ import (
 	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 )
 
-// What a connection can make the control plane hold.
-const (
-	maxMessage = 1 << 20 // bytes
-	maxCalls   = 128     // at a time
-)
-
 // A request that is never whole holds what has come of it. maxBegun of a connection may
 // take their time, any further call ends after maxCallTime.
 const (
 	maxBegun    = 16
 	maxCallTime = 30 * time.Second
 )
-
-const (
-	maxAnswer      = 64 << 20        // bytes of an answer that lists services
-	maxUnread      = 64 << 20        // bytes of answers that may wait to be read
-	answerPatience = 5 * time.Second // for others to be read
-)
-
-// bufferPool has the memory of messages, in buffers of at most twice their size: of
-// grpc's own sizes the one after 32 KiB is 1 MiB, and a follower that does not read holds
-// several. It counts the buffers beyond maxMessage, which are of answers: grpc takes one
-// whole, and keeps it until its reader's window lets it go, or the connection ends.
-type bufferPool struct {
-	mem.BufferPool
-	large atomic.Int64 // bytes that are in use, or have not been collected since
-
-	mu        sync.Mutex    // guards the fields below
-	freed     chan struct{} // closed and replaced when some have been
-	collected time.Time     // when await had them collected last
-}
-
-func (p *bufferPool) Get(length int) *[]byte {
-	if length <= maxMessage {
-		return p.BufferPool.Get(length)
-	}
-	buf := new(make([]byte, length))
-	p.large.Add(int64(length))
-	runtime.AddCleanup(buf, func(length int) {
-		p.large.Add(int64(-length))
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		close(p.freed)
-		p.freed = make(chan struct{})
-	}, length)
-	return buf
-}
-
-func (p *bufferPool) Put(buf *[]byte) {
-	if cap(*buf) <= maxMessage { // grpc does not put back what it has when a connection ends
-		p.BufferPool.Put(buf)
-	}
-}
-
-// full tells whether there is no room for another answer.
-func (p *bufferPool) full() bool { return p.large.Load() > maxUnread }
-
-// await returns when there may be room for another answer, or when ctx ends.
-func (p *bufferPool) await(ctx context.Context) {
-	p.mu.Lock()
-	freed, collect := p.freed, time.Since(p.collected) > time.Second
-	if collect {
-		p.collected = time.Now()
-	}
-	p.mu.Unlock()
-	if collect {
-		runtime.GC() // what has been read is only to be collected
-	}
-	if p.full() {
-		select {
-		case <-freed:
-		case <-ctx.Done():
-		}
-	}
-}
-
-// messages is grpc's default pool: messages are encoded into that one alone, whatever the
-// options of a server are, and it may be set by init only.
-var messages = &bufferPool{
-	BufferPool: mem.NewTieredBufferPool(256, 4<<10, 16<<10, 32<<10, 64<<10, 128<<10, 256<<10, 512<<10, maxMessage),
-	freed:      make(chan struct{}),
-}
-
-func init() { experimental.SetDefaultBufferPool(messages) }
-
-// list makes an answer that lists services: f puts those in that are to be in it, and
-// tells which. It fails with RESOURCE_EXHAUSTED where that would be too large, or for
-// answerPatience too much of earlier answers has not been read.
-func (r *registry) list(ctx context.Context, f func(s *service, now time.Time) bool) error {
-	within, cancel := context.WithTimeout(ctx, answerPatience)
-	defer cancel()
-	for r.listing.Lock(); messages.full() && r.isLarge(); r.listing.Lock() {
-		r.listing.Unlock()
-		if messages.await(within); within.Err() != nil {
-			return status.Errorf(codes.ResourceExhausted, "%d bytes of earlier answers have not been read, at most %d may be", messages.large.Load(), maxUnread)
-		}
-	}
-	defer r.listing.Unlock()
-	size := 0
-	r.each(time.Now(), func(s *service, now time.Time) bool {
-		if f(s, now) {
-			size += int(s.size) + recordSize
-		}
-		return size <= maxAnswer
-	})
-	if size > maxAnswer {
-		return status.Errorf(codes.ResourceExhausted, "the services are too many for one message of at most %d bytes: call flowctl.operator.v1.Operator/Watch", maxAnswer)
-	}
-	return nil
-}
-
-// isLarge tells whether all services may be too much for a small message.
-func (r *registry) isLarge() bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.bytes+len(r.all)*recordSize > maxMessage
-}
-
-// recordSize is what a service takes in an answer besides what it weighs, about.
-const recordSize = 64
 
 // legacyServer speaks flowctl.ControlPlane.
 type legacyServer struct {
@@ -444,25 +325,32 @@ func listenUnix(path string) (net.Listener, string, error) {
 
 // plane serves a registry over gRPC and runs its janitor.
 type plane struct {
-	server  *grpc.Server
-	health  *health.Server
-	ended   chan struct{}      // closed when stop begins
-	janitor context.CancelFunc // ends the janitor and the keeper
-	done    sync.WaitGroup
+	registry *registry
+	server   *grpc.Server
+	health   *health.Server
+	ended    chan struct{}      // closed when stop begins
+	janitor  context.CancelFunc // ends the janitor and the keeper
+	done     sync.WaitGroup
 }
 
 // durableService is the name under which grpc.health.v1 tells whether the state file
 // is up to date. That it is not does not make the control plane less fit to serve.
 const durableService = "flowctl.durable"
 
-// planeSettings are what a control plane may have. Without any it serves without TLS,
-// from memory, and asks nobody who calls.
-type planeSettings struct {
-	store      *store
-	identify   func(conn net.Conn, claimedID string) origin
-	certs      *certificates
-	components net.Listener // of those that do not speak TLS; nil for none
-	reload     func(context.Context) (reloaded, error)
+// planeConfig is what a control plane is made of.
+type planeConfig struct {
+	listener          net.Listener
+	endpoint          string       // where listener is reached
+	componentListener net.Listener // without TLS, for components that do not speak it; nil for none
+	ttl               time.Duration
+	interval          time.Duration // the janitor's, and that of writes of the state file
+	members           []member      // the components of the pipeline, nil for a control plane alone
+	pipeline          pipelineInfo
+	store             *store                                       // open; nil to keep the registry in memory alone
+	certs             *certificates                                // nil without TLS
+	peer              func(conn net.Conn, claimedID string) origin // nil: nobody is asked who calls
+	requests          runRequests                                  // nil for a control plane alone
+	log               *slog.Logger
 }
 
 // limitCall gives a call its maxCallTime, if its connection has many whose requests are
@@ -527,13 +415,27 @@ func planeOptions(creds credentials.TransportCredentials) []grpc.ServerOption {
 	}
 }
 
-// servePlane starts to answer on lis. It returns at once; stop ends what it began.
-func servePlane(lis net.Listener, r *registry, o planeSettings, log *slog.Logger) *plane {
-	creds := peerCredentials{o.certs.credentials(), o.identify, log}
-	p := &plane{health: health.NewServer(), ended: make(chan struct{}), server: grpc.NewServer(planeOptions(creds)...)}
+// newPlane makes the registry, restores it from the state file, and starts to answer on
+// the listeners; stop ends what it began. It fails for a state file that cannot be read,
+// and then leaves listeners and store to the caller.
+func newPlane(c planeConfig) (*plane, error) {
+	r := newRegistry(c.ttl, c.interval, c.endpoint, c.members)
+	if c.store != nil {
+		if err := c.store.restore(r, c.log); err != nil {
+			return nil, err
+		}
+	}
+	r.report(c.pipeline)
+	return servePlane(r, c), nil
+}
+
+// servePlane starts to answer for r.
+func servePlane(r *registry, c planeConfig) *plane {
+	creds := peerCredentials{c.certs.credentials(), c.peer, c.log}
+	p := &plane{registry: r, health: health.NewServer(), ended: make(chan struct{}), server: grpc.NewServer(planeOptions(creds)...)}
 	flowctlpb.RegisterControlPlaneServer(p.server, legacyServer{registry: r})
 	flowctlv1.RegisterControlPlaneServiceServer(p.server, v1Server{registry: r})
-	operatorv1.RegisterOperatorServer(p.server, operatorServer{registry: r, ended: p.ended, reload: o.reload})
+	operatorv1.RegisterOperatorServer(p.server, operatorServer{registry: r, ended: p.ended, requests: c.requests})
 	healthpb.RegisterHealthServer(p.server, healthServer{p.health})
 	for name := range p.server.GetServiceInfo() {
 		p.health.SetServingStatus(name, healthpb.HealthCheckResponse_SERVING)
@@ -543,7 +445,7 @@ func servePlane(lis net.Listener, r *registry, o planeSettings, log *slog.Logger
 	var ctx context.Context
 	ctx, p.janitor = context.WithCancel(context.Background())
 	p.done.Go(func() { r.runJanitor(ctx) })
-	if o.store != nil {
+	if c.store != nil {
 		durable := func(is bool) {
 			status := healthpb.HealthCheckResponse_NOT_SERVING
 			if is {
@@ -552,11 +454,11 @@ func servePlane(lis net.Listener, r *registry, o planeSettings, log *slog.Logger
 			p.health.SetServingStatus(durableService, status)
 		}
 		durable(true)
-		p.done.Go(func() { r.keep(ctx, o.store, durable) })
+		p.done.Go(func() { r.keep(ctx, c.store, durable) })
 	}
-	p.serve(lis, log)
-	if o.components != nil {
-		p.serve(componentListener{o.components}, log)
+	p.serve(c.listener, c.log)
+	if c.componentListener != nil {
+		p.serve(componentListener{c.componentListener}, c.log)
 	}
 	return p
 }
@@ -675,26 +577,11 @@ type stateConfig struct {
 	own  bool   // its folder is flowctl's own, which is made
 }
 
-// openState opens the state file, if there is to be one, and lets r take in what is
-// in it.
-func openState(config stateConfig, r *registry, about *about, log *slog.Logger) (*store, error) {
+// openState opens the state file of a pipeline, "" for a control plane alone. It returns
+// nil where there is to be none.
+func openState(config stateConfig, pipeline string, log *slog.Logger) (*store, error) {
 	if config.file == "" {
 		return nil, nil
 	}
-	st, err := openStore(config.file, about.name, config.own, log)
-	if err != nil {
-		return nil, err
-	}
-	about.stateFile = st.path
-	restored, dropped, err := r.restore(st.read(), time.Now())
-	if err != nil {
-		st.close()
-		return nil, err
-	}
-	debug.FreeOSMemory() // of the text of a hundred thousand services
-	if dropped > 0 {
-		log.Info("services of an earlier run are not taken over", "services", dropped, "file", st.path)
-	}
-	log.Info("registry restored", "services", restored, "file", st.path)
-	return st, nil
+	return openStore(config.file, pipeline, config.own, log)
 }

@@ -58,7 +58,7 @@ func startPlane(t testing.TB, r *registry) planeClient {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := servePlane(lis, r, planeSettings{}, slog.New(slog.DiscardHandler))
+	p := servePlane(r, planeConfig{listener: lis, log: slog.New(slog.DiscardHandler)})
 	t.Cleanup(p.stop)
 	return dialPlane(t, endpoint)
 }
@@ -480,7 +480,7 @@ func TestStopEndsAnOpenStream(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := servePlane(lis, testRegistry(), planeSettings{}, slog.New(slog.DiscardHandler))
+	p := servePlane(testRegistry(), planeConfig{listener: lis, log: slog.New(slog.DiscardHandler)})
 	watch, err := healthpb.NewHealthClient(dialPlane(t, endpoint).conn).Watch(t.Context(), &healthpb.HealthCheckRequest{})
 	if err != nil {
 		t.Fatal(err)
@@ -519,7 +519,7 @@ func TestStopIsNoError(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		servePlane(lis, testRegistry(), planeSettings{}, slog.New(slog.NewTextHandler(&log, nil))).stop()
+		servePlane(testRegistry(), planeConfig{listener: lis, log: slog.New(slog.NewTextHandler(&log, nil))}).stop()
 	}
 	if got := log.out.String(); got != "" {
 		t.Errorf("logged: got %s, want nothing", got)
@@ -637,7 +637,7 @@ func TestUnixSocket(t *testing.T) {
 			if info, err := os.Stat(path); err != nil || info.Mode() != os.ModeSocket|0o600 {
 				t.Errorf("got mode %v, %v, want %v", info.Mode(), err, os.ModeSocket|0o600)
 			}
-			p := servePlane(lis, testRegistry(), planeSettings{}, slog.New(slog.DiscardHandler))
+			p := servePlane(testRegistry(), planeConfig{listener: lis, log: slog.New(slog.DiscardHandler)})
 			defer p.stop()
 			dialPlane(t, endpoint).mustRegister(t, "legacy", registration{id: "store"})
 		})
@@ -722,7 +722,7 @@ func TestOneLookupForEachConnection(t *testing.T) {
 		lookups.Add(1)
 		return origin{component: "store", known: true}
 	}
-	p := servePlane(lis, testRegistry(), planeSettings{identify: identify}, slog.New(slog.DiscardHandler))
+	p := servePlane(testRegistry(), planeConfig{listener: lis, peer: identify, log: slog.New(slog.DiscardHandler)})
 	t.Cleanup(p.stop)
 	for n := range int64(3) {
 		c := dialPlane(t, endpoint)
@@ -1127,7 +1127,7 @@ func FuzzWire(f *testing.F) {
 	f.Fuzz(func(t *testing.T, in []byte) {
 		r := testRegistry()
 		lis := bufconn.Listen(64 << 10)
-		p := servePlane(lis, r, planeSettings{}, slog.New(slog.DiscardHandler))
+		p := servePlane(r, planeConfig{listener: lis, log: slog.New(slog.DiscardHandler)})
 		defer p.stop()
 		conn, err := grpc.NewClient("passthrough:///wire", grpc.WithTransportCredentials(insecure.NewCredentials()),
 			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.DialContext(ctx) }))

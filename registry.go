@@ -67,8 +67,16 @@ func (c condition) ok() bool { return c == healthy || c == degraded }
 
 // member is what the registry knows beforehand of a component of the pipeline.
 type member struct {
-	*Component
-	healthPort string // HEALTH_PORT, by which one that sends no id is told from the others
+	id           string
+	role         Role
+	healthPort   string // HEALTH_PORT, by which one that sends no id is told from the others
+	endpoint     string // of the control plane, as the component was given it
+	inputs       []string
+	inputEvents  []string // used where it registers without them, as outputEvents
+	outputEvents []string
+	inContainer  bool              // a process that flowctl cannot see may speak for it
+	kind         string            // the type that the pipeline file gives it: free text
+	labels       map[string]string // of the pipeline file
 }
 
 // registration is what a service says of itself when it registers, in the words
@@ -109,12 +117,12 @@ type change struct {
 // what was heard and from the time at which it is asked for, so no answer lags
 // behind the janitor. Every method that depends on time takes it as an argument.
 type registry struct {
-	ttl      time.Duration
-	interval time.Duration // the janitor sleeps no longer
-	endpoint string        // where the plane listens
-	given    string        // FLOWCTL_ENDPOINT of components without "tls": true, "" for endpoint
-	wake     chan struct{} // gets a token when changes wait to be taken
-	listing  sync.Mutex    // held while an answer that lists services is made
+	ttl       time.Duration
+	interval  time.Duration // the janitor sleeps no longer
+	endpoint  string        // where the plane listens
+	stateFile string        // "" for none
+	wake      chan struct{} // gets a token when changes wait to be taken
+	listing   sync.Mutex    // held while an answer that lists services is made
 
 	mu       sync.Mutex // guards the fields below and all services
 	table    *table
@@ -171,15 +179,15 @@ func (r *registry) setMembersLocked(members []member) (gone []*service) {
 	listed := make(map[*service]bool)
 	for i := range members {
 		m := &members[i]
-		s := r.service(m.ID)
-		if s == nil || s.component() != m.ID {
+		s := r.service(m.id)
+		if s == nil || s.component() != m.id {
 			if s != nil {
-				r.loseNameLocked(s, m.ID, r.observed)
+				r.loseNameLocked(s, m.id, r.observed)
 			}
 			s = r.makeLocked()
-			s.rename(m.ID)
+			s.rename(m.id)
 			s.member = &membership{}
-			r.services[m.ID] = s.slot
+			r.services[m.id] = s.slot
 		}
 		now := *s.member // save may look at the one that it was
 		now.member = *m
@@ -364,10 +372,10 @@ func (r *registry) strangers(now time.Time) (ids []string) {
 }
 
 // report takes what is to be shown of the run as a whole.
-func (r *registry) report(about about) {
+func (r *registry) report(info pipelineInfo) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.feed.report(about)
+	r.feed.report(info)
 }
 
 // reportProcess takes what the process of component id does.
@@ -450,7 +458,7 @@ func (r *registry) starting(id string, now time.Time) {
 func (r *registry) resetLocked(s *service) {
 	r.unnameAllLocked(s)
 	r.live.remove(s)
-	s.describeLocked(registration{id: s.member.ID})
+	s.describeLocked(registration{id: s.member.id})
 	s.metrics = nil
 	r.weighLocked(s)
 	s.registered, s.timeless = false, false
@@ -503,7 +511,7 @@ func (s *service) component() string {
 	if s.member == nil {
 		return ""
 	}
-	return s.member.ID
+	return s.member.id
 }
 
 // describeLocked takes in what s says of itself.
@@ -523,12 +531,12 @@ func (s *service) fillLocked() { s.keepLocked(s.details()) }
 // serve where the component sent none.
 func (s *service) keepLocked(w *details) {
 	if s.member != nil {
-		s.kind = flowctlpb.ServiceType(s.member.Role) + flowctlpb.ServiceType_SERVICE_TYPE_SOURCE
+		s.kind = flowctlpb.ServiceType(s.member.role) + flowctlpb.ServiceType_SERVICE_TYPE_SOURCE
 		if len(w.inputEvents) == 0 {
-			w.inputEvents = s.member.InputEventTypes
+			w.inputEvents = s.member.inputEvents
 		}
 		if len(w.outputEvents) == 0 {
-			w.outputEvents = s.member.OutputEventTypes
+			w.outputEvents = s.member.outputEvents
 		}
 	}
 	s.said = w.pack()
@@ -556,7 +564,7 @@ func (r *registry) identifyLocked(reg *registration, from origin) (*service, err
 // refuse fails where s is a component that flowctl started and the kernel knows
 // that the caller is not of its process tree.
 func (s *service) refuse(from origin) error {
-	if s.member == nil || !from.known || from.component == s.member.ID || from.unseen && s.member.Image != "" {
+	if s.member == nil || !from.known || from.component == s.member.id || from.unseen && s.member.inContainer {
 		return nil
 	}
 	who := "component " + from.component
@@ -566,7 +574,7 @@ func (s *service) refuse(from origin) error {
 	case commandID:
 		who = "the command after --"
 	}
-	return status.Errorf(codes.PermissionDenied, "%s cannot speak for component %s: only its own processes can", who, s.member.ID)
+	return status.Errorf(codes.PermissionDenied, "%s cannot speak for component %s: only its own processes can", who, s.member.id)
 }
 
 // localPort returns the port in a URL or a host:port with or without a path, "" if
@@ -774,10 +782,8 @@ func (r *registry) connectionInfoLocked(s *service) map[string]string {
 	if s.member == nil {
 		return info
 	}
-	if !s.member.TLS {
-		info["control_plane_endpoint"] = cmp.Or(r.given, r.endpoint)
-	}
-	for _, id := range s.member.Inputs {
+	info["control_plane_endpoint"] = cmp.Or(s.member.endpoint, r.endpoint)
+	for _, id := range s.member.inputs {
 		if in := r.service(id); in.registered {
 			if endpoint := in.details().endpoint; endpoint != "" {
 				info[id] = endpoint
@@ -911,7 +917,7 @@ func (r *registry) each(now time.Time, f func(s *service, now time.Time) bool) {
 // key is the one id of a service that the registry is sure to know it under.
 func (s *service) key() string {
 	if s.member != nil {
-		return s.member.ID
+		return s.member.id
 	}
 	return s.names.first()
 }
@@ -1593,3 +1599,144 @@ func (c *chain) moveToBack(s *service) {
 		c.insert(s, c.back())
 	}
 }
+
+// pipelineInfo is what the operator service tells of the pipeline as a whole.
+type pipelineInfo struct {
+	name    string // "" for a control plane alone
+	version string
+	started time.Time
+	status  string // in one line
+	ready   bool
+}
+
+// standing is where a service stands in what is written and what is told.
+type standing struct {
+	durable  uint64 // journal.count at its last change
+	revision uint64 // feed.revision when its last change was let out
+}
+
+// feed is what has changed, in order, so that any number of streams can each go on
+// from where it stands: what one misses costs no memory, because a service stands in
+// it once, at its last change. registry.mu guards it.
+type feed struct {
+	info      pipelineInfo
+	revision  uint64
+	stirred   uint64    // revision of info, and of whether the registry is durable
+	recent    chain     // the one that changed last at the end, and the mark of each follower, behind what it has told
+	removed   []removal // the last at the end
+	lost      uint64    // removals up to this revision are forgotten
+	news      chan struct{}
+	followers int // streams that go on
+	snapshots int // streams that do not
+}
+
+type removal struct {
+	record   int
+	revision uint64
+}
+
+func newFeed(t *table) feed { return feed{recent: chain{table: t, kind: amongChanged}} }
+
+// touch lets out that s has changed.
+func (f *feed) touch(s *service) {
+	f.announce()
+	s.revision = f.revision
+	switch {
+	case s.member == nil && !s.registered:
+		f.recent.remove(s)
+		f.remove(removal{s.record, f.revision}) // a snapshot may have told of it before it came here
+		f.recent.drop(s)
+	default:
+		f.recent.moveToBack(s)
+	}
+}
+
+func (f *feed) remove(r removal) {
+	if len(f.removed) == maxRemoved {
+		f.lost = f.removed[0].revision
+		f.removed = slices.Delete(f.removed, 0, 1)
+	}
+	f.removed = append(f.removed, r)
+}
+
+// report lets out that what is said of the pipeline as a whole has changed.
+func (f *feed) report(info pipelineInfo) {
+	if info != f.info {
+		f.info = info
+		f.stir()
+	}
+}
+
+func (f *feed) stir() {
+	f.announce()
+	f.stirred = f.revision
+}
+
+// announce wakes the streams that wait.
+func (f *feed) announce() {
+	f.revision++
+	if f.news != nil {
+		close(f.news)
+		f.news = nil
+	}
+}
+
+// wait returns what is closed at the next change.
+func (f *feed) wait() <-chan struct{} {
+	if f.news == nil {
+		f.news = make(chan struct{})
+	}
+	return f.news
+}
+
+// journal tells how far the registry is on disk. What changes is held back until
+// it is, unless there is no store or the disk does not take it.
+type journal struct {
+	on      bool
+	count   uint64        // of all changes
+	done    uint64        // so many are on disk
+	held    []*service    // changed since, and nobody was told
+	dirty   chan struct{} // gets a token when there is something to write
+	written chan struct{} // closed and replaced when done or broken have changed
+	broken  error         // why the last write failed
+	heard   bool          // something was heard of since the last write began
+}
+
+// hold counts a change of s and tells whether it is to be kept from others for now.
+func (j *journal) hold(s *service) bool {
+	if !j.on {
+		return false
+	}
+	j.count++
+	s.durable = j.count
+	j.wake()
+	if j.broken != nil {
+		return false
+	}
+	if !s.held {
+		s.held = true
+		j.held = append(j.held, s)
+	}
+	return true
+}
+
+// wake has the state file written.
+func (j *journal) wake() {
+	select {
+	case j.dirty <- struct{}{}:
+	default:
+	}
+}
+
+// Of many services is told in no hurry: all at once, it would take the processors from
+// the heartbeats for seconds, here and where it is read.
+const (
+	toldAtOnce = 1024 // services before the first pause
+	toldPause  = 3 * time.Millisecond
+	maxPart    = 64 << 10 // bytes that the services of a message weigh, but for the last of them
+)
+
+const (
+	maxFollowers = 256  // streams of changes at a time, and of snapshots
+	maxRemoved   = 4096 // removals that are remembered for streams that are behind
+)

@@ -149,9 +149,9 @@ func testRegistry() *registry {
 
 func testMembers() []member {
 	return []member{
-		{&Component{ID: "ledgers", Role: roleSource, OutputEventTypes: []string{"ledger"}}, "9001"},
-		{&Component{ID: "transfers", Role: roleProcessor, Inputs: []string{"ledgers"}, InputEventTypes: []string{"ledger"}, OutputEventTypes: []string{"transfer"}}, "9002"},
-		{&Component{ID: "store", Role: roleSink, Inputs: []string{"transfers", "ledgers"}, InputEventTypes: []string{"transfer"}}, "9003"},
+		{id: "ledgers", role: roleSource, outputEvents: []string{"ledger"}, healthPort: "9001"},
+		{id: "transfers", role: roleProcessor, inputs: []string{"ledgers"}, inputEvents: []string{"ledger"}, outputEvents: []string{"transfer"}, healthPort: "9002"},
+		{id: "store", role: roleSink, inputs: []string{"transfers", "ledgers"}, inputEvents: []string{"transfer"}, healthPort: "9003"},
 	}
 }
 
@@ -693,7 +693,7 @@ func TestNewProcessInheritsNothing(t *testing.T) {
 func TestHealthIsJudgedWhenAsked(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		r := newRegistry(time.Second, time.Hour, "", []member{{&Component{ID: "store", Role: roleSink}, ""}})
+		r := newRegistry(time.Second, time.Hour, "", []member{{id: "store", role: roleSink}})
 		legacy, v1 := legacyServer{registry: r}, v1Server{registry: r}
 		mustRegister(t, r, registration{id: "store"}, time.Now())
 		for _, test := range []struct {
@@ -753,7 +753,7 @@ func TestCauseNamesWhatHappened(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			r := newRegistry(testTTL, time.Hour, "", []member{{&Component{ID: "store", Role: roleSink}, ""}})
+			r := newRegistry(testTTL, time.Hour, "", []member{{id: "store", role: roleSink}})
 			mustRegister(t, r, registration{id: "store"}, testEpoch)
 			if test.do != nil {
 				test.do(r, testEpoch)

@@ -79,7 +79,7 @@ type run struct {
 	registry    *registry
 	children    *reaper
 	sup         *supervisor
-	about       about
+	about       pipelineInfo
 	entrance    bool   // there is a listener without TLS, or no TLS
 	edition     int    // of sup, which the registry knows
 	guest       *guest // nil for none
@@ -102,7 +102,7 @@ type run struct {
 // runPipeline runs p and returns an *exitError for everything but success.
 func runPipeline(p *Pipeline, o runConfig) error {
 	r := &run{
-		flags: o, about: about{name: p.Metadata.Name, version: o.version, started: time.Now()},
+		flags: o, about: pipelineInfo{name: p.Metadata.Name, version: o.version, started: time.Now()},
 		conditions: make(map[string]change), unhealthy: make(map[string]time.Time),
 		reloads: make(chan reloadRequest), over: make(chan struct{}),
 	}
@@ -132,14 +132,21 @@ func runPipeline(p *Pipeline, o runConfig) error {
 	if err := r.supervise(p, ids, settings); err != nil {
 		return err
 	}
-	st, err := openState(o.state, r.registry, &r.about, r.log)
+	st, err := openState(o.state, r.about.name, r.log)
 	if err != nil {
 		r.sup.close()
 		return &exitError{exitPlane, err}
 	}
-	r.registry.given = access.endpoint
-	r.registry.report(r.about)
-	plane := servePlane(lis, r.registry, planeSettings{store: st, identify: r.identifier.identifyPeer, certs: r.certs, components: access.listener, reload: r.requestReload}, r.log)
+	plane, err := newPlane(planeConfig{
+		listener: lis, endpoint: r.endpoint, componentListener: access.listener, ttl: o.ttl, interval: o.interval,
+		members: r.members(), pipeline: r.about, store: st, certs: r.certs, peer: r.identifier.identifyPeer, requests: r, log: r.log,
+	})
+	if err != nil {
+		st.close()
+		r.sup.close()
+		return &exitError{exitPlane, err}
+	}
+	r.registry, r.edition = plane.registry, r.sup.edition
 	r.loop(signals)
 	close(r.over)
 	r.checks.close()
@@ -230,7 +237,6 @@ func (r *run) supervise(p *Pipeline, ids []string, settings procSettings) (err e
 	if r.sup, err = newSupervisor(p, settings, r.out.emit, r.log, r.children); err != nil {
 		return &exitError{exitFailed, err}
 	}
-	r.registry, r.edition = newRegistry(r.flags.ttl, r.flags.interval, r.endpoint, r.sup.members()), r.sup.edition
 	r.identifier = &identifier{
 		leaders: r.sup.leaders.now, descendants: r.sup.descendants,
 		mark: runMark + "=" + r.sup.run, containers: settings.engine != nil,
@@ -764,20 +770,18 @@ type reloadAnswer struct {
 
 // requestReload has the loop reload the pipeline file. It is called by the operator
 // service.
-func (r *run) requestReload(ctx context.Context) (reloaded, error) {
+func (r *run) requestReload(ctx context.Context) (reloadResult, error) {
 	request := reloadRequest{make(chan reloadAnswer, 1)}
 	select {
 	case r.reloads <- request:
 	case <-r.over:
-		return reloaded{}, errStopping
+		return reloadResult{}, errStopping
 	case <-ctx.Done():
-		return reloaded{}, ctx.Err()
+		return reloadResult{}, ctx.Err()
 	}
 	answer := <-request.answer
-	return answer.reloaded, answer.err
+	return reloadResult(answer.reloaded), answer.err
 }
-
-var errStopping = errors.New("the pipeline is stopping")
 
 // reload reads the pipeline file again and begins what has changed in it. What is
 // wrong is an error, after which everything is as before.
@@ -839,7 +843,7 @@ func (r *run) syncMembers(now time.Time) {
 		return
 	}
 	r.edition = r.sup.edition
-	r.registry.setMembers(r.sup.members(), now)
+	r.registry.setMembers(r.members(), now)
 	for id := range r.conditions {
 		if r.sup.byID[id] == nil {
 			delete(r.conditions, id)
@@ -848,11 +852,21 @@ func (r *run) syncMembers(now time.Time) {
 	}
 }
 
-// members is what the registry is to know of the components.
-func (s *supervisor) members() []member {
+// members is what the control plane is to know of the components.
+func (r *run) members() []member {
 	var out []member
-	for _, p := range s.procs {
-		out = append(out, member{p.Component, s.ports[p.ID].number})
+	for _, p := range r.sup.procs {
+		endpoint := r.sup.settings.endpoint
+		if p.TLS {
+			endpoint = r.endpoint
+		}
+		if len(p.Ports) > 0 {
+			endpoint = cmp.Or(r.sup.settings.gateway, r.sup.settings.endpoint)
+		}
+		out = append(out, member{
+			id: p.ID, role: p.Role, healthPort: r.sup.ports[p.ID].number, endpoint: endpoint, inputs: p.Inputs,
+			inputEvents: p.InputEventTypes, outputEvents: p.OutputEventTypes, inContainer: p.Image != "", kind: p.Type, labels: p.Labels,
+		})
 	}
 	return out
 }

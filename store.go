@@ -41,45 +41,6 @@ const maxWrite = 1500 * time.Millisecond
 // batchPause is how long a write for which nobody waits rests after each batch.
 const batchPause = 3 * time.Millisecond
 
-// journal tells how far the registry is on disk. What changes is held back until
-// it is, unless there is no store or the disk does not take it.
-type journal struct {
-	on      bool
-	count   uint64        // of all changes
-	done    uint64        // so many are on disk
-	held    []*service    // changed since, and nobody was told
-	dirty   chan struct{} // gets a token when there is something to write
-	written chan struct{} // closed and replaced when done or broken have changed
-	broken  error         // why the last write failed
-	heard   bool          // something was heard of since the last write began
-}
-
-// hold counts a change of s and tells whether it is to be kept from others for now.
-func (j *journal) hold(s *service) bool {
-	if !j.on {
-		return false
-	}
-	j.count++
-	s.durable = j.count
-	j.wake()
-	if j.broken != nil {
-		return false
-	}
-	if !s.held {
-		s.held = true
-		j.held = append(j.held, s)
-	}
-	return true
-}
-
-// wake has the state file written.
-func (j *journal) wake() {
-	select {
-	case j.dirty <- struct{}{}:
-	default:
-	}
-}
-
 // durable returns when so many changes are on disk, or cannot be brought there.
 func (r *registry) durable(ctx context.Context, count uint64) error {
 	for {
@@ -645,6 +606,20 @@ func openStore(path, pipeline string, own bool, log *slog.Logger) (*store, error
 	return st, nil
 }
 
+// restore has r take over what is in the file.
+func (st *store) restore(r *registry, log *slog.Logger) error {
+	restored, dropped, err := r.restore(st.read(), time.Now())
+	if err != nil {
+		return err
+	}
+	r.stateFile = st.path
+	if dropped > 0 {
+		log.Info("services of an earlier run are not taken over", "services", dropped, "file", st.path)
+	}
+	log.Info("registry restored", "services", restored, "file", st.path)
+	return nil
+}
+
 // resolve returns the file that path leads to, not to replace a link. There need not
 // be one yet.
 func resolve(path string) string {
@@ -724,7 +699,7 @@ func soleFile(info os.FileInfo) bool {
 // close unlocks the file, as the end of the process does: who serves a registry leaves it
 // to that, because a disk that hangs may still be writing.
 func (st *store) close() {
-	if st.lock != nil {
+	if st != nil && st.lock != nil {
 		st.lock.Close()
 		st.lock = nil
 	}

@@ -220,7 +220,7 @@ func TestSavedDuringReload(t *testing.T) {
 	t.Parallel()
 	r, now := testRegistry(), time.Now()
 	for _, m := range testMembers() {
-		mustRegister(t, r, registration{id: m.ID}, now)
+		mustRegister(t, r, registration{id: m.id}, now)
 	}
 	var saved sync.WaitGroup
 	saved.Go(func() {
