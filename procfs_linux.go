@@ -1,5 +1,8 @@
 package main
 
+// What the kernel tells of processes, by /proc, and of the TCP sockets that they hold, by
+// netlink (sock_diag(7)).
+
 import (
 	"bytes"
 	"encoding/binary"
@@ -14,6 +17,18 @@ import (
 	"syscall"
 )
 
+const (
+	netlinkSockDiag  = 4  // NETLINK_SOCK_DIAG
+	sockDiagByFamily = 20 // SOCK_DIAG_BY_FAMILY
+
+	// States of a TCP socket, of net/tcp_states.h.
+	tcpEstablished = 1
+	tcpFinWait1    = 4
+	tcpFinWait2    = 5
+	tcpCloseWait   = 8
+	tcpListen      = 10
+)
+
 // procInfo is what /proc says of a process.
 type procInfo struct {
 	pid, parent, group int
@@ -21,133 +36,6 @@ type procInfo struct {
 	begun              uint64 // in clock ticks since boot: tells it from a later one with its pid
 	name               string
 }
-
-// readProcess is false for a process that is not there any more.
-func readProcess(pid int) (procInfo, bool) {
-	data, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	open, end := bytes.IndexByte(data, '('), bytes.LastIndexByte(data, ')')
-	if err != nil || open < 0 || end < open {
-		return procInfo{}, false
-	}
-	fields := strings.Fields(string(data[end+1:])) // from the third of proc(5) on
-	if len(fields) < 20 {
-		return procInfo{}, false
-	}
-	p := procInfo{pid: pid, name: string(data[open+1 : end])}
-	// One whose main thread alone has ended looks like a zombie, and runs.
-	p.zombie = fields[0] == "X" || fields[0] == "Z" && fields[17] <= "1"
-	p.parent, _ = strconv.Atoi(fields[1])
-	p.group, _ = strconv.Atoi(fields[2])
-	p.begun, _ = strconv.ParseUint(fields[19], 10, 64)
-	return p, true
-}
-
-// procIsOurs tells whether /proc is that of this pid namespace: the numbers of
-// another are not ours.
-func procIsOurs() bool {
-	self, _ := os.Readlink("/proc/self")
-	return self == strconv.Itoa(os.Getpid())
-}
-
-// processes returns all that can be seen and are no zombies.
-func processes() []procInfo {
-	if !procIsOurs() {
-		return nil
-	}
-	dir, err := os.Open("/proc")
-	if err != nil {
-		return nil
-	}
-	defer dir.Close()
-	names, _ := dir.Readdirnames(-1)
-	var all []procInfo
-	for _, name := range names {
-		pid, err := strconv.Atoi(name)
-		if err != nil {
-			continue
-		}
-		if p, ok := readProcess(pid); ok && !p.zombie {
-			all = append(all, p)
-		}
-	}
-	return all
-}
-
-// withDescendants adds to chosen, by pid, all descendants of those that are in it.
-func withDescendants(all []procInfo, chosen map[int]bool) {
-	for grew := true; grew; {
-		grew = false
-		for _, p := range all {
-			if chosen[p.parent] && !chosen[p.pid] {
-				chosen[p.pid] = true
-				grew = true
-			}
-		}
-	}
-}
-
-// environ is the environment that a process was started with, each entry between
-// two NULs.
-func environ(pid int) []byte {
-	env, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/environ")
-	if err != nil {
-		return nil
-	}
-	return append([]byte{0}, env...)
-}
-
-// markedComponent returns the component that the environment of a process names, if the
-// entry mark, NAME=value, is in it too. What a flowctl starts that is itself a component has
-// a mark of its own.
-func markedComponent(pid int, mark string) (id string, ok bool) {
-	env := environ(pid)
-	_, rest, ok := bytes.Cut(env, []byte("\x00FLOWCTL_COMPONENT_ID="))
-	name, _, _ := bytes.Cut(rest, []byte{0})
-	if !ok || !bytes.Contains(env, []byte("\x00"+mark+"\x00")) {
-		return "", false
-	}
-	return string(name), true
-}
-
-// send signals p if it still is the process that was seen.
-func (p procInfo) send(sig syscall.Signal) {
-	handle, err := os.FindProcess(p.pid) // by a pidfd, which cannot come to mean another process
-	if err != nil {
-		return
-	}
-	defer handle.Release()
-	if now, ok := readProcess(p.pid); ok && now.begun == p.begun {
-		_ = handle.Signal(sig)
-	}
-}
-
-// peerPID is the process that connected to a unix socket (SO_PEERCRED of unix(7)), 0
-// for one of another pid namespace.
-func peerPID(conn *net.UnixConn) int {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return 0
-	}
-	pid := 0
-	_ = raw.Control(func(fd uintptr) {
-		if cred, err := syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED); err == nil {
-			pid = int(cred.Pid)
-		}
-	})
-	return pid
-}
-
-const (
-	netlinkSockDiag  = 4  // NETLINK_SOCK_DIAG
-	sockDiagByFamily = 20 // SOCK_DIAG_BY_FAMILY
-
-	// States of a TCP socket.
-	tcpEstablished = 1
-	tcpFinWait1    = 4
-	tcpFinWait2    = 5
-	tcpCloseWait   = 8
-	tcpListen      = 10
-)
 
 // diagID is struct inet_diag_sockid. Ports and addresses are in network byte order.
 type diagID struct {
@@ -172,16 +60,147 @@ type diagAnswer struct {
 	Expires, ReadQueue, WriteQueue, UID, Inode uint32
 }
 
-// socketOwner returns the inode of the TCP socket in this network namespace whose own
-// address is local and whose peer is remote, and the user who made it. It is not ok when
-// there is none, when no process holds it (any more, or before it was accepted), and when
-// the kernel cannot tell: without its tcp_diag, or for an address with a zone. It fails
-// when the kernel could not be asked, for want of a descriptor or of memory.
+// processes returns all processes that flowctl can see, without zombies.
+func processes() []procInfo {
+	if !procIsOurs() {
+		return nil
+	}
+	dir, err := os.Open("/proc")
+	if err != nil {
+		return nil
+	}
+	defer dir.Close()
+	names, _ := dir.Readdirnames(-1)
+	var all []procInfo
+	for _, name := range names {
+		pid, err := strconv.Atoi(name)
+		if err != nil {
+			continue
+		}
+		if p, ok := readProcess(pid); ok && !p.zombie {
+			all = append(all, p)
+		}
+	}
+	return all
+}
+
+// withDescendants adds to chosen, a set of pids, all descendants of its processes.
+func withDescendants(all []procInfo, chosen map[int]bool) {
+	for grew := true; grew; {
+		grew = false
+		for _, p := range all {
+			if chosen[p.parent] && !chosen[p.pid] {
+				chosen[p.pid] = true
+				grew = true
+			}
+		}
+	}
+}
+
+// send sends sig to p, unless p has ended: its pid may be another process's by then.
+func (p procInfo) send(sig syscall.Signal) {
+	handle, err := os.FindProcess(p.pid) // has a pidfd, which never comes to mean another process
+	if err != nil {
+		return
+	}
+	defer handle.Release()
+	if now, ok := readProcess(p.pid); ok && now.begun == p.begun {
+		_ = handle.Signal(sig)
+	}
+}
+
+// markedComponent returns the component that the environment of a process names. It is ok
+// only if mark, an entry NAME=value, is in the environment as well: each run has its own.
+func markedComponent(pid int, mark string) (id string, ok bool) {
+	env := environ(pid)
+	_, rest, ok := bytes.Cut(env, []byte("\x00FLOWCTL_COMPONENT_ID="))
+	name, _, _ := bytes.Cut(rest, []byte{0})
+	if !ok || !bytes.Contains(env, []byte("\x00"+mark+"\x00")) {
+		return "", false
+	}
+	return string(name), true
+}
+
+// environ returns the environment that a process was started with, each entry between two
+// NULs, nil where it cannot be read.
+func environ(pid int) []byte {
+	env, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/environ")
+	if err != nil {
+		return nil
+	}
+	return append([]byte{0}, env...)
+}
+
+// readProcess returns what /proc says of a process. It is false for a process that is not there
+// any more.
+func readProcess(pid int) (procInfo, bool) {
+	data, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	open, end := bytes.IndexByte(data, '('), bytes.LastIndexByte(data, ')')
+	if err != nil || open < 0 || end < open {
+		return procInfo{}, false
+	}
+	fields := strings.Fields(string(data[end+1:])) // from the third of proc(5) on
+	if len(fields) < 20 {
+		return procInfo{}, false
+	}
+	p := procInfo{pid: pid, name: string(data[open+1 : end])}
+	// A process looks like a zombie also while only its main thread has ended.
+	p.zombie = fields[0] == "X" || fields[0] == "Z" && fields[17] <= "1"
+	p.parent, _ = strconv.Atoi(fields[1])
+	p.group, _ = strconv.Atoi(fields[2])
+	p.begun, _ = strconv.ParseUint(fields[19], 10, 64)
+	return p, true
+}
+
+// procIsOurs tells whether /proc is of flowctl's own pid namespace. The pids of another
+// namespace mean other processes.
+func procIsOurs() bool {
+	self, _ := os.Readlink("/proc/self")
+	return self == strconv.Itoa(os.Getpid())
+}
+
+// peerPID returns the process that connected to a unix socket (SO_PEERCRED of unix(7)), 0 for
+// one of another pid namespace.
+func peerPID(conn *net.UnixConn) int {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	pid := 0
+	_ = raw.Control(func(fd uintptr) {
+		if cred, err := syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED); err == nil {
+			pid = int(cred.Pid)
+		}
+	})
+	return pid
+}
+
+// portHolder returns the process that listens on a port, or keeps others from listening there.
+// It is not ok where flowctl cannot know: only root sees the sockets of other users' processes.
+func portHolder(address string, port int) (pid int, name string, ok bool) {
+	addr, err := net.ResolveTCPAddr("tcp", net.JoinHostPort(strings.Trim(address, "[]"), strconv.Itoa(port)))
+	if err != nil {
+		return 0, "", false
+	}
+	inode, ok := listenerInode(addr.AddrPort())
+	if !ok {
+		return 0, "", false
+	}
+	return socketHolder(inode)
+}
+
+// socketOwner returns the inode of the TCP socket from local to remote in this network
+// namespace, and the user who made it. It is not ok
+//   - without such a socket,
+//   - while no process holds it: it was not accepted yet, or is closed,
+//   - where the kernel cannot tell: it has no tcp_diag, or the address has a zone.
+//
+// It fails if the kernel cannot be asked, for lack of a descriptor or of memory.
 func socketOwner(local, remote netip.AddrPort) (inode uint64, uid int, ok bool, err error) {
 	local, remote = unmap(local), unmap(remote)
 	found, ok, err := lookUpSocket(local, remote)
 	if !ok || found.local() != local || found.remote() != remote {
-		return 0, 0, false, err // that was a listener
+		return 0, 0, false, err // what was found is a listener
 	}
 	switch found.State {
 	case tcpEstablished, tcpCloseWait, tcpFinWait1, tcpFinWait2:
@@ -190,7 +209,7 @@ func socketOwner(local, remote netip.AddrPort) (inode uint64, uid int, ok bool, 
 	return 0, 0, false, nil
 }
 
-// canSeeSockets tells whether the kernel can be asked for sockets at all, by a connection of
+// canSeeSockets tells whether the kernel tells of sockets at all. It looks for a connection of
 // flowctl to itself.
 func canSeeSockets() bool {
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
@@ -207,8 +226,66 @@ func canSeeSockets() bool {
 	return ok
 }
 
-// listenerInode returns the inode of a listening TCP socket that keeps others from
-// listening on addr: its address is addr, or one of the two is that of all interfaces.
+// socketHolder returns a process that has the socket with this inode open. It is not ok where
+// flowctl can see none.
+func socketHolder(inode uint64) (pid int, name string, ok bool) {
+	for _, p := range processes() {
+		if held, _ := holdsSocket(p.pid, inode); held {
+			return p.pid, p.name, true
+		}
+	}
+	return 0, "", false
+}
+
+// holdsSocket tells whether process pid has the socket with this inode open. A process that
+// lives and that flowctl may not look into is not readable: it is another user's, or has more
+// privileges.
+func holdsSocket(pid int, inode uint64) (held, readable bool) {
+	if !procIsOurs() {
+		return false, false
+	}
+	folder := "/proc/" + strconv.Itoa(pid)
+	link := "socket:[" + strconv.FormatUint(inode, 10) + "]"
+	held, some, err := hasOpen(folder+"/fd", link)
+	if !some && err == nil {
+		// Its main thread has ended and has no files any more. Other threads may have some.
+		others, _ := filepath.Glob(folder + "/task/*/fd")
+		for _, other := range others {
+			if held, _, err = hasOpen(other, link); held {
+				break
+			}
+		}
+	}
+	if held || err == nil {
+		return held, true
+	}
+	p, ok := readProcess(pid)
+	return false, !ok || p.zombie
+}
+
+// hasOpen tells whether a folder of file descriptors has one that links to link, and whether
+// there are any.
+func hasOpen(folder, link string) (held, some bool, err error) {
+	dir, err := os.Open(folder)
+	if err != nil {
+		return false, false, err
+	}
+	defer dir.Close()
+	names, err := dir.Readdirnames(-1)
+	for _, name := range names {
+		to, linkErr := os.Readlink(folder + "/" + name)
+		if to == link {
+			return true, true, nil
+		}
+		if err == nil && !errors.Is(linkErr, fs.ErrNotExist) { // else it was closed meanwhile
+			err = linkErr
+		}
+	}
+	return false, len(names) > 0, err
+}
+
+// listenerInode returns the inode of a TCP socket that keeps others from listening on addr: it
+// listens there, or one of the two addresses means all interfaces.
 func listenerInode(addr netip.AddrPort) (inode uint64, ok bool) {
 	addrs := []netip.Addr{addr.Addr()}
 	if addr.Addr().IsUnspecified() {
@@ -234,11 +311,10 @@ func listenerInode(addr netip.AddrPort) (inode uint64, ok bool) {
 	return 0, false
 }
 
-// lookUpSocket asks the kernel for the one socket that a packet from remote to local
-// reaches: where there is no connection, that is a listener. It fails where it could not
-// ask.
+// lookUpSocket asks the kernel for the socket that a packet from remote to local would reach:
+// that of a connection, or else a listener. It fails if it cannot ask.
 func lookUpSocket(local, remote netip.AddrPort) (found diagAnswer, ok bool, err error) {
-	family := uint8(syscall.AF_INET) // finds the IPv6 sockets of mapped addresses too
+	family := uint8(syscall.AF_INET) // finds IPv6 sockets with mapped addresses as well
 	if local.Addr().Is6() {
 		family = syscall.AF_INET6
 	}
@@ -247,7 +323,7 @@ func lookUpSocket(local, remote netip.AddrPort) (found diagAnswer, ok bool, err 
 	}
 	request := diagRequest{Family: family, Protocol: syscall.IPPROTO_TCP, States: ^uint32(0)}
 	request.Header = syscall.NlMsghdr{Len: uint32(binary.Size(request)), Type: sockDiagByFamily, Flags: syscall.NLM_F_REQUEST}
-	request.ID.Cookie = [2]uint32{^uint32(0), ^uint32(0)} // INET_DIAG_NOCOOKIE: whichever it is
+	request.ID.Cookie = [2]uint32{^uint32(0), ^uint32(0)} // INET_DIAG_NOCOOKIE: any socket
 	binary.BigEndian.PutUint16(request.ID.LocalPort[:], local.Port())
 	binary.BigEndian.PutUint16(request.ID.RemotePort[:], remote.Port())
 	copy(request.ID.Local[:], local.Addr().AsSlice())
@@ -290,80 +366,8 @@ func (a *diagAnswer) addr(ip [16]byte, port [2]byte) netip.AddrPort {
 	return unmap(netip.AddrPortFrom(addr, binary.BigEndian.Uint16(port[:])))
 }
 
-// unmap makes the IPv4 address of one that is mapped into IPv6, as either end of the
-// same connection may report it.
+// unmap turns an IPv4 address that is mapped into IPv6 back: the two ends of a connection may
+// report it differently.
 func unmap(a netip.AddrPort) netip.AddrPort {
 	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
-}
-
-// holdsSocket tells whether process pid has the socket with this inode open. Where
-// that cannot be seen although the process lives, it is not readable: it may be
-// another user's, or one that has raised its privileges.
-func holdsSocket(pid int, inode uint64) (held, readable bool) {
-	if !procIsOurs() {
-		return false, false
-	}
-	folder := "/proc/" + strconv.Itoa(pid)
-	link := "socket:[" + strconv.FormatUint(inode, 10) + "]"
-	held, some, err := hasOpen(folder+"/fd", link)
-	if !some && err == nil {
-		// Its main thread has ended and has no files any more. The others may.
-		others, _ := filepath.Glob(folder + "/task/*/fd")
-		for _, other := range others {
-			if held, _, err = hasOpen(other, link); held {
-				break
-			}
-		}
-	}
-	if held || err == nil {
-		return held, true
-	}
-	p, ok := readProcess(pid)
-	return false, !ok || p.zombie
-}
-
-// hasOpen tells whether a folder of file descriptors, if there is some in it, has one
-// that links to what link names.
-func hasOpen(folder, link string) (held, some bool, err error) {
-	dir, err := os.Open(folder)
-	if err != nil {
-		return false, false, err
-	}
-	defer dir.Close()
-	names, err := dir.Readdirnames(-1)
-	for _, name := range names {
-		to, linkErr := os.Readlink(folder + "/" + name)
-		if to == link {
-			return true, true, nil
-		}
-		if err == nil && !errors.Is(linkErr, fs.ErrNotExist) { // that one was closed meanwhile
-			err = linkErr
-		}
-	}
-	return false, len(names) > 0, err
-}
-
-// portHolder returns the process that listens on a port, or that keeps others from it.
-// It is not ok where that cannot be known: of another user's, only root can.
-func portHolder(address string, port int) (pid int, name string, ok bool) {
-	addr, err := net.ResolveTCPAddr("tcp", net.JoinHostPort(strings.Trim(address, "[]"), strconv.Itoa(port)))
-	if err != nil {
-		return 0, "", false
-	}
-	inode, ok := listenerInode(addr.AddrPort())
-	if !ok {
-		return 0, "", false
-	}
-	return socketHolder(inode)
-}
-
-// socketHolder returns the first process that can be seen to have the socket with
-// this inode open.
-func socketHolder(inode uint64) (pid int, name string, ok bool) {
-	for _, p := range processes() {
-		if held, _ := holdsSocket(p.pid, inode); held {
-			return p.pid, p.name, true
-		}
-	}
-	return 0, "", false
 }

@@ -4,6 +4,7 @@ package main
 
 import "syscall"
 
+// procInfo is a process. This system does not tell flowctl of any.
 type procInfo struct {
 	pid  int
 	name string
@@ -11,6 +12,5 @@ type procInfo struct {
 
 func (p procInfo) send(syscall.Signal) {}
 
-// portHolder is never ok: this system has no way to tell which process holds a socket
-// that flowctl could use.
+// portHolder is never ok: this system does not tell which process holds a socket.
 func portHolder(address string, port int) (pid int, name string, ok bool) { return 0, "", false }

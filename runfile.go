@@ -1,5 +1,14 @@
 package main
 
+// Run files: which pipelines run on this machine. Each run keeps one for as long as it lives
+// and holds a lock on it. The kernel drops the lock however the process ends, so a file
+// without a lock is ignored, whatever pid it names.
+//
+// The locks are those of fcntl(2), not of flock(2): a reader can ask whether one is held
+// without taking it, and who may only read the file cannot take it. But a process loses its
+// lock when it closes any file of the same inode. So a run opens its own file once, and no
+// other command has one.
+
 import (
 	"cmp"
 	"context"
@@ -19,15 +28,13 @@ import (
 	"time"
 )
 
-// Run files tell which pipelines run on this machine. Each run keeps one for as long
-// as it lives and holds a lock on it, which the kernel takes away however the process
-// ends: so a file that is left behind is known as such, whatever pid it names.
-//
-// The locks are those of fcntl(2) and not of flock(2): whether one is held can be
-// asked without taking it, so that a reader is never in the way, and who may only
-// read the file cannot hold it. They have one trap: a process loses its lock when it
-// closes any file of the same inode. A run opens its own file once, and no other
-// command has one.
+const (
+	folderLock = "lock"   // the file whose lock is held while a run file is added or removed
+	runSuffix  = ".json"  // of run files
+	maxRunName = 150      // bytes of the name of a run file; a hash replaces the rest
+	maxRunFile = 64 << 10 // bytes that are read of a run file
+	runsTick   = 20 * time.Millisecond
+)
 
 // runInfo is what a run file says.
 type runInfo struct {
@@ -35,16 +42,16 @@ type runInfo struct {
 	Pipeline string    `json:"pipeline,omitempty"` // its name, "" for a control plane alone
 	Endpoint string    `json:"endpoint,omitempty"` // "" until the control plane listens
 	Started  time.Time `json:"started"`
-	TLS      bool      `json:"tls,omitempty"` // of Endpoint
+	TLS      bool      `json:"tls,omitempty"` // at Endpoint
 }
 
-// runFile is the run file of this process. A nil one does nothing.
+// runFile is the run file of this process. Methods of a nil one do nothing.
 type runFile struct {
 	file *os.File
 	info runInfo
 }
 
-// runningError is that of a run that another process is already.
+// runningError tells that another process runs the pipeline.
 type runningError struct {
 	wanted runInfo
 	by     runInfo // its PID is 0 where the file could not be read
@@ -64,18 +71,9 @@ func (e *runningError) Error() string {
 	return fmt.Sprintf("%s (pid %d, endpoint %s)", text, e.by.PID, e.by.Endpoint)
 }
 
-const (
-	folderLock = "lock"   // the lock that who adds or removes a run file holds
-	runSuffix  = ".json"  // of run files
-	maxRunName = 150      // bytes of a run file's name before the hash that stands for the rest
-	maxRunFile = 64 << 10 // more is none of ours
-	runsTick   = 20 * time.Millisecond
-)
-
-// claimRun makes this process the one that runs the pipeline that info names, or the
-// control plane at its endpoint, and tells others what info says. It fails with a
-// *runningError where another process is that already; any other error is one of the
-// folder. There is one run file in a process.
+// claimRun makes this process the one that runs the pipeline of info, or the control plane at
+// its endpoint, and writes info to a run file. It fails with a *runningError if another process
+// runs that already. Any other error is of the folder. A process may have one run file.
 func claimRun(info runInfo) (*runFile, error) {
 	folder := runFolder()
 	if err := makeRunFolder(folder); err != nil {
@@ -84,6 +82,7 @@ func claimRun(info runInfo) (*runFile, error) {
 	return claimRunIn(folder, info)
 }
 
+// claimRunIn is claimRun in a folder that is there.
 func claimRunIn(folder string, info runInfo) (*runFile, error) {
 	info.PID, info.Started = os.Getpid(), time.Now()
 	lock, err := lockRuns(folder)
@@ -97,7 +96,7 @@ func claimRunIn(folder string, info runInfo) (*runFile, error) {
 	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
-	// What a dead process left goes, because someone may have it open.
+	// A file that a dead process has left may still be open elsewhere: it is not used again.
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
@@ -111,7 +110,7 @@ func claimRunIn(folder string, info runInfo) (*runFile, error) {
 		err = r.write()
 	}
 	if err == nil {
-		err = f.Chmod(0o644) // others may read it where the folder lets them, now that it is locked
+		err = f.Chmod(0o644) // not before it is locked; who may read it depends on the folder
 	}
 	if err != nil {
 		os.Remove(path)
@@ -132,7 +131,7 @@ func (r *runFile) ownerLabel() string {
 	return fmt.Sprintf("%s:%s:%s", host, strings.TrimSpace(string(machine)), r.file.Name())
 }
 
-// publish tells others where the control plane listens.
+// publish writes into the file where the control plane listens.
 func (r *runFile) publish(endpoint string) error {
 	if r == nil {
 		return nil
@@ -141,8 +140,8 @@ func (r *runFile) publish(endpoint string) error {
 	return r.write()
 }
 
-// write writes the file in place, as it is the file that is locked. Who reads half of
-// it takes it for one that is starting.
+// write writes the file in place, because the lock is on it. A reader of half of it takes the
+// run for one that is starting.
 func (r *runFile) write() error {
 	data, err := json.Marshal(r.info)
 	if err != nil {
@@ -154,7 +153,7 @@ func (r *runFile) write() error {
 	return r.file.Truncate(int64(len(data) + 1))
 }
 
-// release removes the file: the pipeline does not run any more.
+// release removes the file and gives up its lock.
 func (r *runFile) release() {
 	if r == nil {
 		return
@@ -162,7 +161,7 @@ func (r *runFile) release() {
 	defer r.file.Close()
 	lock, err := lockRuns(filepath.Dir(r.file.Name()))
 	if err != nil {
-		return // the folder is gone, and if not, the file is known to be stale
+		return // the folder is gone, or else the file stays without a lock
 	}
 	defer lock.Close()
 	ours, err := r.file.Stat()
@@ -174,8 +173,8 @@ func (r *runFile) release() {
 	}
 }
 
-// findRuns returns what runs, by name, and removes what dead processes have left in
-// this user's folders. It must not be called in a process that has a run file.
+// findRuns returns what runs, sorted by name, and removes the files that dead processes have
+// left in this user's folders. A process that has a run file must not call it.
 func findRuns() ([]runInfo, error) {
 	var runs []runInfo
 	for _, folder := range runFolders() {
@@ -202,9 +201,9 @@ func findRuns() ([]runInfo, error) {
 	return runs, nil
 }
 
-// awaitRuns returns what runs and has a control plane, one at least, and an error for
-// each that is starting. With wait it gives those until ctx ends, where nothing else
-// runs or all are wanted.
+// awaitRuns returns the runs whose control plane listens, at least one, and an error for each
+// that is starting. With wait it waits, until ctx ends, for the first that listens, with all
+// for all of them.
 func awaitRuns(ctx context.Context, wait, all bool) (runs []runInfo, starting []error, err error) {
 	ticker := time.NewTicker(runsTick)
 	defer ticker.Stop()
@@ -238,11 +237,10 @@ func awaitRuns(ctx context.Context, wait, all bool) (runs []runInfo, starting []
 	}
 }
 
-// readRun reads a run file and tells whether its process lives. One that lives and
-// cannot be read is starting.
+// readRun reads a run file and tells whether its process lives. The info of a process that
+// lives is zero while its file is not complete.
 func readRun(path string) (info runInfo, live bool, err error) {
-	// Not to wait for the writer of a pipe that stands in its place.
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0) // does not wait if it is a FIFO
 	if err != nil {
 		return runInfo{}, false, err
 	}
@@ -260,8 +258,8 @@ func readRun(path string) (info runInfo, live bool, err error) {
 	return info, true, nil
 }
 
-// removeStale removes a file that a dead process has left, unless someone else is at
-// it. In a folder of another user it does nothing.
+// removeStale removes a file that a dead process has left. It does nothing in a folder of
+// another user, and while another process has the lock of the folder.
 func removeStale(folder, name string) {
 	if !owned(folder) {
 		return
@@ -275,13 +273,13 @@ func removeStale(folder, name string) {
 		return
 	}
 	path := filepath.Join(folder, name)
-	if _, live, err := readRun(path); err == nil && !live { // it may have become another's meanwhile
+	if _, live, err := readRun(path); err == nil && !live { // else a new run has it
 		os.Remove(path)
 	}
 }
 
-// lockRuns waits for the lock of a folder, which closing the file gives back. Nobody
-// holds it for longer than a few calls of the kernel.
+// lockRuns waits for the lock of a folder and returns the file to close to give it back. Each
+// holder has it for a few system calls only.
 func lockRuns(folder string) (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(folder, folderLock), os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
@@ -294,6 +292,8 @@ func lockRuns(folder string) (*os.File, error) {
 	return f, nil
 }
 
+// lockFile locks all of f for writing: with F_SETLK at once or not at all, with F_SETLKW it
+// waits.
 func lockFile(f *os.File, command int) error {
 	for {
 		err := syscall.FcntlFlock(f.Fd(), command, &syscall.Flock_t{Type: syscall.F_WRLCK})
@@ -305,14 +305,14 @@ func lockFile(f *os.File, command int) error {
 
 // isLocked tells whether another process holds the lock of f.
 func isLocked(f *os.File) (bool, error) {
-	ask := syscall.Flock_t{Type: syscall.F_RDLCK} // would one for reading have to wait?
+	ask := syscall.Flock_t{Type: syscall.F_RDLCK} // a lock for reading would have to wait for one for writing
 	if err := syscall.FcntlFlock(f.Fd(), syscall.F_GETLK, &ask); err != nil {
 		return false, fmt.Errorf("cannot see whether %s is locked: %v", f.Name(), err)
 	}
 	return ask.Type != syscall.F_UNLCK, nil
 }
 
-// fileName is one that any name of a pipeline can have.
+// fileName returns the name of the run file, a valid one for any name of a pipeline.
 func (i runInfo) fileName() string {
 	name := "pipeline-" + url.PathEscape(i.Pipeline)
 	if i.Pipeline == "" {
@@ -327,9 +327,9 @@ func (i runInfo) fileName() string {
 // runFolder is where this process keeps its run file.
 func runFolder() string {
 	if folder, _, _ := strings.Cut(os.Getenv("RUNTIME_DIRECTORY"), ":"); folder != "" {
-		return filepath.Clean(folder) // systemd has made it
+		return filepath.Clean(folder) // made by systemd
 	}
-	if folder := os.Getenv("XDG_RUNTIME_DIR"); owned(folder) { // else it is of who became this user
+	if folder := os.Getenv("XDG_RUNTIME_DIR"); owned(folder) { // not owned after su(1)
 		return filepath.Join(folder, "flowctl")
 	}
 	shared := sharedRuns()
@@ -339,8 +339,8 @@ func runFolder() string {
 	return temporaryRuns()
 }
 
-// runFolders are where the run files of this user may be, and of the services that
-// everyone may see.
+// runFolders are the folders where run files of this user may be, and those of services that
+// all users may see.
 func runFolders() []string {
 	var folders []string
 	for _, folder := range []string{runFolder(), sharedRuns(), temporaryRuns()} {
@@ -351,7 +351,7 @@ func runFolders() []string {
 	return folders
 }
 
-// sharedRuns is root's folder, and that of a unit with RuntimeDirectory=flowctl.
+// sharedRuns is the folder of root, and of a unit with RuntimeDirectory=flowctl.
 func sharedRuns() string {
 	if runtime.GOOS == "darwin" {
 		return "/var/run/flowctl" // there is no /run
@@ -359,10 +359,12 @@ func sharedRuns() string {
 	return "/run/flowctl"
 }
 
+// temporaryRuns is the folder of a user who has no other.
 func temporaryRuns() string {
 	return filepath.Join(os.TempDir(), fmt.Sprintf("flowctl-%d", os.Geteuid()))
 }
 
+// makeRunFolder makes a folder for run files, if it is not there.
 func makeRunFolder(folder string) error {
 	mode := fs.FileMode(0o700)
 	if folder == sharedRuns() {
@@ -377,8 +379,8 @@ func makeRunFolder(folder string) error {
 	return nil
 }
 
-// checkPrivate fails for a folder that another user could have made or can write to:
-// anyone can make one in the temporary directory.
+// checkPrivate fails for a folder that another user owns or can read or write: in the temporary
+// directory anyone can make one.
 func checkPrivate(folder string) error {
 	info, err := os.Lstat(folder)
 	if err != nil {

@@ -600,6 +600,7 @@ func TestTLSList(t *testing.T) {
 	t.Parallel()
 	ca := newCA(t)
 	files, own := newFiles(t, issue(t, ca, nil), ca), newFiles(t, issue(t, ca, nil), newCA(t))
+	foreign := newFiles(t, issue(t, newCA(t), nil), ca)
 	secure := launch(t, writePipeline(t, actor("a", role{Dialect: "v1"})), files.flags()...)
 	mutual := launch(t, writePipeline(t, actor("a", role{Dialect: "v1"})), files.mutual()...)
 	plain := launch(t, writePipeline(t, actor("a", role{Dialect: "v1"})))
@@ -620,10 +621,11 @@ func TestTLSList(t *testing.T) {
 		}
 	}()
 	const (
-		needsCA   = "\nflowctl: hint: it speaks TLS: name the CA of its certificate by -tls-ca-cert\n"
-		needsBoth = "\nflowctl: hint: it speaks TLS: name the CA of its certificate by -tls-ca-cert, and a certificate of yours by -tls-cert and -tls-key\n"
-		needsCert = "\nflowctl: hint: it wants a certificate of yours: name it by -tls-cert and -tls-key\n"
-		needsNone = "\nflowctl: hint: it speaks no TLS: leave out the -tls flags\n"
+		needsCA     = "\nflowctl: hint: it speaks TLS: name the CA of its certificate by -tls-ca-cert\n"
+		needsBoth   = "\nflowctl: hint: it speaks TLS: name the CA of its certificate by -tls-ca-cert, and a certificate of yours by -tls-cert and -tls-key\n"
+		needsCert   = "\nflowctl: hint: it wants a certificate of yours: name it by -tls-cert and -tls-key\n"
+		needsNone   = "\nflowctl: hint: it speaks no TLS: leave out the -tls flags\n"
+		refusesCert = "\nflowctl: hint: it does not take the certificate of -tls-cert: tls: "
 	)
 	for _, tt := range []struct {
 		name     string
@@ -638,6 +640,7 @@ func TestTLSList(t *testing.T) {
 		{"without flags", secure.endpoint(), nil, exitPlane, needsCA},
 		{"mutual, without flags", mutual.endpoint(), nil, exitPlane, needsBoth},
 		{"mutual, without a certificate", mutual.endpoint(), []string{"-tls-ca-cert", files.ca}, exitPlane, needsCert},
+		{"mutual, a certificate of another CA", mutual.endpoint(), append(foreign.flags(), "-tls-ca-cert", files.ca), exitPlane, refusesCert},
 		{"another CA", secure.endpoint(), []string{"-tls-ca-cert", own.ca}, exitPlane, "certificate signed by unknown authority"},
 		{"the system's CAs", secure.endpoint(), own.flags(), exitPlane, "certificate signed by unknown authority"},
 		{"TLS where there is none", plain.endpoint(), []string{"-tls-ca-cert", files.ca}, exitPlane, needsNone},
@@ -655,5 +658,38 @@ func TestTLSList(t *testing.T) {
 	}
 	for _, p := range []*process{secure, mutual, plain} {
 		p.stop()
+	}
+}
+
+// list shows its certificate to no server that has not proven to be the one that it dialled.
+func TestList_KeepsItsCertificateFromAnImpostor(t *testing.T) {
+	t.Parallel()
+	impostor, ca := issue(t, newCA(t), nil), newCA(t)
+	files := newFiles(t, issue(t, ca, nil), ca)
+	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		var handshakes, shown atomic.Int64
+		lis := listen(t, "127.0.0.1:0")
+		go func() {
+			for conn, err := lis.Accept(); err == nil; conn, err = lis.Accept() {
+				go func() {
+					defer conn.Close()
+					server := tls.Server(conn, &tls.Config{
+						Certificates: []tls.Certificate{impostor.pair}, NextProtos: []string{"h2"},
+						MaxVersion: version, ClientAuth: tls.RequestClientCert,
+					})
+					_ = server.Handshake()
+					shown.Add(int64(len(server.ConnectionState().PeerCertificates)))
+					handshakes.Add(1)
+				}()
+			}
+		}()
+		code, stdout, stderr := call(t, append([]string{"list", "-e", lis.Addr().String(), "-wait=false"}, files.mutual()...)...)
+		if code != exitPlane || !strings.Contains(stderr, "certificate signed by unknown authority") {
+			t.Errorf("exit %d\n%s%s", code, stdout, stderr)
+		}
+		eventually(t, "two handshakes, one of them for a hint", func() bool { return handshakes.Load() >= 2 })
+		if n := shown.Load(); n > 0 {
+			t.Errorf("%s: %d certificates were shown", tls.VersionName(version), n)
+		}
 	}
 }
