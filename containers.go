@@ -8,10 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"maps"
 	"net"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -37,29 +35,37 @@ const (
 	labelPipeline  = "flowctl.pipeline"
 	labelComponent = "flowctl.component"
 	labelRun       = "flowctl.run"   // what runMark is set to
-	labelClaim     = "flowctl.claim" // which run file on which machine: whoever holds that may remove what has it
+	labelOwner     = "flowctl.claim" // which run file on which machine: whoever holds that may remove what has it
 
 	engineTimeout = 10 * time.Second // for what an engine does at once, if it answers at all
 
-	signalAgain = 100 * time.Millisecond // until a signal is sent again to a container that does not run yet
+	askAgain = 100 * time.Millisecond // until the engine is asked again for what did not work: a container may not run yet
 
 	// hostAlias is the machine as a container sees it that is not on its network.
 	hostAlias = "host.docker.internal"
 )
 
+// commandRunner starts and waits for command lines.
+type commandRunner interface {
+	start(cmd *exec.Cmd) error
+	wait(cmd *exec.Cmd) error
+}
+
 // engine is the command line of docker, or of what is used like it. A nil one has no
-// containers. It is complete when the supervisor is made, and does not change then.
+// containers. It is complete when the launcher is made, and does not change then.
 type engine struct {
-	name       string // as it was looked for
-	path       string
-	env        []string // of its command line: flowctl's own
-	reaper     *reaper
+	name       string   // as it was looked for
+	path       string   // "" where it is missing
+	missing    error    // why there is none, of which only an image makes a fault
+	env        []string // of the command line
+	commands   commandRunner
 	pipeline   string
 	ownerLabel string // "" for none: nobody knows then what a dead run has left
 	run        string
 }
 
-// findEngine returns the engine that is called name, or with "" docker, else podman.
+// findEngine returns the engine that is called name, or with "" docker, else podman. Where
+// neither is there, that is told only of a pipeline with images.
 func findEngine(name string) (*engine, error) {
 	names := []string{"docker", "podman"}
 	if name != "" {
@@ -72,33 +78,36 @@ func findEngine(name string) (*engine, error) {
 			path, err = filepath.Abs(path)
 		}
 		if err == nil {
-			return &engine{name: name, path: path, env: slices.DeleteFunc(os.Environ(), hidden)}, nil
+			return &engine{name: name, path: path}, nil
 		}
 	}
 	if name == "" {
-		return nil, errors.New("-orchestrator container: neither docker nor podman is in PATH: install one, or name another engine with -engine")
+		return &engine{missing: errors.New("neither docker nor podman is in PATH: install one, or name another engine with -engine")}, nil
 	}
 	return nil, fmt.Errorf("-engine %q: cannot run it: %v", name, cause(err))
-}
-
-// join has all that e runs from now on be of run.
-func (e *engine) join(run string) {
-	e.run, e.env = run, append(slices.Clip(e.env), runMark+"="+run)
 }
 
 // checkImages fails where p needs an engine and there is none.
 func (e *engine) checkImages(p *Pipeline) error {
 	var ids []string
 	for _, c := range p.components() {
-		if c.Image != "" && e == nil {
+		if c.Image != "" {
 			ids = append(ids, c.ID)
 		}
 	}
-	if len(ids) > 0 {
+	switch {
+	case len(ids) == 0:
+		return nil
+	case e == nil:
 		return fmt.Errorf("what has an image needs -orchestrator container: %s", enumerate(ids))
+	case e.missing != nil:
+		return fmt.Errorf("what has an image needs a container engine: %s: %v", enumerate(ids), e.missing)
 	}
 	return nil
 }
+
+// usable tells whether there may be containers.
+func (e *engine) usable() bool { return e != nil && e.missing == nil }
 
 // command is one of the engine's command line, in a process group of its own: a
 // terminal's Ctrl-C is for flowctl.
@@ -118,9 +127,9 @@ func (e *engine) ask(ctx context.Context, args ...string) (string, error) {
 	var out, errs bytes.Buffer
 	cmd := e.command(ctx, args...)
 	cmd.Stdout, cmd.Stderr = &out, &errs
-	err := e.reaper.start(cmd)
+	err := e.commands.start(cmd)
 	if err == nil {
-		err = e.reaper.wait(cmd)
+		err = e.commands.wait(cmd)
 	}
 	said := strings.TrimSpace(errs.String())
 	switch {
@@ -135,11 +144,12 @@ func (e *engine) ask(ctx context.Context, args ...string) (string, error) {
 }
 
 // remove removes the containers that filter, of ENGINE ps, is true for, and returns
-// their names. Others may remove them meanwhile.
+// their names. Others may remove them meanwhile. It fails for those that are still there
+// when engineTimeout is over.
 func (e *engine) remove(ctx context.Context, filter string) (names []string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
 	defer cancel()
-	for {
+	for pause := time.Duration(0); ; pause = max(2*pause, askAgain) {
 		out, listErr := e.ask(ctx, "ps", "--all", "--filter", filter, "--format", "{{.Names}}")
 		left := strings.Fields(out)
 		switch {
@@ -147,8 +157,11 @@ func (e *engine) remove(ctx context.Context, filter string) (names []string, err
 			return names, cmp.Or(err, listErr)
 		case len(left) == 0:
 			return names, nil
-		case ctx.Err() != nil:
-			return names, err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return names, cmp.Or(err, fmt.Errorf("%s rm has not removed %s", e.name, enumerate(left)))
 		}
 		for _, name := range left {
 			if !slices.Contains(names, name) {
@@ -161,58 +174,32 @@ func (e *engine) remove(ctx context.Context, filter string) (names []string, err
 	}
 }
 
-// prepare makes sure, before anything starts, that the containers of p can be run:
-// the engine answers, nothing is left of a run that was killed, and the images are
-// there. It says all at once what is not so.
-func (e *engine) prepare(ctx context.Context, p *Pipeline, log *slog.Logger) error {
-	filter := "label=" + labelClaim + "=" + e.ownerLabel
+// removeAbandoned removes what runs of this pipeline that were killed have left. It fails
+// where the engine does not answer.
+func (e *engine) removeAbandoned(ctx context.Context) (names []string, err error) {
+	filter := "label=" + labelOwner + "=" + e.ownerLabel
 	if e.ownerLabel == "" {
 		filter = "label=" + labelRun + "=" // none: this only tells whether the engine answers
 	}
-	left, err := e.remove(ctx, filter)
-	if len(left) > 0 {
-		log.Warn("removed containers that a killed run has left", "containers", enumerate(left))
+	if names, err = e.remove(ctx, filter); err != nil {
+		err = e.noAnswer(err)
 	}
-	if err != nil {
-		return e.noAnswer(err)
-	}
+	return names, err
+}
+
+// pullMissing pulls the images of p that the engine does not have. It tells progress of
+// each, first "" and then what the engine says, and all at once which cannot be pulled.
+func (e *engine) pullMissing(ctx context.Context, p *Pipeline, progress func(image, said string)) error {
 	var problems []error
 	for _, image := range p.images() {
 		if e.findImage(ctx, image) == nil {
 			continue
 		}
-		log.Info("pulling", "image", image)
-		if err := e.pull(ctx, image, log); err != nil {
+		if err := e.pull(ctx, image, progress); err != nil {
 			problems = append(problems, fmt.Errorf("%s: image %q is not here and cannot be pulled: %v", enumerate(p.usersOf(image)), image, err))
 		}
 	}
 	return errors.Join(problems...)
-}
-
-// prepareUntil is prepare, which may take minutes, until a signal asks for an end. It
-// returns that, nil for none.
-func (e *engine) prepareUntil(signals <-chan os.Signal, p *Pipeline, log *slog.Logger) (os.Signal, error) {
-	if e == nil {
-		return nil, nil
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	done := make(chan error, 1)
-	go func() { done <- e.prepare(ctx, p, log) }()
-	for {
-		select {
-		case err := <-done:
-			return nil, err
-		case sig := <-signals:
-			if underSystemd(sig) {
-				continue // it asks for a reload, and the file has just been read
-			}
-			log.Info("stop requested", "signal", sig.String())
-			cancel()
-			<-done
-			return sig, nil
-		}
-	}
 }
 
 // noAnswer says what to do about an engine that cannot be used. It names its socket
@@ -233,15 +220,14 @@ func (e *engine) findImage(ctx context.Context, image string) error {
 	return err
 }
 
-// pull fetches an image, which takes as long as it takes. What the engine says
-// meanwhile is logged, its last line is the reason of a failure.
-func (e *engine) pull(ctx context.Context, image string, log *slog.Logger) error {
-	patience := func() { notify(log, "STATUS=pulling "+image, extendTimeout(time.Minute)) }
-	patience()
+// pull fetches an image, which takes as long as it takes. Progress is told what the engine
+// says meanwhile; its last line is the reason of a failure.
+func (e *engine) pull(ctx context.Context, image string, progress func(image, said string)) error {
+	progress(image, "")
 	r, w := io.Pipe()
 	cmd := e.command(ctx, "pull", image)
 	cmd.Stdout, cmd.Stderr = w, w
-	if err := e.reaper.start(cmd); err != nil {
+	if err := e.commands.start(cmd); err != nil {
 		return cause(err)
 	}
 	last := ""
@@ -249,13 +235,12 @@ func (e *engine) pull(ctx context.Context, image string, log *slog.Logger) error
 	reading.Go(func() {
 		for scanner := bufio.NewScanner(r); scanner.Scan(); {
 			if last = scanner.Text(); last != "" {
-				log.Info("pulling", "image", image, "said", last)
-				patience()
+				progress(image, last)
 			}
 		}
 		_, _ = io.Copy(io.Discard, r) // the rest after a line that was too long
 	})
-	err := e.reaper.wait(cmd)
+	err := e.commands.wait(cmd)
 	w.Close()
 	reading.Wait()
 	if err != nil && last != "" {
@@ -264,14 +249,15 @@ func (e *engine) pull(ctx context.Context, image string, log *slog.Logger) error
 	return err
 }
 
-// checkNew fails for images of p that the engine does not have, of those that are not
-// in use: what runs does not wait for a pull.
-func (e *engine) checkNew(p *Pipeline, used []*proc) error {
-	ctx, cancel := context.WithTimeout(context.Background(), engineTimeout)
+// checkNew fails for images of p that the engine does not have, except those that are in
+// use: what runs does not wait for a pull. It can take as long as the engine takes to
+// answer, at most engineTimeout.
+func (e *engine) checkNew(ctx context.Context, p *Pipeline, used map[string]bool) error {
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
 	defer cancel()
 	var problems []error
 	for _, image := range p.images() {
-		if slices.ContainsFunc(used, func(p *proc) bool { return p.Image == image }) {
+		if used[image] {
 			continue
 		}
 		if err := e.findImage(ctx, image); err != nil {
@@ -281,9 +267,9 @@ func (e *engine) checkNew(p *Pipeline, used []*proc) error {
 	return errors.Join(problems...)
 }
 
-// gatewayEndpoint is where a container that is not on the host's network reaches a
+// containerEndpoint is where a container that is not on the host's network reaches a
 // control plane at addr, whose own endpoint is given; "" where it cannot.
-func gatewayEndpoint(addr net.Addr, endpoint string) string {
+func containerEndpoint(addr net.Addr, endpoint string) string {
 	tcp, ok := addr.(*net.TCPAddr)
 	switch {
 	case !ok:
@@ -296,48 +282,24 @@ func gatewayEndpoint(addr net.Addr, endpoint string) string {
 	return endpoint
 }
 
-// checkReach fails for components that could not register: those with ports are not
-// on the host's network, and the loopback of theirs is not that of the control plane.
-func (s *procSettings) checkReach(p *Pipeline) error {
-	var ids []string
-	for _, c := range p.components() {
-		private := !c.TLS && len(s.tlsEnv) > 0 // a listener on the loopback
-		if len(c.Ports) > 0 && c.registers() && (private || s.gateway == "") {
-			ids = append(ids, c.ID)
-		}
-	}
-	if len(ids) == 0 {
-		return nil
-	}
-	advice := "-control-plane-address 0.0.0.0"
-	if len(s.tlsEnv) > 0 {
-		advice += ` and "tls": true`
-	}
-	return fmt.Errorf(`%s: ports take a container off the host's network, from where it cannot register at %s: leave out ports, or set "register": false, or give %s`, enumerate(ids), s.endpoint, advice)
-}
-
-// container is the container that a child is the command line of.
+// container is a container of a component. It is named before it is made.
 type container struct {
 	engine *engine
 	name   string
-	asked  chan syscall.Signal // the signal by which it is to end
-	doomed chan struct{}       // closed when it is to be killed
-	doom   func()              // closes doomed
+	env    string // of the component, as the command line reads it from its standard input
 }
 
-// container returns the command that runs c, with the variables given, and what there
+// container returns the command that runs c with the environment env, and what there
 // is to know of its container. Number tells apart the starts of a run.
-func (e *engine) container(c *Component, given []string, number int) (*exec.Cmd, *container) {
+func (e *engine) container(c *Component, env []string, number int) (*exec.Cmd, *container) {
 	run := e.run[strings.LastIndexByte(e.run, '/')+1:]
-	box := &container{engine: e, asked: make(chan syscall.Signal, 1), doomed: make(chan struct{})}
-	box.name = fmt.Sprintf("flowctl-%s-%s-%d-%s", e.pipeline, c.ID, number, strings.ToLower(run))
-	box.doom = sync.OnceFunc(func() { close(box.doomed) })
+	name := fmt.Sprintf("flowctl-%s-%s-%d-%s", e.pipeline, c.ID, number, strings.ToLower(run))
 	// What is printed goes to flowctl alone, and a missing image is not fetched now.
-	args := []string{"run", "--rm", "--name=" + box.name, "--pull=never", "--log-driver=none"}
-	for _, label := range [][2]string{{labelPipeline, e.pipeline}, {labelComponent, c.ID}, {labelRun, e.run}, {labelClaim, e.ownerLabel}} {
+	args := []string{"run", "--rm", "--name=" + name, "--pull=never", "--log-driver=none"}
+	for _, label := range [][2]string{{labelPipeline, e.pipeline}, {labelComponent, c.ID}, {labelRun, e.run}, {labelOwner, e.ownerLabel}} {
 		args = append(args, "--label="+label[0]+"="+label[1])
 	}
-	vars, file, byName := splitEnv(given)
+	vars, file, byName := splitEnv(env)
 	args = append(args, c.containerOptions(vars)...)
 	cmd := exec.Command(e.path)
 	cmd.Args[0] = e.name
@@ -347,8 +309,7 @@ func (e *engine) container(c *Component, given []string, number int) (*exec.Cmd,
 		cmd.Env = append(cmd.Env, name+"="+vars[name])
 	}
 	cmd.Args = slices.Concat(cmd.Args, args, []string{"--env-file=/dev/stdin", c.Image}, c.Args)
-	cmd.Stdin, cmd.WaitDelay = strings.NewReader(file), outputGrace
-	return cmd, box
+	return cmd, &container{e, name, file}
 }
 
 // containerOptions are those of ENGINE run that the file decides on. Files that vars
@@ -386,10 +347,10 @@ func (c *Component) containerOptions(vars map[string]string) []string {
 // DOCKER_HOST would be taken for its own, so they go by a file, its standard input.
 // What such a file cannot hold, a value with a line break, goes by name: by the
 // command line's environment after all, in which nothing of its own looks like that.
-func splitEnv(given []string) (vars map[string]string, file string, byName []string) {
+func splitEnv(env []string) (vars map[string]string, file string, byName []string) {
 	const most = 32 << 10 // a line of 64 KiB is too long for docker (bufio.Scanner)
 	vars = make(map[string]string)
-	for _, entry := range given {
+	for _, entry := range env {
 		name, value, _ := strings.Cut(entry, "=")
 		vars[name] = value
 	}
@@ -405,16 +366,16 @@ func splitEnv(given []string) (vars map[string]string, file string, byName []str
 }
 
 // inside is the command that runs argv in the container, and argv itself without one.
-func (b *container) inside(argv []string) []string {
-	if b == nil {
+func (ctr *container) inside(argv []string) []string {
+	if ctr == nil {
 		return argv
 	}
-	return slices.Concat([]string{b.engine.path, "exec", b.name}, argv)
+	return slices.Concat([]string{ctr.engine.path, "exec", ctr.name}, argv)
 }
 
 // checkRuns fails unless the container runs.
-func (b *container) checkRuns(ctx context.Context) error {
-	out, err := b.engine.ask(ctx, "inspect", "--format", "{{.State.Running}}", b.name)
+func (ctr *container) checkRuns(ctx context.Context) error {
+	out, err := ctr.engine.ask(ctx, "inspect", "--format", "{{.State.Running}}", ctr.name)
 	switch {
 	case ctx.Err() != nil:
 		return ctx.Err()
@@ -425,76 +386,15 @@ func (b *container) checkRuns(ctx context.Context) error {
 }
 
 // remove removes the container, if it is still there.
-func (b *container) remove() error {
-	if _, err := b.engine.remove(context.Background(), "name="+b.name); err != nil {
-		return fmt.Errorf("container %s may be left: %v", b.name, err)
+func (ctr *container) remove() error {
+	if _, err := ctr.engine.remove(context.Background(), "name="+ctr.name); err != nil {
+		return fmt.Errorf("container %s may be left: %v", ctr.name, err)
 	}
 	return nil
 }
 
-// signal asks the container to end, once, or kills it. It does not wait.
-func (b *container) signal(sig syscall.Signal) {
-	if sig == syscall.SIGKILL {
-		b.doom()
-		return
-	}
-	select {
-	case b.asked <- sig:
-	default:
-	}
-}
-
-// awaitEnd is awaitExit, and for a container also sees to it that it is gone. The
-// error is that it may not be.
-func (c *child) awaitEnd() error {
-	if c.container == nil {
-		c.awaitExit()
-		return nil
-	}
-	ended := make(chan struct{})
-	var ending sync.WaitGroup
-	ending.Go(func() { c.endContainer(ended) })
-	c.awaitExit()
-	close(ended)
-	ending.Wait()
-	return c.container.remove()
-}
-
-// endContainer passes on what signal is called for, until the command line of the
-// container has ended. That is not waited for before, so its id is its own here.
-func (c *child) endContainer(ended <-chan struct{}) {
-	b := c.container
-	var again <-chan time.Time
-	for asked := syscall.Signal(0); ; {
-		select {
-		case <-ended:
-			return
-		case <-b.doomed:
-			_ = b.remove() // awaitEnd tries it again
-			select {
-			case <-ended: // by that, and the last lines are passed on
-			case <-time.After(outputGrace):
-				_ = syscall.Kill(-c.pid, syscall.SIGKILL)
-			}
-			return
-		case asked = <-b.asked:
-		case <-again:
-		}
-		again = nil
-		if _, err := b.engine.ask(context.Background(), "kill", "--signal", stopSignalNames[slices.Index(stopSignals, asked)], b.name); err != nil {
-			again = time.After(signalAgain) // it does not run yet, or not any more
-		}
-	}
-}
-
-// removeContainers removes those of the run, all of whose command lines have ended: an
-// engine may have made one after that was killed.
-func (s *supervisor) removeContainers() {
-	names, err := s.settings.engine.remove(context.Background(), "label="+labelRun+"="+s.run)
-	if len(names) > 0 {
-		s.log.Warn("removed containers whose command line was killed", "containers", enumerate(names))
-	}
-	if err != nil {
-		s.log.Error("containers may be left", "err", err)
-	}
+// signal has the engine send sig to the container.
+func (ctr *container) signal(sig syscall.Signal) error {
+	_, err := ctr.engine.ask(context.Background(), "kill", "--signal", stopSignalNames[slices.Index(stopSignals, sig)], ctr.name)
+	return err
 }

@@ -304,8 +304,24 @@ func TestImageWithoutContainers(t *testing.T) {
 	}
 	p = start(t, []string{"run", file, "-orchestrator", "container"}, withEnv("PATH="+t.TempDir()))
 	p.exit(exitUsage)
-	if want := "flowctl: -orchestrator container: neither docker nor podman is in PATH: install one, or name another engine with -engine\n"; p.stderr.String() != want {
+	if want := "flowctl: " + file + ": what has an image needs a container engine: store: neither docker nor podman is in PATH: install one, or name another engine with -engine\n"; p.stderr.String() != want {
 		t.Errorf("got\n%swant\n%s", p.stderr, want)
+	}
+}
+
+// Without an image nothing needs the engine: it may be missing, or not answer.
+func TestEngine_NoImageNeedsNone(t *testing.T) {
+	t.Parallel()
+	file := writePipeline(t, Component{ID: "ledgers", Command: []string{"/bin/sleep", "300"}, Register: new(false)})
+	missing := start(t, append(runArgs(file), "-orchestrator", "container"), withEnv("PATH="+t.TempDir()))
+	deaf := writeFile(t, filepath.Join(t.TempDir(), "engine"), "#!/bin/sh\nsleep 300\n")
+	if err := os.Chmod(deaf, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	silent := start(t, append(runArgs(file), "-orchestrator", "container", "-engine", deaf))
+	for _, p := range []*process{missing, silent} {
+		p.waitReady()
+		p.stop()
 	}
 }
 
@@ -608,7 +624,7 @@ func (l *engineLab) testOtherUser(t *testing.T) {
 	p.signal(syscall.SIGKILL)
 	<-p.done
 	eventually(t, "the end of the container", func() bool {
-		out, err := l.command("ps", "--all", "--quiet", "--filter", "label="+labelClaim, "--filter", "name=flowctl-test-store").Output()
+		out, err := l.command("ps", "--all", "--quiet", "--filter", "label="+labelOwner, "--filter", "name=flowctl-test-store").Output()
 		return err == nil && len(out) == 0
 	})
 }

@@ -568,7 +568,7 @@ func start(tb testing.TB, args []string, options ...option) *process {
 		stdout: newTranscript(), stderr: newTranscript(), notified: newTranscript(), done: make(chan struct{}),
 	}
 	p.cmd = exec.Command(flowctlProgram(tb), args...)
-	p.cmd.Env = append(slices.DeleteFunc(os.Environ(), hidden), p.mark,
+	p.cmd.Env = append(baseEnv(), p.mark,
 		"GORACE=atexit_sleep_ms=0",      // else each process takes a second to end
 		"XDG_RUNTIME_DIR="+tb.TempDir(), // pipelines of the same name run side by side
 		"XDG_STATE_HOME="+tb.TempDir())

@@ -29,6 +29,7 @@ const (
 )
 
 const (
+	maxLine    = 1 << 20  // bytes of a line of a component that are kept together: a longer one is passed on in pieces
 	maxQueued  = 1 << 20  // bytes of flowctl's own log that wait to be written; more is dropped
 	maxAhead   = 64 << 10 // queued bytes from which on components wait
 	maxKept    = 2 << 20  // bytes of a buffer that is kept for the next lines

@@ -265,16 +265,16 @@ func probeGRPC(ctx context.Context, target, service string) error {
 // probeExec passes if the command ends with 0. Else it fails with the last line that the
 // command printed.
 func probeExec(ctx context.Context, argv []string, ch *child) error {
-	state, lines, err := ch.run(ctx, argv)
+	exit, lines, err := ch.run(ctx, argv)
 	switch {
 	case err != nil:
 		return err
-	case state.Success():
+	case exit == 0:
 		return nil
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case len(lines) > 0:
-		return fmt.Errorf("%s: %s", describeExit(state), lines[len(lines)-1])
+		return fmt.Errorf("%s: %s", describeExit(exit), lines[len(lines)-1])
 	}
-	return errors.New(describeExit(state))
+	return errors.New(describeExit(exit))
 }

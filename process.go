@@ -4,11 +4,12 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
-	"maps"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -24,35 +25,437 @@ import (
 	"unsafe"
 )
 
+// This file starts the processes of components and sees them to their end: environment,
+// process group, output, signals. What only Linux can do is in process_linux.go.
+
+const (
+	sweepGrace   = time.Second             // from SIGTERM to SIGKILL for what has left its component when the run ends
+	outputGrace  = 1500 * time.Millisecond // for the output of a process that got SIGKILL to be taken
+	killPatience = 5 * time.Second         // from SIGKILL until flowctl no longer waits: only a process stuck in the kernel lives that long
+
+	minBuffer = 16 << 10 // bytes of an output pump; it grows while a line does not fit
+	pipeSize  = 64 << 10 // bytes that a pipe holds, pipe(7): the pump of one that is found full grows to it
+	tailSize  = 4 << 10  // bytes of a component's last output that are kept for a report
+)
+
+// runMark is the variable by which flowctl and its guard recognise the processes of a
+// run. Its value is the run's; that of a flowctl which is itself a component begins with
+// the outer one's and a slash.
+const runMark = "FLOWCTL_RUN"
+
 // emitter takes whole lines of a component: each ends with a newline. It must not
 // keep them. It is called from the pumps, one call at a time per stream.
 type emitter func(id, stream string, lines []byte)
 
-// runMark is the variable by which the guard, and flowctl itself, know the processes
-// of a run wherever they have gone. Its value is the run's; that of a flowctl which is
-// itself a component begins with the outer one's and a slash.
-const runMark = "FLOWCTL_RUN"
+// launchConfig is what the processes of a run have in common.
+type launchConfig struct {
+	endpoint          string        // FLOWCTL_ENDPOINT
+	containerEndpoint string        // FLOWCTL_ENDPOINT of containers that are not on the host's network; "" where they cannot reach the plane
+	tlsEnv            []string      // of components with "tls": true, FLOWCTL_ENDPOINT included
+	heartbeat         time.Duration // FLOWCTL_HEARTBEAT_INTERVAL
+	engine            *engine       // of components with an image, nil for none
+	reaper            *reaper
+	emit              emitter
+	flush             func() // returns when what was emitted has been written; nil where emit returns no sooner
+	log               *slog.Logger
+}
 
-// child is one process and the group that it leads. Its pumps and its reaper run
-// beside the supervisor; what they share is named below.
+// launcher starts the processes of a run: components, their health checks, and the
+// command after --. The loop alone calls its methods, except leaders, descendants and
+// those of child, which any goroutine may call.
+type launcher struct {
+	config launchConfig
+	mark   string        // the value of runMark
+	exits  chan childEnd // gets the end of each component's process, once
+	closed chan struct{}
+	cgroup *cgroup // nil for none
+	guard  *guard
+
+	ports           map[string]*reservedPort // by component
+	containerStarts int
+}
+
+// childEnd is the end of a component's process: it was waited for, its group is gone and its
+// output has been passed on.
+type childEnd struct {
+	child        *child
+	status       syscall.WaitStatus
+	lost         bool  // nobody took the rest of its output
+	containerErr error // why its container may still be there
+}
+
+// newLauncher starts the guard. The caller calls close when every component is over.
+func newLauncher(config launchConfig) (*launcher, error) {
+	l := &launcher{
+		config: config, mark: strings.TrimPrefix(os.Getenv(runMark)+"/"+rand.Text(), "/"),
+		exits: make(chan childEnd), closed: make(chan struct{}), ports: make(map[string]*reservedPort),
+	}
+	reserveThreads()
+	l.cgroup = makeCgroup(l.mark)
+	enginePath := ""
+	if config.engine != nil {
+		config.engine.run, config.engine.env = l.mark, append(baseEnv(), runMark+"="+l.mark)
+		enginePath = config.engine.path
+	}
+	var err error
+	if l.guard, err = startGuard(l.mark, l.cgroup.path(), enginePath, config.reaper, config.log); err != nil {
+		l.cgroup.remove()
+		return nil, fmt.Errorf("cannot start the guard, which ends the components of a flowctl that is killed: %v", err)
+	}
+	return l, nil
+}
+
+// close ends what has left its component, and the guard. Goroutines are left only where a
+// process has outlived SIGKILL.
+func (l *launcher) close() {
+	l.sweep(sweepGrace)
+	if l.containerStarts > 0 {
+		l.removeContainers()
+	}
+	l.guard.dismiss()
+	l.cgroup.remove()
+	for _, port := range l.ports {
+		port.release()
+	}
+	close(l.closed)
+}
+
+// removeContainers removes those of the run, all of whose command lines have ended: an
+// engine may have made one after that was killed.
+func (l *launcher) removeContainers() {
+	names, err := l.config.engine.remove(context.Background(), "label="+labelRun+"="+l.mark)
+	if len(names) > 0 {
+		l.config.log.Warn("removed containers whose command line was killed", "containers", enumerate(names))
+	}
+	if err != nil {
+		l.config.log.Error("containers may be left", "err", err)
+	}
+}
+
+// leaders returns the processes that lead a group, and the command after --, by pid,
+// with the component that each is of.
+func (l *launcher) leaders() map[int]string { return l.config.reaper.leaders() }
+
+// start starts the process of c as the leader of a process group of its own. Its output
+// goes to emit, its end to exits.
+func (l *launcher) start(c *Component) (*child, error) {
+	port, err := l.healthPort(c)
+	if err != nil {
+		return nil, err
+	}
+	cmd, ctr, err := l.command(c, port)
+	if err != nil {
+		return nil, err
+	}
+	l.ports[c.ID].release()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	ch := &child{component: c, healthPort: port, cmd: cmd, container: ctr, launcher: l, signals: make(chan syscall.Signal, 1), drained: make(chan struct{}), expired: make(chan struct{})}
+	l.cgroup.hold(cmd.SysProcAttr)
+	ch.usePidfd()
+	if ctr != nil {
+		if ch.stdin, err = cmd.StdinPipe(); err != nil {
+			return nil, describeStart(cmd, err)
+		}
+	}
+	var theirs []*os.File
+	defer func() {
+		for _, w := range theirs {
+			w.Close()
+		}
+	}()
+	for range 2 {
+		r, w, err := os.Pipe()
+		if err != nil {
+			ch.closeOutputs()
+			return nil, describeStart(cmd, err)
+		}
+		ch.outputs, theirs = append(ch.outputs, r), append(theirs, w)
+	}
+	cmd.Stdout, cmd.Stderr = theirs[0], theirs[1]
+	if err := l.startLeader(cmd, c.ID); err != nil {
+		ch.closeOutputs()
+		return nil, describeStart(cmd, err)
+	}
+	ch.pid = cmd.Process.Pid
+	ch.pumping.Store(2)
+	go ch.pump(c.ID, "stdout", ch.outputs[0], l.config.emit, l.config.flush)
+	go ch.pump(c.ID, "stderr", ch.outputs[1], l.config.emit, l.config.flush)
+	go func() {
+		end := ch.reap()
+		select {
+		case l.exits <- end:
+		case <-l.closed:
+		}
+	}()
+	return ch, nil
+}
+
+// signal sends sig to the process group of ch, or to its container. It never waits.
+func (l *launcher) signal(ch *child, sig syscall.Signal) {
+	if sig == syscall.SIGKILL {
+		ch.kill()
+	} else {
+		ch.signal(sig)
+	}
+}
+
+// startCommand starts the command after --, which is known by id from then on, with
+// the environment that commandEnv returns. Its end arrives in ended, once.
+func (l *launcher) startCommand(id string, cmd *exec.Cmd) (ended <-chan syscall.WaitStatus, err error) {
+	cmd.Env = l.commandEnv()
+	if err := l.startLeader(cmd, id); err != nil {
+		return nil, err
+	}
+	statuses := make(chan syscall.WaitStatus, 1)
+	go func() {
+		_ = l.config.reaper.wait(cmd) // how it ended is in its state
+		l.leaderEnded(cmd.Process.Pid)
+		statuses <- waitStatus(cmd)
+	}()
+	return statuses, nil
+}
+
+// startLeader starts cmd, a process of component id, and tells the guard of it.
+func (l *launcher) startLeader(cmd *exec.Cmd, id string) error {
+	if err := l.config.reaper.startLeader(cmd, id); err != nil {
+		return err
+	}
+	l.guard.groupStarted(cmd.Process.Pid)
+	return nil
+}
+
+// leaderEnded notes that nothing is left of the group of pid, which was waited for.
+func (l *launcher) leaderEnded(pid int) {
+	l.config.reaper.leaderEnded(pid)
+	l.guard.groupEnded(pid)
+}
+
+// command returns what runs c: its program, or the engine's command line with what
+// there is to know of its container.
+func (l *launcher) command(c *Component, port string) (cmd *exec.Cmd, ctr *container, err error) {
+	env, err := l.componentEnv(c, port)
+	if err != nil {
+		return nil, nil, err
+	}
+	if c.Image != "" {
+		l.containerStarts++
+		cmd, ctr = l.config.engine.container(c, env, l.containerStarts)
+		return cmd, ctr, nil
+	}
+	cmd = exec.Command(c.Command[0], slices.Concat(c.Command[1:], c.Args)...)
+	cmd.Dir = c.WorkingDir
+	cmd.Env = slices.Concat(baseEnv(), []string{"PWD=" + c.WorkingDir}, env)
+	return cmd, nil, nil
+}
+
+// componentEnv is the environment that c is given: what flowctl gives, then what the file
+// gives, and last what the file cannot change. It fails where a file of env_files
+// cannot be read. To this a process has baseEnv, and a container its image's.
+func (l *launcher) componentEnv(c *Component, port string) ([]string, error) {
+	var env []string
+	set := func(name, value string) { env = append(env, name+"="+value) }
+	set("COMPONENT_ID", c.ID)
+	set("SERVICE_ID", c.ID)
+	set("HEALTH_PORT", port)
+	set("HEALTH_ENDPOINT", "http://"+net.JoinHostPort("localhost", port)+"/health")
+	set("FLOWCTL_HEARTBEAT_INTERVAL", strconv.FormatInt(l.config.heartbeat.Milliseconds(), 10)+"ms")
+	for name, value := range c.configEnv() {
+		set(name, value)
+	}
+	for name, value := range c.Env {
+		set(name, value)
+	}
+	for name, path := range c.EnvFiles {
+		value, err := readEnvFile(path)
+		if err != nil {
+			return nil, fmt.Errorf("env_files.%s: %v", name, err)
+		}
+		set(name, value)
+	}
+	set("ENABLE_FLOWCTL", "true")
+	set("FLOWCTL_ENABLED", "true")
+	set("FLOWCTL_ENDPOINT", l.config.endpoint)
+	if c.TLS {
+		env = append(env, l.config.tlsEnv...)
+	}
+	if len(c.Ports) > 0 {
+		set("FLOWCTL_ENDPOINT", cmp.Or(l.config.containerEndpoint, l.config.endpoint))
+	}
+	set("FLOWCTL_COMPONENT_ID", c.ID)
+	set("FLOWCTL_SERVICE_ID", c.ID)
+	set(runMark, l.mark)
+	return env, nil
+}
+
+// commandEnv is the environment of the command after --.
+func (l *launcher) commandEnv() []string {
+	endpoint := "FLOWCTL_ENDPOINT=" + l.config.endpoint
+	env := append(baseEnv(), endpoint, runMark+"="+l.mark)
+	if slices.Contains(l.config.tlsEnv, endpoint) { // else the endpoint has no TLS
+		env = append(env, l.config.tlsEnv...)
+	}
+	return env
+}
+
+// baseEnv is flowctl's own environment without what is addressed to flowctl alone:
+// systemd's words to a service (sd_notify(3), sd_listen_fds(3)), with which a child would
+// speak for flowctl, and the files of an outer flowctl's TLS.
+func baseEnv() []string {
+	return slices.DeleteFunc(os.Environ(), func(entry string) bool {
+		name, _, _ := strings.Cut(entry, "=")
+		return name == "NOTIFY_SOCKET" || name == "JOURNAL_STREAM" || strings.HasPrefix(name, "WATCHDOG_") || strings.HasPrefix(name, "LISTEN_") || strings.HasPrefix(name, "FLOWCTL_TLS_")
+	})
+}
+
+// checkReach fails for components of p that could not register: those with ports are not
+// on the host's network, and the loopback of theirs is not that of the control plane.
+func (c *launchConfig) checkReach(p *Pipeline) error {
+	var ids []string
+	for _, comp := range p.components() {
+		loopback := !comp.TLS && len(c.tlsEnv) > 0 // its listener is there alone
+		if len(comp.Ports) > 0 && comp.registers() && (loopback || c.containerEndpoint == "") {
+			ids = append(ids, comp.ID)
+		}
+	}
+	if len(ids) == 0 {
+		return nil
+	}
+	advice := "-control-plane-address 0.0.0.0"
+	if len(c.tlsEnv) > 0 {
+		advice += ` and "tls": true`
+	}
+	return fmt.Errorf(`%s: ports take a container off the host's network, from where it cannot register at %s: leave out ports, or set "register": false, or give %s`, enumerate(ids), c.endpoint, advice)
+}
+
+// reservedPort holds a port, on which nobody listens, until its component starts.
+type reservedPort struct {
+	number string
+	hold   *os.File // nil when released
+}
+
+// healthPort returns the HEALTH_PORT of c: that of the file, else one that is reserved for
+// its id at the first call and stays the same.
+func (l *launcher) healthPort(c *Component) (string, error) {
+	if number := fileEnv(c, "HEALTH_PORT"); number != "" {
+		return number, nil
+	}
+	if port := l.ports[c.ID]; port != nil {
+		return port.number, nil
+	}
+	taken := make(map[string]bool) // those that were released may be free for a moment
+	for _, port := range l.ports {
+		taken[port.number] = true
+	}
+	for {
+		port, err := bindPort()
+		if err != nil {
+			return "", fmt.Errorf("cannot find a free port for its HEALTH_PORT: %v", err)
+		}
+		if !taken[port.number] {
+			l.ports[c.ID] = port
+			return port.number, nil
+		}
+		defer port.release() // so that the next is another
+	}
+}
+
+// forget gives up the port of a component that is not in the file any more.
+func (l *launcher) forget(id string) {
+	l.ports[id].release()
+	delete(l.ports, id)
+}
+
+// bindPort takes a free port without listening on it: the kernel gives it to nobody else,
+// and a client that comes too early is refused, where it would hang on a listener.
+func bindPort() (*reservedPort, error) {
+	syscall.ForkLock.RLock()
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
+	if err == nil {
+		syscall.CloseOnExec(fd)
+	}
+	syscall.ForkLock.RUnlock()
+	if err != nil {
+		return nil, os.NewSyscallError("socket", err)
+	}
+	hold := os.NewFile(uintptr(fd), "port")
+	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		hold.Close()
+		return nil, os.NewSyscallError("bind", err)
+	}
+	addr, err := syscall.Getsockname(fd)
+	if err != nil {
+		hold.Close()
+		return nil, os.NewSyscallError("getsockname", err)
+	}
+	return &reservedPort{strconv.Itoa(addr.(*syscall.SockaddrInet4).Port), hold}, nil
+}
+
+// release may be called again, and for no port.
+func (p *reservedPort) release() {
+	if p != nil && p.hold != nil {
+		p.hold.Close()
+		p.hold = nil
+	}
+}
+
+// fileEnv is what the file itself sets name to.
+func fileEnv(c *Component, name string) string {
+	if v, ok := c.Env[name]; ok {
+		return v
+	}
+	return c.configEnv()[name]
+}
+
+// readEnvFile returns the content of a file as the value of a variable, without the
+// newline that editors put at its end. What could keep flowctl waiting, as a FIFO does,
+// is an error.
+func readEnvFile(path string) (string, error) {
+	const most = 128 << 10                                         // execve(2): MAX_ARG_STRLEN
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // to open a FIFO would wait for a writer
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	if !info.Mode().IsRegular() && !info.IsDir() && path != os.DevNull { // to read a folder is an error
+		return "", fmt.Errorf("%s is no plain file, and could keep flowctl waiting", path)
+	}
+	data, err := io.ReadAll(io.LimitReader(f, most+1))
+	if err != nil {
+		return "", err
+	}
+	if len(data) > most {
+		return "", fmt.Errorf("%s is larger than %d bytes, the most that a variable can hold", path, most)
+	}
+	if bytes.IndexByte(data, 0) >= 0 {
+		return "", fmt.Errorf("%s holds a NUL byte, which no variable can", path)
+	}
+	return strings.TrimSuffix(strings.TrimSuffix(string(data), "\n"), "\r"), nil
+}
+
+// child is a component's process and the group that it leads. Its pumps, and a goroutine
+// that waits for its end, run beside the loop; what they share is named below.
 type child struct {
-	cmd       *exec.Cmd
-	container *container // nil for none
-	reaper    *reaper
-	guard     *guard
-	cgroup    *cgroup
-	pidfd     int // -1 for none; Linux
-	pid       int
-	outputs   []*os.File    // read ends of its output
-	drained   chan struct{} // closed when no output will come any more
-	expired   chan struct{} // closed when what is left of the group gets SIGKILL
-	pumping   atomic.Int32  // pumps that still run
-	tail      tail
+	component  *Component
+	healthPort string
+	launcher   *launcher
+	cmd        *exec.Cmd
+	container  *container          // nil for none
+	stdin      io.WriteCloser      // of a container's command line, which reads its environment from it
+	signals    chan syscall.Signal // for a container: the last that it is to be sent and was not
+	pidfd      int                 // -1 for none; Linux
+	pid        int
+	outputs    []*os.File    // read ends of its output
+	drained    chan struct{} // closed when no output will come any more
+	expired    chan struct{} // closed when what is left of the group gets SIGKILL
+	pumping    atomic.Int32  // pumps that still run
+	tail       tail
 
-	healthPort string // HEALTH_PORT of its component
-
-	mu     sync.Mutex // guards the fields below
-	asked  bool       // a signal to stop was sent
+	mu     sync.Mutex // guards the fields below; nobody who holds it waits
+	asked  bool       // a signal to end was sent
 	killed bool
 	reaped bool // nothing is left of the group, so its id may be someone else's now
 }
@@ -71,8 +474,12 @@ func (c *child) signal(sig syscall.Signal) {
 	c.asked = true
 	switch {
 	case c.reaped:
+	case c.container != nil && sig == syscall.SIGKILL: // endContainer hears of that by expired
 	case c.container != nil:
-		c.container.signal(sig)
+		select {
+		case c.signals <- sig:
+		default:
+		}
 	default:
 		_ = syscall.Kill(-c.pid, sig) // fails only for a group that is already gone
 		_ = syscall.Kill(-c.pid, syscall.SIGCONT)
@@ -90,18 +497,33 @@ func (c *child) kill() {
 	}
 }
 
+// isReaped tells whether nothing is left of the group.
+func (c *child) isReaped() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.reaped
+}
+
+// killPatience is longer for a container, which its engine has to kill.
+func (c *Component) killPatience() time.Duration {
+	if c.Image != "" {
+		return killPatience + 2*engineTimeout
+	}
+	return killPatience
+}
+
 // reap waits for the process and returns how it ended, once: then the group is
 // gone and its output has been handed on, or is lost because nobody has taken it
-// when SIGKILL is due. A process that ended unasked leaves a group that nobody wants.
-// One that was asked to end may have members that still write their last lines, so
-// they get the time until SIGKILL is due.
-func (c *child) reap() (state *os.ProcessState, lost bool, left error) {
-	left = c.awaitEnd()
+// when SIGKILL is due. What is left in the group of a process that ended unasked is
+// killed. One that was asked to end may have members that still write their last lines,
+// so they get the time until SIGKILL is due.
+func (c *child) reap() childEnd {
+	end := childEnd{child: c, containerErr: c.awaitEnd()}
 	c.mu.Lock()
 	if !c.asked {
 		_ = syscall.Kill(-c.pid, syscall.SIGKILL)
 	}
-	_ = c.reaper.wait(c.cmd) // how it ended is in ProcessState
+	_ = c.launcher.config.reaper.wait(c.cmd) // does not block: it is a zombie, and nothing copies for it
 	c.reaped = c.groupIsEmpty()
 	empty := c.reaped
 	c.mu.Unlock()
@@ -111,7 +533,7 @@ func (c *child) reap() (state *os.ProcessState, lost bool, left error) {
 		c.reaped = true
 		c.mu.Unlock()
 	}
-	c.guard.leave(c.pid)
+	c.launcher.leaderEnded(c.pid)
 
 	// A process that left the group may hold the pipes open: what is in them now is
 	// all that was written before the end, and nothing more is waited for.
@@ -126,17 +548,82 @@ func (c *child) reap() (state *os.ProcessState, lost bool, left error) {
 		select {
 		case <-c.drained:
 		case <-timer.C:
-			lost = true
+			end.lost = true
 		}
 	}
-	return c.cmd.ProcessState, lost, left
+	end.status = waitStatus(c.cmd)
+	return end
 }
 
-// isReaped tells whether nothing is left of the group.
-func (c *child) isReaped() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.reaped
+// awaitEnd is awaitExit, and for a container also sees to it that it is gone. The
+// error is that it may not be.
+func (c *child) awaitEnd() error {
+	if c.container == nil {
+		c.awaitExit()
+		return nil
+	}
+	ended := make(chan struct{})
+	var beside sync.WaitGroup
+	beside.Go(func() { c.endContainer(ended) })
+	beside.Go(func() {
+		_, _ = io.WriteString(c.stdin, c.container.env) // which fails for one that ends before it has read that
+		c.stdin.Close()
+	})
+	c.awaitExit()
+	close(ended)
+	c.stdin.Close() // where another process has that open, and does not read
+	beside.Wait()
+	return c.container.remove()
+}
+
+// endContainer passes on what signal is called for, until the command line of the
+// container has ended. That is not waited for before, so its id is its own here.
+func (c *child) endContainer(ended <-chan struct{}) {
+	ctr := c.container
+	var again <-chan time.Time
+	for asked := syscall.Signal(0); ; {
+		select {
+		case <-ended:
+			return
+		case <-c.expired:
+			_ = ctr.remove() // awaitEnd tries it again
+			select {
+			case <-ended: // by that, and the last lines are passed on
+			case <-time.After(outputGrace):
+				_ = syscall.Kill(-c.pid, syscall.SIGKILL)
+			}
+			return
+		case asked = <-c.signals:
+		case <-again:
+		}
+		again = nil
+		if err := ctr.signal(asked); err != nil {
+			again = time.After(askAgain) // it does not run yet, or not any more
+		}
+	}
+}
+
+// run runs a command beside c: in its environment, folder and control group, or in its
+// container. The command leads a process group of its own, which is killed when ctx
+// ends, and of which nothing is left when run returns. lines are the last that it printed.
+func (c *child) run(ctx context.Context, argv []string) (status syscall.WaitStatus, lines []string, err error) {
+	argv = c.container.inside(argv)
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	cmd.Env, cmd.Dir = c.cmd.Env, c.cmd.Dir
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	c.launcher.cgroup.hold(cmd.SysProcAttr)
+	var printed tail
+	cmd.Stdout, cmd.Stderr = &printed, &printed
+	cmd.WaitDelay = outputGrace // where what has left the group holds its output
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	if err := c.launcher.startLeader(cmd, c.component.ID); err != nil {
+		return 0, nil, fmt.Errorf("cannot run %q: %v", argv[0], cause(err))
+	}
+	awaitExit(cmd.Process.Pid)
+	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+	_ = c.launcher.config.reaper.wait(cmd) // how it ended is in its state
+	c.launcher.leaderEnded(cmd.Process.Pid)
+	return waitStatus(cmd), printed.lines(), nil
 }
 
 // pump hands on what comes from r in whole lines until it ends, or, after reap has
@@ -171,120 +658,6 @@ func (c *child) pump(id, stream string, r *os.File, emit emitter, flush func()) 
 			if len(buf) > 0 {
 				pass(append(buf, '\n'))
 			}
-			return
-		}
-	}
-}
-
-// spawn starts c as the leader of a process group of its own, its output read by
-// pumps that hand it on.
-func (s *supervisor) spawn(c *Component) (*child, error) {
-	cmd, box, err := s.command(c)
-	if err != nil {
-		return nil, err
-	}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	ch := &child{cmd: cmd, container: box, healthPort: s.ports[c.ID].number, reaper: s.reaper, guard: s.guard, cgroup: s.cgroup, drained: make(chan struct{}), expired: make(chan struct{})}
-	ch.cgroup.hold(cmd.SysProcAttr)
-	ch.usePidfd()
-	var theirs []*os.File
-	defer func() {
-		for _, w := range theirs {
-			w.Close()
-		}
-	}()
-	for range 2 {
-		r, w, err := os.Pipe()
-		if err != nil {
-			ch.closeOutputs()
-			return nil, describeStart(cmd, err)
-		}
-		ch.outputs, theirs = append(ch.outputs, r), append(theirs, w)
-	}
-	cmd.Stdout, cmd.Stderr = theirs[0], theirs[1]
-	if err := s.leaders.start(c.ID, s.reaper, cmd); err != nil {
-		ch.closeOutputs()
-		return nil, describeStart(cmd, err)
-	}
-	ch.pid = cmd.Process.Pid
-	s.guard.lead(ch.pid)
-	ch.pumping.Store(2)
-	go ch.pump(c.ID, "stdout", ch.outputs[0], s.emit, s.settings.flush)
-	go ch.pump(c.ID, "stderr", ch.outputs[1], s.emit, s.settings.flush)
-	return ch, nil
-}
-
-// command is what runs c: its program, or the engine's command line, of which box is
-// the container.
-func (s *supervisor) command(c *Component) (cmd *exec.Cmd, box *container, err error) {
-	given, err := s.given(c)
-	if err != nil {
-		return nil, nil, err
-	}
-	if c.Image != "" {
-		s.boxed++
-		cmd, box = s.settings.engine.container(c, given, s.boxed)
-		return cmd, box, nil
-	}
-	cmd = exec.Command(c.Command[0], slices.Concat(c.Command[1:], c.Args)...)
-	cmd.Dir = c.WorkingDir
-	cmd.Env = slices.Concat(slices.DeleteFunc(os.Environ(), hidden), []string{"PWD=" + c.WorkingDir}, given)
-	return cmd, nil, nil
-}
-
-// describeStart says what keeps cmd from being started.
-func describeStart(cmd *exec.Cmd, err error) error {
-	dir, dirErr := os.Stat(cmp.Or(cmd.Dir, "."))
-	if dirErr == nil && !dir.IsDir() {
-		dirErr = syscall.ENOTDIR
-	}
-	if dirErr != nil {
-		return fmt.Errorf("cannot enter its working_dir %q: %v", cmd.Dir, cause(dirErr))
-	}
-	if err := syscall.Access(cmp.Or(cmd.Dir, "."), 1); err != nil { // X_OK
-		return fmt.Errorf("cannot enter its working_dir %q: %v", cmd.Dir, err)
-	}
-	return describeProgram(cmd.Args[0], cmd.Dir, err)
-}
-
-// describeProgram says what is wrong with a program that is to run in the folder dir.
-func describeProgram(program, dir string, err error) error {
-	file, fileErr := os.Stat(program)
-	why := cause(err).Error()
-	switch err := cause(err); {
-	case errors.Is(err, exec.ErrNotFound):
-		why = "it is not found in PATH"
-		if _, err := os.Stat(filepath.Join(dir, program)); err == nil {
-			why += fmt.Sprintf("; the file in its folder is %q", "./"+program)
-		}
-	case errors.Is(err, fs.ErrNotExist) && fileErr == nil:
-		if why = "the interpreter that it names, or its loader, does not exist"; scriptFault(program) == crlfLine {
-			why = crlfLine
-		}
-	case errors.Is(err, fs.ErrPermission) && fileErr == nil && file.IsDir():
-		why = "it is a folder"
-	case errors.Is(err, fs.ErrPermission) && fileErr == nil && file.Mode()&0o111 != 0:
-		why = "permission denied, to it or to the interpreter that it names"
-	case errors.Is(err, fs.ErrPermission) && fileErr == nil:
-		why = "it is not executable (chmod +x)"
-	case errors.Is(err, syscall.EAGAIN):
-		why = "the limit of processes is reached (ulimit -u, or TasksMax= of a unit)"
-	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
-		why = "the limit of open files is reached (ulimit -n, or LimitNOFILE= of a unit)"
-	case errors.Is(err, syscall.ENOEXEC):
-		why = noProgram
-	}
-	return fmt.Errorf("cannot run %q: %s", program, why)
-}
-
-// awaitExit returns when the process pid, a child, has ended, and leaves it a
-// zombie. It holds a thread.
-func awaitExit(pid int) {
-	const idTypePID = 1 // P_PID of waitid(2)
-	var info [128]byte  // siginfo_t, which the kernel insists on
-	for {
-		_, _, err := syscall.Syscall6(syscall.SYS_WAITID, idTypePID, uintptr(pid), uintptr(unsafe.Pointer(&info)), syscall.WEXITED|syscall.WNOWAIT, 0, 0)
-		if err != syscall.EINTR {
 			return
 		}
 	}
@@ -375,134 +748,17 @@ func (t *tail) lines() []string {
 	return lines[max(0, len(lines)-10):]
 }
 
-// describeExit says how a process ended.
-func describeExit(state *os.ProcessState) string {
-	status, ok := state.Sys().(syscall.WaitStatus)
-	if !ok || !status.Signaled() {
-		return fmt.Sprintf("exit status %d", state.ExitCode())
-	}
-	text := fmt.Sprintf("killed by signal %d (%s)", status.Signal(), status.Signal())
-	if status.CoreDump() {
-		text += ", core dumped"
-	}
-	return text
-}
-
-// reservedPort holds a port until the component that is to listen on it starts.
-type reservedPort struct {
-	number string
-	hold   net.Listener // nil when released, or when the file names the port
-}
-
-// reservePort takes the port that the file gives c as HEALTH_PORT, else a free one.
-func reservePort(c *Component) (*reservedPort, error) {
-	if number := fileEnv(c, "HEALTH_PORT"); number != "" {
-		return &reservedPort{number: number}, nil
-	}
-	hold, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return nil, fmt.Errorf("cannot find a free port for its HEALTH_PORT: %v", err)
-	}
-	return &reservedPort{number: strconv.Itoa(hold.Addr().(*net.TCPAddr).Port), hold: hold}, nil
-}
-
-func (p *reservedPort) release() {
-	if p.hold != nil {
-		p.hold.Close()
-		p.hold = nil
-	}
-}
-
-func (s *supervisor) releasePorts() {
-	for _, port := range s.ports {
-		port.release()
-	}
-}
-
-// fileEnv is what the file itself sets name to.
-func fileEnv(c *Component, name string) string {
-	if v, ok := c.Env[name]; ok {
-		return v
-	}
-	return c.configEnv()[name]
-}
-
-// given is the environment that c is given: what flowctl gives, then what the file
-// gives, and last what the file cannot change. It fails where a file of env_files
-// cannot be read. To this a process has flowctl's own, and a container its image's.
-func (s *supervisor) given(c *Component) ([]string, error) {
-	var env []string
-	set := func(name, value string) { env = append(env, name+"="+value) }
-	port := s.ports[c.ID].number
-	set("COMPONENT_ID", c.ID)
-	set("SERVICE_ID", c.ID)
-	set("HEALTH_PORT", port)
-	set("HEALTH_ENDPOINT", "http://"+net.JoinHostPort("localhost", port)+"/health")
-	set("FLOWCTL_HEARTBEAT_INTERVAL", strconv.FormatInt(s.settings.heartbeat.Milliseconds(), 10)+"ms")
-	for name, value := range c.configEnv() {
-		set(name, value)
-	}
-	for name, value := range c.Env {
-		set(name, value)
-	}
-	for name, path := range c.EnvFiles {
-		value, err := readEnvFile(path)
-		if err != nil {
-			return nil, fmt.Errorf("env_files.%s: %v", name, err)
+// awaitExit returns when the process pid, a child, has ended, and leaves it a
+// zombie. It holds a thread.
+func awaitExit(pid int) {
+	const idTypePID = 1 // P_PID of waitid(2)
+	var info [128]byte  // siginfo_t, which the kernel insists on
+	for {
+		_, _, err := syscall.Syscall6(syscall.SYS_WAITID, idTypePID, uintptr(pid), uintptr(unsafe.Pointer(&info)), syscall.WEXITED|syscall.WNOWAIT, 0, 0)
+		if err != syscall.EINTR {
+			return
 		}
-		set(name, value)
 	}
-	set("ENABLE_FLOWCTL", "true")
-	set("FLOWCTL_ENABLED", "true")
-	set("FLOWCTL_ENDPOINT", s.settings.endpoint)
-	if c.TLS {
-		env = append(env, s.settings.tlsEnv...)
-	}
-	if len(c.Ports) > 0 {
-		set("FLOWCTL_ENDPOINT", cmp.Or(s.settings.gateway, s.settings.endpoint))
-	}
-	set("FLOWCTL_COMPONENT_ID", c.ID)
-	set("FLOWCTL_SERVICE_ID", c.ID)
-	set(runMark, s.run)
-	return env, nil
-}
-
-// hidden tells whether a variable is a word to flowctl alone: systemd's, as a child
-// that heard it would speak for flowctl (sd_notify(3), sd_listen_fds(3)), or that of
-// an outer flowctl, whose files of TLS are not this one's.
-func hidden(entry string) bool {
-	name, _, _ := strings.Cut(entry, "=")
-	return name == "NOTIFY_SOCKET" || name == "JOURNAL_STREAM" || strings.HasPrefix(name, "WATCHDOG_") || strings.HasPrefix(name, "LISTEN_") || strings.HasPrefix(name, "FLOWCTL_TLS_")
-}
-
-// readEnvFile returns the content of a file as the value of a variable, without the
-// newline that editors put at its end. What could keep flowctl waiting, as a FIFO does,
-// is an error.
-func readEnvFile(path string) (string, error) {
-	const most = 128 << 10                                         // execve(2): MAX_ARG_STRLEN
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // to open a FIFO would wait for a writer
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return "", err
-	}
-	if !info.Mode().IsRegular() && !info.IsDir() && path != os.DevNull { // to read a folder is an error
-		return "", fmt.Errorf("%s is no plain file, and could keep flowctl waiting", path)
-	}
-	data, err := io.ReadAll(io.LimitReader(f, most+1))
-	if err != nil {
-		return "", err
-	}
-	if len(data) > most {
-		return "", fmt.Errorf("%s is larger than %d bytes, the most that a variable can hold", path, most)
-	}
-	if bytes.IndexByte(data, 0) >= 0 {
-		return "", fmt.Errorf("%s holds a NUL byte, which no variable can", path)
-	}
-	return strings.TrimSuffix(strings.TrimSuffix(string(data), "\n"), "\r"), nil
 }
 
 // reserveThreads makes the runtime start threads before the components can use up
@@ -521,6 +777,51 @@ func reserveThreads() {
 		})
 	}
 	done.Wait()
+}
+
+// describeStart says what keeps cmd from being started.
+func describeStart(cmd *exec.Cmd, err error) error {
+	dir, dirErr := os.Stat(cmp.Or(cmd.Dir, "."))
+	if dirErr == nil && !dir.IsDir() {
+		dirErr = syscall.ENOTDIR
+	}
+	if dirErr != nil {
+		return fmt.Errorf("cannot enter its working_dir %q: %v", cmd.Dir, cause(dirErr))
+	}
+	if err := syscall.Access(cmp.Or(cmd.Dir, "."), 1); err != nil { // X_OK
+		return fmt.Errorf("cannot enter its working_dir %q: %v", cmd.Dir, err)
+	}
+	return describeProgram(cmd.Args[0], cmd.Dir, err)
+}
+
+// describeProgram says what is wrong with a program that is to run in the folder dir.
+func describeProgram(program, dir string, err error) error {
+	file, fileErr := os.Stat(program)
+	why := cause(err).Error()
+	switch err := cause(err); {
+	case errors.Is(err, exec.ErrNotFound):
+		why = "it is not found in PATH"
+		if _, err := os.Stat(filepath.Join(dir, program)); err == nil {
+			why += fmt.Sprintf("; the file in its folder is %q", "./"+program)
+		}
+	case errors.Is(err, fs.ErrNotExist) && fileErr == nil:
+		if why = "the interpreter that it names, or its loader, does not exist"; scriptFault(program) == crlfLine {
+			why = crlfLine
+		}
+	case errors.Is(err, fs.ErrPermission) && fileErr == nil && file.IsDir():
+		why = "it is a folder"
+	case errors.Is(err, fs.ErrPermission) && fileErr == nil && file.Mode()&0o111 != 0:
+		why = "permission denied, to it or to the interpreter that it names"
+	case errors.Is(err, fs.ErrPermission) && fileErr == nil:
+		why = "it is not executable (chmod +x)"
+	case errors.Is(err, syscall.EAGAIN):
+		why = "the limit of processes is reached (ulimit -u, or TasksMax= of a unit)"
+	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
+		why = "the limit of open files is reached (ulimit -n, or LimitNOFILE= of a unit)"
+	case errors.Is(err, syscall.ENOEXEC):
+		why = noProgram
+	}
+	return fmt.Errorf("cannot run %q: %s", program, why)
 }
 
 // What is wrong with scripts that look right.
@@ -557,57 +858,20 @@ func scriptFault(program string) string {
 	return ""
 }
 
-// leaders are the processes that supervisor has started and that lead a group now, and
-// the command after --, for who asks from elsewhere which component a process is of.
-type leaders struct {
-	mu    sync.RWMutex // guards byPID; held over each start, so that no process can ask before it is known
-	byPID map[int]string
+// waitStatus is how cmd, which was waited for, has ended.
+func waitStatus(cmd *exec.Cmd) syscall.WaitStatus {
+	status, _ := cmd.ProcessState.Sys().(syscall.WaitStatus)
+	return status
 }
 
-// start starts cmd, a leader of component id or the command itself.
-func (l *leaders) start(id string, r *reaper, cmd *exec.Cmd) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	err := r.start(cmd)
-	if err == nil {
-		l.byPID[cmd.Process.Pid] = id
+// describeExit says how a process ended.
+func describeExit(status syscall.WaitStatus) string {
+	if !status.Signaled() {
+		return fmt.Sprintf("exit status %d", status.ExitStatus())
 	}
-	return err
-}
-
-func (l *leaders) ended(pid int) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	delete(l.byPID, pid)
-}
-
-// now returns a copy.
-func (l *leaders) now() map[int]string {
-	l.mu.RLock()
-	defer l.mu.RUnlock()
-	return maps.Clone(l.byPID)
-}
-
-// run runs a command beside the child: in its environment, folder and control group, or in
-// its container. The command leads a process group of its own, which is killed when ctx
-// ends, and of which nothing is left when run returns. lines are the last that it printed.
-func (c *child) run(ctx context.Context, argv []string) (state *os.ProcessState, lines []string, err error) {
-	argv = c.container.inside(argv)
-	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
-	cmd.Env, cmd.Dir = c.cmd.Env, c.cmd.Dir
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	c.cgroup.hold(cmd.SysProcAttr)
-	var printed tail
-	cmd.Stdout, cmd.Stderr = &printed, &printed
-	cmd.WaitDelay = outputGrace // where what has left the group holds its output
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	if err := c.reaper.start(cmd); err != nil {
-		return nil, nil, fmt.Errorf("cannot run %q: %v", argv[0], cause(err))
+	text := fmt.Sprintf("killed by signal %d (%s)", status.Signal(), status.Signal())
+	if status.CoreDump() {
+		text += ", core dumped"
 	}
-	c.guard.lead(cmd.Process.Pid)
-	awaitExit(cmd.Process.Pid)
-	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
-	_ = c.reaper.wait(cmd) // how it ended is in its state
-	c.guard.leave(cmd.Process.Pid)
-	return cmd.ProcessState, printed.lines(), nil
+	return text
 }

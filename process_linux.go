@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"os"
 	"os/exec"
@@ -36,6 +37,10 @@ const (
 	guardLook           = time.Second // from one look of the guard at what flowctl has adopted to the next, when no component has started lately
 	guardTries          = 5           // scans in a row that find nothing before the guard believes it
 	guardStep           = 20 * time.Millisecond
+	guardGrace          = time.Second            // for a guard that is dismissed to end
+	guardProven         = time.Minute            // a guard that has lived so long is replaced at once
+	minGuardPause       = 100 * time.Millisecond // before a guard that was killed again is replaced: without one there is a risk
+	maxGuardPause       = 2 * time.Second
 )
 
 // reaper starts flowctl's children and waits for them, and for those that flowctl
@@ -48,8 +53,8 @@ type reaper struct {
 
 	inherited map[int]bool // children that this process had before it became flowctl
 
-	mu    sync.Mutex // guards known; held over each fork and each look, so that no child is taken for an orphan
-	known map[int]bool
+	mu    sync.Mutex     // guards known; held over each fork and each look, so that no child is taken for an orphan
+	known map[int]string // what flowctl has started, by pid: the component that it leads a group of, "" for helpers
 }
 
 func newReaper() *reaper {
@@ -57,7 +62,7 @@ func newReaper() *reaper {
 	for _, pid := range children() {
 		inherited[pid] = true
 	}
-	return &reaper{inherited: inherited, known: make(map[int]bool), look: make(chan os.Signal, 1), stop: make(chan struct{}), adopted: make(chan struct{}, 1)}
+	return &reaper{inherited: inherited, known: make(map[int]string), look: make(chan os.Signal, 1), stop: make(chan struct{}), adopted: make(chan struct{}, 1)}
 }
 
 // adopt makes flowctl the parent of what its descendants orphan, and reaps that
@@ -93,11 +98,11 @@ func (r *reaper) close() {
 	r.orphans.Wait()
 }
 
-// strangers tells whether flowctl has children that it has not started itself.
-func (r *reaper) strangers() bool {
+// hasOrphans tells whether flowctl has children that it has not started itself.
+func (r *reaper) hasOrphans() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return slices.ContainsFunc(children(), func(pid int) bool { return !r.known[pid] && !r.inherited[pid] })
+	return slices.ContainsFunc(children(), func(pid int) bool { return !r.isKnownLocked(pid) && !r.inherited[pid] })
 }
 
 // children are the children of this process, zombies too.
@@ -115,13 +120,22 @@ func children() []int {
 	return pids
 }
 
-// start is cmd.Start for a child that wait is going to be called for.
-func (r *reaper) start(cmd *exec.Cmd) error {
+func (r *reaper) isKnownLocked(pid int) bool {
+	_, known := r.known[pid]
+	return known
+}
+
+// start is cmd.Start for a helper that wait is going to be called for.
+func (r *reaper) start(cmd *exec.Cmd) error { return r.startLeader(cmd, "") }
+
+// startLeader is start for a process of component id, or for the command after --. It is a
+// leader until leaderEnded is called.
+func (r *reaper) startLeader(cmd *exec.Cmd, id string) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	err := cmd.Start()
 	if err == nil {
-		r.known[cmd.Process.Pid] = true
+		r.known[cmd.Process.Pid] = id
 	}
 	return err
 }
@@ -130,7 +144,9 @@ func (r *reaper) start(cmd *exec.Cmd) error {
 func (r *reaper) wait(cmd *exec.Cmd) error {
 	err := cmd.Wait()
 	r.mu.Lock()
-	delete(r.known, cmd.Process.Pid)
+	if r.known[cmd.Process.Pid] == "" {
+		delete(r.known, cmd.Process.Pid)
+	}
 	r.mu.Unlock()
 	select {
 	case r.look <- syscall.SIGCHLD:
@@ -139,12 +155,32 @@ func (r *reaper) wait(cmd *exec.Cmd) error {
 	return err
 }
 
+// leaderEnded notes that nothing is left of the group of pid.
+func (r *reaper) leaderEnded(pid int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.known, pid)
+}
+
+// leaders returns what startLeader has started and what has not ended, by pid.
+func (r *reaper) leaders() map[int]string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := make(map[int]string)
+	for pid, id := range r.known {
+		if id != "" {
+			out[pid] = id
+		}
+	}
+	return out
+}
+
 // reapOrphans reaps all zombies up to one that has its own waiter, who will nudge.
 func (r *reaper) reapOrphans() {
 	for {
 		r.mu.Lock()
 		pid := zombieChild()
-		orphan := pid > 0 && !r.known[pid]
+		orphan := pid > 0 && !r.isKnownLocked(pid)
 		if orphan {
 			_, _ = syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
 		}
@@ -358,22 +394,24 @@ func hasMark(pid int, run string) bool {
 	return bytes.Contains(env, []byte(mark+"\x00")) || bytes.Contains(env, []byte(mark+"/"))
 }
 
-// strays returns what component id of this run has started and what has left its
-// process group. Their environment tells.
-func (s *supervisor) strays(id string) []procInfo {
-	if !s.reaper.strangers() {
-		return nil // what its leader has left is flowctl's child now
+// endStrays kills what component id has started and what has left its process group.
+// Their environment tells. It does not wait for their end.
+func (l *launcher) endStrays(id string) {
+	if !l.config.reaper.hasOrphans() {
+		return // what its leader has left is flowctl's child now
 	}
-	return slices.DeleteFunc(processes(), func(p procInfo) bool {
-		marked, known := markedComponent(p.pid, runMark+"="+s.run)
-		return !known || marked != id
-	})
+	for _, p := range processes() {
+		if owner, ok := markedComponent(p.pid, runMark+"="+l.mark); ok && owner == id {
+			l.config.log.Warn("ending what left its process group", "component", id, "pid", p.pid, "name", p.name)
+			p.send(syscall.SIGKILL)
+		}
+	}
 }
 
 // descendants returns all that lives below flowctl, but for the guard.
-func (s *supervisor) descendants() []procInfo {
-	all := slices.DeleteFunc(processes(), func(p procInfo) bool { return s.reaper.inherited[p.pid] })
-	self, guard := os.Getpid(), s.guard.pid()
+func (l *launcher) descendants() []procInfo {
+	all := slices.DeleteFunc(processes(), func(p procInfo) bool { return l.config.reaper.inherited[p.pid] })
+	self, guard := os.Getpid(), l.guard.pid() // one that is started meanwhile is known by now
 	chosen := map[int]bool{self: true}
 	withDescendants(all, chosen)
 	return slices.DeleteFunc(all, func(p procInfo) bool { return !chosen[p.pid] || p.pid == self || p.pid == guard })
@@ -381,19 +419,19 @@ func (s *supervisor) descendants() []procInfo {
 
 // sweep ends all that is left below flowctl when every component is over: first by
 // SIGTERM, after grace by SIGKILL. It gives up on what does not die of that.
-func (s *supervisor) sweep(grace time.Duration) {
+func (l *launcher) sweep(grace time.Duration) {
 	sig, deadline := syscall.SIGTERM, time.Now().Add(grace)
 	told := make(map[int]bool)
 	for {
-		left := s.descendants()
+		left := l.descendants()
 		// A scan of /proc can miss a process whose parent ends meanwhile, but not the
 		// child of flowctl's that it becomes.
-		if len(left) == 0 && !s.reaper.strangers() {
+		if len(left) == 0 && !l.config.reaper.hasOrphans() {
 			return
 		}
 		for _, p := range left {
 			if !told[p.pid] {
-				s.log.Warn("ending what left its component", "pid", p.pid, "name", p.name, "signal", sig.String())
+				l.config.log.Warn("ending what left its component", "pid", p.pid, "name", p.name, "signal", sig.String())
 				told[p.pid] = true
 				p.send(sig)
 			}
@@ -404,7 +442,7 @@ func (s *supervisor) sweep(grace time.Duration) {
 		}
 		timer := time.NewTimer(wait)
 		select {
-		case <-s.reaper.adopted:
+		case <-l.config.reaper.adopted:
 		case <-timer.C:
 		}
 		timer.Stop()
@@ -412,7 +450,7 @@ func (s *supervisor) sweep(grace time.Duration) {
 			continue
 		}
 		if sig == syscall.SIGKILL {
-			s.log.Error("still running after SIGKILL", "processes", len(left))
+			l.config.log.Error("still running after SIGKILL", "processes", len(left))
 			return
 		}
 		sig, deadline = syscall.SIGKILL, time.Now().Add(killPatience)
@@ -422,62 +460,109 @@ func (s *supervisor) sweep(grace time.Duration) {
 
 // guard is the process that ends a run whose flowctl was killed. It reads from a
 // pipe which leaders of process groups live; the end of that pipe, without a word, is
-// the end of flowctl.
+// the end of flowctl. A guard that is killed is replaced.
 type guard struct {
-	run    string
-	cgroup string // its path, "" for none
-	engine string // its path, "" for none
-	reaper *reaper
+	args      []string // of the process: what it has to know of the run
+	reaper    *reaper
+	log       *slog.Logger
+	dismissed chan struct{} // closed when its end is no accident any more
+	keeping   sync.WaitGroup
 
-	mu      sync.Mutex // guards the fields below
-	cmd     *exec.Cmd
-	in      *os.File
-	gone    chan struct{} // closed when it has ended
-	leaders map[int]bool
+	mu  sync.Mutex // guards the fields below
+	cmd *exec.Cmd
+	in  *os.File
 }
 
 // guardName is what the guard is called, so that who kills flowctl by its name, as
 // pkill does, does not kill the guard as well.
 const guardName = "run-guard"
 
-// startGuard starts the guard of run.
-func startGuard(run string, cg *cgroup, e *engine, r *reaper) (*guard, error) {
-	g := &guard{run: run, cgroup: cg.path(), reaper: r, leaders: make(map[int]bool)}
-	if e != nil {
-		g.engine = e.path
+// startGuard starts the guard of run, and replaces it until dismiss is called.
+func startGuard(run, cgroup, enginePath string, r *reaper, log *slog.Logger) (*guard, error) {
+	g := &guard{args: []string{run, strconv.Itoa(os.Getpid()), cgroup, enginePath}, reaper: r, log: log, dismissed: make(chan struct{})}
+	if err := g.start(); err != nil {
+		return nil, err
 	}
-	return g, g.start()
+	g.keeping.Go(g.keep)
+	return g, nil
 }
 
 // start starts the process, in a session of its own, where no terminal reaches it,
 // and without a mark in its environment, so that it is no part of a run, its own or
 // that which this flowctl may be a component of.
 func (g *guard) start() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	theirs, ours, err := os.Pipe()
 	if err != nil {
 		return err
 	}
 	defer theirs.Close()
 	// The link stays good when the file that flowctl was started from is replaced.
-	cmd := exec.Command("/proc/self/exe", "guard", g.run, strconv.Itoa(os.Getpid()), g.cgroup, g.engine)
+	cmd := exec.Command("/proc/self/exe", append([]string{"guard"}, g.args...)...)
 	cmd.Args[0] = guardName
 	cmd.Stdin, cmd.Dir = theirs, "/"
-	cmd.Env = slices.DeleteFunc(os.Environ(), func(entry string) bool { return strings.HasPrefix(entry, runMark+"=") || hidden(entry) })
+	cmd.Env = slices.DeleteFunc(baseEnv(), func(entry string) bool { return strings.HasPrefix(entry, runMark+"=") })
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := g.reaper.start(cmd); err != nil {
 		ours.Close()
 		return err
 	}
-	gone := make(chan struct{})
-	g.cmd, g.in, g.gone = cmd, ours, gone
+	g.cmd, g.in = cmd, ours
 	for pid := range g.reaper.inherited {
-		g.writeLocked("spare", pid)
+		g.tellLocked("spare", pid)
 	}
-	go func() {
-		_ = g.reaper.wait(cmd)
-		close(gone)
-	}()
+	for pid := range g.reaper.leaders() {
+		g.tellLocked("started", pid)
+	}
 	return nil
+}
+
+// keep replaces the guard whenever it is killed: at once, or later and later where that
+// happens again and again.
+func (g *guard) keep() {
+	pause := time.Duration(0)
+	for {
+		began := time.Now()
+		_ = g.reaper.wait(g.cmd)
+		if time.Since(began) > guardProven {
+			pause = 0
+		}
+		if g.isDismissed(0) {
+			return
+		}
+		g.log.Warn("the guard was killed: until there is another, a flowctl that is killed leaves components behind", "in", pause)
+		for {
+			if g.isDismissed(pause) {
+				return
+			}
+			pause = min(max(2*pause, minGuardPause), maxGuardPause)
+			g.in.Close()
+			err := g.start()
+			if err == nil {
+				break
+			}
+			g.log.Error("cannot start the guard", "err", err)
+		}
+		g.log.Info("guarded again")
+	}
+}
+
+// isDismissed tells whether the guard is dismissed within d.
+func (g *guard) isDismissed(d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-g.dismissed:
+		return true
+	case <-timer.C:
+	}
+	select {
+	case <-g.dismissed:
+		return true
+	default:
+		return false
+	}
 }
 
 func (g *guard) pid() int {
@@ -486,58 +571,47 @@ func (g *guard) pid() int {
 	return g.cmd.Process.Pid
 }
 
-// ended is closed when the guard has ended.
-func (g *guard) ended() <-chan struct{} {
+// groupStarted tells the guard that pid leads a process group from now on.
+func (g *guard) groupStarted(pid int) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.gone
+	g.tellLocked("started", pid)
 }
 
-// restart starts the guard again after its end.
-func (g *guard) restart() error {
+// groupEnded tells the guard that nothing is left of the group of pid.
+func (g *guard) groupEnded(pid int) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.in.Close()
-	if err := g.start(); err != nil {
-		return err
+	g.tellLocked("ended", pid)
+}
+
+// tellLocked sends a line, and never waits. A guard that has not read thousands of lines
+// is as good as gone: it is killed, so that keep replaces it.
+func (g *guard) tellLocked(word string, pid int) {
+	line := fmt.Sprintf("%s %d\n", word, pid)
+	raw, err := g.in.SyscallConn()
+	if err != nil {
+		return // it has been closed: the guard was killed
 	}
-	for pid := range g.leaders {
-		g.writeLocked("started", pid)
+	_ = raw.Write(func(fd uintptr) bool {
+		_, err = syscall.Write(int(fd), []byte(line)) // whole or not at all: pipe(7), PIPE_BUF
+		return true
+	})
+	if err == syscall.EAGAIN {
+		_ = g.cmd.Process.Kill()
 	}
-	return nil
-}
-
-// lead tells the guard that pid leads a process group from now on.
-func (g *guard) lead(pid int) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.leaders[pid] = true
-	g.writeLocked("started", pid)
-}
-
-// leave tells the guard that nothing is left of the group of pid.
-func (g *guard) leave(pid int) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	delete(g.leaders, pid)
-	g.writeLocked("ended", pid)
-}
-
-// writeLocked sends a line. A guard that does not read is as good as gone.
-func (g *guard) writeLocked(word string, pid int) {
-	_ = g.in.SetWriteDeadline(time.Now().Add(time.Second))
-	_, _ = fmt.Fprintf(g.in, "%s %d\n", word, pid)
 }
 
 // dismiss tells the guard that all is well and waits for its end, which it is made
 // to come to.
 func (g *guard) dismiss() {
+	close(g.dismissed)
 	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.writeLocked("end", 0)
+	g.tellLocked("end", 0)
 	g.in.Close()
-	timer := time.AfterFunc(time.Second, func() { _ = g.cmd.Process.Kill() })
-	<-g.gone
+	timer := time.AfterFunc(guardGrace, func() { _ = g.cmd.Process.Kill() })
+	g.mu.Unlock()
+	g.keeping.Wait()
 	timer.Stop()
 }
 
@@ -594,7 +668,7 @@ func removeLeft(enginePath, run string) {
 	if err != nil {
 		return
 	}
-	e.reaper = newReaper()
+	e.commands, e.env = newReaper(), baseEnv()
 	deadline := time.Now().Add(2 * engineTimeout)
 	for quiet := 0; quiet < guardTries && time.Now().Before(deadline); quiet++ {
 		if names, _ := e.remove(context.Background(), "label="+labelRun+"="+run); len(names) > 0 {

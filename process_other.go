@@ -4,6 +4,7 @@ package main
 
 import (
 	"io"
+	"log/slog"
 	"os/exec"
 	"syscall"
 	"time"
@@ -20,6 +21,10 @@ func (r *reaper) adopt() error              { return nil }
 func (r *reaper) close()                    {}
 func (r *reaper) start(cmd *exec.Cmd) error { return cmd.Start() }
 func (r *reaper) wait(cmd *exec.Cmd) error  { return cmd.Wait() }
+
+func (r *reaper) startLeader(cmd *exec.Cmd, _ string) error { return cmd.Start() }
+func (r *reaper) leaderEnded(int)                           {}
+func (r *reaper) leaders() map[int]string                   { return nil }
 
 // awaitGroup returns when the output of the group is closed, or when it has been
 // killed: who is left in it cannot be known.
@@ -40,21 +45,22 @@ type cgroup struct{}
 
 func makeCgroup(string) *cgroup             { return nil }
 func (g *cgroup) hold(*syscall.SysProcAttr) {}
+func (g *cgroup) path() string              { return "" }
 func (g *cgroup) remove()                   {}
 
 func (c *child) groupIsEmpty() bool { return false }
 
-func (s *supervisor) strays(string) []procInfo { return nil }
-func (s *supervisor) descendants() []procInfo  { return nil }
-func (s *supervisor) sweep(time.Duration)      {}
+func (l *launcher) descendants() []procInfo { return nil }
+func (l *launcher) endStrays(string)        {}
+func (l *launcher) sweep(time.Duration)     {}
 
 type guard struct{}
 
-func startGuard(string, *cgroup, *engine, *reaper) (*guard, error) { return &guard{}, nil }
-func (g *guard) ended() <-chan struct{}                            { return nil }
-func (g *guard) restart() error                                    { return nil }
-func (g *guard) lead(int)                                          {}
-func (g *guard) leave(int)                                         {}
-func (g *guard) dismiss()                                          {}
+func startGuard(run, cgroup, enginePath string, r *reaper, log *slog.Logger) (*guard, error) {
+	return &guard{}, nil
+}
+func (g *guard) groupStarted(int) {}
+func (g *guard) groupEnded(int)   {}
+func (g *guard) dismiss()         {}
 
-func runGuard(string, string, string, string, io.Reader) {}
+func runGuard(run, flowctl, cgroup, enginePath string, in io.Reader) {}

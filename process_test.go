@@ -4,9 +4,11 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -604,6 +606,10 @@ func TestEnvironment(t *testing.T) {
 			"env_files": map[string]string{"TOKEN": secret},
 		}),
 	}, nil)
+	plain, err := s.launcher.healthPort(s.byID["plain"].Component)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, tt := range []struct {
 		id   string
 		want map[string]string
@@ -611,14 +617,14 @@ func TestEnvironment(t *testing.T) {
 		{"plain", map[string]string{
 			"ENABLE_FLOWCTL": "true", "FLOWCTL_ENABLED": "true", "FLOWCTL_ENDPOINT": "127.0.0.1:1", "FLOWCTL_HEARTBEAT_INTERVAL": "10000ms",
 			"FLOWCTL_COMPONENT_ID": "plain", "FLOWCTL_SERVICE_ID": "plain", "COMPONENT_ID": "plain", "SERVICE_ID": "plain",
-			"HEALTH_PORT": s.ports["plain"].number, "HEALTH_ENDPOINT": "http://localhost:" + s.ports["plain"].number + "/health", "FROM_OUTSIDE": "yes",
+			"HEALTH_PORT": plain, "HEALTH_ENDPOINT": "http://localhost:" + plain + "/health", "FROM_OUTSIDE": "yes",
 		}},
 		{"own", map[string]string{
 			"HEALTH_PORT": "8088", "HEALTH_ENDPOINT": "http://localhost:8088/health", "COMPONENT_ID": "mine", "SERVICE_ID": "own",
 			"FLOWCTL_COMPONENT_ID": "own", "FLOWCTL_HEARTBEAT_INTERVAL": "2s", "RETRIES": "3", "BOTH": "env", "TOKEN": "hush",
 		}},
 	} {
-		cmd, _, err := s.command(s.byID[tt.id].Component)
+		cmd, _, err := s.launcher.command(s.byID[tt.id].Component, cmp.Or(s.byID[tt.id].Env["HEALTH_PORT"], plain))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -664,12 +670,27 @@ func TestEnvFileIsAValue(t *testing.T) {
 func TestPortIsHeldUntilItsComponentStarts(t *testing.T) {
 	t.Parallel()
 	s, _ := supervise(t, []map[string]any{sh("a", forever, nil), sh("b", forever, nil)}, nil)
-	if a, b := s.ports["a"], s.ports["b"]; a.number == b.number || a.hold == nil || b.hold == nil {
-		t.Fatalf("ports %+v and %+v, want two, both held", a, b)
+	var ports []string
+	for _, p := range s.procs {
+		port, err := s.launcher.healthPort(p.Component)
+		if again, _ := s.launcher.healthPort(p.Component); err != nil || again != port || slices.Contains(ports, port) {
+			t.Fatalf("port %s, then %s, beside %q: %v", port, again, ports, err)
+		}
+		ports = append(ports, port)
 	}
 	s.start(s.byID["a"], time.Now())
-	if s.ports["a"].hold != nil || s.ports["b"].hold == nil {
-		t.Error("want a's port released and b's held")
+	for i, held := range []bool{false, true} {
+		if conn, err := net.Dial("tcp", "127.0.0.1:"+ports[i]); err == nil { // who listens and does not accept would have it wait
+			conn.Close()
+			t.Errorf("port %s: a client is let in before its component listens", ports[i])
+		}
+		lis, err := net.Listen("tcp", "127.0.0.1:"+ports[i])
+		if err == nil {
+			lis.Close()
+		}
+		if (err != nil) != held {
+			t.Errorf("port %s: held is %t, want %t: %v", ports[i], err != nil, held, err)
+		}
 	}
 }
 

@@ -2,31 +2,19 @@ package main
 
 import (
 	"cmp"
-	"crypto/rand"
 	"fmt"
 	"log/slog"
 	mathrand "math/rand/v2"
-	"os"
 	"reflect"
 	"slices"
-	"strings"
 	"syscall"
 	"time"
 )
 
 const (
-	minBackoff   = time.Second             // before the first restart
-	maxBackoff   = 30 * time.Second        // restarts never wait longer, but for jitter
-	maxGuardWait = 2 * time.Second         // before a guard that was killed is replaced: without one there is a risk
-	healthyReset = time.Minute             // a component that was ready this long starts over with minBackoff
-	sweepGrace   = time.Second             // from SIGTERM to SIGKILL for what has left its component when the run ends
-	outputGrace  = 1500 * time.Millisecond // for the output of a process that got SIGKILL to be taken
-	killPatience = 5 * time.Second         // from SIGKILL until flowctl no longer waits: only a process stuck in the kernel lives that long
-
-	minBuffer = 16 << 10 // of an output pump; it grows while a line does not fit
-	pipeSize  = 64 << 10 // what a pipe holds, pipe(7): the pump of one that is found full grows to it
-	maxLine   = 1 << 20  // a longer line is passed on in pieces
-	tailSize  = 4 << 10  // bytes of a component's last output that are kept for a report
+	minBackoff   = time.Second      // before the first restart
+	maxBackoff   = 30 * time.Second // restarts never wait longer, but for jitter
+	healthyReset = time.Minute      // a component that was ready this long starts over with minBackoff
 )
 
 // procState is where a component is in its life. Only supervisor.transition changes it.
@@ -66,9 +54,9 @@ type failure struct {
 	reason     string
 	lived      time.Duration // of its last process; 0: it never ran
 	pid        int
-	registered bool             // had its last process registered
-	wasReady   bool             // was its last process
-	exit       *os.ProcessState // of its last process; nil: it had not ended
+	registered bool                // had its last process registered
+	wasReady   bool                // was its last process
+	exit       *syscall.WaitStatus // of its last process; nil: it had not ended
 	tail       []string
 }
 
@@ -91,8 +79,8 @@ type proc struct {
 	restarts int
 	failure  *failure
 
-	registered bool             // its last process has; who owns the supervisor notes it
-	exit       *os.ProcessState // of its last process, nil while it runs
+	registered bool                // its last process has; who owns the supervisor notes it
+	exit       *syscall.WaitStatus // of its last process, nil while it runs
 
 	leaving   bool       // the file has changed: it is to be stopped, and then is gone
 	successor *Component // takes its place then, nil for none
@@ -106,127 +94,35 @@ func (p *proc) over() bool {
 // runs tells whether it has a process that was not asked to end.
 func (p *proc) runs() bool { return p.state == procStarting || p.state == procReady }
 
-// procSettings are the run's answers to what the file leaves open, and what every
-// component's environment tells it.
+// procSettings are the run's answers to what the file leaves open.
 type procSettings struct {
 	startTimeout time.Duration
 	stopTimeout  time.Duration
-	heartbeat    time.Duration // FLOWCTL_HEARTBEAT_INTERVAL
-	endpoint     string        // FLOWCTL_ENDPOINT
-	tlsEnv       []string      // of components with "tls": true, that one included
-	flush        func()        // returns when what was emitted has been written; nil where emit returns no sooner
-	gateway      string        // FLOWCTL_ENDPOINT of containers that are not on the host's network; "" for out of reach
-	engine       *engine       // of components with an image, nil for none
 }
 
 // supervisor starts, restarts and stops the processes of a pipeline. One goroutine
 // owns it and calls its methods; it is told the time and never asks. What happens
-// elsewhere arrives in exits, and next says when a deadline is due.
+// elsewhere arrives by exited, and next says when a deadline is due. Only componentAt and
+// warnOfStranger are called from elsewhere: of its fields they use none that changes.
 type supervisor struct {
 	settings procSettings
 	log      *slog.Logger
-	emit     emitter
-	exits    chan exit
+	launcher *launcher
 	procs    []*proc // in file order
 	byID     map[string]*proc
 	before   map[string][]stopEdge // by id: what has to stop before it
-	ports    map[string]*reservedPort
 	stopping bool
 	target   *Pipeline // what is to be when all that leaves has gone, nil otherwise
 	edition  int       // counts the changes of procs
-	run      string    // unique: what runMark is set to
-	reaper   *reaper
-	cgroup   *cgroup // nil for none
-	leaders  leaders
-
-	boxed int // starts of containers
-
-	guard      *guard
-	guardBegun time.Time     // when it was started last
-	guardDue   time.Time     // when it is to be replaced, zero while it lives
-	guardWait  time.Duration // before it is replaced the next time
 }
 
-// exit is the end of one process: it was waited for, its group is gone and its
-// output has been passed on.
-type exit struct {
-	proc  *proc
-	child *child
-	state *os.ProcessState
-	lost  bool  // nobody took the rest of its output
-	left  error // its container may be there still
-}
-
-// newSupervisor starts the guard and reserves a port for each component. The caller
-// runs it until over is true and then calls close.
-func newSupervisor(p *Pipeline, settings procSettings, emit emitter, log *slog.Logger, r *reaper) (*supervisor, error) {
-	s := &supervisor{
-		reaper:   r,
-		settings: settings, log: log, emit: emit, run: strings.TrimPrefix(os.Getenv(runMark)+"/"+rand.Text(), "/"),
-		exits: make(chan exit), byID: make(map[string]*proc),
-		before: p.stopAfter(), ports: make(map[string]*reservedPort),
-		leaders: leaders{byPID: make(map[int]string)},
-	}
+// newSupervisor returns a supervisor of p. The caller runs it until over is true.
+func newSupervisor(p *Pipeline, settings procSettings, l *launcher, log *slog.Logger) *supervisor {
+	s := &supervisor{settings: settings, log: log, launcher: l, byID: make(map[string]*proc), before: p.stopAfter()}
 	for _, c := range p.components() {
 		s.procs = append(s.procs, s.newProc(c))
-		port, err := reservePort(c)
-		if err != nil {
-			s.releasePorts()
-			return nil, fmt.Errorf("component %s: %v", c.ID, err)
-		}
-		s.ports[c.ID] = port
 	}
-	reserveThreads()
-	s.cgroup = makeCgroup(s.run)
-	var err error
-	if settings.engine != nil {
-		settings.engine.join(s.run)
-	}
-	if s.guard, err = startGuard(s.run, s.cgroup, settings.engine, r); err != nil {
-		s.cgroup.remove()
-		s.releasePorts()
-		return nil, fmt.Errorf("cannot start the guard, which ends the components of a flowctl that is killed: %v", err)
-	}
-	return s, nil
-}
-
-// close ends what has left its component, and the guard. Every component is over.
-func (s *supervisor) close() {
-	s.sweep(sweepGrace)
-	if s.boxed > 0 {
-		s.removeContainers()
-	}
-	s.guard.dismiss()
-	s.cgroup.remove()
-}
-
-// guardGone is closed when the guard has ended, and nil while it is to be replaced.
-func (s *supervisor) guardGone() <-chan struct{} {
-	if !s.guardDue.IsZero() {
-		return nil
-	}
-	return s.guard.ended()
-}
-
-// guardLost plans to replace the guard, which was killed: at once, or later and later
-// where that happens again and again.
-func (s *supervisor) guardLost(now time.Time) {
-	if now.Sub(s.guardBegun) > healthyReset {
-		s.guardWait = 0
-	}
-	s.guardDue = now.Add(s.guardWait)
-	s.log.Warn("the guard was killed: until there is another, a flowctl that is killed leaves components behind", "in", s.guardWait)
-	s.guardWait = min(max(2*s.guardWait, minBackoff/10), maxGuardWait)
-}
-
-func (s *supervisor) replaceGuard(now time.Time) {
-	s.guardDue, s.guardBegun = time.Time{}, now
-	if err := s.guard.restart(); err != nil {
-		s.log.Error("cannot start the guard", "err", err)
-		s.guardDue = now.Add(s.guardWait)
-		return
-	}
-	s.log.Info("guarded again")
+	return s
 }
 
 // transition is the one place that changes a component's state.
@@ -267,9 +163,8 @@ func (s *supervisor) start(p *proc, now time.Time) error {
 		p.readyBy = now.Add(s.startTimeout(p))
 	}
 	p.started = now
-	s.ports[p.ID].release()
 	var err error
-	if p.child, err = s.spawn(p.Component); err != nil {
+	if p.child, err = s.launcher.start(p.Component); err != nil {
 		if p.wasReady && s.wantsRestart(p, false) {
 			p.log.Error("cannot be started again", "err", err)
 			s.backOff(p, false, now)
@@ -283,10 +178,6 @@ func (s *supervisor) start(p *proc, now time.Time) error {
 	p.last, p.ended, p.registered, p.exit = p.child, time.Time{}, false, nil
 	s.transition(p, procStarting, p.readyBy)
 	p.log.Info("started", "pid", p.child.pid)
-	go func(child *child) { // loop waits for exits, but for one that SIGKILL does not end
-		state, lost, left := child.reap()
-		s.exits <- exit{p, child, state, lost, left}
-	}(p.child)
 	return nil
 }
 
@@ -297,35 +188,41 @@ func (s *supervisor) ready(p *proc, now time.Time) {
 	p.log.Info("ready", "after", now.Sub(p.started).Round(time.Millisecond))
 }
 
-// exited takes the end of a process in and decides what becomes of its component.
-func (s *supervisor) exited(e exit, now time.Time) {
-	p := e.proc
-	p.child, p.ended, p.exit = nil, now, e.state
-	s.leaders.ended(e.child.pid)
-	if !s.stopping { // else close sweeps
-		for _, stray := range s.strays(p.ID) {
-			p.log.Warn("ending what left its process group", "pid", stray.pid, "name", stray.name)
-			stray.send(syscall.SIGKILL)
+// procOf is the proc that ch runs for, nil where SIGKILL did not end it in time.
+func (s *supervisor) procOf(ch *child) *proc {
+	for _, p := range s.procs {
+		if p.child == ch {
+			return p
 		}
 	}
-	reason := describeExit(e.state)
+	return nil
+}
+
+// exited takes the end of a process in and decides what becomes of its component.
+func (s *supervisor) exited(e childEnd, now time.Time) {
+	p := s.procOf(e.child)
+	p.child, p.ended, p.exit = nil, now, &e.status
+	if !s.stopping { // else close sweeps
+		s.launcher.endStrays(p.ID)
+	}
+	reason := describeExit(e.status)
 	asked := p.state == procStopping || p.state == procKilled || s.stopping || p.leaving
 	wasReady := p.state == procReady
 	p.log.Info("ended", "pid", e.child.pid, "reason", reason, "lived", now.Sub(p.started).Round(time.Millisecond))
 	if e.lost {
 		p.log.Error("the rest of its output is lost: standard output is not read")
 	}
-	if e.left != nil {
-		p.log.Error("cannot remove its container", "err", e.left)
+	if e.containerErr != nil {
+		p.log.Error("cannot remove its container", "err", e.containerErr)
 	}
 	switch {
 	case p.failure != nil:
 		s.transition(p, procFailed, time.Time{})
 	case asked:
 		s.transition(p, procStopped, time.Time{})
-	case s.wantsRestart(p, e.state.Success()):
+	case s.wantsRestart(p, e.status == 0):
 		s.backOff(p, wasReady, now)
-	case e.state.Success() && wasReady:
+	case e.status == 0 && wasReady:
 		s.transition(p, procCompleted, time.Time{})
 	default:
 		s.failEnded(p, reason, wasReady, now)
@@ -432,7 +329,7 @@ func (s *supervisor) over() bool {
 
 // next is the earliest moment at which expire has something to do, zero for none.
 func (s *supervisor) next(now time.Time) time.Time {
-	next := s.guardDue
+	var next time.Time
 	for _, p := range s.procs {
 		next = earliest(next, p.deadline)
 		if nudge := s.nudge(p); p.state == procStopping && nudge.After(now) {
@@ -477,9 +374,6 @@ func (s *supervisor) delay(d time.Duration) {
 // expire acts on the deadlines that are due. A deadline belongs to a state, so one
 // that comes late, when the state has changed, does not exist any more.
 func (s *supervisor) expire(now time.Time) {
-	if !s.guardDue.IsZero() && !now.Before(s.guardDue) {
-		s.replaceGuard(now)
-	}
 	for _, p := range s.procs {
 		due := !p.deadline.IsZero() && !now.Before(p.deadline)
 		switch {
@@ -511,7 +405,6 @@ func (s *supervisor) failNotReady(p *proc, now time.Time) {
 // beginStop starts nothing from now on. What has no process is stopped by that.
 func (s *supervisor) beginStop() {
 	s.stopping = true
-	s.releasePorts()
 	if s.target != nil { // the order is neither that of the old file nor of the new
 		var all []*Component
 		for _, p := range s.procs {
@@ -550,7 +443,7 @@ func (s *supervisor) stopInTurn(p *proc, now time.Time) {
 	}
 	p.log.Info("stopping", "pid", p.child.pid, "signal", p.stopSignal().String())
 	p.stopSent = now
-	p.child.signal(p.stopSignal())
+	s.launcher.signal(p.child, p.stopSignal())
 	s.transition(p, procStopping, now.Add(s.stopTimeout(p)))
 }
 
@@ -609,27 +502,17 @@ type reloaded struct {
 func (s *supervisor) reload(next *Pipeline) (reloaded, error) {
 	var out reloaded
 	listed := make(map[string]bool)
-	ports := make(map[string]*reservedPort)
 	for _, c := range next.components() {
 		listed[c.ID] = true
-		if s.byID[c.ID] != nil {
-			continue
-		}
-		port, err := reservePort(c)
-		if err != nil {
-			for _, port := range ports {
-				port.release()
-			}
+		if _, err := s.launcher.healthPort(c); err != nil {
 			return out, fmt.Errorf("component %s: %v", c.ID, err)
 		}
-		ports[c.ID] = port
 	}
 	for _, c := range next.components() {
 		switch p := s.byID[c.ID]; {
 		case p == nil:
 			out.added = append(out.added, c.ID)
 			s.procs = append(s.procs, s.newProc(c))
-			s.ports[c.ID] = ports[c.ID]
 		case !p.leaving && reflect.DeepEqual(p.Component, c):
 			out.unchanged++
 		default:
@@ -682,19 +565,12 @@ func (s *supervisor) settle() {
 		if !p.leaving || !p.over() || p.failure != nil {
 			continue
 		}
-		s.ports[p.ID].release()
-		delete(s.ports, p.ID)
 		delete(s.byID, p.ID)
 		s.edition++
 		if s.procs[i] = nil; p.successor != nil {
 			s.procs[i] = s.newProc(p.successor)
-			port, err := reservePort(p.successor)
-			if err != nil {
-				s.fail(s.procs[i], failStart, err.Error(), time.Time{})
-				s.transition(s.procs[i], procFailed, time.Time{})
-				port = new(reservedPort)
-			}
-			s.ports[p.ID] = port
+		} else {
+			s.launcher.forget(p.ID)
 		}
 	}
 	s.procs = slices.DeleteFunc(s.procs, func(p *proc) bool { return p == nil })
@@ -721,16 +597,8 @@ func (s *supervisor) killAll(now time.Time) {
 }
 
 func (s *supervisor) kill(p *proc, now time.Time) {
-	p.child.kill()
+	s.launcher.signal(p.child, syscall.SIGKILL)
 	s.transition(p, procKilled, now.Add(p.killPatience()))
-}
-
-// killPatience is longer for a container, which its engine has to kill.
-func (p *proc) killPatience() time.Duration {
-	if p.Image != "" {
-		return killPatience + 2*engineTimeout
-	}
-	return killPatience
 }
 
 func (s *supervisor) startTimeout(p *proc) time.Duration {

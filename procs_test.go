@@ -61,18 +61,19 @@ func supervise(t testing.TB, sources, sinks []map[string]any) (*supervisor, *rec
 		t.Fatal(err)
 	}
 	rec := &recorder{}
-	s, err := newSupervisor(p, procSettings{startTimeout: 30 * time.Second, stopTimeout: 10 * time.Second, heartbeat: 10 * time.Second, endpoint: "127.0.0.1:1"},
-		rec.lines, slog.New(slog.NewTextHandler(t.Output(), nil)), newReaper())
+	log := slog.New(slog.NewTextHandler(t.Output(), nil))
+	l, err := newLauncher(launchConfig{heartbeat: 10 * time.Second, endpoint: "127.0.0.1:1", reaper: newReaper(), emit: rec.lines, log: log})
 	if err != nil {
 		t.Fatal(err)
 	}
+	s := newSupervisor(p, procSettings{startTimeout: 30 * time.Second, stopTimeout: 10 * time.Second}, l, log)
 	t.Cleanup(func() {
 		s.killAll(time.Now())
 		for !s.over() {
-			s.exited(<-s.exits, time.Now())
+			s.exited(<-l.exits, time.Now())
 		}
-		s.guard.dismiss() // not close, which ends all descendants, those of other tests too
-		s.cgroup.remove()
+		l.guard.dismiss() // not close, which ends all descendants, those of other tests too
+		l.cgroup.remove()
 	})
 	return s, rec
 }
@@ -92,9 +93,10 @@ func startAll(s *supervisor, now time.Time) {
 func nextExit(t testing.TB, s *supervisor, now time.Time) *proc {
 	t.Helper()
 	select {
-	case e := <-s.exits:
+	case e := <-s.launcher.exits:
+		p := s.procOf(e.child)
 		s.exited(e, now)
-		return e.proc
+		return p
 	case <-time.After(20 * time.Second):
 		t.Fatal("no process ended within 20s")
 		return nil

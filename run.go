@@ -78,6 +78,7 @@ type run struct {
 	endpoint    string        // where the plane listens
 	registry    *registry
 	children    *reaper
+	launcher    *launcher
 	sup         *supervisor
 	about       pipelineInfo
 	entrance    bool   // there is a listener without TLS, or no TLS
@@ -125,16 +126,16 @@ func runPipeline(p *Pipeline, o runConfig) error {
 	if err != nil {
 		return &exitError{exitPlane, err}
 	}
-	settings := procSettings{
-		startTimeout: o.startTimeout, stopTimeout: o.stopTimeout, heartbeat: o.ttl / 3, endpoint: access.endpoint,
-		tlsEnv: access.tlsEnv, gateway: gatewayEndpoint(lis.Addr(), r.endpoint), engine: r.flags.engine, flush: r.out.flush,
+	launch := launchConfig{
+		endpoint: access.endpoint, containerEndpoint: containerEndpoint(lis.Addr(), r.endpoint), tlsEnv: access.tlsEnv, heartbeat: o.ttl / 3,
+		engine: o.engine, reaper: r.children, emit: r.out.emit, flush: r.out.flush, log: r.log,
 	}
-	if err := r.supervise(p, ids, settings); err != nil {
+	if err := r.supervise(p, ids, launch); err != nil {
 		return err
 	}
 	st, err := openState(o.state, r.about.name, r.log)
 	if err != nil {
-		r.sup.close()
+		r.launcher.close()
 		return &exitError{exitPlane, err}
 	}
 	plane, err := newPlane(planeConfig{
@@ -143,14 +144,14 @@ func runPipeline(p *Pipeline, o runConfig) error {
 	})
 	if err != nil {
 		st.close()
-		r.sup.close()
+		r.launcher.close()
 		return &exitError{exitPlane, err}
 	}
 	r.registry, r.edition = plane.registry, r.sup.edition
 	r.loop(signals)
 	close(r.over)
 	r.checks.close()
-	r.sup.close()
+	r.launcher.close()
 	plane.stop()
 	return r.end()
 }
@@ -185,9 +186,9 @@ func (r *run) prepare(p *Pipeline, signals <-chan os.Signal) (stopped bool, err 
 	}
 	r.atEnd(r.children.close)
 	if engine := r.flags.engine; engine != nil {
-		engine.reaper, engine.pipeline, engine.ownerLabel = r.children, r.about.name, r.file.ownerLabel()
+		engine.commands, engine.env, engine.pipeline, engine.ownerLabel = r.children, baseEnv(), r.about.name, r.file.ownerLabel()
 	}
-	sig, err := r.flags.engine.prepareUntil(signals, p, r.log)
+	sig, err := r.prepareEngine(signals, p)
 	if err != nil {
 		return false, &exitError{exitUsage, err}
 	}
@@ -195,6 +196,50 @@ func (r *run) prepare(p *Pipeline, signals <-chan os.Signal) (stopped bool, err 
 		return true, &exitError{code, err}
 	}
 	return sig != nil, nil
+}
+
+// prepareEngine has the engine remove what killed runs have left and pull the images that
+// are missing, which may take minutes, until a signal asks for an end. It returns that,
+// nil for none. Without images it does nothing.
+func (r *run) prepareEngine(signals <-chan os.Signal, p *Pipeline) (os.Signal, error) {
+	if len(p.images()) == 0 {
+		return nil, nil
+	}
+	progress := func(image, said string) {
+		attrs := []any{"image", image}
+		if said != "" {
+			attrs = append(attrs, "said", said)
+		}
+		r.log.Info("pulling", attrs...)
+		r.systemd.send("STATUS=pulling "+image, extendTimeout(time.Minute))
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() {
+		removed, err := r.flags.engine.removeAbandoned(ctx)
+		if len(removed) > 0 {
+			r.log.Warn("removed containers that a killed run has left", "containers", enumerate(removed))
+		}
+		if err == nil {
+			err = r.flags.engine.pullMissing(ctx, p, progress)
+		}
+		done <- err
+	}()
+	for {
+		select {
+		case err := <-done:
+			return nil, err
+		case sig := <-signals:
+			if underSystemd(sig) {
+				continue // it asks for a reload, and the file has just been read
+			}
+			r.log.Info("stop requested", "signal", sig.String())
+			cancel()
+			<-done
+			return sig, nil
+		}
+	}
 }
 
 // listen opens the control plane's listeners: where the flags say, and where the
@@ -220,9 +265,9 @@ func (r *run) listen(p *Pipeline) (lis net.Listener, access componentAccess, err
 	return lis, access, nil
 }
 
-// supervise makes the supervisor, and the registry that knows its components.
-func (r *run) supervise(p *Pipeline, ids []string, settings procSettings) (err error) {
-	if err := settings.checkReach(p); err != nil {
+// supervise makes the launcher, the supervisor, and the registry that knows its components.
+func (r *run) supervise(p *Pipeline, ids []string, launch launchConfig) (err error) {
+	if err := launch.checkReach(p); err != nil {
 		return &exitError{exitUsage, err}
 	}
 	if r.flags.logDir != "" {
@@ -234,12 +279,19 @@ func (r *run) supervise(p *Pipeline, ids []string, settings procSettings) (err e
 			return &exitError{exitUsage, fmt.Errorf("-log-dir: %v", err)}
 		}
 	}
-	if r.sup, err = newSupervisor(p, settings, r.out.emit, r.log, r.children); err != nil {
+	if r.launcher, err = newLauncher(launch); err != nil {
 		return &exitError{exitFailed, err}
 	}
+	for _, c := range p.components() {
+		if _, err := r.launcher.healthPort(c); err != nil {
+			r.launcher.close()
+			return &exitError{exitFailed, fmt.Errorf("component %s: %v", c.ID, err)}
+		}
+	}
+	r.sup = newSupervisor(p, procSettings{r.flags.startTimeout, r.flags.stopTimeout}, r.launcher, r.log)
 	r.identifier = &identifier{
-		leaders: r.sup.leaders.now, descendants: r.sup.descendants,
-		mark: runMark + "=" + r.sup.run, containers: settings.engine != nil,
+		leaders: r.launcher.leaders, descendants: r.launcher.descendants,
+		mark: runMark + "=" + r.launcher.mark, containers: launch.engine.usable(),
 	}
 	r.checks = newChecks(r.identifier.componentOf, r.log)
 	return nil
@@ -273,10 +325,6 @@ func (r *run) loop(signals <-chan os.Signal) {
 	defer timer.Stop()
 	broken := r.out.broken
 	var due time.Time // when there is something to do although nothing happens
-	var guestEnded <-chan *os.ProcessState
-	if r.guest != nil {
-		guestEnded = r.guest.ended
-	}
 	for {
 		now := time.Now()
 		if late := now.Sub(due); !due.IsZero() && late > stallTime {
@@ -297,14 +345,12 @@ func (r *run) loop(signals <-chan os.Signal) {
 			r.signalled(sig, time.Now())
 		case <-r.out.footerDue(): // a timer of its own: that timer is late is how flowctl knows that it was stopped
 		case <-r.registry.wake:
-		case e := <-r.sup.exits:
+		case e := <-r.launcher.exits:
 			r.exited(e, time.Now())
-		case <-r.sup.guardGone():
-			r.sup.guardLost(time.Now())
 		case result := <-r.checks.results:
 			r.checked(result, time.Now())
-		case state := <-guestEnded:
-			r.guestEnded(state, time.Now())
+		case status := <-r.guest.endings():
+			r.guestEnded(status, time.Now())
 		case request := <-r.reloads:
 			out, err := r.reload()
 			request.answer <- reloadAnswer{out, err}
@@ -319,12 +365,12 @@ func (r *run) loop(signals <-chan os.Signal) {
 }
 
 // guestEnded ends the run by the exit code of its command.
-func (r *run) guestEnded(state *os.ProcessState, now time.Time) {
+func (r *run) guestEnded(status syscall.WaitStatus, now time.Time) {
 	r.guest.over = true
-	r.log.Info("command ended", "reason", describeExit(state))
-	code := r.guest.code(state)
+	r.log.Info("command ended", "reason", describeExit(status))
+	code := exitCodeOf(status)
 	if code != exitOK && !r.sup.stopping {
-		r.blame = fmt.Errorf("the command %q after -- failed: %s", r.guest.argv[0], describeExit(state))
+		r.blame = fmt.Errorf("the command %q after -- failed: %s", r.guest.argv[0], describeExit(status))
 	}
 	if r.stop(code, now); r.code == exitOK {
 		r.code = code // which was asked to end
@@ -481,17 +527,20 @@ func (r *run) expireUnhealthy(now time.Time) {
 }
 
 // exited takes the end of a process in, after what the process did before it ended.
-func (r *run) exited(e exit, now time.Time) {
-	id := e.proc.ID
-	if e.proc.readyOnceRunning() && e.state.Success() {
+func (r *run) exited(e childEnd, now time.Time) {
+	id, p := e.child.component.ID, r.sup.procOf(e.child)
+	if p == nil {
+		return // SIGKILL has ended it at last
+	}
+	if p.readyOnceRunning() && e.status == 0 {
 		r.checked(checkResult{child: e.child, id: id}, now) // it has run, if it was over before that was seen
 	}
 	r.takeChanges(now)
 	r.checks.stop(id)
 	r.sup.exited(e, now)
 	cause := ""
-	if e.proc.state != procCompleted {
-		cause = "its process ended: " + describeExit(e.state)
+	if p.state != procCompleted {
+		cause = "its process ended: " + describeExit(e.status)
 	}
 	r.registry.finished(id, cause, now)
 	delete(r.unhealthy, id)
@@ -580,7 +629,7 @@ func (r *run) checkReady(now time.Time) {
 		return
 	}
 	r.out.removeFooter() // the terminal is the command's now
-	if err := r.guest.start(r.sup); err != nil {
+	if err := r.guest.start(r.launcher); err != nil {
 		r.log.Error("the command did not start", "err", err)
 		r.blame = err
 		r.stop(exitUsage, now)
@@ -660,10 +709,10 @@ func (r *run) footerRows(now time.Time) []string {
 // guest is the command after --, which a pipeline that is ready is run for. It is no
 // component: its input, output and signals are its own, and its end is that of the run.
 type guest struct {
-	argv  []string
-	ended chan *os.ProcessState // gets how it ended, once
+	argv []string
 
-	cmd      *exec.Cmd // nil before it is started
+	cmd      *exec.Cmd                 // nil before it is started
+	ended    <-chan syscall.WaitStatus // gets how it ended, once
 	over     bool
 	signals  int       // that it was sent, or got from the terminal
 	deadline time.Time // when it gets SIGKILL, zero for never
@@ -678,29 +727,27 @@ func newGuest(argv []string) (*guest, error) {
 	if _, err := exec.LookPath(argv[0]); err != nil {
 		return nil, fmt.Errorf("the command after --: cannot run %q: %v", argv[0], cause(err))
 	}
-	return &guest{argv: argv, ended: make(chan *os.ProcessState)}, nil
+	return &guest{argv: argv}, nil
 }
 
 // start starts the command in flowctl's own process group, so that a terminal's
 // signals reach it. It is known by the mark of the run, like whatever it starts.
-func (g *guest) start(s *supervisor) error {
+func (g *guest) start(l *launcher) (err error) {
 	g.cmd = exec.Command(g.argv[0], g.argv[1:]...)
 	g.cmd.Stdin, g.cmd.Stdout, g.cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	endpoint := "FLOWCTL_ENDPOINT=" + s.settings.endpoint
-	g.cmd.Env = append(slices.DeleteFunc(os.Environ(), hidden), endpoint, runMark+"="+s.run)
-	if slices.Contains(s.settings.tlsEnv, endpoint) { // there is none without TLS
-		g.cmd.Env = append(g.cmd.Env, s.settings.tlsEnv...)
-	}
-	if err := s.leaders.start(commandID, s.reaper, g.cmd); err != nil {
+	if g.ended, err = l.startCommand(commandID, g.cmd); err != nil {
 		g.over = true
 		return fmt.Errorf("the command after --: cannot run %q: %v", g.argv[0], cause(err))
 	}
-	go func() { // loop waits for it, but for one that SIGKILL does not end
-		_ = s.reaper.wait(g.cmd) // how it ended is in its state
-		s.leaders.ended(g.cmd.Process.Pid)
-		g.ended <- g.cmd.ProcessState
-	}()
 	return nil
+}
+
+// endings gets how it ended, nil for no guest and one that does not run.
+func (g *guest) endings() <-chan syscall.WaitStatus {
+	if g == nil {
+		return nil
+	}
+	return g.ended
 }
 
 // runs is false for no guest, too.
@@ -716,12 +763,12 @@ func (g *guest) unrun(sig os.Signal) (int, error) {
 	return 128 + int(number), fmt.Errorf("the command %q after -- was not run: signal %d (%s) came first", g.argv[0], number, sig)
 }
 
-// code is the exit code of flowctl for the end of the command, as a shell has it.
-func (g *guest) code(state *os.ProcessState) int {
-	if status, ok := state.Sys().(syscall.WaitStatus); ok && status.Signaled() {
+// exitCodeOf is the exit code of flowctl for the end of the command, as a shell has it.
+func exitCodeOf(status syscall.WaitStatus) int {
+	if status.Signaled() {
 		return 128 + int(status.Signal())
 	}
-	return state.ExitCode()
+	return status.ExitStatus()
 }
 
 // pass hands a signal on that flowctl got, unless the terminal has sent it to both.
@@ -818,7 +865,11 @@ func (r *run) applyFile() (reloaded, error) {
 	if ids := p.speakTLS(false); r.flags.tls.cert != "" && !r.entrance && len(ids) > 0 {
 		return reloaded{}, fmt.Errorf("%s: %s would need a listener without TLS, which there is not: restart flowctl, or set \"tls\": true", r.flags.file, enumerate(ids))
 	}
-	if err := cmp.Or(r.sup.settings.checkReach(p), r.flags.engine.checkNew(p, r.sup.procs)); err != nil {
+	used := make(map[string]bool)
+	for _, p := range r.sup.procs {
+		used[p.Image] = true
+	}
+	if err := cmp.Or(r.launcher.config.checkReach(p), r.flags.engine.checkNew(context.Background(), p, used)); err != nil {
 		return reloaded{}, err
 	}
 	var ids []string
@@ -856,15 +907,16 @@ func (r *run) syncMembers(now time.Time) {
 func (r *run) members() []member {
 	var out []member
 	for _, p := range r.sup.procs {
-		endpoint := r.sup.settings.endpoint
+		endpoint := r.launcher.config.endpoint
 		if p.TLS {
 			endpoint = r.endpoint
 		}
 		if len(p.Ports) > 0 {
-			endpoint = cmp.Or(r.sup.settings.gateway, r.sup.settings.endpoint)
+			endpoint = cmp.Or(r.launcher.config.containerEndpoint, r.launcher.config.endpoint)
 		}
+		port, _ := r.launcher.healthPort(p.Component) // it is reserved
 		out = append(out, member{
-			id: p.ID, role: p.Role, healthPort: r.sup.ports[p.ID].number, endpoint: endpoint, inputs: p.Inputs,
+			id: p.ID, role: p.Role, healthPort: port, endpoint: endpoint, inputs: p.Inputs,
 			inputEvents: p.InputEventTypes, outputEvents: p.OutputEventTypes, inContainer: p.Image != "", kind: p.Type, labels: p.Labels,
 		})
 	}

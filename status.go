@@ -263,7 +263,7 @@ func (f *failure) try(file string) string {
 // tryExit is what may help where a process has ended.
 func (f *failure) tryExit() string {
 	c := f.component
-	status, _ := f.exit.Sys().(syscall.WaitStatus)
+	status := *f.exit
 	switch {
 	case c.Image != "":
 		return f.tryContainer(status)
