@@ -32,9 +32,9 @@ import (
 	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 )
 
-// Where file descriptors run out, those who are connected go on, and others get in
-// when there is room.
-func TestNoMoreDescriptors(t *testing.T) {
+// While file descriptors have run out, open connections go on. New ones get in once there is
+// room.
+func TestServer_RecoversFromNoDescriptors(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "state.json")
 	p, endpoint := startAlone(t, []string{"-db-path", file, "-janitor-interval", "100ms"}, limited("-n 64"))
@@ -106,10 +106,10 @@ func (c planeClient) one(tb testing.TB, id string) *operatorv1.Component {
 	return nil
 }
 
-// Copies of one program that send nothing of themselves are told apart by their
-// processes, however these came to be and whichever registers first. A component
-// that is taken for another does not register, and there would be no pipeline ready.
-func TestNamelessComponents(t *testing.T) {
+// Copies of one program that send no id are told apart by their processes, however these were
+// started and in whatever order they register. If one was taken for another, the pipeline would
+// not be ready.
+func TestRegister_NamelessComponentIsKnownByItsProcess(t *testing.T) {
 	t.Parallel()
 	const each = 6 // of two dialects and three ways to be started, on each of three addresses: 108
 	program, err := os.Executable()
@@ -152,8 +152,8 @@ func TestNamelessComponents(t *testing.T) {
 	})
 }
 
-// claims are all the ways to pass oneself off as component id, which is also known
-// as alias, if it has one, and has this HEALTH_PORT.
+// claims are all the ways to pass oneself off as component id, which has this HEALTH_PORT. alias
+// is the service_id that it registered with, "" for none.
 func claims(id, alias, healthPort string) map[string]func(ctx context.Context, c planeClient) error {
 	out := make(map[string]func(ctx context.Context, c planeClient) error)
 	poses := map[string]registration{
@@ -189,9 +189,9 @@ func claims(id, alias, healthPort string) map[string]func(ctx context.Context, c
 	return out
 }
 
-// This process is no component, and none suffers from what it says. Each of its
-// connections is looked up on its own.
-func TestForeignProcessIsNoComponent(t *testing.T) {
+// This process is of no component, and whatever it claims changes none. Each of its connections
+// is looked up.
+func TestRegister_ForeignProcessIsRefused(t *testing.T) {
 	t.Parallel()
 	const connections = 34 // on each of three addresses, before and after the component has registered
 	planeAddresses(t, func(t *testing.T, address string) {
@@ -250,7 +250,7 @@ func TestForeignProcessIsNoComponent(t *testing.T) {
 	})
 }
 
-func TestComponentIsNoOtherComponent(t *testing.T) {
+func TestRegister_ComponentCannotSpeakForAnother(t *testing.T) {
 	t.Parallel()
 	for _, dialect := range dialects {
 		t.Run(dialect, func(t *testing.T) {
@@ -265,9 +265,9 @@ func TestComponentIsNoOtherComponent(t *testing.T) {
 	}
 }
 
-// Of two components with the same hard-coded service_id the one goes stale that is
-// mute, be it the first or the last to have registered.
-func TestSharedServiceID(t *testing.T) {
+// Of two components with the same hard-coded service_id the mute one goes stale, be it the first
+// or the last that registered.
+func TestHeartbeat_SharedServiceIDIsKnownByItsProcess(t *testing.T) {
 	t.Parallel()
 	for _, dialect := range dialects {
 		for _, mute := range []string{"first", "last"} {
@@ -290,7 +290,7 @@ func TestSharedServiceID(t *testing.T) {
 }
 
 // A control plane alone has no components and refuses nobody.
-func TestServerRefusesNobody(t *testing.T) {
+func TestServer_RefusesNobody(t *testing.T) {
 	t.Parallel()
 	planeAddresses(t, func(t *testing.T, address string) {
 		p := start(t, []string{"server", "-control-plane-port", "0", "-control-plane-address", address})
@@ -307,7 +307,7 @@ func TestServerRefusesNobody(t *testing.T) {
 	})
 }
 
-// recorded returns the bytes that a client sends to register as id.
+// recorded returns the bytes that a client sends to register as id, which is refused.
 func recorded(tb testing.TB, endpoint, id string) []byte {
 	tb.Helper()
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
@@ -343,8 +343,8 @@ func recorded(tb testing.TB, endpoint, id string) []byte {
 	return sent.Bytes()
 }
 
-// Who sends a claim and is gone before anyone looks is refused as if it had stayed.
-func TestClaimOfAClosedSocket(t *testing.T) {
+// A process that sends a claim and closes its connection before it is looked up is refused.
+func TestRegister_ClosedConnectionIsRefused(t *testing.T) {
 	t.Parallel()
 	p := launch(t, writePipeline(t, Component{ID: "a", Command: []string{"sleep", "300"}}))
 	p.waitErr("msg=started component=a ")
@@ -368,9 +368,9 @@ func TestClaimOfAClosedSocket(t *testing.T) {
 	p.exit(exitOK)
 }
 
-// A component that flowctl may not look into, as one with capabilities, is believed;
-// nobody else is for that.
-func TestHiddenComponentShieldsNobody(t *testing.T) {
+// A component that flowctl may not look into, as it has capabilities, is believed. Other
+// processes are not believed for that.
+func TestRegister_UnreadableComponentShieldsNobody(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {
 		t.Skip("only root can be another user")
@@ -404,9 +404,9 @@ func TestHiddenComponentShieldsNobody(t *testing.T) {
 	p.stop()
 }
 
-// Where /proc shows nobody but a user's own readable processes, as by hidepid= of proc(5)
-// and ProtectProc= of a unit, a component that is none of them is believed.
-func TestComponentThatProcHides(t *testing.T) {
+// Where /proc shows a user only the processes that it may look into, by hidepid= of proc(5) or
+// ProtectProc= of a unit, a component that it does not show is believed.
+func TestRegister_ComponentThatProcHidesIsBelieved(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {
 		t.Skip("only root can be another user, and mount")
@@ -422,6 +422,49 @@ func TestComponentThatProcHides(t *testing.T) {
 	})
 	p.waitReady()
 	p.stop()
+}
+
+// A connection is of the component whose process holds its other end, whatever wraps it.
+func TestIdentifyPeer_FindsTheHolder(t *testing.T) {
+	t.Parallel()
+	pair := connectPair(t, "tcp4", "127.0.0.1", "")
+	cmd := handOver(t, pair.client, nil)
+	pair.client.Close()
+	lis, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(shortDir(t), "plane"), Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lis.Close()
+	client, err := net.DialUnix("unix", nil, lis.Addr().(*net.UnixAddr)) // by this process
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	accepted, err := lis.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer accepted.Close()
+	i := &identifier{
+		leaders:     func() map[int]string { return map[int]string{cmd.Process.Pid: "a"} },
+		descendants: func() []procInfo { return []procInfo{{pid: cmd.Process.Pid}} },
+		mark:        runMark + "=test",
+	}
+	for name, tt := range map[string]struct {
+		conn net.Conn
+		want origin
+	}{
+		"TCP":              {pair.server, origin{component: "a", known: true}},
+		"wrapped":          {componentConn{pair.server}, origin{component: "a", known: true}},
+		"unix":             {accepted, origin{known: true}},
+		"wrapped, of unix": {componentConn{accepted}, origin{known: true}},
+	} {
+		for _, claimedID := range []string{"", "a", "b"} {
+			eventually(t, name+": identified, claimed to be "+claimedID, func() bool { // not at once for the reason of awaitNone
+				return i.identifyPeer(tt.conn, claimedID) == tt.want
+			})
+		}
+	}
 }
 
 // On the listener of components there is no TLS, and a process that is of none is refused.
@@ -498,8 +541,7 @@ func TestHealthPortThatTellsNothing(t *testing.T) {
 	}
 }
 
-// The command after -- is no component, and speaks for none.
-func TestCommandIsNoComponent(t *testing.T) {
+func TestRegister_CommandCannotSpeakForAComponent(t *testing.T) {
 	t.Parallel()
 	a := actor("a", role{Dialect: "v1"})
 	poser := roleVar + "=" + actorRole(t, role{Dialect: "v1", End: "registered"})
@@ -508,8 +550,8 @@ func TestCommandIsNoComponent(t *testing.T) {
 	p.has(p.stderr, "the command after -- cannot speak for component a")
 }
 
-// To be in a pid namespace, as a container is, makes nobody a component.
-func TestForeignPIDNamespace(t *testing.T) {
+// A process in a pid namespace of its own, as in a container, is no component for that.
+func TestRegister_ForeignPIDNamespaceIsRefused(t *testing.T) {
 	t.Parallel()
 	a := actor("a", role{Dialect: "v1"})
 	p := launch(t, writePipeline(t, a))

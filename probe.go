@@ -1,6 +1,6 @@
 package main
 
-// Health checks: how each kind asks, and the goroutines that ask again and again.
+// Health checks: how each kind of health_check asks, and the goroutines that ask again and again.
 
 import (
 	"cmp"
@@ -26,8 +26,9 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// firstCheckWait is from the first check of a component to the second, where its interval is
-// longer. It doubles until a check passes, so that a start waits for no interval.
+// firstCheckWait is the time from the first check of a component to the second, unless its
+// health_interval is shorter. It doubles with each check until one passes, so that the start of
+// a pipeline waits for no interval.
 const firstCheckWait = 20 * time.Millisecond
 
 // checks makes the health checks of the components that run, each in a goroutine of its own.
@@ -51,11 +52,13 @@ func newChecks(ownerOf func(pid int) (id string, known bool), log *slog.Logger) 
 	return &checks{results: make(chan checkResult), ownerOf: ownerOf, log: log, cancels: make(map[string]context.CancelFunc)}
 }
 
-// start checks c for as long as its process ch runs, until stop. At first it checks at growing
-// steps, then at its interval. A result is sent for each pass, and for each failure from the
-// health_retries-th in a row on. A failure at the steps does not count, as c may not listen
-// yet; where c is ready only by a pass it is sent too, as the reason why c is not ready.
-// Of what is ready once it runs the first pass is the last: then its process stands for it.
+// start checks c, whose process is ch, until stop. It replaces checks of a former process.
+//
+// The first checks come at growing steps, later ones at the component's interval. A result is
+// sent for each pass, and for each failure from the health_retries-th in a row on. Failures at
+// the steps do not count, because c may not listen yet. If c becomes ready only by a pass, they
+// are sent all the same: they are the reason why it is not. A component that is ready once its
+// container runs is not checked any more after its first pass.
 func (s *checks) start(c *Component, ch *child) {
 	s.stop(c.ID)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -63,8 +66,8 @@ func (s *checks) start(c *Component, ch *child) {
 	s.running.Go(func() { s.run(ctx, c, ch) })
 }
 
-// stop ends the checks of a component, if there are any. It does not wait for one that is
-// being made, but its result will not come.
+// stop ends the checks of a component, if there are any. It does not wait for one that is being
+// made: a result may still come.
 func (s *checks) stop(id string) {
 	if cancel := s.cancels[id]; cancel != nil {
 		cancel()
@@ -80,6 +83,7 @@ func (s *checks) close() {
 	s.running.Wait()
 }
 
+// run makes the checks of c until ctx ends.
 func (s *checks) run(ctx context.Context, c *Component, ch *child) {
 	failures, step, passed := 0, min(firstCheckWait, c.healthInterval()), false
 	timer := time.NewTimer(0)
@@ -120,8 +124,8 @@ func (s *checks) run(ctx context.Context, c *Component, ch *child) {
 	}
 }
 
-// warnIfForeign warns where the check of c passes by another program, which listens on the
-// port. It stays a pass: what is asked may be meant to be elsewhere.
+// warnIfForeign warns if what listens at the address of c's check belongs to no process of c. The
+// check passes all the same: c may use a server that somebody else runs.
 func (s *checks) warnIfForeign(c *Component, ch *child) {
 	u, err := url.Parse(ch.fill(c.HealthCheck))
 	if err != nil || u.Hostname() != "localhost" && net.ParseIP(u.Hostname()) == nil {
@@ -137,7 +141,7 @@ func (s *checks) warnIfForeign(c *Component, ch *child) {
 	}
 }
 
-// describeFailing says what fails, as the beginning of a reason.
+// describeFailing says which check failed and how often, as the beginning of a reason.
 func describeFailing(c *Component, ch *child, failures int) string {
 	if c.readyOnceRunning() {
 		return "its container does not run yet"
@@ -145,7 +149,7 @@ func describeFailing(c *Component, ch *child, failures int) string {
 	return fmt.Sprintf("health_check %s %s", withoutPassword(ch.fill(c.HealthCheck)), howOften(failures))
 }
 
-// howOften says how often in a row a check has failed, 0 for failures that do not count.
+// howOften says how often in a row a check has failed. 0 is for failures that do not count.
 func howOften(failures int) string {
 	switch failures {
 	case 0:
@@ -156,7 +160,7 @@ func howOften(failures int) string {
 	return fmt.Sprintf("failed %d times running", failures)
 }
 
-// withoutPassword is check as it may be shown.
+// withoutPassword returns a check as it may be shown.
 func withoutPassword(check string) string {
 	if u, err := url.Parse(check); err == nil && u.User != nil {
 		return u.Redacted()
@@ -175,9 +179,8 @@ func probeOnce(ctx context.Context, c *Component, ch *child) error {
 	return err
 }
 
-// probe asks once how c is by its health_check. It fails with the reason why that did
-// not pass; ctx bounds how long it takes. An exec: check runs in the folder and the
-// environment of c's process ch, or in its container.
+// probe makes one check of c, whose process is ch. It fails with the reason why the check does
+// not pass. ctx bounds how long it takes.
 func probe(ctx context.Context, c *Component, ch *child) error {
 	if c.readyOnceRunning() {
 		return ch.container.checkRuns(ctx)
@@ -208,7 +211,7 @@ func probe(ctx context.Context, c *Component, ch *child) error {
 	return fmt.Errorf("unknown scheme %q", u.Scheme)
 }
 
-// fill puts in for $HEALTH_PORT what that is.
+// fill replaces $HEALTH_PORT by its value.
 func (c *child) fill(check string) string {
 	return healthPortName.ReplaceAllLiteralString(check, c.healthPort)
 }
@@ -219,9 +222,8 @@ func probeHTTP(ctx context.Context, u *url.URL) error {
 	if err != nil {
 		return err
 	}
-	// A connection of its own each time: a kept one would say nothing of whether
-	// the component still accepts any. Whether it answers is asked, and not who it is:
-	// its certificate may be self-signed, or another host's.
+	// Each check makes a new connection, to find out whether the component still accepts any.
+	// The certificate does not matter: it may be self-signed, or another host's.
 	client := http.Client{
 		Transport: &http.Transport{DisableKeepAlives: true, Proxy: nil,
 			TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, MaxResponseHeaderBytes: 64 << 10},
@@ -229,7 +231,7 @@ func probeHTTP(ctx context.Context, u *url.URL) error {
 	}
 	resp, err := client.Do(req)
 	if named := (*url.Error)(nil); errors.As(err, &named) {
-		return named.Err // without the URL, which the caller names
+		return named.Err // the caller names the URL
 	} else if err != nil {
 		return err
 	}

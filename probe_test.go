@@ -4,6 +4,7 @@ package main
 
 import (
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -23,20 +24,20 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 )
 
-// What a check asks in TestHealthCheckAnswers, of which the test itself is the server.
-
+// answering serves HTTP and returns its address.
 func answering(t *testing.T, handler http.HandlerFunc) string {
 	server := httptest.NewServer(handler)
 	t.Cleanup(server.Close)
 	return server.Listener.Addr().String()
 }
 
-// silent accepts connections and says nothing.
+// silent is the address of a listener whose connections nobody answers.
 func silent(t *testing.T) string {
 	lis := listen(t, "127.0.0.1:0")
 	return lis.Addr().String()
 }
 
+// listen listens until the test ends.
 func listen(t *testing.T, address string) net.Listener {
 	lis, err := net.Listen("tcp", address)
 	if err != nil {
@@ -46,7 +47,7 @@ func listen(t *testing.T, address string) net.Listener {
 	return lis
 }
 
-// saying answers every connection with the bytes given, and closes it.
+// saying answers each connection with the bytes of answer, and closes it.
 func saying(t *testing.T, answer string) string {
 	lis := listen(t, "127.0.0.1:0")
 	go func() {
@@ -63,6 +64,7 @@ func saying(t *testing.T, answer string) string {
 	return lis.Addr().String()
 }
 
+// grpcHealth serves gRPC, with grpc.health.v1 or without.
 func grpcHealth(t *testing.T, with bool) string {
 	lis := listen(t, "127.0.0.1:0")
 	server := grpc.NewServer()
@@ -76,10 +78,11 @@ func grpcHealth(t *testing.T, with bool) string {
 	return lis.Addr().String()
 }
 
+// closedPort is an address where nobody listens.
 func closedPort(t *testing.T) string { return "127.0.0.1:" + freePort(t) }
 
-// Each kind of check with each kind of answer, of a program that is ready only by it.
-func TestHealthCheckAnswers(t *testing.T) {
+// The component is ready only by its check: of each kind, with each kind of answer.
+func TestHealthCheck_PassesOrSaysWhyNot(t *testing.T) {
 	t.Parallel()
 	status := func(code int, header ...string) http.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) {
@@ -166,9 +169,9 @@ func TestHealthCheckAnswers(t *testing.T) {
 	}
 }
 
-// The program of an exec: check is found as a component's is: by a path from the
-// file's folder, or in PATH. It runs in the component's folder and environment.
-func TestHealthCheckProgram(t *testing.T) {
+// An exec: check finds its program as a component does, by a path from the file's folder or in
+// PATH, and runs it in the component's folder and environment.
+func TestHealthCheck_RunsItsProgramAsTheComponentDoes(t *testing.T) {
 	t.Parallel()
 	c := shell("a", "exec sleep 300")
 	c.WorkingDir, c.Env = "else where", map[string]string{"SECRET": "42"}
@@ -197,9 +200,8 @@ func TestHealthCheckProgram(t *testing.T) {
 	p.stop()
 }
 
-// A check can name the port that flowctl has chosen, and what it says names it too,
-// but no password.
-func TestHealthCheckPort(t *testing.T) {
+// A check can name the port that flowctl has chosen. Its failure shows the port, and no password.
+func TestHealthCheck_KnowsTheHealthPort(t *testing.T) {
 	t.Parallel()
 	for kind, check := range map[string]string{
 		"http": "http://me:secret@127.0.0.1:$HEALTH_PORT/", "tcp": "tcp://localhost:$HEALTH_PORT", "grpc": "grpc://127.0.0.1:$${HEALTH_PORT}/data",
@@ -220,8 +222,8 @@ func TestHealthCheckPort(t *testing.T) {
 	}
 }
 
-// A check that passes by another program is told, and by the component's own is not.
-func TestHealthCheckOfAStranger(t *testing.T) {
+// There is a warning for a check that passes by another program, and none by the component's.
+func TestHealthCheck_WarnsOfAnotherProgram(t *testing.T) {
 	t.Parallel()
 	port := freePort(t)
 	owner := actor("owner", role{Check: "tcp"})
@@ -238,8 +240,8 @@ func TestHealthCheckOfAStranger(t *testing.T) {
 	other.hasNot(other.stderr, "level=WARN")
 }
 
-// So many failures in a row make it unhealthy, and one pass in between starts anew.
-func TestHealthCheckRetries(t *testing.T) {
+// A pass between failures starts the count of failures in a row again.
+func TestHealthCheck_FailuresInARowMakeUnhealthy(t *testing.T) {
 	t.Parallel()
 	var asked, failing atomic.Int64 // failing: so many to come
 	server := answering(t, func(w http.ResponseWriter, _ *http.Request) {
@@ -272,8 +274,8 @@ func TestHealthCheckRetries(t *testing.T) {
 	p.stop()
 }
 
-// Of a component that heartbeats too, both must be well: neither heals the other.
-func TestHealthCheckBesideHeartbeats(t *testing.T) {
+// A component with heartbeats and a check needs both to be well: neither heals the other.
+func TestHealthCheck_AndHeartbeatsAreBothNeeded(t *testing.T) {
 	t.Parallel()
 	var fails atomic.Bool
 	server := answering(t, func(w http.ResponseWriter, _ *http.Request) {
@@ -297,6 +299,57 @@ func TestHealthCheckBesideHeartbeats(t *testing.T) {
 	p.has(p.stderr, "flowctl: component a failed: unhealthy for 1s (-unhealthy-timeout): health_check http://"+server+" failed ", " times running: HTTP status 503")
 	if n := strings.Count(p.stderr.String(), "msg=healthy id=a"); n != 1 {
 		t.Errorf("healed %d times, want 1\n%s", n, p)
+	}
+}
+
+// close ends a check that waits for an answer, and one whose result nobody takes.
+func TestChecks_CloseEndsAll(t *testing.T) {
+	t.Parallel()
+	s := newChecks(func(int) (string, bool) { return "", false }, slog.New(slog.DiscardHandler))
+	asked := make(chan bool, 1)
+	hanging := answering(t, func(_ http.ResponseWriter, r *http.Request) {
+		asked <- true
+		<-r.Context().Done()
+	})
+	s.start(&Component{ID: "waits", HealthCheck: "http://" + hanging, HealthTimeout: Duration(time.Hour)}, new(child))
+	s.start(&Component{ID: "passes", HealthCheck: "tcp://" + silent(t)}, new(child))
+	<-asked
+	if got := <-s.results; got.id != "passes" || got.failing != "" {
+		t.Errorf("got %+v, want a pass", got)
+	}
+	closed := make(chan bool)
+	go func() {
+		s.close()
+		close(closed)
+	}()
+	select {
+	case <-closed:
+	case <-time.After(patience):
+		t.Fatal("close does not return")
+	}
+}
+
+// Checks of a new process replace those of the former one.
+func TestChecks_StartReplacesTheFormer(t *testing.T) {
+	t.Parallel()
+	s := newChecks(func(int) (string, bool) { return "", false }, slog.New(slog.DiscardHandler))
+	defer s.close()
+	c := &Component{ID: "a", HealthCheck: "tcp://" + silent(t), HealthInterval: Duration(time.Millisecond)}
+	former, next := new(child), new(child)
+	s.start(c, former)
+	if got := <-s.results; got.child != former {
+		t.Fatal("the first result is of another process")
+	}
+	s.start(c, next)
+	for got := range s.results { // one of the former may be on its way
+		if got.child == next {
+			break
+		}
+	}
+	for range 10 {
+		if got := <-s.results; got.child != next {
+			t.Error("a result of the former process")
+		}
 	}
 }
 
@@ -352,7 +405,8 @@ func newCluster(t *testing.T, port string) Component {
 	}
 }
 
-func TestDatabases(t *testing.T) {
+// Databases become ready by their checks, restart with their data, and shut down in order.
+func TestHealthCheck_Databases(t *testing.T) {
 	t.Parallel()
 	redis, cli, psql := databaseProgram(t, "redis-server"), databaseProgram(t, "redis-cli"), databaseProgram(t, "psql")
 	dbPort, cachePort, queuePort := freePort(t), freePort(t), freePort(t)

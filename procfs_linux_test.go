@@ -12,11 +12,10 @@ import (
 	"unsafe"
 )
 
-// A tcpPair is a connection with both of its ends in this process, the one that was
-// accepted and the one that dialled.
+// tcpPair is a connection whose two ends are both in this process.
 type tcpPair struct {
 	lis            *net.TCPListener
-	server, client *net.TCPConn
+	server, client *net.TCPConn // accepted, and dialled
 }
 
 // connectPair listens on host and connects to dial there, "" for the listener's address.
@@ -57,7 +56,7 @@ func inodeBetween(local, remote netip.AddrPort) (inode uint64, ok bool) {
 	return inode, ok
 }
 
-// inodeOf is what fstat(2) says.
+// inodeOf returns the inode of a connection by fstat(2).
 func inodeOf(tb testing.TB, conn syscall.Conn) uint64 {
 	tb.Helper()
 	raw, err := conn.SyscallConn()
@@ -73,11 +72,12 @@ func inodeOf(tb testing.TB, conn syscall.Conn) uint64 {
 
 func addrPort(a net.Addr) netip.AddrPort { return a.(*net.TCPAddr).AddrPort() }
 
+// mapped returns an IPv4 address mapped into IPv6.
 func mapped(a netip.AddrPort) netip.AddrPort {
 	return netip.AddrPortFrom(netip.AddrFrom16(a.Addr().As16()), a.Port())
 }
 
-func TestSocketInode(t *testing.T) {
+func TestSocketOwner_FindsEitherEnd(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct{ name, network, host, dial string }{
 		{"IPv4", "tcp4", "127.0.0.1", ""},
@@ -130,8 +130,7 @@ func TestSocketInode(t *testing.T) {
 	}
 }
 
-// A connection that nobody has accepted yet is nobody's.
-func TestSocketInodeBeforeAccept(t *testing.T) {
+func TestSocketOwner_NobodyBeforeAccept(t *testing.T) {
 	t.Parallel()
 	p := connectPair(t, "tcp4", "127.0.0.1", "")
 	client, err := net.Dial("tcp", p.lis.Addr().String())
@@ -144,7 +143,7 @@ func TestSocketInodeBeforeAccept(t *testing.T) {
 	}
 }
 
-func TestListenerInode(t *testing.T) {
+func TestListenerInode_FindsWhoKeepsOthersFromAnAddress(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
 		network, host string
@@ -177,7 +176,7 @@ func TestListenerInode(t *testing.T) {
 	}
 }
 
-// handOver gives conn to a new process that does nothing with it.
+// handOver starts a process that has conn open and does nothing with it.
 func handOver(t *testing.T, conn interface{ File() (*os.File, error) }, attr *syscall.SysProcAttr) *exec.Cmd {
 	t.Helper()
 	file, err := conn.File()
@@ -198,7 +197,7 @@ func handOver(t *testing.T, conn interface{ File() (*os.File, error) }, attr *sy
 	return cmd
 }
 
-func TestSocketOfAnotherProcess(t *testing.T) {
+func TestHoldsSocket_OfAnotherProcess(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct{ name, network, host, dial string }{
 		{"IPv4", "tcp4", "127.0.0.1", ""},
@@ -235,8 +234,8 @@ func TestSocketOfAnotherProcess(t *testing.T) {
 	}
 }
 
-// awaitNone waits for the children that another test was forking when this one closed
-// its socket: they have it until they become another program.
+// awaitNone waits until a closed socket is not found. A child that another test was forking at
+// the time has it until it becomes another program.
 func awaitNone(t *testing.T, find func() (inode uint64, ok bool)) {
 	t.Helper()
 	eventually(t, "a closed socket is not found", func() bool {
@@ -245,9 +244,9 @@ func awaitNone(t *testing.T, find func() (inode uint64, ok bool)) {
 	})
 }
 
-// Who may not look into a process cannot say that it does not hold a socket. Root of
-// a container may read the folder and none of its links.
-func TestSocketOfAnotherUser(t *testing.T) {
+// A process that flowctl may not look into is not readable. Root of a container may read the
+// folder of its descriptors, but none of the links in it.
+func TestHoldsSocket_UnreadableProcess(t *testing.T) {
 	t.Parallel()
 	const dacOverride, dacReadSearch, sysPtrace = 1 << 1, 1 << 2, 1 << 19 // CAP_* of capabilities(7)
 	if os.Getuid() != 0 {
@@ -279,7 +278,7 @@ func TestSocketOfAnotherUser(t *testing.T) {
 	}
 }
 
-// dropCapabilities takes some from this thread.
+// dropCapabilities takes capabilities from this thread.
 func dropCapabilities(some uint32) error {
 	header := struct {
 		version uint32
@@ -296,7 +295,7 @@ func dropCapabilities(some uint32) error {
 	return nil
 }
 
-func BenchmarkSocketInode(b *testing.B) {
+func BenchmarkSocketOwner(b *testing.B) {
 	p := connectPair(b, "tcp4", "127.0.0.1", "")
 	server, client := addrPort(p.server.LocalAddr()), addrPort(p.client.LocalAddr())
 	b.ReportAllocs()

@@ -14,12 +14,12 @@ import (
 	"time"
 )
 
-// runsIn has flowctl keep its run file in the folder flowctl of dir.
+// runsIn makes flowctl keep its run file in the folder flowctl of dir.
 func runsIn(dir string) option { return withEnv("XDG_RUNTIME_DIR=" + dir) }
 
 func runOf(file string) []string { return []string{"run", file, "-control-plane-port", "0"} }
 
-// runFiles are the names of the run files in a folder.
+// runFiles returns the names of the run files in a folder.
 func runFiles(tb testing.TB, folder string) []string {
 	tb.Helper()
 	names, err := filepath.Glob(filepath.Join(folder, "*"+runSuffix))
@@ -35,7 +35,7 @@ func runFiles(tb testing.TB, folder string) []string {
 // sleeper is a pipeline that runs until it is stopped.
 func sleeper(t *testing.T) string { return writePipeline(t, shell("a", "exec sleep 300")) }
 
-func TestRunTwice(t *testing.T) {
+func TestRun_SecondOfAPipelineIsRefused(t *testing.T) {
 	t.Parallel()
 	dir, file := t.TempDir(), sleeper(t)
 	first := start(t, runOf(file), runsIn(dir))
@@ -68,9 +68,8 @@ func TestRunTwice(t *testing.T) {
 	third.awaitGuard()
 }
 
-// Of many that start at once, on what a killed one has left and while list cleans up,
-// one runs.
-func TestRunManyAtOnce(t *testing.T) {
+// Of many that start at once one runs, also after one that was killed, and while list cleans up.
+func TestRun_OneOfManyAtOnce(t *testing.T) {
 	t.Parallel()
 	dir, file := t.TempDir(), sleeper(t)
 	for round := range 4 {
@@ -107,8 +106,8 @@ func TestRunManyAtOnce(t *testing.T) {
 	}
 }
 
-// Who can read a file that a dead process has left cannot keep others from running.
-func TestRunFileOfTheDead(t *testing.T) {
+// A process that reads the file of a dead one, and locks it, keeps nobody from running.
+func TestRun_LockOfAReaderRefusesNothing(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	folder := filepath.Join(dir, "flowctl")
@@ -129,7 +128,7 @@ func TestRunFileOfTheDead(t *testing.T) {
 	p.stop()
 }
 
-func TestRunWithoutRunFile(t *testing.T) {
+func TestRun_WarnsWithoutARunFile(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	writeFile(t, filepath.Join(dir, "flowctl"), "no folder")
@@ -140,7 +139,7 @@ func TestRunWithoutRunFile(t *testing.T) {
 	}
 }
 
-func TestRunFolder(t *testing.T) {
+func TestRunFolder_IsThatOfTheUnit(t *testing.T) {
 	t.Parallel()
 	xdg, first, second := t.TempDir(), t.TempDir(), t.TempDir()
 	p := start(t, runOf(sleeper(t)), runsIn(xdg), withEnv("RUNTIME_DIRECTORY="+first+":"+second))
@@ -161,7 +160,7 @@ func TestRunFolder(t *testing.T) {
 	p.hasNot(p.stderr, xdg)
 }
 
-func TestTemporaryRunFolder(t *testing.T) {
+func TestRunFolder_OfAnotherUserIsNotTrusted(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	good, open, link, theirs := filepath.Join(dir, "good"), filepath.Join(dir, "open"), filepath.Join(dir, "link"), filepath.Join(dir, "theirs")
@@ -186,7 +185,7 @@ func TestTemporaryRunFolder(t *testing.T) {
 	}
 }
 
-func TestRunFileNames(t *testing.T) {
+func TestRunFile_EachHasAValidName(t *testing.T) {
 	t.Parallel()
 	seen := make(map[string]bool)
 	for _, info := range []runInfo{
@@ -202,7 +201,7 @@ func TestRunFileNames(t *testing.T) {
 	}
 }
 
-func TestListFinds(t *testing.T) {
+func TestList_FindsWhatRuns(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	list := func(args ...string) *process { return start(t, append([]string{"list"}, args...), runsIn(dir)) }
@@ -239,9 +238,9 @@ func TestListFinds(t *testing.T) {
 	one.stop()
 }
 
-// A run file that is not complete yet, or that says nothing of an endpoint, is that
-// of a pipeline that starts. What else is in the folder is passed over.
-func TestListWaitsForEndpoint(t *testing.T) {
+// A run file that is not complete, or that has no endpoint, is of a pipeline that is starting.
+// Other files in the folder are ignored.
+func TestList_WaitsForAnEndpoint(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	folder := filepath.Join(dir, "flowctl")
@@ -281,9 +280,8 @@ func TestListWaitsForEndpoint(t *testing.T) {
 	server.stop()
 }
 
-// One that is starting, or whose run file is of no use, holds up none of the others,
-// and is said.
-func TestListDoesNotWaitForOthers(t *testing.T) {
+// A run that is starting, or whose run file is wrong, is told and holds up no other.
+func TestList_StartingRunHoldsUpNoOther(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	server := start(t, []string{"server", "-control-plane-port", "0"}, runsIn(dir))

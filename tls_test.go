@@ -32,7 +32,7 @@ import (
 	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 )
 
-// testCert is a certificate, as a file would have it and as crypto/tls wants it.
+// testCert is a certificate with its key, as the content of files and for crypto/tls.
 type testCert struct {
 	cert, key string // PEM
 	pair      tls.Certificate
@@ -40,8 +40,8 @@ type testCert struct {
 
 var serials atomic.Int64
 
-// issue returns a certificate of parent, or one of its own with nil. It serves on
-// the loopback and for clients unless change, which may be nil, changes that.
+// issue returns a certificate that parent has signed, with nil the certificate itself. It is for
+// a server on the loopback and for a client. change may change that, or be nil.
 func issue(tb testing.TB, parent *testCert, change func(*x509.Certificate)) *testCert {
 	tb.Helper()
 	template := &x509.Certificate{
@@ -86,12 +86,12 @@ func newCA(tb testing.TB) *testCert {
 	})
 }
 
-// trust is the configuration of a client that knows the CA, and shows certs.
+// trust is the configuration of a client that trusts ca and shows the last of certs, if any.
 func trust(ca *testCert, certs ...*testCert) *tls.Config {
 	config := &tls.Config{RootCAs: x509.NewCertPool()}
 	config.RootCAs.AddCert(ca.pair.Leaf)
 	for _, c := range certs {
-		// Not by Certificates, of which a client shows none that it knows to be refused.
+		// A client shows none of Certificates if it knows that the server would refuse it.
 		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &c.pair, nil }
 	}
 	return config
@@ -114,7 +114,7 @@ func newFiles(tb testing.TB, cert, ca *testCert) pemFiles {
 	return f
 }
 
-// put replaces a file as a careful program does.
+// put replaces a file at once, as a careful program does.
 func (f pemFiles) put(name, text string) {
 	f.tb.Helper()
 	if err := os.Rename(writeFile(f.tb, name+".new", text), name); err != nil {
@@ -132,7 +132,7 @@ func startServer(tb testing.TB, args ...string) *process {
 	return start(tb, append([]string{"server", "-control-plane-port", "0", "-log-level", "debug"}, args...))
 }
 
-// dialTLS is dialPlane by config; dials counts the connections.
+// dialTLS is dialPlane with TLS. dials counts the connections.
 func dialTLS(tb testing.TB, endpoint string, config *tls.Config) (client planeClient, dials *atomic.Int64) {
 	tb.Helper()
 	dials = new(atomic.Int64)
@@ -148,7 +148,7 @@ func dialTLS(tb testing.TB, endpoint string, config *tls.Config) (client planeCl
 	return planeClient{conn, flowctlpb.NewControlPlaneClient(conn), flowctlv1.NewControlPlaneServiceClient(conn)}, dials
 }
 
-// registers tells whether client can register, in either dialect.
+// registers fails unless client can register in both dialects.
 func registers(tb testing.TB, client planeClient) error {
 	tb.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
@@ -161,7 +161,7 @@ func registers(tb testing.TB, client planeClient) error {
 	return nil
 }
 
-// serves returns what a new connection is told of the plane.
+// serves returns what a new connection learns of the control plane.
 func serves(tb testing.TB, endpoint string, config *tls.Config) (tls.ConnectionState, error) {
 	tb.Helper()
 	config = config.Clone()
@@ -188,7 +188,7 @@ func componentCredentials() (credentials.TransportCredentials, error) {
 	return credentials.NewTLS(&tls.Config{RootCAs: roots, Certificates: []tls.Certificate{pair}}), err
 }
 
-func TestTLSServer(t *testing.T) {
+func TestTLS_ServerShowsItsCertificate(t *testing.T) {
 	t.Parallel()
 	ca := newCA(t)
 	files := newFiles(t, issue(t, ca, nil), ca)
@@ -227,7 +227,7 @@ func TestTLSServer(t *testing.T) {
 	p.hasNot(p.stderr, "without TLS", "level=WARN")
 }
 
-func TestTLSClientCertificates(t *testing.T) {
+func TestTLS_ClientsNeedACertificateOfTheCA(t *testing.T) {
 	t.Parallel()
 	ca, foreign := newCA(t), newCA(t)
 	files := newFiles(t, issue(t, ca, nil), ca)
@@ -261,7 +261,7 @@ func TestTLSClientCertificates(t *testing.T) {
 	p.has(p.stderr, "client_certificates=true")
 }
 
-func TestTLSReload(t *testing.T) {
+func TestTLS_FilesAreReadAgainWhileItServes(t *testing.T) {
 	t.Parallel()
 	ca := newCA(t)
 	former, next := issue(t, ca, nil), issue(t, ca, nil)
@@ -329,77 +329,61 @@ func TestTLSReload(t *testing.T) {
 	}
 }
 
-// What changes in a file that stays the same by its size and place shows by its time.
-func TestTLSReloadInPlace(t *testing.T) {
+// A certificate and its key serve once both have been replaced, also in place by others of the
+// same size, or of the same time. Until then the former ones do, and each change is reported once.
+func TestTLS_ReplacedFilesServe(t *testing.T) {
 	t.Parallel()
 	ca := newCA(t)
-	files := newFiles(t, issue(t, ca, nil), ca)
-	flags := tlsFlags{files.cert, files.key, files.ca}
-	was := flags.states()
-	if !was.same(flags.states()) {
-		t.Error("files that have not changed are told to have")
-	}
-	at := time.Now().Add(-time.Minute)
-	if err := os.Chtimes(files.key, at, at); err != nil {
-		t.Fatal(err)
-	}
-	if was.same(flags.states()) {
-		t.Error("a new time is not seen")
-	}
-	was = flags.states()
-	files.put(files.key, "") // the name alone stays
-	if err := os.Chtimes(files.key, at, at); err != nil {
-		t.Fatal(err)
-	}
-	if was.same(flags.states()) {
-		t.Error("another file is not seen")
-	}
-	os.Remove(files.key)
-	if gone := flags.states(); was.same(gone) || !gone.same(flags.states()) {
-		t.Error("a file that is gone is not seen, or not as that")
-	}
-}
-
-// Files that were wrong are tried at each handshake until they are right, whatever
-// their state: it may be a folder above them that has changed.
-func TestTLSReloadTriesAgain(t *testing.T) {
-	t.Parallel()
-	ca := newCA(t)
-	files := newFiles(t, issue(t, ca, nil), ca)
+	former := issue(t, ca, nil)
+	files := newFiles(t, former, ca)
 	var log logRecorder
 	c, err := openCertificates(tlsFlags{files.cert, files.key, files.ca}, slog.New(slog.NewTextHandler(&log, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
-	next := issue(t, ca, nil)
-	files.put(files.cert, next.cert)
-	was := c.config
-	for range 3 {
-		if got, err := c.current(nil); got != was || err != nil {
-			t.Fatalf("got %p, %v, want the former %p", got, err, was)
+	serves := func(when string, want *testCert) {
+		t.Helper()
+		for range 3 {
+			if got, err := c.current(nil); err != nil || !got.Certificates[0].Leaf.Equal(want.pair.Leaf) {
+				t.Errorf("%s: another certificate serves: %v", when, err)
+			}
 		}
 	}
-	info, err := os.Stat(files.key)
-	if err != nil {
+	inPlace := func(name, text string, at time.Time) {
+		t.Helper()
+		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Chtimes(name, at, at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	at := time.Now().Add(-time.Minute)
+	inPlace(files.cert, former.cert, at)
+	inPlace(files.key, former.key, at)
+	serves("the same content at another time", former)
+	next := issue(t, ca, nil)
+	for len(next.cert) != len(former.cert) { // the length of a signature varies
+		next = issue(t, ca, nil)
+	}
+	inPlace(files.cert, next.cert, at.Add(time.Second))
+	serves("one of two files", former)
+	inPlace(files.key, next.key, at) // it is read again because it was wrong, whatever its state
+	serves("both, of the same size", next)
+	last := issue(t, ca, nil)
+	files.put(files.key, last.key)
+	if err := os.Chtimes(files.key, at, at); err != nil {
 		t.Fatal(err)
 	}
-	// The key, in place, of the same size and time.
-	if err := os.WriteFile(files.key, []byte(next.key), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chtimes(files.key, time.Time{}, info.ModTime()); err != nil {
-		t.Fatal(err)
-	}
-	got, err := c.current(nil)
-	if err != nil || !got.Certificates[0].Leaf.Equal(next.pair.Leaf) {
-		t.Errorf("the new certificate does not serve: %v\n%s", err, log.out.String())
-	}
-	if n := strings.Count(log.out.String(), "level=ERROR"); n != 1 {
-		t.Errorf("%d errors, want 1:\n%s", n, log.out.String())
+	serves("another key of the same time", next)
+	files.put(files.cert, last.cert)
+	serves("the last", last)
+	if n := strings.Count(log.out.String(), "level=ERROR"); n != 2 {
+		t.Errorf("%d errors, want one for each change to what is wrong:\n%s", n, log.out.String())
 	}
 }
 
-func TestTLSStartErrors(t *testing.T) {
+func TestTLS_WrongFilesAreErrorsAtTheStart(t *testing.T) {
 	t.Parallel()
 	ca := newCA(t)
 	good := issue(t, ca, nil)
@@ -476,7 +460,7 @@ func TestTLSStartErrors(t *testing.T) {
 	})
 }
 
-func TestTLSCommandLine(t *testing.T) {
+func TestTLS_FlagsThatDoNotFit(t *testing.T) {
 	t.Parallel()
 	secure, plain := actor("a", role{}), actor("b", role{})
 	secure.TLS = true
@@ -503,7 +487,7 @@ func TestTLSCommandLine(t *testing.T) {
 	}
 }
 
-func TestTLSRun(t *testing.T) {
+func TestTLS_ComponentsWithAndWithout(t *testing.T) {
 	t.Parallel()
 	ca := newCA(t)
 	for _, tt := range []struct {
@@ -561,9 +545,9 @@ func TestTLSRun(t *testing.T) {
 	}
 }
 
-// Where every component speaks TLS nothing is served without it. What they could
-// not explain is said beforehand.
-func TestTLSRunAllSecure(t *testing.T) {
+// Where all components speak TLS nothing is served without it. A warning comes before an error
+// that they could hardly explain.
+func TestTLS_AllComponentsWith(t *testing.T) {
 	t.Parallel()
 	ca := newCA(t)
 	for _, tt := range []struct {
@@ -596,7 +580,7 @@ func TestTLSRunAllSecure(t *testing.T) {
 	}
 }
 
-func TestTLSList(t *testing.T) {
+func TestList_DialsByTLSOrHintsAtFlags(t *testing.T) {
 	t.Parallel()
 	ca := newCA(t)
 	files, own := newFiles(t, issue(t, ca, nil), ca), newFiles(t, issue(t, ca, nil), newCA(t))
