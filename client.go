@@ -49,7 +49,7 @@ const listPatience = 2 * time.Second
 func listRuns(o listOptions) error {
 	runs, starting, err := o.runs(false)
 	if err != nil {
-		return &exitError{exitPlane, err}
+		return &exitError{code: exitPlane, err: err}
 	}
 	clients, unusable := o.connect(runs)
 	defer func() {
@@ -60,7 +60,7 @@ func listRuns(o listOptions) error {
 	absent := append(starting, unusable...)
 	switch {
 	case len(clients) == 0:
-		return &exitError{exitPlane, errors.Join(absent...)}
+		return &exitError{code: exitPlane, err: errors.Join(absent...)}
 	case !o.watch:
 		return listPlanes(clients, absent, o)
 	}
@@ -334,10 +334,10 @@ func listPlanes(clients []*listClient, absent []error, o listOptions) error {
 		}
 	}
 	if len(failed) == len(absent)+len(clients) {
-		return &exitError{exitPlane, errors.Join(failed...)}
+		return &exitError{code: exitPlane, err: errors.Join(failed...)}
 	}
 	if o.id != "" && len(pipelines) == 0 {
-		return &exitError{exitFailed, errors.Join(append(failed, o.unknown(clients))...)}
+		return &exitError{code: exitFailed, err: errors.Join(append(failed, o.unknown(clients))...)}
 	}
 	if err := o.show(os.Stdout, pipelines); err != nil {
 		return err
@@ -346,7 +346,7 @@ func listPlanes(clients []*listClient, absent []error, o listOptions) error {
 		return p.unhealthy || slices.ContainsFunc(p.Components, func(l *listedComponent) bool { return !l.Healthy })
 	}
 	if len(failed) > 0 || slices.ContainsFunc(pipelines, unhealthy) {
-		return &exitError{exitFailed, errors.Join(failed...)}
+		return &exitError{code: exitFailed, err: errors.Join(failed...)}
 	}
 	return nil
 }
@@ -461,13 +461,13 @@ func watchPlanes(clients []*listClient, o listOptions) error {
 			ends = append(ends, n.err)
 			last := len(ends) == len(clients)
 			if err = v.showEnd(n.client, n.err, last); last && err == nil {
-				return &exitError{exitPlane, errors.Join(ends...)}
+				return &exitError{code: exitPlane, err: errors.Join(ends...)}
 			}
 		case now := <-ticker.C:
 			err = v.draw(now)
 		}
 		if err != nil {
-			return &exitError{exitFailed, err}
+			return &exitError{code: exitFailed, err: err}
 		}
 	}
 }
@@ -632,11 +632,11 @@ func reloadRun(o listOptions, name string) error {
 		runs, err = choosePipeline(runs, name)
 	}
 	if err != nil {
-		return &exitError{exitPlane, err}
+		return &exitError{code: exitPlane, err: err}
 	}
 	clients, errs := o.connect(runs)
 	if len(errs) > 0 {
-		return &exitError{exitPlane, errors.Join(errs...)}
+		return &exitError{code: exitPlane, err: errors.Join(errs...)}
 	}
 	client := clients[0]
 	defer client.close()
@@ -646,11 +646,11 @@ func reloadRun(o listOptions, name string) error {
 	switch status.Code(err) {
 	case codes.OK:
 	case codes.FailedPrecondition:
-		return &exitError{exitUsage, errors.New(status.Convert(err).Message())}
+		return &exitError{code: exitUsage, err: errors.New(status.Convert(err).Message())}
 	case codes.Unimplemented:
-		return &exitError{exitPlane, fmt.Errorf("the control plane at %s has no pipeline to reload", client.endpoint)}
+		return &exitError{code: exitPlane, err: fmt.Errorf("the control plane at %s has no pipeline to reload", client.endpoint)}
 	default:
-		return &exitError{exitPlane, o.noAnswer(client.endpoint, err)}
+		return &exitError{code: exitPlane, err: o.noAnswer(client.endpoint, err)}
 	}
 	fmt.Println(reloadText(out))
 	return nil

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"strings"
 )
 
 // The exit codes that README promises.
@@ -17,10 +18,11 @@ const (
 	exitNotReady = 4 // a component was not ready within its start timeout
 )
 
-// exitError carries an exit code to main. Without err everything has been said.
+// exitError ends flowctl with an exit code. Where err is nil everything has been said.
 type exitError struct {
 	code int
 	err  error
+	try  string // a command that may help, "" for none
 }
 
 func (e *exitError) Unwrap() error { return e.err }
@@ -32,23 +34,11 @@ func (e *exitError) Error() string {
 	return e.err.Error()
 }
 
-// usageError is a command line that is wrong; command is the help to read.
-type usageError struct {
-	command string
-	err     error
+// usageErrorf returns the error of a wrong command line. The help of command explains
+// what is right; "" is the overview.
+func usageErrorf(command, format string, args ...any) error {
+	return &exitError{exitUsage, fmt.Errorf(format, args...), strings.TrimSpace("flowctl help " + command)}
 }
-
-func (e *usageError) Error() string { return e.err.Error() }
-
-// hintedError is an error that a command may help against.
-type hintedError struct {
-	err error
-	try string
-}
-
-func (e *hintedError) Unwrap() error { return e.err }
-
-func (e *hintedError) Error() string { return e.err.Error() }
 
 // cause drops what os and exec put before the reason: the path is named already.
 func cause(err error) error {

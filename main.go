@@ -19,6 +19,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -31,11 +32,12 @@ import (
 // version is set at link time: -ldflags "-X main.version=v1.2.3".
 var version string
 
-// command is one of flowctl's commands. Its run gets the arguments after its name.
+// command is one of flowctl's commands. Its run defines its flags in fs, and gets the
+// arguments after its name.
 type command struct {
 	name, args, summary, examples string
 	hidden                        bool
-	run                           func(args []string) error
+	run                           func(fs *flag.FlagSet, args []string) error
 }
 
 // commands returns them in the order of help. It is a function because help, one
@@ -73,11 +75,11 @@ func main() {
 	// A crash ends by SIGABRT: its usual exit status, 2, is that of a wrong command
 	// line, after which flowctl.service is not started again.
 	debug.SetTraceback("crash")
-	os.Exit(exitCode(dispatch(os.Args[1:]), logsJSON(os.Args[1:])))
+	os.Exit(exitCode(dispatch(os.Args[1:])))
 }
 
 // exitCode says on standard error what err has to say and returns its code.
-func exitCode(err error, asJSON bool) int {
+func exitCode(asJSON bool, err error) int {
 	if err == nil {
 		return exitOK
 	}
@@ -94,44 +96,32 @@ func exitCode(err error, asJSON bool) int {
 	return report.ExitCode
 }
 
-// logsJSON tells whether args ask for a log in JSON, even where they are wrong.
-func logsJSON(args []string) bool {
-	asked := false
-	for i, arg := range args {
-		name, value, given := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(arg, "-"), "-"), "=")
-		switch {
-		case arg == "--":
-			return asked // what follows is another program's
-		case name != "log-format" || !strings.HasPrefix(arg, "-"):
-		case given:
-			asked = value == formatJSON
-		case i+1 < len(args):
-			asked = args[i+1] == formatJSON
+// dispatch runs the command that args name, or run without a name. An error is to be
+// told in JSON where the command's log is in JSON.
+func dispatch(args []string) (asJSON bool, err error) {
+	name := "run"
+	if len(args) > 0 {
+		switch first := args[0]; {
+		case slices.Contains([]string{"-h", "-help", "--help"}, first):
+			name, args = "help", nil
+		case slices.Contains([]string{"-version", "--version"}, first):
+			name, args = "version", nil
+		case !strings.HasPrefix(first, "-"):
+			name, args = first, args[1:]
 		}
-	}
-	return asked
-}
-
-// dispatch runs the command that args name. Without a name it is run.
-func dispatch(args []string) error {
-	switch {
-	case len(args) > 0 && slices.Contains([]string{"-h", "-help", "--help"}, args[0]):
-		return helpCommand(nil)
-	case len(args) > 0 && slices.Contains([]string{"-version", "--version"}, args[0]):
-		return versionCommand(nil)
-	}
-	if len(args) == 0 || strings.HasPrefix(args[0], "-") {
-		return runCommand(args)
 	}
 	for _, c := range commands() {
-		if c.name == args[0] {
-			return c.run(args[1:])
+		if c.name == name {
+			fs := flag.NewFlagSet(name, flag.ContinueOnError)
+			err := c.run(fs, args)
+			format := fs.Lookup("log-format")
+			return format != nil && format.Value.String() == formatJSON, err
 		}
 	}
-	if strings.HasSuffix(args[0], ".json") {
-		return &usageError{err: fmt.Errorf("unknown command %q: to run a file, write: flowctl run %s", args[0], args[0])}
+	if strings.HasSuffix(name, ".json") {
+		return false, usageErrorf("", "unknown command %q: to run a file, write: flowctl run %s", name, name)
 	}
-	return &usageError{err: fmt.Errorf("unknown command %q: it must be one of %s", args[0], strings.Join(shownCommands(), ", "))}
+	return false, usageErrorf("", "unknown command %q: it must be one of %s", name, strings.Join(shownCommands(), ", "))
 }
 
 // shownCommands are the names of those that are no secret.
@@ -145,64 +135,123 @@ func shownCommands() []string {
 	return names
 }
 
-// parseFlags parses args by fs, flags before and after the other arguments, of
-// which there may be so many as most. Help that was asked for is printed.
-func parseFlags(fs *flag.FlagSet, args []string, most int) ([]string, error) {
-	fs.SetOutput(io.Discard)
-	var rest []string
-	for {
-		if err := fs.Parse(args); errors.Is(err, flag.ErrHelp) {
-			printHelp(os.Stdout, fs)
-			return nil, &exitError{code: exitOK}
-		} else if err != nil {
-			return nil, &usageError{fs.Name(), explainFlag(fs, err)}
-		}
-		if fs.NArg() == 0 {
-			return rest, nil
-		}
-		rest = append(rest, fs.Arg(0))
-		if len(rest) > most {
-			return nil, &usageError{fs.Name(), fmt.Errorf("%s: unexpected argument %q", fs.Name(), fs.Arg(0))}
-		}
-		args = fs.Args()[1:]
-	}
+// flagValue is the value of a flag that must be right when it is set. It keeps what is wrong
+// with a text for parseFlags, because package flag would put its own words around that.
+type flagValue[T any] struct {
+	value *T
+	parse func(text string) (T, error) // its errors begin with "it must"
+	err   error
 }
 
-// explainFlag says what package flag does not: what is allowed.
-func explainFlag(fs *flag.FlagSet, err error) error {
-	if name, ok := strings.CutPrefix(err.Error(), "flag provided but not defined: -"); ok {
-		var known []string
-		fs.VisitAll(func(f *flag.Flag) { known = append(known, f.Name) })
-		if near := nearest(name, known); near != "" {
-			return fmt.Errorf("%s has no flag -%s, did you mean -%s?", fs.Name(), name, near)
+// define defines a flag of fs that sets to.
+func define[T any](fs *flag.FlagSet, to *T, name string, value T, usage string, parse func(string) (T, error)) {
+	*to = value
+	fs.Var(&flagValue[T]{value: to, parse: parse}, name, usage)
+}
+
+func (o *flagValue[T]) String() string {
+	if o.value == nil { // package flag may ask a zero value
+		return ""
+	}
+	return fmt.Sprint(*o.value)
+}
+
+func (o *flagValue[T]) Set(text string) error {
+	if value, err := o.parse(text); err != nil {
+		o.err = fmt.Errorf("%q: %w", text, err)
+	} else {
+		*o.value = value
+	}
+	return nil
+}
+
+func (o *flagValue[T]) IsBoolFlag() bool {
+	_, ok := any(*o.value).(bool)
+	return ok
+}
+
+func (o *flagValue[T]) problem() error { return o.err }
+
+func defineBool(fs *flag.FlagSet, to *bool, name string, value bool, usage string) {
+	define(fs, to, name, value, usage, func(text string) (bool, error) {
+		value, err := strconv.ParseBool(text)
+		if err != nil {
+			err = errors.New("it must be true or false")
 		}
-		return fmt.Errorf("%s has no flag -%s", fs.Name(), name)
-	}
-	if name, ok := strings.CutPrefix(err.Error(), "flag needs an argument: "); ok {
-		return fmt.Errorf("%s: a value must follow", name)
-	}
-	_, name, _ := strings.Cut(err.Error(), " for flag -")
-	if name == "" {
-		_, name, _ = strings.Cut(err.Error(), " for -") // of a bool
-	}
-	name, _, _ = strings.Cut(name, ":")
-	var value string
-	if _, cut, ok := strings.Cut(err.Error(), "value "); ok {
-		_, _ = fmt.Sscanf(cut, "%q", &value)
-	}
-	if f := fs.Lookup(name); f != nil {
-		switch f.Value.(flag.Getter).Get().(type) {
-		case time.Duration:
-			return fmt.Errorf("-%s %q: it must be a time with a unit, such as 30s", name, value)
-		case int:
-			return fmt.Errorf("-%s %q: it must be a number", name, value)
-		case bool:
-			return fmt.Errorf("-%s=%q: it must be true or false", name, value)
-		case slog.Level, *slog.Level:
-			return fmt.Errorf("-%s %q: it must be debug, info, warn or error", name, value)
+		return value, err
+	})
+}
+
+func defineDuration(fs *flag.FlagSet, to *time.Duration, name string, value time.Duration, usage string) {
+	const least = 10 * time.Millisecond
+	define(fs, to, name, value, usage, func(text string) (time.Duration, error) {
+		value, err := time.ParseDuration(text)
+		switch {
+		case err != nil:
+			err = errors.New("it must be a time with a unit, such as 30s")
+		case value < least:
+			err = fmt.Errorf("it must be %s at least", least)
 		}
+		return value, err
+	})
+}
+
+// defineChoice defines a flag that takes one of texts; value is the default.
+func defineChoice(fs *flag.FlagSet, to *string, name, value, usage string, texts ...string) {
+	define(fs, to, name, value, usage, func(text string) (string, error) {
+		if slices.Contains(texts, text) {
+			return text, nil
+		}
+		last := len(texts) - 1
+		return "", fmt.Errorf("it must be %s or %s", strings.Join(texts[:last], ", "), texts[last])
+	})
+}
+
+// parseFlags parses args by fs: flags, and before, between and after them at most so many
+// other arguments, which it returns. It goes on after an error, so that -log-format is
+// known in any case, and returns the first. Help that was asked for is printed.
+func parseFlags(fs *flag.FlagSet, args []string, most int) (rest []string, err error) {
+	fs.SetOutput(io.Discard)
+	for len(args) > 0 {
+		parseErr := fs.Parse(args)
+		parsed := len(args) - fs.NArg()
+		switch {
+		case errors.Is(parseErr, flag.ErrHelp):
+			printHelp(os.Stdout, fs)
+			return nil, &exitError{code: exitOK}
+		case parseErr != nil:
+			parsed = max(parsed, 1) // what is no flag at all is not passed over
+			err = cmp.Or(err, explainFlag(fs, args[parsed-1], parseErr))
+		case fs.NArg() > 0:
+			rest = append(rest, fs.Arg(0))
+			parsed++
+		}
+		args = args[parsed:]
 	}
-	return err
+	fs.Visit(func(f *flag.Flag) {
+		if o, ok := f.Value.(interface{ problem() error }); ok && o.problem() != nil {
+			err = cmp.Or(err, usageErrorf(fs.Name(), "-%s %v", f.Name, o.problem()))
+		}
+	})
+	if err == nil && len(rest) > most {
+		err = usageErrorf(fs.Name(), "%s: unexpected argument %q", fs.Name(), rest[most])
+	}
+	return rest, err
+}
+
+// explainFlag returns the error for arg, at which fs stopped with err: no flag of that
+// name, or one without its value.
+func explainFlag(fs *flag.FlagSet, arg string, err error) error {
+	name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+	if name == "" || fs.Lookup(name) != nil {
+		return usageErrorf(fs.Name(), "%v", err)
+	}
+	var known []string
+	fs.VisitAll(func(f *flag.Flag) { known = append(known, f.Name) })
+	if near := nearest(name, known); near != "" {
+		return usageErrorf(fs.Name(), "%s has no flag -%s, did you mean -%s?", fs.Name(), name, near)
+	}
+	return usageErrorf(fs.Name(), "%s has no flag -%s", fs.Name(), name)
 }
 
 // planeFlags are the flags that run and server share.
@@ -219,17 +268,28 @@ type planeFlags struct {
 
 func (o *planeFlags) define(fs *flag.FlagSet) {
 	fs.StringVar(&o.listen.address, "control-plane-address", "127.0.0.1", "control plane's `host`, or unix:PATH")
-	fs.IntVar(&o.listen.port, "control-plane-port", 8080, "control plane's `port`, 0 for a free one")
-	fs.DurationVar(&o.ttl, "heartbeat-ttl", 30*time.Second, "who does not heartbeat for so long is stale")
-	fs.DurationVar(&o.interval, "janitor-interval", 10*time.Second, "look for stale services at least this often")
-	fs.TextVar(&o.logLevel, "log-level", slog.LevelInfo, "log from `level` up: debug, info, warn, error")
-	fs.StringVar(&o.format, "log-format", formatAuto, "log as `form`: text, json, journal or auto")
+	define(fs, &o.listen.port, "control-plane-port", 8080, "control plane's `port`, 0 for a free one", func(text string) (int, error) {
+		port, err := strconv.ParseUint(text, 10, 16)
+		if err != nil {
+			err = errors.New("it must be a number from 0 to 65535")
+		}
+		return int(port), err
+	})
+	defineDuration(fs, &o.ttl, "heartbeat-ttl", 30*time.Second, "who does not heartbeat for so long is stale")
+	defineDuration(fs, &o.interval, "janitor-interval", 10*time.Second, "look for stale services at least this often")
+	define(fs, &o.logLevel, "log-level", slog.LevelInfo, "log from `level` up: debug, info, warn, error", func(text string) (level slog.Level, err error) {
+		if level.UnmarshalText([]byte(text)) != nil {
+			err = errors.New("it must be debug, info, warn or error")
+		}
+		return level, err
+	})
+	defineChoice(fs, &o.format, "log-format", formatAuto, "log as `form`: text, json, journal or auto", formatAuto, formatText, formatJSON, formatJournal)
 	place := "memory"
 	if fs.Name() == "server" {
 		place = "the user's state folder"
 	}
 	fs.StringVar(&o.dbPath, "db-path", "", "keep the registry's state in `file`, not in $STATE_DIRECTORY or "+place)
-	fs.BoolVar(&o.noState, "no-persistence", false, "keep the registry's state in memory only")
+	defineBool(fs, &o.noState, "no-persistence", false, "keep the registry's state in memory only")
 	defineTLS(fs, &o.tls, "serve TLS with the certificate in `file`, PEM", "require client certificates, by the CA in `file`")
 }
 
@@ -268,7 +328,7 @@ func (o *planeFlags) state(name string, alone bool) (stateConfig, error) {
 }
 
 func (o *planeFlags) check(fs *flag.FlagSet) error {
-	wrong := func(format string, args ...any) error { return &usageError{fs.Name(), fmt.Errorf(format, args...)} }
+	wrong := func(format string, args ...any) error { return usageErrorf(fs.Name(), format, args...) }
 	address, port, socket := o.listen.address, o.listen.port, strings.HasPrefix(o.listen.address, "unix:")
 	if address == "" || address == "unix:" {
 		return wrong("-control-plane-address %q: it must be a host or unix:PATH; 0.0.0.0 is all interfaces", address)
@@ -278,12 +338,6 @@ func (o *planeFlags) check(fs *flag.FlagSet) error {
 	}
 	if given(fs, "control-plane-port") && port != 0 && socket {
 		return wrong("-control-plane-port %d: a socket file, -control-plane-address %q, has no port", port, address)
-	}
-	if port < 0 || port > 65535 {
-		return wrong("-control-plane-port %d: it must be between 0 and 65535", port)
-	}
-	if !slices.Contains([]string{formatAuto, formatText, formatJSON, formatJournal}, o.format) {
-		return wrong("-log-format %q: it must be auto, text, json or journal", o.format)
 	}
 	var err error
 	if o.format, err = resolveFormat(o.format); err != nil {
@@ -305,7 +359,7 @@ func (o *planeFlags) check(fs *flag.FlagSet) error {
 		// machine can reach; a socket file of mode 0600 is its user's alone.
 		return wrong("-tls-cert %q: it must not be given with -control-plane-address %q, a socket file that is open to its user alone", o.tls.cert, address)
 	}
-	return errors.Join(checkTLS(fs, o.tls), positive(fs, "heartbeat-ttl", "janitor-interval"))
+	return checkTLS(fs, o.tls)
 }
 
 // defineTLS defines the flags of TLS. What cert and ca are for depends on the command.
@@ -320,55 +374,37 @@ func defineTLS(fs *flag.FlagSet, to *tlsFlags, cert, ca string) {
 func checkTLS(fs *flag.FlagSet, o tlsFlags) error {
 	for _, name := range []string{"tls-key", "tls-cert", "tls-ca-cert"} {
 		if given(fs, name) && fs.Lookup(name).Value.String() == "" {
-			return &usageError{fs.Name(), fmt.Errorf("-%s \"\": it must be a file", name)}
+			return usageErrorf(fs.Name(), "-%s \"\": it must be a file", name)
 		}
 	}
 	switch {
 	case o.cert != "" && o.key == "":
-		return &usageError{fs.Name(), fmt.Errorf("-tls-cert %q: it needs -tls-key, the file of its private key", o.cert)}
+		return usageErrorf(fs.Name(), "-tls-cert %q: it needs -tls-key, the file of its private key", o.cert)
 	case o.key != "" && o.cert == "":
-		return &usageError{fs.Name(), fmt.Errorf("-tls-key %q: it needs -tls-cert, the file of its certificate", o.key)}
-	}
-	return nil
-}
-
-// positive fails for the first of the duration flags that is below 10ms.
-func positive(fs *flag.FlagSet, names ...string) error {
-	for _, name := range names {
-		if d := fs.Lookup(name).Value.(flag.Getter).Get().(time.Duration); d < 10*time.Millisecond {
-			return &usageError{fs.Name(), fmt.Errorf("-%s %s: it must be 10ms at least", name, d)}
-		}
+		return usageErrorf(fs.Name(), "-tls-key %q: it needs -tls-cert, the file of its certificate", o.key)
 	}
 	return nil
 }
 
 // defineOrchestrator defines the flag that says whether there may be containers.
 func defineOrchestrator(fs *flag.FlagSet, value *string) {
-	fs.StringVar(value, "orchestrator", orchestrateProcesses, "`kind` of component that is run: process, or container for those with an image, too")
+	defineChoice(fs, value, "orchestrator", orchestrateProcesses, "`kind` of component that is run: process, or container for those with an image, too", orchestrateProcesses, orchestrateContainers)
 }
 
-func checkOrchestrator(fs *flag.FlagSet, value string) error {
-	if value != orchestrateProcesses && value != orchestrateContainers {
-		return &usageError{fs.Name(), fmt.Errorf("-orchestrator %q: it must be process or container", value)}
-	}
-	return nil
-}
-
-func runCommand(args []string) error {
+func runCommand(fs *flag.FlagSet, args []string) error {
 	var o planeFlags
 	config := runConfig{version: versionName()}
 	var orchestrator, engineName string
-	fs := flag.NewFlagSet("run", flag.ContinueOnError)
 	o.define(fs)
 	fs.StringVar(&config.file, "f", "flow.json", "pipeline `file`")
 	defineOrchestrator(fs, &orchestrator)
 	fs.StringVar(&engineName, "engine", "", "`program` that runs containers (default docker, else podman)")
-	fs.DurationVar(&config.startTimeout, "start-timeout", 30*time.Second, "from a component's start until it is ready")
-	fs.DurationVar(&config.unhealthyTimeout, "unhealthy-timeout", 30*time.Second, "how long a component may stay unhealthy")
-	fs.DurationVar(&config.stopTimeout, "stop-timeout", 10*time.Second, "from the stop signal to SIGKILL")
-	fs.BoolVar(&config.showStatus, "show-status", true, "keep a status below the log; =false for none")
+	defineDuration(fs, &config.startTimeout, "start-timeout", 30*time.Second, "from a component's start until it is ready")
+	defineDuration(fs, &config.unhealthyTimeout, "unhealthy-timeout", 30*time.Second, "how long a component may stay unhealthy")
+	defineDuration(fs, &config.stopTimeout, "stop-timeout", 10*time.Second, "from the stop signal to SIGKILL")
+	defineBool(fs, &config.showStatus, "show-status", true, "keep a status below the log; =false for none")
 	fs.StringVar(&config.logDir, "log-dir", "", "log each component to `dir`/ID.log; \"\" for none (on a terminal: logs beside the pipeline file)")
-	fs.StringVar(&config.until, "until", untilStopped, "run until `event`: stopped, ready or done")
+	defineChoice(fs, &config.until, "until", untilStopped, "run until `event`: stopped, ready or done", untilStopped, untilReady, untilDone)
 	dashed := slices.Index(args, "--")
 	if dashed >= 0 {
 		args, config.command = args[:dashed], args[dashed+1:]
@@ -378,29 +414,23 @@ func runCommand(args []string) error {
 		return err
 	}
 	if dashed >= 0 && len(config.command) == 0 {
-		return &usageError{"run", errors.New("a command must come after --")}
+		return usageErrorf("run", "a command must come after --")
 	}
 	if len(config.command) > 0 && config.until != untilStopped {
-		return &usageError{"run", errors.New("-until and a command after -- contradict each other: the run ends with the command")}
+		return usageErrorf("run", "-until and a command after -- contradict each other: the run ends with the command")
 	}
-	if err := errors.Join(o.check(fs), positive(fs, "start-timeout", "unhealthy-timeout", "stop-timeout")); err != nil {
-		return err
-	}
-	if err := checkOrchestrator(fs, orchestrator); err != nil {
+	if err := o.check(fs); err != nil {
 		return err
 	}
 	if engineName != "" && orchestrator != orchestrateContainers {
-		return &usageError{"run", fmt.Errorf("-engine %q has no effect without -orchestrator container", engineName)}
-	}
-	if config.until != untilStopped && config.until != untilReady && config.until != untilDone {
-		return &usageError{"run", fmt.Errorf("-until %q: it must be stopped, ready or done", config.until)}
+		return usageErrorf("run", "-engine %q has no effect without -orchestrator container", engineName)
 	}
 	if config.file, err = fileArgument(fs, config.file, rest); err != nil {
 		return err
 	}
 	if orchestrator == orchestrateContainers {
 		if config.engine, err = findEngine(engineName); err != nil {
-			return &exitError{exitUsage, err}
+			return &exitError{code: exitUsage, err: err}
 		}
 	}
 	config.listen, config.tls, config.ttl, config.interval, config.logLevel, config.format = o.listen, o.tls, o.ttl, o.interval, o.logLevel, o.format
@@ -410,10 +440,10 @@ func runCommand(args []string) error {
 	}
 	p, err := config.read()
 	if err != nil {
-		return &exitError{exitUsage, err}
+		return &exitError{code: exitUsage, err: err}
 	}
 	if config.state, err = o.state(url.PathEscape(p.Metadata.Name), false); err != nil {
-		return &exitError{exitPlane, err}
+		return &exitError{code: exitPlane, err: err}
 	}
 	return runPipeline(p, config)
 }
@@ -428,12 +458,11 @@ func defaultLogDir(file string) string {
 	return logs
 }
 
-func listCommand(args []string) error {
+func listCommand(fs *flag.FlagSet, args []string) error {
 	var o listOptions
-	fs := flag.NewFlagSet("list", flag.ContinueOnError)
-	fs.BoolVar(&o.json, "json", false, "print JSON")
-	fs.BoolVar(&o.watch, "watch", false, "go on, and show each change")
-	fs.BoolVar(&o.wait, "wait", true, "wait up to 2s for one that is starting; =false not to")
+	defineBool(fs, &o.json, "json", false, "print JSON")
+	defineBool(fs, &o.watch, "watch", false, "go on, and show each change")
+	defineBool(fs, &o.wait, "wait", true, "wait up to 2s for one that is starting; =false not to")
 	name, err := parseListFlags(fs, &o, args)
 	if err != nil {
 		return err
@@ -442,15 +471,14 @@ func listCommand(args []string) error {
 	return listRuns(o)
 }
 
-func reloadCommand(args []string) error {
+func reloadCommand(fs *flag.FlagSet, args []string) error {
 	var o listOptions
-	fs := flag.NewFlagSet("reload", flag.ContinueOnError)
 	name, err := parseListFlags(fs, &o, args)
 	if err != nil {
 		return err
 	}
 	if name != "" && o.endpoint != "" {
-		return &usageError{"reload", fmt.Errorf("-endpoint %q and the pipeline %q: name one of them", o.endpoint, name)}
+		return usageErrorf("reload", "-endpoint %q and the pipeline %q: name one of them", o.endpoint, name)
 	}
 	return reloadRun(o, name)
 }
@@ -471,14 +499,14 @@ func parseListFlags(fs *flag.FlagSet, o *listOptions, args []string) (string, er
 	}
 	for _, name := range []string{"endpoint", "e"} {
 		if endpoint := fs.Lookup(name).Value.String(); given(fs, name) && !dialable(endpoint) {
-			return "", &usageError{fs.Name(), fmt.Errorf("-%s %q: it must be host:port or unix:PATH", name, endpoint)}
+			return "", usageErrorf(fs.Name(), "-%s %q: it must be host:port or unix:PATH", name, endpoint)
 		}
 	}
 	if len(rest) == 0 {
 		return "", nil
 	}
 	if rest[0] == "" {
-		return "", &usageError{fs.Name(), fmt.Errorf("%s \"\": the argument must be a name, or be left out", fs.Name())}
+		return "", usageErrorf(fs.Name(), "%s \"\": the argument must be a name, or be left out", fs.Name())
 	}
 	return rest[0], nil
 }
@@ -496,11 +524,11 @@ func fileArgument(fs *flag.FlagSet, file string, rest []string) (string, error) 
 		}
 		seen, text := pipelineFiles("."), fmt.Sprintf("no pipeline file is named, and there is no %s here", file)
 		if len(seen) == 0 {
-			return "", &usageError{fs.Name(), errors.New(text)}
+			return "", usageErrorf(fs.Name(), "%s", text)
 		}
-		return "", &exitError{exitUsage, &hintedError{fmt.Errorf("%s; what is here: %s", text, enumerate(seen)), "flowctl " + fs.Name() + " " + shellWord(seen[0])}}
+		return "", &exitError{exitUsage, fmt.Errorf("%s; what is here: %s", text, enumerate(seen)), "flowctl " + fs.Name() + " " + shellWord(seen[0])}
 	case set:
-		return "", &usageError{fs.Name(), fmt.Errorf("two pipeline files are named: %q by -f, and %q", file, rest[0])}
+		return "", usageErrorf(fs.Name(), "two pipeline files are named: %q by -f, and %q", file, rest[0])
 	}
 	return rest[0], nil
 }
@@ -510,9 +538,8 @@ func fileArgument(fs *flag.FlagSet, file string, rest []string) (string, error) 
 // heartbeats wait. It comes to that less often than by default, for a quarter more memory.
 const aloneGCPercent = 150
 
-func serverCommand(args []string) error {
+func serverCommand(fs *flag.FlagSet, args []string) error {
 	var o planeFlags
-	fs := flag.NewFlagSet("server", flag.ContinueOnError)
 	o.define(fs)
 	if _, err := parseFlags(fs, args, 0); err != nil {
 		return err
@@ -528,11 +555,11 @@ func serverCommand(args []string) error {
 	signals := catchSignals()
 	certs, err := openCertificates(o.tls, log)
 	if err != nil {
-		return &exitError{exitPlane, err}
+		return &exitError{code: exitPlane, err: err}
 	}
 	lis, endpoint, err := openPlane(o.listen, o.tls, log)
 	if err != nil {
-		return &exitError{exitPlane, err}
+		return &exitError{code: exitPlane, err: err}
 	}
 	// Another may have the same name although this one has the address: one in a
 	// container, say. That is no reason not to go on.
@@ -551,7 +578,7 @@ func serverCommand(args []string) error {
 	}
 	if err != nil {
 		lis.Close()
-		return &exitError{exitPlane, err}
+		return &exitError{code: exitPlane, err: err}
 	}
 	plane, err := newPlane(planeConfig{
 		listener: lis, endpoint: endpoint, ttl: o.ttl, interval: o.interval, store: st, certs: certs, log: log,
@@ -560,7 +587,7 @@ func serverCommand(args []string) error {
 	if err != nil {
 		st.close()
 		lis.Close()
-		return &exitError{exitPlane, err}
+		return &exitError{code: exitPlane, err: err}
 	}
 	defer plane.stop()
 	systemd.send(daemon.SdNotifyReady, "STATUS=listening on "+endpoint)
@@ -598,16 +625,16 @@ func watchAlone(registry *registry, signals <-chan os.Signal, systemd *notifier,
 }
 
 // guardCommand is what flowctl starts beside itself; it is not for people.
-func guardCommand(args []string) error {
+func guardCommand(_ *flag.FlagSet, args []string) error {
 	if len(args) != 4 {
-		return &usageError{err: errors.New("guard: flowctl starts it by itself")}
+		return usageErrorf("", "guard: flowctl starts it by itself")
 	}
 	runGuard(args[0], args[1], args[2], args[3], os.Stdin)
 	return nil
 }
 
-func versionCommand(args []string) error {
-	if _, err := parseFlags(flag.NewFlagSet("version", flag.ContinueOnError), args, 0); err != nil {
+func versionCommand(fs *flag.FlagSet, args []string) error {
+	if _, err := parseFlags(fs, args, 0); err != nil {
 		return err
 	}
 	commit := ""
@@ -633,17 +660,17 @@ func versionName() string {
 	return version
 }
 
-func helpCommand(args []string) error {
+func helpCommand(_ *flag.FlagSet, args []string) error {
 	if len(args) == 0 || args[0] == "help" {
 		printOverview(os.Stdout)
 		return nil
 	}
 	for _, c := range commands() {
 		if c.name == args[0] {
-			return c.run([]string{"-h"})
+			return c.run(flag.NewFlagSet(c.name, flag.ContinueOnError), []string{"-h"})
 		}
 	}
-	return &usageError{err: fmt.Errorf("there is no help for %q: it must be one of %s", args[0], strings.Join(shownCommands(), ", "))}
+	return usageErrorf("", "there is no help for %q: it must be one of %s", args[0], strings.Join(shownCommands(), ", "))
 }
 
 func printOverview(w io.Writer) {
@@ -690,6 +717,9 @@ func printHelp(w io.Writer, fs *flag.FlagSet) {
 // printFlag explains a flag in a line, where it fits.
 func printFlag(w io.Writer, f *flag.Flag) {
 	kind, usage := flag.UnquoteUsage(f)
+	if kind == "value" { // the usage of all others names it
+		kind = "duration"
+	}
 	switch f.DefValue {
 	case "", "false", "true": // what a flag that is on by default does, its usage says
 	default:
@@ -708,19 +738,12 @@ func printFlag(w io.Writer, f *flag.Flag) {
 
 // checkReport is what check -json prints.
 type checkReport struct {
-	File     string       `json:"file"`
-	OK       bool         `json:"ok"` // no errors; with -strict no warnings either
-	Pipeline string       `json:"pipeline,omitempty"`
-	Errors   []checkError `json:"errors"`
-	Warnings []warning    `json:"warnings"`
-	More     int          `json:"more_errors,omitempty"` // that are not in Errors
-}
-
-type checkError struct {
-	Line    int    `json:"line,omitempty"` // 0 where the file could not be read
-	Column  int    `json:"column,omitempty"`
-	Path    string `json:"path,omitempty"`
-	Message string `json:"message"`
+	File     string      `json:"file"`
+	OK       bool        `json:"ok"` // no errors; with -strict no warnings either
+	Pipeline string      `json:"pipeline,omitempty"`
+	Errors   []fileError `json:"errors"`
+	Warnings []warning   `json:"warnings"`
+	More     int         `json:"more_errors,omitempty"` // that are not in Errors
 }
 
 // warning is what is right in the file and will fail when it runs here and now.
@@ -734,23 +757,20 @@ func (w warning) String() string {
 	return fmt.Sprintf("component %s: %s: %s", w.Component, w.Field, w.Message)
 }
 
-func checkCommand(args []string) error {
-	fs := flag.NewFlagSet("check", flag.ContinueOnError)
-	named := fs.String("f", "flow.json", "pipeline `file`")
-	asJSON := fs.Bool("json", false, "print JSON")
+func checkCommand(fs *flag.FlagSet, args []string) error {
+	var asJSON, strict, schema bool
 	var orchestrator string
+	named := fs.String("f", "flow.json", "pipeline `file`")
+	defineBool(fs, &asJSON, "json", false, "print JSON")
 	defineOrchestrator(fs, &orchestrator)
-	strict := fs.Bool("strict", false, "end with 2 where there are warnings, too")
-	schema := fs.Bool("schema", false, "print a JSON Schema of pipeline files, for editors, and check nothing")
+	defineBool(fs, &strict, "strict", false, "end with 2 where there are warnings, too")
+	defineBool(fs, &schema, "schema", false, "print a JSON Schema of pipeline files, for editors, and check nothing")
 	rest, err := parseFlags(fs, args, 1)
 	if err != nil {
 		return err
 	}
-	if *schema {
+	if schema {
 		return printJSON(os.Stdout, pipelineSchema())
-	}
-	if err := checkOrchestrator(fs, orchestrator); err != nil {
-		return err
 	}
 	file, err := fileArgument(fs, *named, rest)
 	if err != nil {
@@ -758,8 +778,8 @@ func checkCommand(args []string) error {
 	}
 	p, err := readPipeline(file, os.LookupEnv)
 	report := newCheckReport(file, p, err, orchestrator)
-	report.OK = err == nil && !(*strict && len(report.Warnings) > 0)
-	if *asJSON {
+	report.OK = err == nil && !(strict && len(report.Warnings) > 0)
+	if asJSON {
 		if err := printJSON(os.Stdout, report); err != nil {
 			return err
 		}
@@ -767,17 +787,17 @@ func checkCommand(args []string) error {
 	}
 	switch {
 	case err != nil:
-		return &exitError{exitUsage, err}
-	case *asJSON && !report.OK:
+		return &exitError{code: exitUsage, err: err}
+	case asJSON && !report.OK:
 		return &exitError{code: exitUsage}
-	case *asJSON:
+	case asJSON:
 		return nil
 	}
 	for _, w := range report.Warnings {
 		fmt.Fprintf(os.Stderr, "%s: warning: %s\n", file, w)
 	}
 	if !report.OK {
-		return &exitError{exitUsage, fmt.Errorf("%s has warnings, which -strict does not allow: %d", file, len(report.Warnings))}
+		return &exitError{code: exitUsage, err: fmt.Errorf("%s has warnings, which -strict does not allow: %d", file, len(report.Warnings))}
 	}
 	fmt.Printf("%s: ok: pipeline %s, %d sources, %d processors, %d sinks\n", file, p.Metadata.Name, len(p.Spec.Sources), len(p.Spec.Processors), len(p.Spec.Sinks))
 	return nil
@@ -792,13 +812,13 @@ func printJSON(w io.Writer, value any) error {
 
 // newCheckReport says what readPipeline found in file, and what there is to warn of.
 func newCheckReport(file string, p *Pipeline, err error, orchestrator string) checkReport {
-	out := checkReport{File: file, Errors: []checkError{}, Warnings: []warning{}}
+	out := checkReport{File: file, Errors: []fileError{}, Warnings: []warning{}}
 	var found *fileErrors
 	switch {
 	case errors.As(err, &found):
-		out.Errors, out.More = found.entries(), found.more
+		out.Errors, out.More = found.list, found.more
 	case err != nil:
-		out.Errors = append(out.Errors, checkError{Message: err.Error()})
+		out.Errors = append(out.Errors, fileError{Message: err.Error()})
 	default:
 		out.Pipeline, out.Warnings = p.Metadata.Name, p.warnings(orchestrator)
 	}
@@ -905,13 +925,4 @@ func (p *Pipeline) unheard(c *Component) []string {
 		return nil
 	}
 	return slices.DeleteFunc(slices.Clone(c.InputEventTypes), func(event string) bool { return heard[event] })
-}
-
-// entries are the errors in the form of JSON.
-func (e *fileErrors) entries() []checkError {
-	var out []checkError
-	for _, err := range e.list {
-		out = append(out, checkError{err.line, err.column, err.path, err.msg})
-	}
-	return out
 }

@@ -267,7 +267,7 @@ func TestCheckJSONOfAWrongFile(t *testing.T) {
 		if err := json.Unmarshal([]byte(out), &report); err != nil || code != exitUsage || stderr != "" || report.OK || len(report.Errors) == 0 {
 			t.Fatalf("exit %d, %v\n%s%s", code, err, out, stderr)
 		}
-		if e := report.Errors[0]; name == file && (e.Line == 0 || e.Column == 0 || !slices.ContainsFunc(report.Errors, func(e checkError) bool { return e.Path == "kind" && e.Line == 2 })) {
+		if e := report.Errors[0]; name == file && (e.Line == 0 || e.Column == 0 || !slices.ContainsFunc(report.Errors, func(e fileError) bool { return e.Path == "kind" && e.Line == 2 })) {
 			t.Errorf("%+v", report)
 		}
 	}

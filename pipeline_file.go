@@ -168,10 +168,12 @@ func parsePipeline(data []byte, name string, env func(string) (string, bool)) (*
 
 // A fileError is one thing that is wrong in a pipeline file.
 type fileError struct {
-	offset       int
-	line, column int    // from 1; the column counts characters
-	path         string // such as spec.sources[0].id; empty for the file as a whole
-	msg          string
+	offset int
+
+	Line    int    `json:"line,omitempty"`   // from 1; 0 where the file could not be read
+	Column  int    `json:"column,omitempty"` // from 1, in characters
+	Path    string `json:"path,omitempty"`   // such as spec.sources[0].id; "" for the file as a whole
+	Message string `json:"message"`
 }
 
 // fileErrors is all that is wrong with a pipeline file, in the order of the file.
@@ -185,11 +187,11 @@ type fileErrors struct {
 func (e *fileErrors) Error() string {
 	var lines []string
 	for _, err := range e.list {
-		line := fmt.Sprintf("%s:%d:%d: ", e.name, err.line, err.column)
-		if err.path != "" {
-			line += err.path + ": "
+		line := fmt.Sprintf("%s:%d:%d: ", e.name, err.Line, err.Column)
+		if err.Path != "" {
+			line += err.Path + ": "
 		}
-		lines = append(lines, line+err.msg)
+		lines = append(lines, line+err.Message)
 	}
 	if e.more > 0 {
 		lines = append(lines, fmt.Sprintf("%s: and %d more errors", e.name, e.more))
@@ -284,7 +286,7 @@ func (r *reader) errorAt(offset int, path, format string, args ...any) {
 		r.errs.more++
 		return
 	}
-	r.errs.list = append(r.errs.list, fileError{offset: offset, path: path, msg: fmt.Sprintf(format, args...)})
+	r.errs.list = append(r.errs.list, fileError{offset: offset, Path: path, Message: fmt.Sprintf(format, args...)})
 }
 
 func (r *reader) full() bool { return len(r.errs.list) >= maxErrors }
@@ -297,8 +299,8 @@ func (r *reader) sortedErrors() *fileErrors {
 	}
 	for i := range e.list {
 		before := r.data[:e.list[i].offset]
-		e.list[i].line = bytes.Count(before, []byte("\n")) + 1
-		e.list[i].column = utf8.RuneCount(before[bytes.LastIndexByte(before, '\n')+1:]) + 1
+		e.list[i].Line = bytes.Count(before, []byte("\n")) + 1
+		e.list[i].Column = utf8.RuneCount(before[bytes.LastIndexByte(before, '\n')+1:]) + 1
 	}
 	return e
 }

@@ -124,7 +124,7 @@ func runPipeline(p *Pipeline, o runConfig) error {
 	}
 	lis, access, err := r.listen(p)
 	if err != nil {
-		return &exitError{exitPlane, err}
+		return &exitError{code: exitPlane, err: err}
 	}
 	launch := launchConfig{
 		endpoint: access.endpoint, containerEndpoint: containerEndpoint(lis.Addr(), r.endpoint), tlsEnv: access.tlsEnv, heartbeat: o.ttl / 3,
@@ -136,7 +136,7 @@ func runPipeline(p *Pipeline, o runConfig) error {
 	st, err := openState(o.state, r.about.name, r.log)
 	if err != nil {
 		r.launcher.close()
-		return &exitError{exitPlane, err}
+		return &exitError{code: exitPlane, err: err}
 	}
 	plane, err := newPlane(planeConfig{
 		listener: lis, endpoint: r.endpoint, componentListener: access.listener, ttl: o.ttl, interval: o.interval,
@@ -145,7 +145,7 @@ func runPipeline(p *Pipeline, o runConfig) error {
 	if err != nil {
 		st.close()
 		r.launcher.close()
-		return &exitError{exitPlane, err}
+		return &exitError{code: exitPlane, err: err}
 	}
 	r.registry, r.edition = plane.registry, r.sup.edition
 	r.loop(signals)
@@ -171,11 +171,11 @@ func (r *run) cleanUp() {
 // the run.
 func (r *run) prepare(p *Pipeline, signals <-chan os.Signal) (stopped bool, err error) {
 	if r.guest, err = newGuest(r.flags.command); err != nil {
-		return false, &exitError{exitUsage, err}
+		return false, &exitError{code: exitUsage, err: err}
 	}
 	r.file, err = claimRun(runInfo{Pipeline: r.about.name, TLS: r.flags.tls.cert != ""})
 	if running := (*runningError)(nil); errors.As(err, &running) {
-		return false, &exitError{exitPlane, &hintedError{err, "flowctl list"}}
+		return false, &exitError{exitPlane, err, "flowctl list"}
 	} else if err != nil {
 		r.log.Warn("list cannot find this run by itself, and a second one would not be refused", "err", err)
 	}
@@ -190,10 +190,10 @@ func (r *run) prepare(p *Pipeline, signals <-chan os.Signal) (stopped bool, err 
 	}
 	sig, err := r.prepareEngine(signals, p)
 	if err != nil {
-		return false, &exitError{exitUsage, err}
+		return false, &exitError{code: exitUsage, err: err}
 	}
 	if code, err := r.guest.unrun(sig); err != nil {
-		return true, &exitError{code, err}
+		return true, &exitError{code: code, err: err}
 	}
 	return sig != nil, nil
 }
@@ -268,7 +268,7 @@ func (r *run) listen(p *Pipeline) (lis net.Listener, access componentAccess, err
 // supervise makes the launcher, the supervisor, and the registry that knows its components.
 func (r *run) supervise(p *Pipeline, ids []string, launch launchConfig) (err error) {
 	if err := launch.checkReach(p); err != nil {
-		return &exitError{exitUsage, err}
+		return &exitError{code: exitUsage, err: err}
 	}
 	if r.flags.logDir != "" {
 		err := r.out.openFiles(r.flags.logDir, ids)
@@ -276,16 +276,16 @@ func (r *run) supervise(p *Pipeline, ids []string, launch launchConfig) (err err
 		case err != nil && r.flags.logDirOptional:
 			r.log.Warn("no log files", "err", err)
 		case err != nil:
-			return &exitError{exitUsage, fmt.Errorf("-log-dir: %v", err)}
+			return &exitError{code: exitUsage, err: fmt.Errorf("-log-dir: %v", err)}
 		}
 	}
 	if r.launcher, err = newLauncher(launch); err != nil {
-		return &exitError{exitFailed, err}
+		return &exitError{code: exitFailed, err: err}
 	}
 	for _, c := range p.components() {
 		if _, err := r.launcher.healthPort(c); err != nil {
 			r.launcher.close()
-			return &exitError{exitFailed, fmt.Errorf("component %s: %v", c.ID, err)}
+			return &exitError{code: exitFailed, err: fmt.Errorf("component %s: %v", c.ID, err)}
 		}
 	}
 	r.sup = newSupervisor(p, procSettings{r.flags.startTimeout, r.flags.stopTimeout}, r.launcher, r.log)

@@ -78,7 +78,7 @@ type report struct {
 	Error    string            `json:"error,omitempty"` // that no component is to blame for
 	Try      string            `json:"try,omitempty"`
 	File     string            `json:"file,omitempty"` // in which Errors are
-	Errors   []checkError      `json:"errors,omitempty"`
+	Errors   []fileError       `json:"errors,omitempty"`
 	More     int               `json:"more_errors,omitempty"` // that are not in Errors
 	Failures []failedComponent `json:"failures,omitempty"`    // in file order
 }
@@ -108,23 +108,15 @@ type failedComponent struct {
 func newReport(err error) (out report, say bool) {
 	out = report{Time: time.Now(), Level: "ERROR", Msg: reportMsg, ExitCode: exitFailed}
 	var exit *exitError
-	var usage *usageError
 	var file *fileErrors
-	var tried *hintedError
 	if errors.As(err, &exit) {
-		out.ExitCode = exit.code
+		out.ExitCode, out.Try = exit.code, exit.try
 	}
 	switch {
 	case exit != nil && exit.err == nil:
 		return out, false
 	case errors.As(err, &file):
-		out.ExitCode, out.File, out.More = exitUsage, file.name, file.more
-		out.Errors = file.entries()
-	case errors.As(err, &usage):
-		out.ExitCode, out.Try = exitUsage, strings.TrimSpace("flowctl help "+usage.command)
-	}
-	if errors.As(err, &tried) {
-		out.Try = tried.try
+		out.ExitCode, out.File, out.Errors, out.More = exitUsage, file.name, file.list, file.more
 	}
 	out.Error = err.Error()
 	return out, true

@@ -486,7 +486,7 @@ func testUnitUsage(t *testing.T, l *lab) {
 	if got := u.show("ExecMainStatus") + " " + u.show("NRestarts") + " " + u.show("ActiveState"); got != "2 0 failed" {
 		t.Errorf("status, restarts, state: %s", got)
 	}
-	u.logged("-control-plane-port 70000: it must be between 0 and 65535", "PRIORITY=3")
+	u.logged("-control-plane-port \"70000\": it must be a number from 0 to 65535", "PRIORITY=3")
 }
 
 func testUnitKilled(t *testing.T, l *lab) {
