@@ -1408,3 +1408,21 @@ func plainBinary(tb testing.TB) string {
 	}
 	return build(tb, "flowctl-plain", ".")
 }
+
+// runsIn makes flowctl keep its run file in the folder flowctl of dir.
+func runsIn(dir string) option { return withEnv("XDG_RUNTIME_DIR=" + dir) }
+
+func runOf(file string) []string { return []string{"run", file, "-control-plane-port", "0"} }
+
+// sleeper is a pipeline that runs until it is stopped.
+func sleeper(t *testing.T) string { return writePipeline(t, shell("a", "exec sleep 300")) }
+
+// listen listens until the test ends.
+func listen(t *testing.T, address string) net.Listener {
+	lis, err := net.Listen("tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { lis.Close() })
+	return lis
+}

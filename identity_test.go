@@ -32,37 +32,6 @@ import (
 	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 )
 
-// While file descriptors have run out, open connections go on. New ones get in once there is
-// room.
-func TestServer_RecoversFromNoDescriptors(t *testing.T) {
-	t.Parallel()
-	file := filepath.Join(t.TempDir(), "state.json")
-	p, endpoint := startAlone(t, []string{"-db-path", file, "-janitor-interval", "100ms"}, limited("-n 64"))
-	check := neighbour(t, endpoint)
-	old := dialPlane(t, endpoint)
-	old.mustRegister(t, "legacy", registration{id: "before"})
-	var conns []net.Conn
-	for range 200 {
-		conn, err := net.Dial("tcp", endpoint)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-		conns = append(conns, conn)
-	}
-	old.mustRegister(t, "v1", registration{id: "while"})
-	for _, conn := range conns {
-		conn.Close()
-	}
-	dialPlane(t, endpoint).mustRegister(t, "v1", registration{id: "after"})
-	check()
-	p.stop()
-	p.hasNot(p.stderr, "control plane ended")
-	if got := countSaved(t, file); got != 4 {
-		t.Errorf("%d services are saved, want 4", got)
-	}
-}
-
 // planeAddresses calls test for each kind of address that a control plane can have.
 func planeAddresses(t *testing.T, test func(t *testing.T, address string)) {
 	for _, kind := range []string{"IPv4", "IPv6", "unix"} {
@@ -83,27 +52,6 @@ func planeAddresses(t *testing.T, test func(t *testing.T, address string)) {
 			}
 		})
 	}
-}
-
-// listed returns what the control plane has to show of its components, in its order.
-func (c planeClient) listed(tb testing.TB) []*operatorv1.Component {
-	tb.Helper()
-	out, err := operatorv1.NewOperatorClient(c.conn).GetPipeline(tb.Context(), &operatorv1.GetPipelineRequest{})
-	if err != nil {
-		tb.Fatal(err)
-	}
-	return out.GetComponents()
-}
-
-// one returns the component id as it is listed, nil where it is not.
-func (c planeClient) one(tb testing.TB, id string) *operatorv1.Component {
-	tb.Helper()
-	for _, l := range c.listed(tb) {
-		if l.GetId() == id {
-			return l
-		}
-	}
-	return nil
 }
 
 // Copies of one program that send no id are told apart by their processes, however these were
@@ -503,41 +451,6 @@ func TestComponentListener_RefusesForeignProcesses(t *testing.T) {
 		if _, plain := conn.(*net.TCPConn); err == nil && (!plain || info.AuthType() != "insecure") {
 			t.Errorf("%s: got a %T by %s, want the connection as it is", tt.name, conn, info.AuthType())
 		}
-	}
-}
-
-// Whoever calls itself by the id of another component of the pipeline goes on to be
-// known by it on its own connections, also when that component comes later.
-func TestServiceIDOfAnotherComponent(t *testing.T) {
-	t.Parallel()
-	r := testRegistry()
-	own, other := origin{component: "ledgers", known: true}, origin{component: "store", known: true}
-	for from, reg := range map[origin]registration{own: {id: "store", componentID: "ledgers"}, other: {id: "store"}} {
-		if _, err := r.register(reg, from, testEpoch, func(string, []string, map[string]string) {}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for from, want := range map[origin]codes.Code{own: codes.OK, other: codes.OK, {known: true}: codes.PermissionDenied} {
-		_, err := r.heartbeat("store", from, flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, testEpoch, func(*service, error) error { return nil })
-		wantCode(t, "heartbeat as store from "+from.component, err, want)
-	}
-}
-
-// A port that two components have tells neither, nor does that of another machine.
-func TestHealthPortThatTellsNothing(t *testing.T) {
-	t.Parallel()
-	r := newRegistry(testTTL, testInterval, "", []member{
-		{id: "a", healthPort: "9001"}, {id: "b", healthPort: "9001"}, {id: "c", healthPort: "9002"},
-	})
-	for endpoint, want := range map[string]string{
-		"http://localhost:9001/health": "x", "http://10.1.2.3:9002/health": "x", "10.1.2.3:9002": "x",
-		"http://localhost:9002/health": "c", "http://[::1]:9002/health": "c", "host.docker.internal:9002": "c",
-	} {
-		mustRegister(t, r, registration{id: "x", endpoint: endpoint}, testEpoch)
-		if _, taken := r.condition("c", testEpoch); (taken == "") != (want == "c") {
-			t.Errorf("%s: c is %q", endpoint, taken)
-		}
-		r.starting("c", testEpoch)
 	}
 }
 

@@ -1186,3 +1186,55 @@ func TestServerReplacesLeftSocket(t *testing.T) {
 	p.waitErr("msg=listening")
 	p.stop()
 }
+
+// While file descriptors have run out, open connections go on. New ones get in once there is
+// room.
+func TestServer_RecoversFromNoDescriptors(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "state.json")
+	p, endpoint := startAlone(t, []string{"-db-path", file, "-janitor-interval", "100ms"}, limited("-n 64"))
+	check := neighbour(t, endpoint)
+	old := dialPlane(t, endpoint)
+	old.mustRegister(t, "legacy", registration{id: "before"})
+	var conns []net.Conn
+	for range 200 {
+		conn, err := net.Dial("tcp", endpoint)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conns = append(conns, conn)
+	}
+	old.mustRegister(t, "v1", registration{id: "while"})
+	for _, conn := range conns {
+		conn.Close()
+	}
+	dialPlane(t, endpoint).mustRegister(t, "v1", registration{id: "after"})
+	check()
+	p.stop()
+	p.hasNot(p.stderr, "control plane ended")
+	if got := countSaved(t, file); got != 4 {
+		t.Errorf("%d services are saved, want 4", got)
+	}
+}
+
+// listed returns what the control plane has to show of its components, in its order.
+func (c planeClient) listed(tb testing.TB) []*operatorv1.Component {
+	tb.Helper()
+	out, err := operatorv1.NewOperatorClient(c.conn).GetPipeline(tb.Context(), &operatorv1.GetPipelineRequest{})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return out.GetComponents()
+}
+
+// one returns the component id as it is listed, nil where it is not.
+func (c planeClient) one(tb testing.TB, id string) *operatorv1.Component {
+	tb.Helper()
+	for _, l := range c.listed(tb) {
+		if l.GetId() == id {
+			return l
+		}
+	}
+	return nil
+}

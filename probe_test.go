@@ -37,16 +37,6 @@ func silent(t *testing.T) string {
 	return lis.Addr().String()
 }
 
-// listen listens until the test ends.
-func listen(t *testing.T, address string) net.Listener {
-	lis, err := net.Listen("tcp", address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { lis.Close() })
-	return lis
-}
-
 // saying answers each connection with the bytes of answer, and closes it.
 func saying(t *testing.T, answer string) string {
 	lis := listen(t, "127.0.0.1:0")

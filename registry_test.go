@@ -1440,3 +1440,38 @@ func checkedOften(t *testing.T, r *registry, services int, now time.Time, best m
 		}
 	}
 }
+
+// Whoever calls itself by the id of another component of the pipeline goes on to be
+// known by it on its own connections, also when that component comes later.
+func TestHeartbeat_ServiceIDOfAnotherComponent(t *testing.T) {
+	t.Parallel()
+	r := testRegistry()
+	own, other := origin{component: "ledgers", known: true}, origin{component: "store", known: true}
+	for from, reg := range map[origin]registration{own: {id: "store", componentID: "ledgers"}, other: {id: "store"}} {
+		if _, err := r.register(reg, from, testEpoch, func(string, []string, map[string]string) {}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for from, want := range map[origin]codes.Code{own: codes.OK, other: codes.OK, {known: true}: codes.PermissionDenied} {
+		_, err := r.heartbeat("store", from, flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, testEpoch, func(*service, error) error { return nil })
+		wantCode(t, "heartbeat as store from "+from.component, err, want)
+	}
+}
+
+// A port that two components have tells neither, nor does that of another machine.
+func TestRegister_HealthPortThatTellsNothing(t *testing.T) {
+	t.Parallel()
+	r := newRegistry(testTTL, testInterval, "", []member{
+		{id: "a", healthPort: "9001"}, {id: "b", healthPort: "9001"}, {id: "c", healthPort: "9002"},
+	})
+	for endpoint, want := range map[string]string{
+		"http://localhost:9001/health": "x", "http://10.1.2.3:9002/health": "x", "10.1.2.3:9002": "x",
+		"http://localhost:9002/health": "c", "http://[::1]:9002/health": "c", "host.docker.internal:9002": "c",
+	} {
+		mustRegister(t, r, registration{id: "x", endpoint: endpoint}, testEpoch)
+		if _, taken := r.condition("c", testEpoch); (taken == "") != (want == "c") {
+			t.Errorf("%s: c is %q", endpoint, taken)
+		}
+		r.starting("c", testEpoch)
+	}
+}

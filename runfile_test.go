@@ -14,11 +14,6 @@ import (
 	"time"
 )
 
-// runsIn makes flowctl keep its run file in the folder flowctl of dir.
-func runsIn(dir string) option { return withEnv("XDG_RUNTIME_DIR=" + dir) }
-
-func runOf(file string) []string { return []string{"run", file, "-control-plane-port", "0"} }
-
 // runFiles returns the names of the run files in a folder.
 func runFiles(tb testing.TB, folder string) []string {
 	tb.Helper()
@@ -31,9 +26,6 @@ func runFiles(tb testing.TB, folder string) []string {
 	}
 	return names
 }
-
-// sleeper is a pipeline that runs until it is stopped.
-func sleeper(t *testing.T) string { return writePipeline(t, shell("a", "exec sleep 300")) }
 
 func TestRun_SecondOfAPipelineIsRefused(t *testing.T) {
 	t.Parallel()
