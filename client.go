@@ -3,7 +3,6 @@ package main
 import (
 	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
 
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -28,6 +27,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
 // listOptions are the flags of list, and its argument.
@@ -120,17 +120,13 @@ var (
 
 // listClient asks one control plane.
 type listClient struct {
-	endpoint  string
-	conn      *grpc.ClientConn
-	pipeline  listedPipeline             // as it was told last, without its components
-	records   map[int64]*listedComponent // as they were told last
-	order     []int64                    // of records, as they were told first
-	missing   map[int64]bool             // records that the snapshot which is coming has not told of yet
-	complete  bool                       // a snapshot has come whole
-	asJSON    bool                       // components are only to be printed, and kept as that
-	texts     [2][][]byte                // of those, by rank
-	room      []byte                     // for one of those
-	unhealthy bool                       // one of those is
+	endpoint string
+	conn     *grpc.ClientConn
+	pipeline listedPipeline             // as it was told last, without its components
+	records  map[int64]*listedComponent // as they were told last
+	order    []int64                    // of records, as they were told first
+	missing  map[int64]bool             // records that the snapshot which is coming has not told of yet
+	complete bool                       // a snapshot has come whole
 }
 
 // newListClient makes a client of the control plane at endpoint. With wait its calls
@@ -213,7 +209,6 @@ func (c *listClient) take(out *operatorv1.WatchResponse) []listedEvent {
 		return &events[len(events)-1]
 	}
 	if out.GetReset_() {
-		c.texts, c.unhealthy = [2][][]byte{}, false
 		c.missing = make(map[int64]bool, len(c.records))
 		for record := range c.records {
 			c.missing[record] = true
@@ -256,16 +251,51 @@ func (c *listClient) take(out *operatorv1.WatchResponse) []listedEvent {
 }
 
 func (c *listClient) put(l *listedComponent) {
-	if c.asJSON {
-		c.room = appendJSON(c.room[:0], l, 3)
-		c.texts[l.rank()] = append(c.texts[l.rank()], bytes.Clone(c.room))
-		c.unhealthy = c.unhealthy || !l.Healthy
-		return
-	}
 	if _, known := c.records[l.record]; !known {
 		c.order = append(c.order, l.record)
 	}
 	c.records[l.record] = l
+}
+
+// listPipeline is a pipeline as list shows it, without its components.
+func listPipeline(p *operatorv1.Pipeline) listedPipeline {
+	return listedPipeline{
+		Pipeline: p.GetName(), Endpoint: p.GetEndpoint(), PID: p.GetPid(), Version: p.GetVersion(), Started: listTime(p.GetStarted()),
+		Status: p.GetStatus(), Ready: p.GetReady(), StateFile: p.GetStateFile(), NotDurable: p.GetNotDurable(),
+	}
+}
+
+func listComponent(c *operatorv1.Component) *listedComponent {
+	p := c.GetProcess()
+	l := &listedComponent{
+		record: c.GetRecord(), ID: c.GetId(), InPipeline: c.GetInPipeline(), ServiceID: c.GetServiceId(), Type: c.GetType(),
+		TypeInFile: c.GetTypeInFile(), Labels: c.GetLabels(),
+		Name: c.GetName(), Description: c.GetDescription(), Version: c.GetVersion(),
+		InputEvents: c.GetInputEventTypes(), OutputEvents: c.GetOutputEventTypes(),
+		Endpoint: c.GetEndpoint(), Metadata: c.GetMetadata(), Health: c.GetHealth(), Cause: c.GetCause(), Declared: c.GetDeclared(),
+		Healthy:    c.GetHealth() == healthy.String() || c.GetHealth() == degraded.String() || p.GetState() == procCompleted.String(),
+		Registered: listTime(c.GetRegisteredAt()), LastSeen: listTime(c.GetLastSeen()),
+		State: p.GetState(), PID: p.GetPid(), Started: listTime(p.GetStarted()), Restarts: p.GetRestarts(),
+	}
+	for name, f := range c.GetMetrics() {
+		l.setMetric(name, f)
+	}
+	for name, text := range c.GetTextMetrics() {
+		l.setMetric(name, text)
+	}
+	for _, h := range c.GetHistory() {
+		at := cmp.Or(listTime(h.GetTime()), new(time.Time{}))
+		l.History = append(l.History, listedChange{*at, h.GetHealth(), h.GetCause()})
+	}
+	return l
+}
+
+// listTime is nil for a time that was not sent, or that RFC 3339 has no words for.
+func listTime(t *timestamppb.Timestamp) *time.Time {
+	if !t.IsValid() {
+		return nil
+	}
+	return new(t.AsTime())
 }
 
 // fetchLegacy asks a control plane that has no operator service.
@@ -300,7 +330,6 @@ func (c *listClient) fetchLegacy(ctx context.Context) error {
 // only those that have it. It is false where that id was asked for and is not there.
 func (c *listClient) listed(id string) (listedPipeline, bool) {
 	out := c.pipeline
-	out.texts, out.unhealthy = slices.Concat(c.texts[0], c.texts[1]), c.unhealthy
 	out.Components = make([]*listedComponent, 0, len(c.records))
 	for _, record := range c.order {
 		if l := c.records[record]; id == "" || l.is(id) {
@@ -318,7 +347,6 @@ func listPlanes(clients []*listClient, absent []error, o listOptions) error {
 	errs := make([]error, len(clients))
 	var asked sync.WaitGroup
 	for i, c := range clients {
-		c.asJSON = o.json && o.id == ""
 		asked.Go(func() {
 			errs[i] = c.follow(context.Background(), &operatorv1.WatchRequest{}, func(out *operatorv1.WatchResponse) { c.take(out) })
 		})
@@ -343,7 +371,7 @@ func listPlanes(clients []*listClient, absent []error, o listOptions) error {
 		return err
 	}
 	unhealthy := func(p listedPipeline) bool {
-		return p.unhealthy || slices.ContainsFunc(p.Components, func(l *listedComponent) bool { return !l.Healthy })
+		return slices.ContainsFunc(p.Components, func(l *listedComponent) bool { return !l.Healthy })
 	}
 	if len(failed) > 0 || slices.ContainsFunc(pipelines, unhealthy) {
 		return &exitError{code: exitFailed, err: errors.Join(failed...)}
@@ -354,7 +382,7 @@ func listPlanes(clients []*listClient, absent []error, o listOptions) error {
 // show prints pipelines in the form that was asked for.
 func (o *listOptions) show(w io.Writer, pipelines []listedPipeline) error {
 	if o.json {
-		return writeJSON(w, pipelines)
+		return writeJSON(w, pipelines, true)
 	}
 	return showPipelines(w, pipelines, o.id)
 }
@@ -652,8 +680,7 @@ func reloadRun(o listOptions, name string) error {
 	default:
 		return &exitError{code: exitPlane, err: o.noAnswer(client.endpoint, err)}
 	}
-	fmt.Println(reloadText(out))
-	return nil
+	return printAnswer(reloadText(out) + "\n")
 }
 
 // choosePipeline returns the one of runs that is the pipeline of that name, or without

@@ -4,7 +4,6 @@ package main
 
 import (
 	"cmp"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -770,7 +769,7 @@ func checkCommand(fs *flag.FlagSet, args []string) error {
 		return err
 	}
 	if schema {
-		return printJSON(os.Stdout, pipelineSchema())
+		return writeJSON(os.Stdout, pipelineSchema(), true)
 	}
 	file, err := fileArgument(fs, *named, rest)
 	if err != nil {
@@ -780,7 +779,7 @@ func checkCommand(fs *flag.FlagSet, args []string) error {
 	report := newCheckReport(file, p, err, orchestrator)
 	report.OK = err == nil && !(strict && len(report.Warnings) > 0)
 	if asJSON {
-		if err := printJSON(os.Stdout, report); err != nil {
+		if err := writeJSON(os.Stdout, report, true); err != nil {
 			return err
 		}
 		err = nil
@@ -801,13 +800,6 @@ func checkCommand(fs *flag.FlagSet, args []string) error {
 	}
 	fmt.Printf("%s: ok: pipeline %s, %d sources, %d processors, %d sinks\n", file, p.Metadata.Name, len(p.Spec.Sources), len(p.Spec.Processors), len(p.Spec.Sinks))
 	return nil
-}
-
-func printJSON(w io.Writer, value any) error {
-	enc := json.NewEncoder(w)
-	enc.SetEscapeHTML(false)
-	enc.SetIndent("", "  ")
-	return enc.Encode(value)
 }
 
 // newCheckReport says what readPipeline found in file, and what there is to warn of.

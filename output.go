@@ -242,6 +242,13 @@ func resolveFormat(format string) (string, error) {
 	return format, nil
 }
 
+// printAnswer prints what a command was asked for. That it cannot be written is an error
+// of the command.
+func printAnswer(text string) error {
+	_, err := io.WriteString(os.Stdout, text)
+	return err
+}
+
 // palette are the colours of components on a terminal, readable on black and white.
 var palette = []string{"36", "33", "32", "35", "34", "96", "93", "92", "95", "94"}
 

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
+	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 )
 
 // stallTime is how late a deadline has to be noticed to tell that flowctl itself was
@@ -698,12 +699,29 @@ func (r *run) showStatus() {
 
 // footerRows are the rows of the footer.
 func (r *run) footerRows(now time.Time) []string {
-	own := r.registry.own(now)
-	shown := listPipeline(own)
-	for _, c := range own.GetComponents() {
-		shown.Components = append(shown.Components, listComponent(c))
+	f := footer{pipeline: r.about.name, endpoint: r.endpoint, status: r.about.status}
+	seen := make(map[string]*operatorv1.Component)
+	for _, c := range r.registry.own(now).GetComponents() {
+		seen[c.GetId()] = c
 	}
-	return shown.footerRows(now)
+	for _, p := range r.sup.procs {
+		c := seen[p.ID]
+		row := footerComponent{id: p.ID, state: p.state.String(), health: c.GetHealth(), restarts: p.restarts, metrics: make(map[string]any)}
+		for name, value := range c.GetMetrics() {
+			row.metrics[name] = value
+		}
+		for name, value := range c.GetTextMetrics() {
+			row.metrics[name] = value
+		}
+		if c.GetLastSeen().IsValid() {
+			row.lastSeen = c.GetLastSeen().AsTime()
+		}
+		if p.child != nil {
+			row.pid, row.started = p.child.pid, p.started
+		}
+		f.components = append(f.components, row)
+	}
+	return f.rows(now)
 }
 
 // guest is the command after --, which a pipeline that is ready is run for. It is no

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -15,9 +14,6 @@ import (
 	"syscall"
 	"text/tabwriter"
 	"time"
-
-	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
-	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
 // overview is how a run is at a moment.
@@ -184,9 +180,7 @@ func (f failedComponent) circumstances() string {
 
 // writeJSON writes it in a line.
 func (r report) writeJSON(w io.Writer) {
-	enc := json.NewEncoder(w)
-	enc.SetEscapeHTML(false)
-	_ = enc.Encode(r) // texts, numbers and a time always encode, and there is nowhere to say that it is not written
+	_ = writeJSON(w, r, false) // texts, numbers and a time always encode, and there is nowhere to say that it is not written
 }
 
 // forms are those in which a run reports what failed.
@@ -307,23 +301,53 @@ func trySignal(sig syscall.Signal) string {
 	return "flowctl did not send it: something else on this machine has ended it"
 }
 
-// footerRows are the rows of a footer: how the pipeline is, a head, and a row for each
+// footer is what the status below the log of a run shows.
+type footer struct {
+	pipeline, endpoint string
+	status             string // an overview in a line
+	components         []footerComponent
+}
+
+type footerComponent struct {
+	id, state, health string
+	pid               int       // 0 where no process runs
+	started           time.Time // of that process
+	lastSeen          time.Time // zero for never
+	restarts          int
+	metrics           map[string]any // float64 or string
+}
+
+// rows are the lines of the footer: how the pipeline is, a head, and one for each
 // component.
-func (p *listedPipeline) footerRows(now time.Time) []string {
+func (f footer) rows(now time.Time) []string {
 	var table strings.Builder
-	tw := tabwriter.NewWriter(&table, 0, 8, 2, ' ', 0)
+	tw := newColumns(&table)
 	fmt.Fprintln(tw, "ID\tSTATE\tHEALTH\tPID\tUPTIME\tLAST SEEN\tRESTARTS\tMETRICS")
-	for _, l := range p.Components {
-		uptime := "-"
-		if l.PID != 0 && l.Started != nil {
-			uptime = max(now.Sub(*l.Started), 0).Round(time.Second).String()
-		}
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t%s\n", clean(l.ID), clean(l.State), clean(l.Health), dash(l.PID != 0, l.PID),
-			uptime, dash(l.LastSeen != nil, l.age(now)), l.Restarts, l.metricsText())
+	for _, c := range f.components {
+		uptime := max(now.Sub(c.started), 0).Round(time.Second)
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t%s\n", clean(c.id), clean(c.state), clean(c.health), dash(c.pid != 0, c.pid),
+			dash(c.pid != 0, uptime), dash(!c.lastSeen.IsZero(), ago(now.Sub(c.lastSeen))), c.restarts, shortMetrics(c.metrics))
 	}
 	_ = tw.Flush() // a Builder always takes it
-	head := fmt.Sprintf("%s (%s): %s", clean(p.Pipeline), clean(p.Endpoint), printable(p.Status))
+	head := fmt.Sprintf("%s (%s): %s", clean(f.pipeline), clean(f.endpoint), printable(f.status))
 	return append([]string{head}, strings.Split(strings.TrimSuffix(table.String(), "\n"), "\n")...)
+}
+
+func newColumns(w io.Writer) *tabwriter.Writer { return tabwriter.NewWriter(w, 0, 8, 2, ' ', 0) }
+
+// shortMetrics shows the first few metrics by name.
+func shortMetrics(metrics map[string]any) string { return cmp.Or(enumerate(metricTexts(metrics)), "-") }
+
+func metricTexts(metrics map[string]any) []string {
+	var parts []string
+	for name, value := range metrics {
+		if f, ok := value.(float64); ok {
+			value = fmt.Sprintf("%.6g", f)
+		}
+		parts = append(parts, clean(fmt.Sprintf("%s=%v", name, value)))
+	}
+	slices.Sort(parts)
+	return parts
 }
 
 // listedPipeline is one element of what list -json prints. README documents it.
@@ -338,8 +362,6 @@ type listedPipeline struct {
 	StateFile  string             `json:"state_file,omitempty"`
 	NotDurable string             `json:"not_durable,omitempty"`
 	Components []*listedComponent `json:"components"`
-	texts      [][]byte           // or each of them as JSON
-	unhealthy  bool               // one of texts is
 	ended      string             // why nothing more comes of it, "" while it does
 }
 
@@ -395,46 +417,6 @@ type listedEvent struct {
 	durability string           // what is to be said of NotDurable, if that has changed
 }
 
-func listPipeline(p *operatorv1.Pipeline) listedPipeline {
-	return listedPipeline{
-		Pipeline: p.GetName(), Endpoint: p.GetEndpoint(), PID: p.GetPid(), Version: p.GetVersion(), Started: listTime(p.GetStarted()),
-		Status: p.GetStatus(), Ready: p.GetReady(), StateFile: p.GetStateFile(), NotDurable: p.GetNotDurable(),
-	}
-}
-
-func listComponent(c *operatorv1.Component) *listedComponent {
-	p := c.GetProcess()
-	l := &listedComponent{
-		record: c.GetRecord(), ID: c.GetId(), InPipeline: c.GetInPipeline(), ServiceID: c.GetServiceId(), Type: c.GetType(),
-		TypeInFile: c.GetTypeInFile(), Labels: c.GetLabels(),
-		Name: c.GetName(), Description: c.GetDescription(), Version: c.GetVersion(),
-		InputEvents: c.GetInputEventTypes(), OutputEvents: c.GetOutputEventTypes(),
-		Endpoint: c.GetEndpoint(), Metadata: c.GetMetadata(), Health: c.GetHealth(), Cause: c.GetCause(), Declared: c.GetDeclared(),
-		Healthy:    c.GetHealth() == healthy.String() || c.GetHealth() == degraded.String() || p.GetState() == procCompleted.String(),
-		Registered: listTime(c.GetRegisteredAt()), LastSeen: listTime(c.GetLastSeen()),
-		State: p.GetState(), PID: p.GetPid(), Started: listTime(p.GetStarted()), Restarts: p.GetRestarts(),
-	}
-	for name, f := range c.GetMetrics() {
-		l.setMetric(name, f)
-	}
-	for name, text := range c.GetTextMetrics() {
-		l.setMetric(name, text)
-	}
-	for _, h := range c.GetHistory() {
-		at := cmp.Or(listTime(h.GetTime()), new(time.Time{}))
-		l.History = append(l.History, listedChange{*at, h.GetHealth(), h.GetCause()})
-	}
-	return l
-}
-
-// listTime is nil for a time that was not sent, or that RFC 3339 has no words for.
-func listTime(t *timestamppb.Timestamp) *time.Time {
-	if !t.IsValid() {
-		return nil
-	}
-	return new(t.AsTime())
-}
-
 // rank puts what is in the pipeline first.
 func (l *listedComponent) rank() int {
 	if l.InPipeline {
@@ -475,26 +457,9 @@ func (l *listedComponent) age(now time.Time) string {
 	return ago(now.Sub(*l.LastSeen))
 }
 
-// metricsText shows the first few metrics by name.
-func (l *listedComponent) metricsText() string {
-	return cmp.Or(enumerate(l.metricTexts()), "-")
-}
-
-func (l *listedComponent) metricTexts() []string {
-	var parts []string
-	for name, value := range l.Metrics {
-		if f, ok := value.(float64); ok {
-			value = fmt.Sprintf("%.6g", f)
-		}
-		parts = append(parts, clean(fmt.Sprintf("%s=%v", name, value)))
-	}
-	slices.Sort(parts)
-	return parts
-}
-
 // writeDetails shows all that is known of a component to a person.
 func (l *listedComponent) writeDetails(w *bufio.Writer, p *listedPipeline, now time.Time) {
-	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	tw := newColumns(w)
 	line := func(name, value string) {
 		if value != "" {
 			fmt.Fprintf(tw, "%s:\t%s\n", name, value)
@@ -543,7 +508,7 @@ func (l *listedComponent) writeDetails(w *bufio.Writer, p *listedPipeline, now t
 	line("reads", list(l.InputEvents))
 	line("writes", list(l.OutputEvents))
 	line("metadata", pairs(l.Metadata))
-	line("metrics", strings.Join(l.metricTexts(), ", "))
+	line("metrics", strings.Join(metricTexts(l.Metrics), ", "))
 	_ = tw.Flush() // w keeps the error
 	if len(l.History) > 0 {
 		fmt.Fprintln(w, "history:")
@@ -568,7 +533,7 @@ func (p *listedPipeline) writeTable(w *bufio.Writer, now time.Time) {
 		return
 	}
 	starts := slices.ContainsFunc(p.Components, func(l *listedComponent) bool { return l.State != "" })
-	tw := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	tw := newColumns(w)
 	columns := []string{"ID", "TYPE", "STATE", "PID", "RESTARTS", "HEALTH", "LAST SEEN", "ENDPOINT", "METRICS"}
 	row := func(cells []string) {
 		if !starts {
@@ -580,7 +545,7 @@ func (p *listedPipeline) writeTable(w *bufio.Writer, now time.Time) {
 	for _, l := range p.Components {
 		row([]string{
 			l.title(starts), clean(l.Type), cmp.Or(clean(l.State), "-"), dash(l.PID != 0, l.PID), dash(l.State != "", l.Restarts),
-			clean(l.Health), dash(l.LastSeen != nil, l.age(now)), cmp.Or(clean(l.Endpoint), "-"), l.metricsText(),
+			clean(l.Health), dash(l.LastSeen != nil, l.age(now)), cmp.Or(clean(l.Endpoint), "-"), shortMetrics(l.Metrics),
 		})
 	}
 	_ = tw.Flush() // w keeps the error
@@ -599,38 +564,10 @@ func (p *listedPipeline) durability() string {
 	return "what is registered would not survive a restart: " + printable(p.NotDurable)
 }
 
-// writeJSON shows pipelines, of which there is one at least, to a program: one array.
-// The components are the last member of each, and not made into one text first: there
-// may be a hundred thousand.
-func writeJSON(w io.Writer, pipelines []listedPipeline) error {
-	out := bufio.NewWriter(w)
-	between := "[\n  "
-	for _, p := range pipelines {
-		texts := p.texts
-		for _, l := range p.Components {
-			texts = append(texts, appendJSON(nil, l, 3))
-		}
-		p.Components = []*listedComponent{}
-		out.WriteString(between)
-		out.Write(bytes.TrimSuffix(appendJSON(nil, p, 1), []byte("]\n  }")))
-		before, after := "\n      ", ""
-		for _, text := range texts {
-			out.WriteString(before)
-			out.Write(text)
-			before, after = ",\n      ", "\n    "
-		}
-		out.WriteString(after + "]\n  }")
-		between = ",\n  "
-	}
-	out.WriteString("\n]\n")
-	return out.Flush()
-}
-
 // write prints one line.
 func (e *listedEvent) write(w io.Writer, asJSON bool) error {
 	if asJSON {
-		_, err := w.Write(append(appendJSON(nil, e, oneLine), '\n'))
-		return err
+		return writeJSON(w, e, false)
 	}
 	what := clean(e.Removed) + " removed"
 	switch c := e.Component; {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
 	"log/slog"
 	"regexp"
 	"slices"
@@ -122,37 +123,37 @@ func ago(d time.Duration) string {
 	return d.Round(time.Second).String() + " ago"
 }
 
-// oneLine is the depth of what is not to be indented.
-const oneLine = -1
-
-// appendJSON appends v as list prints it, so many levels deep. There must be nothing in
-// it that JSON does not know, or it panics: half an array is worse than none. What could
-// do something to a terminal is escaped.
-func appendJSON(b []byte, v any, depth int) []byte {
-	text := bytes.NewBuffer(b)
-	enc := json.NewEncoder(text)
+// writeJSON writes v as JSON, indented or in a line. Characters that could do something
+// to a terminal are escaped. Where v cannot be JSON nothing is written.
+func writeJSON(w io.Writer, v any, indented bool) error {
+	enc := json.NewEncoder(jsonEscaper{w})
 	enc.SetEscapeHTML(false)
-	if depth != oneLine {
-		enc.SetIndent(strings.Repeat("  ", depth), "  ")
+	if indented {
+		enc.SetIndent("", "  ")
 	}
-	if err := enc.Encode(v); err != nil {
-		panic(err)
-	}
-	return escapeJSON(bytes.TrimSuffix(text.Bytes(), []byte("\n")))
+	return enc.Encode(v)
 }
 
-// escapeJSON escapes the control and format characters that JSON leaves as they are.
-// They can be in strings alone.
+// jsonEscaper writes JSON to w, whole characters at a time, by way of escapeJSON.
+type jsonEscaper struct{ w io.Writer }
+
+func (e jsonEscaper) Write(text []byte) (int, error) {
+	_, err := e.w.Write(escapeJSON(text))
+	return len(text), err
+}
+
+// escapeJSON escapes the control and format characters that encoding/json leaves as they
+// are. They can only be in strings.
 func escapeJSON(text []byte) []byte {
-	wild := func(r rune) bool { return r >= 0x7f && (unicode.IsControl(r) || unicode.Is(unicode.Cf, r)) }
-	if i := slices.IndexFunc(text, func(b byte) bool { return b >= 0x7f }); i < 0 || !bytes.ContainsFunc(text[i:], wild) {
+	control := func(r rune) bool { return r >= 0x7f && (unicode.IsControl(r) || unicode.Is(unicode.Cf, r)) }
+	if i := slices.IndexFunc(text, func(b byte) bool { return b >= 0x7f }); i < 0 || !bytes.ContainsFunc(text[i:], control) {
 		return text
 	}
 	var out []byte
 	for _, r := range string(text) {
 		high, low := utf16.EncodeRune(r)
 		switch {
-		case !wild(r):
+		case !control(r):
 			out = utf8.AppendRune(out, r)
 		case high == unicode.ReplacementChar: // it needs no pair
 			out = fmt.Appendf(out, `\u%04x`, r)
