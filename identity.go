@@ -1,7 +1,7 @@
-package main
-
 // Who is at the other end of a connection to the control plane: which component, as far
 // as the kernel of this machine tells. identity_linux.go asks it.
+
+package main
 
 import (
 	"context"

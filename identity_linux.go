@@ -1,3 +1,6 @@
+// How Linux tells which component is at the other end of a connection: a socket has an inode,
+// /proc shows which process has it open, and which process that one descends from.
+
 package main
 
 import (
@@ -8,15 +11,13 @@ import (
 	"strings"
 )
 
-// identifyPeer returns which component holds the other end of conn, a connection to
-// flowctl: a process that flowctl has started for it, or a descendant of one. The processes
-// of claimedID are looked at first. It cannot tell for another machine, for a container that
-// a component may be a client of, and while a process of a component that flowctl may not
-// look into could hold the socket.
+// identifyPeer returns which component holds the other end of conn, a connection to flowctl: a
+// process that flowctl has started for it, or a descendant of one. The processes of claimedID
+// are looked at first. It cannot tell
+//   - for another machine, or a container that a component may be a client of,
+//   - while a process that flowctl may not look into could hold the socket.
 func (i *identifier) identifyPeer(conn net.Conn, claimedID string) origin {
-	for wrapped, ok := conn.(interface{ NetConn() net.Conn }); ok; wrapped, ok = conn.(interface{ NetConn() net.Conn }) {
-		conn = wrapped.NetConn()
-	}
+	conn = unwrap(conn)
 	if unix, ok := conn.(*net.UnixConn); ok {
 		return i.processOrigin(peerPID(unix))
 	}
@@ -36,7 +37,18 @@ func (i *identifier) identifyPeer(conn net.Conn, claimedID string) origin {
 	return origin{known: !ok && err == nil && remote.IP.IsLoopback() && i.seesSockets()}
 }
 
-// seesSockets tells whether the kernel can be asked for sockets at all.
+// unwrap returns the connection of the kernel that conn is made of.
+func unwrap(conn net.Conn) net.Conn {
+	for {
+		wrapper, ok := conn.(interface{ NetConn() net.Conn })
+		if !ok {
+			return conn
+		}
+		conn = wrapper.NetConn()
+	}
+}
+
+// seesSockets tells whether the kernel tells of sockets at all.
 func (i *identifier) seesSockets() bool {
 	if !i.socketsVisible.Load() && canSeeSockets() {
 		i.socketsVisible.Store(true)
@@ -46,41 +58,9 @@ func (i *identifier) seesSockets() bool {
 
 // holderOf is identifyPeer for the TCP socket inode, which the user uid has made.
 func (i *identifier) holderOf(inode uint64, uid int, claimedID string) origin {
-	leaders := i.leaders()
-	for pid, id := range leaders {
-		if id != claimedID {
-			continue
-		}
-		if held, _ := holdsSocket(pid, inode); held {
-			return origin{component: id, known: true}
-		}
-	}
 	for range 2 { // a process can hand its socket on and end while /proc is read
-		unreadable := false // the holder may be a process that flowctl may not look into
-		holds := func(pid int) bool {
-			held, readable := holdsSocket(pid, inode)
-			unreadable = unreadable || !readable && mayHaveMade(pid, uid)
-			return held
-		}
-		for pid, id := range leaders {
-			if holds(pid) {
-				return origin{component: id, known: true}
-			}
-		}
-		below := i.descendants()
-		for _, p := range below {
-			if leaders[p.pid] == "" && holds(p.pid) {
-				return i.processOrigin(p.pid)
-			}
-		}
-		if unreadable {
-			if pid, _, ok := socketHolder(inode); ok {
-				return i.processOrigin(pid)
-			}
-			return origin{}
-		}
-		if len(below) == 0 && len(leaders) > 0 { // /proc does not show even the processes that flowctl has started
-			return origin{}
+		if from, decided := i.holderBelow(inode, uid, claimedID); decided {
+			return from
 		}
 	}
 	if pid, _, ok := socketHolder(inode); ok {
@@ -90,6 +70,42 @@ func (i *identifier) holderOf(inode uint64, uid int, claimedID string) origin {
 		return origin{} // hidepid= of proc(5): a component may be hidden as well
 	}
 	return origin{known: true, unseen: i.containers}
+}
+
+// holderBelow looks for the holder of a socket among the processes below flowctl. It is not
+// decided where none of them has the socket.
+func (i *identifier) holderBelow(inode uint64, uid int, claimedID string) (from origin, decided bool) {
+	unreadable := false // a process that flowctl may not look into may have it
+	holds := func(pid int) bool {
+		held, readable := holdsSocket(pid, inode)
+		unreadable = unreadable || !readable && mayHaveMade(pid, uid)
+		return held
+	}
+	leaders := i.leaders()
+	for pid, id := range leaders {
+		if id == claimedID && holds(pid) {
+			return origin{component: id, known: true}, true
+		}
+	}
+	for pid, id := range leaders {
+		if id != claimedID && holds(pid) {
+			return origin{component: id, known: true}, true
+		}
+	}
+	below := i.descendants()
+	for _, p := range below {
+		if leaders[p.pid] == "" && holds(p.pid) {
+			return i.processOrigin(p.pid), true
+		}
+	}
+	if unreadable {
+		if pid, _, ok := socketHolder(inode); ok {
+			return i.processOrigin(pid), true
+		}
+		return origin{}, true
+	}
+	hidden := len(below) == 0 && len(leaders) > 0 // /proc does not show even the processes that flowctl has started
+	return origin{}, hidden
 }
 
 // mayHaveMade tells whether a process can have made a socket of the user uid.

@@ -1,6 +1,6 @@
-package main
-
 // Health checks: how each kind of health_check asks, and the goroutines that ask again and again.
+
+package main
 
 import (
 	"cmp"

@@ -1,7 +1,7 @@
-package main
-
 // What the kernel tells of processes, by /proc, and of the TCP sockets that they hold, by
 // netlink (sock_diag(7)).
+
+package main
 
 import (
 	"bytes"

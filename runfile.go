@@ -1,5 +1,3 @@
-package main
-
 // Run files: which pipelines run on this machine. Each run keeps one for as long as it lives
 // and holds a lock on it. The kernel drops the lock however the process ends, so a file
 // without a lock is ignored, whatever pid it names.
@@ -8,6 +6,8 @@ package main
 // without taking it, and who may only read the file cannot take it. But a process loses its
 // lock when it closes any file of the same inode. So a run opens its own file once, and no
 // other command has one.
+
+package main
 
 import (
 	"cmp"

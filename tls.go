@@ -1,7 +1,7 @@
-package main
-
 // The files of TLS: the certificates that the control plane shows and asks for, read again
 // when they change, and those of a client of it.
+
+package main
 
 import (
 	"bytes"
