@@ -7,32 +7,44 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 )
 
-// The tests of this file do what README says, with the commands and the files as they
-// stand there.
+// The tests of this file do what README.md and the pages in docs/ say, with the commands
+// and the files as they stand there.
 
-// block is a fenced piece of README.
+// block is a fenced piece of a page.
 type block struct {
 	language, text string
 	before         string // the last line of prose
 }
 
-// section returns the blocks under a heading of README, up to the next of its level.
-func section(t *testing.T, heading string) []block {
+// page reads README.md or one of docs/.
+func page(t *testing.T, name string) string {
 	t.Helper()
-	data, err := os.ReadFile("README.md")
+	data, err := os.ReadFile(name)
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, text, found := strings.Cut(string(data), "\n## "+heading+"\n")
+	return string(data)
+}
+
+// section returns the blocks under a heading of a page, up to the next of its level.
+func section(t *testing.T, name, heading string) []block {
+	t.Helper()
+	_, text, found := strings.Cut(page(t, name), "\n## "+heading+"\n")
 	if !found {
-		t.Fatalf("README has no section %q", heading)
+		t.Fatalf("%s has no section %q", name, heading)
 	}
+	text, _, _ = strings.Cut(text, "\n## ")
+	return blocks(text)
+}
+
+func blocks(text string) []block {
 	var out []block
 	var prose string
 	in := false
@@ -45,8 +57,6 @@ func section(t *testing.T, heading string) []block {
 		case strings.HasPrefix(line, "```"):
 			in = true
 			out = append(out, block{language: strings.TrimSpace(line[3:]), before: prose})
-		case strings.HasPrefix(line, "## "):
-			return out
 		case strings.TrimSpace(line) != "":
 			prose = line
 		}
@@ -91,7 +101,7 @@ func shape(text string) string {
 	return spaces.ReplaceAllString(amounts.ReplaceAllString(text, "0"), " ")
 }
 
-// newcomer is who follows README, in a folder of their own and a bare environment.
+// newcomer is who follows a page, in a folder of their own and a bare environment.
 type newcomer struct {
 	t      *testing.T
 	folder string
@@ -104,8 +114,9 @@ type newcomer struct {
 func newNewcomer(t *testing.T, folder string) *newcomer {
 	n := &newcomer{t: t, folder: folder, env: []string{"XDG_RUNTIME_DIR=" + t.TempDir()}}
 	for _, entry := range os.Environ() {
-		// Where Go finds its modules is the machine's own.
-		if name, _, _ := strings.Cut(entry, "="); name == "PATH" || name == "HOME" || strings.HasPrefix(name, "GO") && name != "GORACE" {
+		// Where Go and npm find their modules is the machine's own.
+		if name, _, _ := strings.Cut(entry, "="); name == "PATH" || name == "HOME" || strings.HasPrefix(name, "NODE_") ||
+			strings.HasPrefix(strings.ToLower(name), "npm_") || strings.HasPrefix(name, "GO") && name != "GORACE" {
 			n.env = append(n.env, entry)
 		}
 	}
@@ -183,7 +194,7 @@ func (n *newcomer) sees(line string) {
 			}
 		case <-deadline:
 		}
-		n.t.Fatalf("README has %q\n%s", line, n.screen)
+		n.t.Fatalf("the page has %q\n%s", line, n.screen)
 	}
 }
 
@@ -194,10 +205,10 @@ func (n *newcomer) follow(blocks []block) {
 		switch b.language {
 		case "sh":
 			n.run(b.text)
-		case "go":
-			name := regexp.MustCompile("`([^`]+\\.go)`").FindStringSubmatch(b.before)
+		case "go", "python", "js":
+			name := regexp.MustCompile("`([^`]+\\.(?:go|py|js))`").FindStringSubmatch(b.before)
 			if name == nil {
-				n.t.Fatalf("README does not say where this goes: %q", b.before)
+				n.t.Fatalf("the page does not say where this goes: %q", b.before)
 			}
 			file := filepath.Join(n.folder, name[1])
 			if err := os.MkdirAll(filepath.Dir(file), 0o777); err != nil {
@@ -215,7 +226,7 @@ func (n *newcomer) follow(blocks []block) {
 	}
 }
 
-// enter does one of them and compares what comes with what README has. A command that
+// enter does one of them and compares what comes with what the page has. A command that
 // looks at what runs is repeated until it shows that; it may show other pipelines of
 // this machine too.
 func (n *newcomer) enter(e typed) {
@@ -238,7 +249,7 @@ func (n *newcomer) enter(e typed) {
 			return
 		}
 		if n.cmd == nil || time.Now().After(deadline) {
-			n.t.Fatalf("$ %s\n%v\n%s\nREADME has\n%s", e.command, err, out, want)
+			n.t.Fatalf("$ %s\n%v\n%s\nthe page has\n%s", e.command, err, out, want)
 		}
 	}
 }
@@ -267,15 +278,11 @@ func clone(t *testing.T) string {
 	return folder
 }
 
-// From a clone to the demo, to a pipeline of three scripts, to a component that
-// registers.
+// From a clone to the demo, to a pipeline of three scripts, to components that
+// register.
 func TestReadmeNewcomer(t *testing.T) {
 	t.Parallel()
-	data, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	first := regexp.MustCompile(`(?m)^\$ (.*)$`).FindStringSubmatch(string(data))
+	first := regexp.MustCompile(`(?m)^\$ (.*)$`).FindStringSubmatch(page(t, "README.md"))
 	n := newNewcomer(t, clone(t))
 	build, demo, found := strings.Cut(first[1], " && ")
 	if !found {
@@ -285,15 +292,110 @@ func TestReadmeNewcomer(t *testing.T) {
 	n.launch("exec " + demo)
 	n.sees(`msg="pipeline ready" components=3 `)
 	n.interrupt()
-	n.follow(section(t, "Your first pipeline"))
-	n.follow(section(t, "Writing a component"))
+	n.follow(section(t, "README.md", "Your first pipeline"))
+	n.follow(section(t, "README.md", "A component in 20 lines"))
+	n.follow(section(t, "docs/components.md", "In Go"))
+}
+
+// The components in other languages, where this machine has what they need: Debian's
+// packages for Python, and with FLOWCTL_LANGUAGES=must also npm, which asks its registry.
+func TestReadmeLanguages(t *testing.T) {
+	t.Parallel()
+	must := os.Getenv("FLOWCTL_LANGUAGES") == "must"
+	n := newNewcomer(t, clone(t))
+	for i, variable := range n.env {
+		if path, found := strings.CutPrefix(variable, "PATH="); found {
+			n.env[i] = "PATH=/usr/bin:" + path // another python3 does not know those packages
+		}
+	}
+	n.run("go build -o bin/ .")
+	for _, b := range section(t, "README.md", "Your first pipeline") {
+		if b.language == "sh" {
+			n.run(b.text)
+		}
+	}
+	for _, tt := range []struct{ language, needs string }{
+		{"Python", "python3 -c 'import grpc, grpc_tools.protoc'"},
+		{"Node.js", "node --version && npm --version"},
+	} {
+		t.Run(tt.language, func(t *testing.T) {
+			n.t = t
+			out, err := n.command(tt.needs).CombinedOutput()
+			switch {
+			case err != nil && must:
+				t.Fatalf("%s: %v\n%s", tt.needs, err, out)
+			case err != nil || tt.language == "Node.js" && !must:
+				t.Skip("not on this machine")
+			}
+			n.follow(section(t, "docs/components.md", "In "+tt.language))
+		})
+	}
+}
+
+// README is a first page.
+func TestReadmeSize(t *testing.T) {
+	t.Parallel()
+	const most = 10_000
+	if size := len(page(t, "README.md")); size > most {
+		t.Errorf("README.md has %d bytes, %d at most: docs/ is the place for more", size, most)
+	}
+}
+
+// anchor is how the heading of a page is linked to.
+func anchor(heading string) string {
+	heading = strings.ToLower(strings.TrimSpace(strings.TrimLeft(heading, "#")))
+	return strings.ReplaceAll(regexp.MustCompile(`[^\p{L}\p{N} _-]`).ReplaceAllString(heading, ""), " ", "-")
+}
+
+// Links of the pages to files here, and to headings in them, lead somewhere, and README
+// leads to every page.
+func TestReadmeLinks(t *testing.T) {
+	t.Parallel()
+	pages, err := filepath.Glob("docs/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	readme := page(t, "README.md")
+	for _, name := range pages {
+		if !strings.Contains(readme, "]("+name+")") {
+			t.Errorf("README.md does not link to %s", name)
+		}
+	}
+	fenced := regexp.MustCompile("(?ms)^```.*?^```$")
+	link := regexp.MustCompile(`\]\(([^)\s]*)\)`)
+	for _, name := range append(pages, "README.md", "CHANGELOG.md") {
+		for _, m := range link.FindAllStringSubmatch(fenced.ReplaceAllString(page(t, name), ""), -1) {
+			path, fragment, _ := strings.Cut(m[1], "#")
+			if strings.Contains(path, "://") {
+				continue
+			}
+			target := name
+			if path != "" {
+				target = filepath.Join(filepath.Dir(name), path)
+			}
+			if _, err := os.Stat(target); err != nil {
+				t.Errorf("%s links to %s: %v", name, m[1], err)
+				continue
+			}
+			if fragment == "" {
+				continue
+			}
+			found := false
+			for line := range strings.Lines(fenced.ReplaceAllString(page(t, target), "")) {
+				found = found || strings.HasPrefix(line, "#") && anchor(line) == fragment
+			}
+			if !found {
+				t.Errorf("%s links to %s: there is no such heading", name, m[1])
+			}
+		}
+	}
 }
 
 // A job of CI fails when the tests do, or a component, and leaves its logs.
 func TestReadmeCI(t *testing.T) {
 	t.Parallel()
-	var lines, steps []string
-	for _, b := range section(t, "In CI") {
+	var lines, steps, short []string
+	for _, b := range blocks(page(t, "docs/ci.md")) {
 		for line := range strings.Lines(b.text) {
 			line = strings.TrimSpace(line)
 			if step, found := strings.CutPrefix(line, "- run: "); found {
@@ -303,8 +405,18 @@ func TestReadmeCI(t *testing.T) {
 			}
 		}
 	}
+	for _, b := range section(t, "README.md", "CI in five lines") {
+		for line := range strings.Lines(b.text) {
+			if step, found := strings.CutPrefix(strings.TrimSpace(line), "- run: "); found {
+				short = append(short, step)
+			}
+		}
+	}
+	if !slices.Equal(short, steps) {
+		t.Errorf("README.md has the steps %q, docs/ci.md %q", short, steps)
+	}
 	if len(lines) != 3 || len(steps) != 2 {
-		t.Fatalf("README has the lines %q and the steps %q", lines, steps)
+		t.Fatalf("docs/ci.md has the lines %q and the steps %q", lines, steps)
 	}
 	bin := t.TempDir()
 	// What the first step downloads is this.
