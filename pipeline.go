@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
 	"math/bits"
 	"net/url"
 	"regexp"
@@ -15,6 +16,16 @@ import (
 	"syscall"
 	"time"
 	"unicode"
+)
+
+// The model of a pipeline, what it must keep to, and the order in which its components
+// start and stop.
+
+// Bounds of a pipeline.
+const (
+	maxComponents = 1000
+	minDuration   = time.Millisecond
+	maxDuration   = 24 * time.Hour
 )
 
 // Pipeline is a pipeline file that has been read and found right. In the tags of
@@ -93,6 +104,18 @@ type Duration time.Duration
 
 func (d Duration) MarshalJSON() ([]byte, error) {
 	return json.Marshal(time.Duration(d).String())
+}
+
+// parseDuration fails for what is no duration that a field may have.
+func parseDuration(text string) (Duration, error) {
+	d, err := time.ParseDuration(text)
+	switch {
+	case err != nil:
+		return 0, fmt.Errorf("bad duration %s, write it like \"500ms\", \"5s\" or \"1m30s\"", quote(text))
+	case d < minDuration || d > maxDuration:
+		return 0, fmt.Errorf("must be from 1ms to 24h, not %s", quote(text))
+	}
+	return Duration(d), nil
 }
 
 const (
@@ -408,6 +431,117 @@ func words(line string) ([]string, error) {
 	return out, nil
 }
 
+// findings takes in what the rules find wrong with a pipeline, and tells them what its file
+// gives. A field is a pointer to one of the model, or to a Component. Of what is not in
+// the file, or is wrong already, nothing is reported.
+type findings interface {
+	given(field any) bool // it is in the file
+	sound(field any) bool // it is in the file, and nothing is wrong with it
+	line(field any) int   // of the file, where the field is given
+	wrong(field any, format string, args ...any)
+	wrongEntry(list any, i int, format string, args ...any)
+	wrongKey(object any, key, format string, args ...any)
+	missing(object any, name string)
+}
+
+// lazy is a text that is made when it is shown: most errors of a hostile file are not.
+type lazy func() string
+
+func (l lazy) String() string { return l() }
+
+// check reports to f what the fields must keep to among themselves, and sets the roles.
+func (p *Pipeline) check(f findings) {
+	all := p.components()
+	lists := []*[]Component{&p.Spec.Sources, &p.Spec.Processors, &p.Spec.Sinks}
+	unsound := func(list *[]Component) bool { return f.given(list) && !f.sound(list) }
+	if len(all) == 0 && !slices.ContainsFunc(lists, unsound) {
+		f.wrong(&p.Spec, "needs at least one component in sources, processors or sinks")
+	}
+	for role, list := range lists {
+		for i := range *list {
+			(*list)[i].Role = Role(role)
+		}
+	}
+	for _, c := range all {
+		if f.sound(c) {
+			c.checkCommand(f)
+			c.checkPolicies(f)
+			c.checkVariables(f)
+		}
+	}
+	checkCycles(f, all, checkReferences(f, all))
+}
+
+func (c *Component) checkCommand(f findings) {
+	command, image := f.given(&c.Command), f.given(&c.Image)
+	switch {
+	case !command && !image:
+		f.missing(c, "command")
+	case command && image:
+		f.wrong(&c.Image, "cannot be given beside command")
+	case image:
+		if !strings.HasPrefix(c.WorkingDir, "/") {
+			f.wrong(&c.WorkingDir, "must be an absolute path in the container, not %s", quote(c.WorkingDir))
+		}
+	case len(c.Command) == 0:
+		f.wrong(&c.Command, "must not be empty")
+	default:
+		if err := checkPath(c.Command[0]); err != nil {
+			f.wrongEntry(&c.Command, 0, "%v", err)
+		}
+	}
+	if !image {
+		for _, field := range []any{&c.Volumes, &c.Ports, &c.User} {
+			f.wrong(field, "has no effect without image")
+		}
+	}
+}
+
+func (c *Component) checkPolicies(f findings) {
+	if !f.given(&c.HealthCheck) {
+		for _, field := range []any{&c.HealthInterval, &c.HealthTimeout, &c.HealthRetries} {
+			f.wrong(field, "has no effect without health_check")
+		}
+	}
+	if !f.given(&c.RestartPolicy) || c.RestartPolicy == restartNo {
+		f.wrong(&c.MaxRestarts, "has no effect unless restart_policy is on-failure or always")
+	}
+}
+
+// checkVariables refuses what is no variable, what flowctl sets, and what is set twice.
+// Only config may repeat a variable of env and env_files, which win over it.
+func (c *Component) checkVariables(f findings) {
+	valid := func(object any, key, variable string) bool {
+		switch {
+		case !variableName.MatchString(key):
+			f.wrongKey(object, key, "%v", lazy(func() string { return notVariable(key) }))
+		case strings.HasPrefix(variable, "FLOWCTL_") && variable != "FLOWCTL_HEARTBEAT_INTERVAL":
+			f.wrongKey(object, key, "%s is set by flowctl", clip(variable))
+		default:
+			return true
+		}
+		return false
+	}
+	for _, key := range slices.Sorted(maps.Keys(c.Env)) {
+		valid(&c.Env, key, key)
+	}
+	for _, key := range slices.Sorted(maps.Keys(c.EnvFiles)) {
+		if _, taken := c.Env[key]; valid(&c.EnvFiles, key, key) && taken {
+			f.wrongKey(&c.EnvFiles, key, "%s is set by env already", clip(key))
+		}
+	}
+	keys := make(map[string]string) // by variable
+	for _, key := range slices.Sorted(maps.Keys(c.Config)) {
+		variable := strings.ToUpper(key)
+		if first, taken := keys[variable]; valid(&c.Config, key, variable) && taken {
+			f.wrongKey(&c.Config, key, "%s is set by %s already", clip(variable), clip(first))
+		}
+		keys[variable] = key
+	}
+}
+
+var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+
 func notVariable(key string) string {
 	msg := quote(key) + " is no name for a variable: use letters, digits and _, with no digit first"
 	if better := strings.NewReplacer("-", "_", ".", "_").Replace(key); len(key) <= maxQuoted && variableName.MatchString(better) {
@@ -418,8 +552,97 @@ func notVariable(key string) string {
 
 // A waitEdge is an entry of inputs or depends_on.
 type waitEdge struct {
-	on int   // index of the component
-	at *node // the entry
+	on    int       // index of the component that it names
+	list  *[]string // which it is in
+	entry int
+}
+
+// checkReferences returns what each component waits for.
+func checkReferences(f findings, all []*Component) [][]waitEdge {
+	index := make(map[string]int, len(all))
+	sure := true // false when an id is wrong: what refers to it may be right
+	for i, c := range all {
+		if !f.sound(&c.ID) {
+			sure = false
+		} else if first, ok := index[c.ID]; ok {
+			f.wrong(&c.ID, "duplicate id %s, first on line %d", quote(c.ID), f.line(&all[first].ID))
+		} else {
+			index[c.ID] = i
+		}
+	}
+	edges := make([][]waitEdge, len(all))
+	for i, c := range all {
+		if f.sound(&c.Inputs) && c.Role == roleSource && len(c.Inputs) > 0 {
+			f.wrong(&c.Inputs, "a source has no inputs")
+		}
+		for _, list := range []*[]string{&c.Inputs, &c.DependsOn} {
+			if !f.sound(list) {
+				continue
+			}
+			listed := make(map[string]bool)
+			for entry, id := range *list {
+				on, known := index[id]
+				switch {
+				case listed[id]:
+					f.wrongEntry(list, entry, "%s is listed twice", quote(id))
+				case id == c.ID:
+					f.wrongEntry(list, entry, "%s is this component itself", quote(id))
+				case !known && sure:
+					f.wrongEntry(list, entry, "unknown component %s%v", quote(id), lazy(func() string { return likelyID(id, all) }))
+				case known && list == &c.Inputs && all[on].Role == roleSink:
+					f.wrongEntry(list, entry, "%s is a sink, which has no output", quote(id))
+				case known:
+					edges[i] = append(edges[i], waitEdge{on, list, entry})
+				}
+				listed[id] = true
+			}
+		}
+	}
+	return edges
+}
+
+func likelyID(id string, all []*Component) string {
+	var ids []string
+	for _, c := range all {
+		ids = append(ids, c.ID)
+	}
+	if near := nearest(id, ids); near != "" {
+		return fmt.Sprintf(", did you mean %q?", near)
+	}
+	return ""
+}
+
+// checkCycles reports each entry that closes a cycle when the components are
+// walked in the order of the file.
+func checkCycles(f findings, all []*Component, edges [][]waitEdge) {
+	var path []int
+	place := make([]int, len(all)) // 1 + index in path; -1 once left; 0 if not seen
+	var visit func(i int)
+	visit = func(i int) {
+		path = append(path, i)
+		place[i] = len(path)
+		for _, edge := range edges[i] {
+			if place[edge.on] == 0 {
+				visit(edge.on)
+			} else if place[edge.on] > 0 {
+				cycle := lazy(func() string {
+					var b strings.Builder
+					for _, i := range path[place[edge.on]-1:] {
+						fmt.Fprintf(&b, "%s -> ", clip(all[i].ID))
+					}
+					return b.String() + clip(all[edge.on].ID)
+				})
+				f.wrongEntry(edge.list, edge.entry, "cycle, each waits for the next: %v", cycle)
+			}
+		}
+		path = path[:len(path)-1]
+		place[i] = -1
+	}
+	for i := range all {
+		if place[i] == 0 {
+			visit(i)
+		}
+	}
 }
 
 // images are those that p names, each once.

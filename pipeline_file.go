@@ -14,21 +14,19 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 	"unicode/utf8"
 )
 
-// What a pipeline file may hold. Errors are collected up to maxErrors, so that a
-// hostile file costs little, and shown up to maxShown.
-const (
-	maxFileSize   = 4 << 20
-	maxComponents = 1000
-	maxDepth      = 100
-	maxErrors     = 1000
-	maxShown      = 100
+// Reading a pipeline file: strict JSON, references to the environment, and the list of
+// all errors with their places; and the JSON Schema of a file.
 
-	minDuration = time.Millisecond
-	maxDuration = 24 * time.Hour
+// Bounds of a file. Errors are collected up to maxErrors, so that a hostile file costs
+// little; then the first maxShown in the order of the file are shown.
+const (
+	maxFileSize = 4 << 20 // bytes, and as many again from the environment
+	maxDepth    = 100     // of lists and objects in each other
+	maxErrors   = 1000
+	maxShown    = 100
 )
 
 // readPipeline reads the pipeline file at path; env is asked for the variables
@@ -149,7 +147,7 @@ func (p *Pipeline) resolve(folder string) {
 // parsePipeline reads a pipeline from the content of a file. The name is for the
 // errors, which are all returned at once as a *fileErrors; paths stay as written.
 func parsePipeline(data []byte, name string, env func(string) (string, bool)) (*Pipeline, error) {
-	r := &reader{data: data, env: env, nodes: make(map[*Component]*node)}
+	r := &reader{data: data, env: env, nodes: make(map[any]*node)}
 	r.errs.name = name
 	p := new(Pipeline)
 	if r.checkSyntax() {
@@ -157,7 +155,7 @@ func parsePipeline(data []byte, name string, env func(string) (string, bool)) (*
 		r.dec.UseNumber()
 		if root := new(node); r.tree(root, 0) && r.checkSize(root) {
 			r.bind(root, p)
-			r.check(p, root)
+			p.check(r)
 		}
 	}
 	if len(r.errs.list) > 0 {
@@ -235,14 +233,6 @@ func (n *node) child(name string) *node {
 	return nil
 }
 
-// sound returns the member of that name if it is there and nothing is wrong with it.
-func (n *node) sound(name string) *node {
-	if kid := n.child(name); kid != nil && !kid.bad {
-		return kid
-	}
-	return nil
-}
-
 func (n *node) path() string {
 	switch {
 	case n.parent == nil:
@@ -255,16 +245,14 @@ func (n *node) path() string {
 	return strings.TrimPrefix(n.parent.path()+"."+n.key, ".")
 }
 
-var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
-
-// A reader turns one file into a Pipeline: syntax, then a tree of nodes, then the
-// model, then what the model must keep to.
+// A reader turns one file into a Pipeline: syntax, then a tree of nodes, then the model.
+// The rules of the model report to it.
 type reader struct {
 	data  []byte
 	env   func(string) (string, bool)
 	dec   *json.Decoder
-	nodes map[*Component]*node
-	added int // bytes that the environment has added
+	nodes map[any]*node // by pointer into the model
+	added int           // bytes that the environment has added
 	errs  fileErrors
 }
 
@@ -277,7 +265,7 @@ func (r *reader) errorf(n *node, format string, args ...any) {
 	r.errorAt(n.offset, n.path(), format, args...)
 }
 
-func (r *reader) missing(n *node, name, format string, args ...any) {
+func (r *reader) missingField(n *node, name, format string, args ...any) {
 	r.errorAt(n.offset, (&node{parent: n, key: name}).path(), format, args...)
 }
 
@@ -305,11 +293,44 @@ func (r *reader) sortedErrors() *fileErrors {
 	return e
 }
 
-func (r *reader) line(offset int) int {
+func (r *reader) lineOf(offset int) int {
 	if r.full() {
 		return 0 // nobody sees it
 	}
 	return bytes.Count(r.data[:offset], []byte("\n")) + 1
+}
+
+// What follows is findings, as the rules see a file.
+
+func (r *reader) given(field any) bool { return r.nodes[field] != nil }
+
+func (r *reader) sound(field any) bool { return r.given(field) && !r.nodes[field].bad }
+
+func (r *reader) line(field any) int { return r.lineOf(r.nodes[field].offset) }
+
+func (r *reader) wrong(field any, format string, args ...any) {
+	if r.sound(field) {
+		r.errorf(r.nodes[field], format, args...)
+	}
+}
+
+func (r *reader) wrongEntry(list any, i int, format string, args ...any) {
+	if kid := r.nodes[list].kids[i]; !kid.bad {
+		r.errorf(kid, format, args...)
+	}
+}
+
+func (r *reader) wrongKey(object any, key, format string, args ...any) {
+	if r.full() {
+		r.errs.more++ // to find the key takes time
+		return
+	}
+	kid := r.nodes[object].child(key)
+	r.errorAt(kid.keyAt, kid.path(), format, args...)
+}
+
+func (r *reader) missing(object any, name string) {
+	r.missingField(r.nodes[object], name, "is missing")
 }
 
 // checkSyntax leaves to encoding/json what JSON is.
@@ -407,7 +428,7 @@ func (r *reader) members(n *node, depth int) bool {
 		}
 		if n.kind == kindObject {
 			if offset, ok := first[kid.key]; ok {
-				r.errorAt(kid.keyAt, kid.path(), "duplicate key, first on line %d", r.line(offset))
+				r.errorAt(kid.keyAt, kid.path(), "duplicate key, first on line %d", r.lineOf(offset))
 				continue
 			}
 			first[kid.key] = kid.keyAt
@@ -445,6 +466,7 @@ func (r *reader) checkSize(root *node) bool {
 // bind sets what target points to, and reports what does not fit. Empty lists and
 // maps stay nil, as if they were not in the file.
 func (r *reader) bind(n *node, target any) {
+	r.nodes[target] = n
 	switch t := target.(type) {
 	case *string:
 		*t = r.text(n)
@@ -469,14 +491,13 @@ func (r *reader) bind(n *node, target any) {
 		if r.want(n, kindList) && len(n.kids) > 0 {
 			*t = make([]Component, len(n.kids))
 			for i, kid := range n.kids {
-				r.nodes[&(*t)[i]] = kid
 				r.bind(kid, &(*t)[i])
 			}
 		}
 	case *map[string]string:
 		bindMap(r, n, t, r.text)
 	case *map[string]any:
-		bindMap(r, n, t, r.config)
+		bindMap(r, n, t, r.configVariable)
 	default:
 		r.object(n, reflect.ValueOf(target).Elem())
 	}
@@ -535,13 +556,19 @@ func (r *reader) duration(n *node) Duration {
 	if n.bad {
 		return 0
 	}
-	d, err := time.ParseDuration(text)
+	d, err := parseDuration(text)
 	if err != nil {
-		r.errorf(n, "bad duration %s, write it like \"500ms\", \"5s\" or \"1m30s\"", quote(text))
-	} else if d < minDuration || d > maxDuration {
-		r.errorf(n, "must be from 1ms to 24h, not %s", quote(text))
+		r.errorf(n, "%v", err)
 	}
-	return Duration(d)
+	return d
+}
+
+// configVariable is config for what becomes an environment variable.
+func (r *reader) configVariable(n *node) any {
+	if n.kind == kindNull {
+		r.errorf(n, "must not be null")
+	}
+	return r.config(n)
 }
 
 // config keeps the value as it is, with the strings in it filled in.
@@ -578,7 +605,9 @@ func (r *reader) object(n *node, v reflect.Value) {
 	for _, kid := range n.kids {
 		i := slices.Index(l.fields, kid.key)
 		if i < 0 {
-			r.unknownField(n, kid, l)
+			if right := r.unknownField(n, kid, l); right >= 0 {
+				r.nodes[v.Field(right).Addr().Interface()] = kid
+			}
 			continue
 		}
 		r.bind(kid, v.Field(i).Addr().Interface())
@@ -592,9 +621,9 @@ func (r *reader) object(n *node, v reflect.Value) {
 			continue
 		}
 		if rule := rules[tag.Get("check")]; rule != nil {
-			r.missing(n, name, "is missing, it %v", rule(""))
+			r.missingField(n, name, "is missing, it %v", rule(""))
 		} else {
-			r.missing(n, name, "is missing")
+			r.missingField(n, name, "is missing")
 		}
 	}
 }
@@ -612,13 +641,13 @@ func (r *reader) apply(rule func(string) error, n *node) {
 	}
 }
 
-// unknownField reports kid and gives it its right name, if there is one, so that
-// this field is not reported as missing too.
-func (r *reader) unknownField(n, kid *node, l *level) {
+// unknownField reports kid. Where n lacks the field that it seems to stand for, kid gets
+// its name, so that it is not reported as missing too; the result is its index, else -1.
+func (r *reader) unknownField(n, kid *node, l *level) int {
 	kid.bad = true
 	if r.full() {
 		r.errs.more++
-		return
+		return -1
 	}
 	right, place := suggest(kid.key, l)
 	hint := ""
@@ -628,9 +657,11 @@ func (r *reader) unknownField(n, kid *node, l *level) {
 		hint = ", it belongs " + place
 	}
 	r.errorAt(kid.keyAt, kid.path(), "unknown field %s%s", quote(kid.key), hint)
-	if right != "" && n.child(right) == nil {
-		kid.key = right
+	if right == "" || n.child(right) != nil {
+		return -1
 	}
+	kid.key = right
+	return slices.Index(l.fields, right)
 }
 
 // text returns the string of n with ${NAME}, ${NAME:-default} and ${NAME:?message}
@@ -705,203 +736,6 @@ func (r *reader) lookup(n *node, ref string) string {
 		r.errorf(n, "the environment adds more than 4 MiB to the file")
 	}
 	return value
-}
-
-// check reports what the fields must keep to among themselves. It passes over
-// what bind has found to be wrong.
-func (r *reader) check(p *Pipeline, root *node) {
-	all := p.components()
-	if spec := root.sound("spec"); spec != nil && len(all) == 0 &&
-		!slices.ContainsFunc(spec.kids, func(kid *node) bool { return kid.bad }) {
-		r.errorf(spec, "needs at least one component in sources, processors or sinks")
-	}
-	for role, list := range [][]Component{p.Spec.Sources, p.Spec.Processors, p.Spec.Sinks} {
-		for i := range list {
-			list[i].Role = Role(role)
-		}
-	}
-	for _, c := range all {
-		if n := r.nodes[c]; n.kind == kindObject {
-			r.checkCommand(n)
-			r.checkEnv(n)
-			r.checkPolicies(n)
-		}
-	}
-	r.checkCycles(all, r.checkReferences(all))
-}
-
-func (r *reader) checkCommand(n *node) {
-	command, image := n.child("command"), n.child("image")
-	switch {
-	case command == nil && image == nil:
-		r.missing(n, "command", "is missing")
-	case command != nil && image != nil:
-		r.errorf(image, "cannot be given beside command")
-	case image != nil:
-		if dir := n.sound("working_dir"); dir != nil && !strings.HasPrefix(dir.text, "/") {
-			r.errorf(dir, "must be an absolute path in the container, not %s", quote(dir.text))
-		}
-		return
-	case command.bad:
-	case len(command.kids) == 0:
-		r.errorf(command, "must not be empty")
-	default:
-		r.apply(checkPath, command.kids[0])
-	}
-	for _, name := range []string{"volumes", "ports", "user"} {
-		if kid := n.sound(name); kid != nil && image == nil {
-			r.errorf(kid, "has no effect without image")
-		}
-	}
-}
-
-func (r *reader) checkPolicies(n *node) {
-	if n.child("health_check") == nil {
-		for _, name := range []string{"health_interval", "health_timeout", "health_retries"} {
-			if kid := n.sound(name); kid != nil {
-				r.errorf(kid, "has no effect without health_check")
-			}
-		}
-	}
-	policy, most := n.child("restart_policy"), n.sound("max_restarts")
-	if most != nil && (policy == nil || policy.text == restartNo) {
-		r.errorf(most, "has no effect unless restart_policy is on-failure or always")
-	}
-}
-
-// checkEnv refuses what is no variable, what flowctl sets, and what is set twice.
-// Only config may repeat a variable of the others, as it gives way to them.
-func (r *reader) checkEnv(n *node) {
-	offsets := make(map[string]int)
-	for _, list := range []string{"env", "env_files", "config"} {
-		vars := n.sound(list)
-		if vars == nil {
-			continue
-		}
-		if list == "config" {
-			clear(offsets)
-		}
-		for _, kid := range vars.kids {
-			name := kid.key
-			if list == "config" {
-				name = strings.ToUpper(name)
-			}
-			offset, taken := offsets[name]
-			switch {
-			case r.full():
-				r.errs.more++
-			case !variableName.MatchString(kid.key):
-				r.errorAt(kid.keyAt, kid.path(), "%s", notVariable(kid.key))
-			case strings.HasPrefix(name, "FLOWCTL_") && name != "FLOWCTL_HEARTBEAT_INTERVAL":
-				r.errorAt(kid.keyAt, kid.path(), "%s is set by flowctl", clip(name))
-			case taken:
-				r.errorAt(kid.keyAt, kid.path(), "%s is set on line %d already", clip(name), r.line(offset))
-			case list == "config" && kid.kind == kindNull:
-				r.errorf(kid, "must not be null")
-			default:
-				offsets[name] = kid.keyAt
-			}
-		}
-	}
-}
-
-// checkReferences returns what each component waits for.
-func (r *reader) checkReferences(all []*Component) [][]waitEdge {
-	index := make(map[string]int, len(all))
-	sure := true // false when an id is wrong: what refers to it may be right
-	for i, c := range all {
-		id := r.nodes[c].sound("id")
-		if id == nil {
-			sure = false
-		} else if first, ok := index[c.ID]; ok {
-			r.errorf(id, "duplicate id %s, first on line %d", quote(c.ID), r.line(r.nodes[all[first]].child("id").offset))
-		} else {
-			index[c.ID] = i
-		}
-	}
-	edges := make([][]waitEdge, len(all))
-	for i, c := range all {
-		for _, name := range []string{"inputs", "depends_on"} {
-			list := r.nodes[c].sound(name)
-			if list == nil {
-				continue
-			}
-			if name == "inputs" && c.Role == roleSource && len(list.kids) > 0 {
-				r.errorf(list, "a source has no inputs")
-				continue
-			}
-			listed := make(map[string]bool)
-			for _, kid := range list.kids {
-				on, known := index[kid.text]
-				switch {
-				case kid.bad:
-				case listed[kid.text]:
-					r.errorf(kid, "%s is listed twice", quote(kid.text))
-				case kid.text == c.ID:
-					r.errorf(kid, "%s is this component itself", quote(kid.text))
-				case !known && sure:
-					r.errorf(kid, "unknown component %s%s", quote(kid.text), r.likely(kid.text, all))
-				case known && name == "inputs" && all[on].Role == roleSink:
-					r.errorf(kid, "%s is a sink, which has no output", quote(kid.text))
-				case known:
-					edges[i] = append(edges[i], waitEdge{on, kid})
-				}
-				listed[kid.text] = true
-			}
-		}
-	}
-	return edges
-}
-
-func (r *reader) likely(id string, all []*Component) string {
-	if r.full() {
-		return ""
-	}
-	var ids []string
-	for _, c := range all {
-		ids = append(ids, c.ID)
-	}
-	if near := nearest(id, ids); near != "" {
-		return fmt.Sprintf(", did you mean %q?", near)
-	}
-	return ""
-}
-
-// checkCycles reports each entry that closes a cycle when the components are
-// walked in the order of the file.
-func (r *reader) checkCycles(all []*Component, edges [][]waitEdge) {
-	var path []int
-	place := make([]int, len(all)) // 1 + index in path; -1 once left; 0 if not seen
-	var visit func(i int)
-	visit = func(i int) {
-		path = append(path, i)
-		place[i] = len(path)
-		for _, edge := range edges[i] {
-			if place[edge.on] == 0 {
-				visit(edge.on)
-			} else if place[edge.on] > 0 {
-				r.errorf(edge.at, "cycle, each waits for the next: %s", r.cycle(all, path[place[edge.on]-1:]))
-			}
-		}
-		path = path[:len(path)-1]
-		place[i] = -1
-	}
-	for i := range all {
-		if place[i] == 0 {
-			visit(i)
-		}
-	}
-}
-
-func (r *reader) cycle(all []*Component, members []int) string {
-	if r.full() {
-		return ""
-	}
-	var b strings.Builder
-	for _, i := range members {
-		fmt.Fprintf(&b, "%s -> ", clip(all[i].ID))
-	}
-	return b.String() + clip(all[members[0]].ID)
 }
 
 func bindMap[T any](r *reader, n *node, target *map[string]T, value func(*node) T) {

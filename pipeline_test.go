@@ -459,8 +459,8 @@ b"}`, []string{
 		`2:257: spec.processors[0].config["ſ"]: "ſ" is no name for a variable: use letters, digits and _, with no digit first`,
 	}},
 	{"variables twice", commandFile(`"env": {"A": "1", "a": "2"}, "env_files": {"B": "b", "A": "a"}, "config": {"a": 1, "b": 2, "c": 3, "C": 4}`), []string{
-		`2:99: spec.processors[0].env_files.A: A is set on line 2 already`,
-		`2:145: spec.processors[0].config.C: C is set on line 2 already`,
+		`2:99: spec.processors[0].env_files.A: A is set by env already`,
+		`2:137: spec.processors[0].config.c: C is set by C already`,
 	}},
 	{"config null", commandFile(`"config": {"a": null, "b": [null]}`), []string{
 		`2:62: spec.processors[0].config.a: must not be null`,
