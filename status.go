@@ -1,3 +1,6 @@
+// How things are, in words: the status and the footer of a run, what list prints, the
+// report of a failure. Values come in, text goes out; nothing here asks anyone.
+
 package main
 
 import (
@@ -16,17 +19,23 @@ import (
 	"time"
 )
 
+const (
+	reportMsg    = "flowctl failed" // the msg of a report, which sets it apart from the log
+	mostShown    = 5                // failed components that are shown in full: a later one rarely has more to tell
+	durableAgain = "what is registered would survive a restart again"
+)
+
 // overview is how a run is at a moment.
 type overview struct {
 	ready, total int
 	waiting      []string // not ready yet
-	unhealthy    []string // were ready and are not healthy, with the cause
+	unhealthy    []string // were ready and are unhealthy now, with the cause
 	restarting   []string
 	stopping     bool
 	left         []string // still running while stopping
 }
 
-// part is what an overview has to say besides the counts.
+// part is a group of components in an overview.
 type part struct {
 	key, what string
 	ids       []string
@@ -40,7 +49,7 @@ func (o overview) parts() []part {
 	return slices.DeleteFunc(parts, func(p part) bool { return len(p.ids) == 0 })
 }
 
-// String says it in one line, as systemd's STATUS= wants it.
+// String is the overview in a line, as systemd's STATUS= wants it.
 func (o overview) String() string {
 	if o.stopping {
 		return "stopping, waiting for " + enumerate(o.left)
@@ -52,7 +61,7 @@ func (o overview) String() string {
 	return text
 }
 
-// attrs says it as the log wants it.
+// attrs is the overview as attributes of the log.
 func (o overview) attrs() []any {
 	var attrs []any
 	if !o.stopping {
@@ -64,43 +73,91 @@ func (o overview) attrs() []any {
 	return attrs
 }
 
-// report is that, and in JSON its form. README documents the keys.
+// footer is what the status below the log of a run shows.
+type footer struct {
+	pipeline, endpoint string
+	status             string // an overview in a line
+	components         []footerComponent
+}
+
+type footerComponent struct {
+	id, state, health string
+	pid               int       // 0 where no process runs
+	started           time.Time // of that process
+	lastSeen          time.Time // zero for never
+	restarts          int
+	metrics           map[string]any // float64 or string
+}
+
+// rows are the lines of the footer: one for the pipeline, the head of a table, and one
+// for each component.
+func (f footer) rows(now time.Time) []string {
+	var table strings.Builder
+	tw := newColumns(&table)
+	fmt.Fprintln(tw, "ID\tSTATE\tHEALTH\tPID\tUPTIME\tLAST SEEN\tRESTARTS\tMETRICS")
+	for _, c := range f.components {
+		uptime := max(now.Sub(c.started), 0).Round(time.Second)
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t%s\n", clean(c.id), clean(c.state), clean(c.health), dash(c.pid != 0, c.pid),
+			dash(c.pid != 0, uptime), dash(!c.lastSeen.IsZero(), ago(now.Sub(c.lastSeen))), c.restarts, shortMetrics(c.metrics))
+	}
+	_ = tw.Flush() // a Builder always takes it
+	head := fmt.Sprintf("%s (%s): %s", clean(f.pipeline), clean(f.endpoint), printable(f.status))
+	return append([]string{head}, strings.Split(strings.TrimSuffix(table.String(), "\n"), "\n")...)
+}
+
+// newColumns returns a writer that aligns the cells of a table, which end with tabs.
+func newColumns(w io.Writer) *tabwriter.Writer { return tabwriter.NewWriter(w, 0, 8, 2, ' ', 0) }
+
+// shortMetrics shows the first few metrics by name.
+func shortMetrics(metrics map[string]any) string { return cmp.Or(enumerate(metricTexts(metrics)), "-") }
+
+func metricTexts(metrics map[string]any) []string {
+	var parts []string
+	for name, value := range metrics {
+		if f, ok := value.(float64); ok {
+			value = fmt.Sprintf("%.6g", f)
+		}
+		parts = append(parts, clean(fmt.Sprintf("%s=%v", name, value)))
+	}
+	slices.Sort(parts)
+	return parts
+}
+
+// report says what has failed, to a person or as a JSON object of README.
 type report struct {
 	Time     time.Time         `json:"time"`
 	Level    string            `json:"level"`
-	Msg      string            `json:"msg"` // reportMsg, by which it is told from the log
+	Msg      string            `json:"msg"` // reportMsg
 	ExitCode int               `json:"exit_code"`
 	Pipeline string            `json:"pipeline,omitempty"`
-	Error    string            `json:"error,omitempty"` // that no component is to blame for
+	Error    string            `json:"error,omitempty"` // where it is not a component that failed
 	Try      string            `json:"try,omitempty"`
-	File     string            `json:"file,omitempty"` // in which Errors are
+	File     string            `json:"file,omitempty"` // where Errors are
 	Errors   []fileError       `json:"errors,omitempty"`
-	More     int               `json:"more_errors,omitempty"` // that are not in Errors
+	More     int               `json:"more_errors,omitempty"` // besides Errors
 	Failures []failedComponent `json:"failures,omitempty"`    // in file order
 }
 
-const reportMsg = "flowctl failed"
-
-// failedComponent is one that failed, in a report.
+// failedComponent is a component that failed, in a report.
 type failedComponent struct {
 	Component    string   `json:"component"`
 	Kind         failKind `json:"kind"`
 	Reason       string   `json:"reason"`
-	PID          int      `json:"pid,omitempty"` // of its last process, as what follows is
-	Lived        string   `json:"lived,omitempty"`
-	Registered   bool     `json:"registered"`
+	PID          int      `json:"pid,omitempty"`   // of its last process
+	Lived        string   `json:"lived,omitempty"` // that process
+	Registered   bool     `json:"registered"`      // that process
 	Restarts     int      `json:"restarts"`
 	LastLines    []string `json:"last_lines"`
 	LogFile      string   `json:"log_file,omitempty"`
 	NeverStarted []string `json:"never_started"` // because they wait for it
-	Stopped      []string `json:"stopped"`       // although they ran, because they need it
+	Stopped      []string `json:"stopped"`       // because they need it
 	Try          string   `json:"try,omitempty"`
 
 	expected bool // to register
 }
 
-// newReport says how err ends flowctl. It has nothing to say where its exit code is
-// the answer, or all has been said.
+// newReport is the report of an error that ends flowctl. say is false where there is
+// nothing to report besides the exit code.
 func newReport(err error) (out report, say bool) {
 	out = report{Time: time.Now(), Level: "ERROR", Msg: reportMsg, ExitCode: exitFailed}
 	var exit *exitError
@@ -118,7 +175,7 @@ func newReport(err error) (out report, say bool) {
 	return out, true
 }
 
-// writeText says it to people.
+// writeText writes the report for a person.
 func (r report) writeText(w io.Writer) {
 	switch {
 	case len(r.Errors) > 0:
@@ -134,10 +191,7 @@ func (r report) writeText(w io.Writer) {
 	}
 }
 
-// mostShown is how many failed components are shown in full in a text. What fails
-// after so many others rarely has more to tell.
-const mostShown = 5
-
+// writeText writes a line about the failure, and in full all that is known of it.
 func (f failedComponent) writeText(w io.Writer, full bool) {
 	fmt.Fprintf(w, "flowctl: component %s failed: %s%s\n", f.Component, f.Reason, f.circumstances())
 	if !full {
@@ -178,12 +232,10 @@ func (f failedComponent) circumstances() string {
 	return text + ")"
 }
 
-// writeJSON writes it in a line.
-func (r report) writeJSON(w io.Writer) {
-	_ = writeJSON(w, r, false) // texts, numbers and a time always encode, and there is nowhere to say that it is not written
-}
+// writeJSON writes the report as a line of JSON. There is nobody to tell if that fails.
+func (r report) writeJSON(w io.Writer) { _ = writeJSON(w, r, false) }
 
-// forms are those in which a run reports what failed.
+// forms is the report in all its forms.
 func (r report) forms() runReport {
 	var text, line bytes.Buffer
 	r.writeText(&text)
@@ -301,56 +353,7 @@ func trySignal(sig syscall.Signal) string {
 	return "flowctl did not send it: something else on this machine has ended it"
 }
 
-// footer is what the status below the log of a run shows.
-type footer struct {
-	pipeline, endpoint string
-	status             string // an overview in a line
-	components         []footerComponent
-}
-
-type footerComponent struct {
-	id, state, health string
-	pid               int       // 0 where no process runs
-	started           time.Time // of that process
-	lastSeen          time.Time // zero for never
-	restarts          int
-	metrics           map[string]any // float64 or string
-}
-
-// rows are the lines of the footer: how the pipeline is, a head, and one for each
-// component.
-func (f footer) rows(now time.Time) []string {
-	var table strings.Builder
-	tw := newColumns(&table)
-	fmt.Fprintln(tw, "ID\tSTATE\tHEALTH\tPID\tUPTIME\tLAST SEEN\tRESTARTS\tMETRICS")
-	for _, c := range f.components {
-		uptime := max(now.Sub(c.started), 0).Round(time.Second)
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t%s\n", clean(c.id), clean(c.state), clean(c.health), dash(c.pid != 0, c.pid),
-			dash(c.pid != 0, uptime), dash(!c.lastSeen.IsZero(), ago(now.Sub(c.lastSeen))), c.restarts, shortMetrics(c.metrics))
-	}
-	_ = tw.Flush() // a Builder always takes it
-	head := fmt.Sprintf("%s (%s): %s", clean(f.pipeline), clean(f.endpoint), printable(f.status))
-	return append([]string{head}, strings.Split(strings.TrimSuffix(table.String(), "\n"), "\n")...)
-}
-
-func newColumns(w io.Writer) *tabwriter.Writer { return tabwriter.NewWriter(w, 0, 8, 2, ' ', 0) }
-
-// shortMetrics shows the first few metrics by name.
-func shortMetrics(metrics map[string]any) string { return cmp.Or(enumerate(metricTexts(metrics)), "-") }
-
-func metricTexts(metrics map[string]any) []string {
-	var parts []string
-	for name, value := range metrics {
-		if f, ok := value.(float64); ok {
-			value = fmt.Sprintf("%.6g", f)
-		}
-		parts = append(parts, clean(fmt.Sprintf("%s=%v", name, value)))
-	}
-	slices.Sort(parts)
-	return parts
-}
-
-// listedPipeline is one element of what list -json prints. README documents it.
+// listedPipeline is a control plane in what list prints. README documents the JSON.
 type listedPipeline struct {
 	Pipeline   string             `json:"pipeline"` // "" for a control plane alone
 	Endpoint   string             `json:"endpoint"`
@@ -362,12 +365,12 @@ type listedPipeline struct {
 	StateFile  string             `json:"state_file,omitempty"`
 	NotDurable string             `json:"not_durable,omitempty"`
 	Components []*listedComponent `json:"components"`
-	ended      string             // why nothing more comes of it, "" while it does
+
+	ended string // why list -watch hears no more of it, "" while it does
 }
 
 // listedComponent is one component in what list prints.
 type listedComponent struct {
-	record       int64
 	ID           string            `json:"id"`
 	InPipeline   bool              `json:"in_pipeline"`
 	ServiceID    string            `json:"service_id,omitempty"`
@@ -402,8 +405,8 @@ type listedChange struct {
 	Cause  string    `json:"cause,omitempty"`
 }
 
-// listedEvent is what list -watch -json prints for each change: one of Component,
-// Removed, Status and Ended is there.
+// listedEvent is a change in what list -watch prints. One of Component, Removed, Status
+// and Ended is set.
 type listedEvent struct {
 	Time       time.Time        `json:"time"`
 	Pipeline   string           `json:"pipeline"`
@@ -413,51 +416,80 @@ type listedEvent struct {
 	Status     string           `json:"status,omitempty"`
 	Ready      *bool            `json:"ready,omitempty"` // beside Status
 	NotDurable string           `json:"not_durable,omitempty"`
-	Ended      string           `json:"ended,omitempty"` // why nothing more comes
-	durability string           // what is to be said of NotDurable, if that has changed
+	Ended      string           `json:"ended,omitempty"` // why the stream has ended
+
+	durability string // NotDurable in words, where it has changed
 }
 
-// rank puts what is in the pipeline first.
-func (l *listedComponent) rank() int {
-	if l.InPipeline {
-		return 0
+// writePipelines writes pipelines for a person: a table of each or, with an id, all that
+// is known of the components of that id.
+func writePipelines(w io.Writer, pipelines []listedPipeline, id string) error {
+	now := time.Now()
+	out := bufio.NewWriter(w) // keeps the first error, for Flush
+	for i, p := range pipelines {
+		if i > 0 {
+			fmt.Fprintln(out)
+		}
+		if p.ended != "" {
+			fmt.Fprintf(out, "%s | %s\n", clean(cmp.Or(p.Pipeline, p.Endpoint)), p.ended)
+			continue
+		}
+		if id == "" {
+			p.writeTable(out, now)
+			continue
+		}
+		for _, l := range p.Components {
+			l.writeDetails(out, &p, now)
+		}
 	}
-	return 1
+	return out.Flush()
 }
 
-func (l *listedComponent) is(id string) bool { return l.ID == id || l.ServiceID == id }
-
-// setMetric keeps a number as a number unless JSON has none such, as for infinity.
-func (l *listedComponent) setMetric(name string, value any) {
-	if l.Metrics == nil {
-		l.Metrics = make(map[string]any)
+// writeTable writes a pipeline, with a row for each component.
+func (p *listedPipeline) writeTable(w *bufio.Writer, now time.Time) {
+	if p.Status != "" {
+		fmt.Fprintf(w, "%s (pid %d, %s)\n", strings.TrimPrefix(clean(p.Pipeline)+": "+printable(p.Status), ": "), p.PID, clean(p.Endpoint))
 	}
-	if f, ok := value.(float64); ok && (math.IsInf(f, 0) || math.IsNaN(f)) {
-		value = fmt.Sprint(f)
+	if p.NotDurable != "" {
+		fmt.Fprintln(w, p.durability())
 	}
-	l.Metrics[name] = value
+	if len(p.Components) == 0 {
+		fmt.Fprintln(w, "nothing is registered")
+		return
+	}
+	ofPipeline := slices.ContainsFunc(p.Components, func(l *listedComponent) bool { return l.State != "" })
+	tw := newColumns(w)
+	columns := []string{"ID", "TYPE", "STATE", "PID", "RESTARTS", "HEALTH", "LAST SEEN", "ENDPOINT", "METRICS"}
+	row := func(cells []string) {
+		if !ofPipeline {
+			cells = slices.Delete(cells, 2, 5)
+		}
+		fmt.Fprintln(tw, strings.Join(cells, "\t"))
+	}
+	row(columns)
+	for _, l := range p.Components {
+		row([]string{
+			l.title(ofPipeline), clean(l.Type), cmp.Or(clean(l.State), "-"), dash(l.PID != 0, l.PID), dash(l.State != "", l.Restarts),
+			clean(l.Health), dash(l.LastSeen != nil, l.age(now)), cmp.Or(clean(l.Endpoint), "-"), shortMetrics(l.Metrics),
+		})
+	}
+	_ = tw.Flush() // w keeps the error
+	for _, l := range p.Components {
+		if l.Cause != "" && !l.Healthy {
+			fmt.Fprintf(w, "%s: %s\n", clean(l.ID), printable(l.Cause))
+		}
+	}
 }
 
-// title is the id with what else there is to know of it: starts tells that the list
-// is of a pipeline.
-func (l *listedComponent) title(starts bool) string {
-	switch {
-	case starts && !l.InPipeline:
-		return clean(l.ID) + " (not in the pipeline)"
-	case l.ServiceID != "":
-		return clean(l.ID) + " (" + clean(l.ServiceID) + ")"
-	}
-	return clean(l.ID)
-}
-
-func (l *listedComponent) age(now time.Time) string {
-	if l.LastSeen == nil {
+// durability says what is wrong with the state file, "" if nothing is.
+func (p *listedPipeline) durability() string {
+	if p.NotDurable == "" {
 		return ""
 	}
-	return ago(now.Sub(*l.LastSeen))
+	return "what is registered would not survive a restart: " + printable(p.NotDurable)
 }
 
-// writeDetails shows all that is known of a component to a person.
+// writeDetails writes all that is known of a component.
 func (l *listedComponent) writeDetails(w *bufio.Writer, p *listedPipeline, now time.Time) {
 	tw := newColumns(w)
 	line := func(name, value string) {
@@ -466,10 +498,7 @@ func (l *listedComponent) writeDetails(w *bufio.Writer, p *listedPipeline, now t
 		}
 	}
 	list := func(values []string) string {
-		for i := range values {
-			values[i] = printable(values[i])
-		}
-		return strings.Join(values, ", ")
+		return printable(strings.Join(values, ", "))
 	}
 	pairs := func(values map[string]string) string {
 		var out []string
@@ -518,53 +547,47 @@ func (l *listedComponent) writeDetails(w *bufio.Writer, p *listedPipeline, now t
 	}
 }
 
-const durableAgain = "what is registered would survive a restart again"
-
-// writeTable shows a pipeline to a person.
-func (p *listedPipeline) writeTable(w *bufio.Writer, now time.Time) {
-	if p.Status != "" {
-		fmt.Fprintf(w, "%s (pid %d, %s)\n", strings.TrimPrefix(clean(p.Pipeline)+": "+printable(p.Status), ": "), p.PID, clean(p.Endpoint))
+// rank sorts the components of the pipeline before others.
+func (l *listedComponent) rank() int {
+	if l.InPipeline {
+		return 0
 	}
-	if p.NotDurable != "" {
-		fmt.Fprintln(w, p.durability())
-	}
-	if len(p.Components) == 0 {
-		fmt.Fprintln(w, "nothing is registered")
-		return
-	}
-	starts := slices.ContainsFunc(p.Components, func(l *listedComponent) bool { return l.State != "" })
-	tw := newColumns(w)
-	columns := []string{"ID", "TYPE", "STATE", "PID", "RESTARTS", "HEALTH", "LAST SEEN", "ENDPOINT", "METRICS"}
-	row := func(cells []string) {
-		if !starts {
-			cells = slices.Delete(cells, 2, 5)
-		}
-		fmt.Fprintln(tw, strings.Join(cells, "\t"))
-	}
-	row(columns)
-	for _, l := range p.Components {
-		row([]string{
-			l.title(starts), clean(l.Type), cmp.Or(clean(l.State), "-"), dash(l.PID != 0, l.PID), dash(l.State != "", l.Restarts),
-			clean(l.Health), dash(l.LastSeen != nil, l.age(now)), cmp.Or(clean(l.Endpoint), "-"), shortMetrics(l.Metrics),
-		})
-	}
-	_ = tw.Flush() // w keeps the error
-	for _, l := range p.Components {
-		if l.Cause != "" && !l.Healthy {
-			fmt.Fprintf(w, "%s: %s\n", clean(l.ID), printable(l.Cause))
-		}
-	}
+	return 1
 }
 
-// durability says what is wrong with the state file, "" for nothing.
-func (p *listedPipeline) durability() string {
-	if p.NotDurable == "" {
+func (l *listedComponent) is(id string) bool { return l.ID == id || l.ServiceID == id }
+
+// setMetric keeps a metric, a float64 or a string. A number that JSON does not have, such
+// as infinity, becomes a text.
+func (l *listedComponent) setMetric(name string, value any) {
+	if l.Metrics == nil {
+		l.Metrics = make(map[string]any)
+	}
+	if f, ok := value.(float64); ok && (math.IsInf(f, 0) || math.IsNaN(f)) {
+		value = fmt.Sprint(f)
+	}
+	l.Metrics[name] = value
+}
+
+// title is the id and, in a list of a pipeline, whether it is none of its components.
+func (l *listedComponent) title(ofPipeline bool) string {
+	switch {
+	case ofPipeline && !l.InPipeline:
+		return clean(l.ID) + " (not in the pipeline)"
+	case l.ServiceID != "":
+		return clean(l.ID) + " (" + clean(l.ServiceID) + ")"
+	}
+	return clean(l.ID)
+}
+
+func (l *listedComponent) age(now time.Time) string {
+	if l.LastSeen == nil {
 		return ""
 	}
-	return "what is registered would not survive a restart: " + printable(p.NotDurable)
+	return ago(now.Sub(*l.LastSeen))
 }
 
-// write prints one line.
+// write writes an event as a line.
 func (e *listedEvent) write(w io.Writer, asJSON bool) error {
 	if asJSON {
 		return writeJSON(w, e, false)
@@ -582,32 +605,8 @@ func (e *listedEvent) write(w io.Writer, asJSON bool) error {
 	return err
 }
 
-// firstLine leaves out the hint of an error.
+// firstLine is an error without its hint.
 func firstLine(text string) string {
 	text, _, _ = strings.Cut(text, "\n")
 	return printable(text)
-}
-
-// showPipelines shows pipelines to a person, or of each the component id, if there is
-// one.
-func showPipelines(w io.Writer, pipelines []listedPipeline, id string) error {
-	now := time.Now()
-	out := bufio.NewWriter(w) // keeps the first error, for Flush
-	for i, p := range pipelines {
-		if i > 0 {
-			fmt.Fprintln(out)
-		}
-		if p.ended != "" {
-			fmt.Fprintf(out, "%s | %s\n", clean(cmp.Or(p.Pipeline, p.Endpoint)), p.ended)
-			continue
-		}
-		if id == "" {
-			p.writeTable(out, now)
-			continue
-		}
-		for _, l := range p.Components {
-			l.writeDetails(out, &p, now)
-		}
-	}
-	return out.Flush()
 }

@@ -1,3 +1,6 @@
+// What makes a text safe to show, or short; and the forms of lines, JSON and durations
+// that several files write.
+
 package main
 
 import (
@@ -16,12 +19,17 @@ import (
 	"unicode/utf8"
 )
 
+const (
+	maxCell   = 60 // characters of a text in a table
+	maxListed = 5  // ids in a line
+	maxQuoted = 80 // characters of a text that is quoted
+)
+
 // clean is printable for a table: a long text is cut.
 func clean(text string) string {
-	const most = 60
 	text = printable(text)
-	if utf8.RuneCountInString(text) > most {
-		text = string([]rune(text)[:most-3]) + "..."
+	if utf8.RuneCountInString(text) > maxCell {
+		text = string([]rune(text)[:maxCell-3]) + "..."
 	}
 	return text
 }
@@ -37,20 +45,27 @@ func printable(text string) string {
 	}, text)
 }
 
-// enumerate lists a few of many.
+// printableLines is printable for a text of several lines.
+func printableLines(text string) string {
+	lines := strings.Split(text, "\n")
+	for i := range lines {
+		lines[i] = printable(lines[i])
+	}
+	return strings.Join(lines, "\n")
+}
+
+// enumerate lists ids, of many only the first few.
 func enumerate(ids []string) string {
-	const most = 5
-	if len(ids) > most {
-		return fmt.Sprintf("%s and %d more", strings.Join(ids[:most], ", "), len(ids)-most)
+	if len(ids) > maxListed {
+		return fmt.Sprintf("%s and %d more", strings.Join(ids[:maxListed], ", "), len(ids)-maxListed)
 	}
 	return strings.Join(ids, ", ")
 }
 
-const maxQuoted = 80
-
-// quote makes text from the file safe and short enough to show.
+// quote puts a text into quotation marks, escaped and not too long.
 func quote(s string) string { return strconv.Quote(clip(s)) }
 
+// clip shortens a text to maxQuoted characters, the last of which tells that.
 func clip(s string) string {
 	count := 0
 	for i := range s {
@@ -62,7 +77,7 @@ func clip(s string) string {
 	return s
 }
 
-// shellWord quotes s for a shell, where that is needed.
+// shellWord quotes s for a shell if that is needed.
 func shellWord(s string) string {
 	if plainWord.MatchString(s) {
 		return s
@@ -72,7 +87,7 @@ func shellWord(s string) string {
 
 var plainWord = regexp.MustCompile(`^[\w./-]+$`)
 
-// nearest returns the known name that is most like name, if one is like it at all.
+// nearest returns the known name that is most like name, "" if none is like it.
 func nearest(name string, known []string) string {
 	plain := func(s string) string { return strings.NewReplacer("_", "", "-", "").Replace(strings.ToLower(s)) }
 	want := plain(clip(name))
@@ -109,6 +124,7 @@ func distance(a, b string) int {
 	return row[len(b)]
 }
 
+// dash is value, or a dash where there is none.
 func dash(ok bool, value any) string {
 	if !ok {
 		return "-"
@@ -116,6 +132,7 @@ func dash(ok bool, value any) string {
 	return fmt.Sprint(value)
 }
 
+// ago says how long ago something was, shorter for a longer time.
 func ago(d time.Duration) string {
 	if d < 10*time.Second {
 		return max(d, 0).Round(100*time.Millisecond).String() + " ago"
@@ -164,7 +181,7 @@ func escapeJSON(text []byte) []byte {
 	return out
 }
 
-// cut shortens a line to width characters.
+// cut shortens a line to width characters, without a mark.
 func cut(line string, width int) string {
 	count := 0
 	for i := range line {
