@@ -236,22 +236,6 @@ func TestListJSONIsTame(t *testing.T) {
 	}
 }
 
-// A list that cannot be written is an error, however short it is.
-func TestListUnwritten(t *testing.T) {
-	t.Parallel()
-	_, endpoint := startAlone(t, []string{"-no-persistence"})
-	for _, flags := range []string{"", "-json", "-watch"} {
-		full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer full.Close()
-		p := start(t, append([]string{"list", "-e", endpoint}, strings.Fields(flags)...), func(p *process) { p.cmd.Stdout = full })
-		p.exit(exitFailed)
-		p.has(p.stderr, "flowctl: write /dev/stdout: no space left on device\n")
-	}
-}
-
 // watchEvents are what list -watch -json has printed, in short.
 func watchEvents(t *testing.T, text string) []string {
 	t.Helper()

@@ -216,8 +216,9 @@ func parseFlags(fs *flag.FlagSet, args []string, most int) (rest []string, err e
 		parsed := len(args) - fs.NArg()
 		switch {
 		case errors.Is(parseErr, flag.ErrHelp):
-			printHelp(os.Stdout, fs)
-			return nil, &exitError{code: exitOK}
+			var text strings.Builder
+			printHelp(&text, fs)
+			return nil, cmp.Or(printAnswer(text.String()), error(&exitError{code: exitOK}))
 		case parseErr != nil:
 			parsed = max(parsed, 1) // what is no flag at all is not passed over
 			err = cmp.Or(err, explainFlag(fs, args[parsed-1], parseErr))
@@ -647,8 +648,7 @@ func versionCommand(fs *flag.FlagSet, args []string) error {
 			}
 		}
 	}
-	fmt.Printf("flowctl %s (%s%s)\n", versionName(), runtime.Version(), commit)
-	return nil
+	return printAnswer(fmt.Sprintf("flowctl %s (%s%s)\n", versionName(), runtime.Version(), commit))
 }
 
 // versionName is version, or what the Go command knows of this build.
@@ -661,8 +661,9 @@ func versionName() string {
 
 func helpCommand(_ *flag.FlagSet, args []string) error {
 	if len(args) == 0 || args[0] == "help" {
-		printOverview(os.Stdout)
-		return nil
+		var text strings.Builder
+		printOverview(&text)
+		return printAnswer(text.String())
 	}
 	for _, c := range commands() {
 		if c.name == args[0] {
@@ -798,8 +799,7 @@ func checkCommand(fs *flag.FlagSet, args []string) error {
 	if !report.OK {
 		return &exitError{code: exitUsage, err: fmt.Errorf("%s has warnings, which -strict does not allow: %d", file, len(report.Warnings))}
 	}
-	fmt.Printf("%s: ok: pipeline %s, %d sources, %d processors, %d sinks\n", file, p.Metadata.Name, len(p.Spec.Sources), len(p.Spec.Processors), len(p.Spec.Sinks))
-	return nil
+	return printAnswer(fmt.Sprintf("%s: ok: pipeline %s, %d sources, %d processors, %d sinks\n", file, p.Metadata.Name, len(p.Spec.Sources), len(p.Spec.Processors), len(p.Spec.Sinks)))
 }
 
 // newCheckReport says what readPipeline found in file, and what there is to warn of.

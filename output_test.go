@@ -873,3 +873,22 @@ func TestLogWriter_CloseDoesNotHang(t *testing.T) {
 		}
 	}
 }
+
+// An answer that cannot be written is an error, however short it is.
+func TestAnswers_UnwritableOutputIsAnError(t *testing.T) {
+	t.Parallel()
+	file := sleeper(t)
+	run := start(t, runOf(sleeper(t)))
+	run.waitReady()
+	for _, args := range []string{
+		"version", "--version", "help", "help run", "list -h", "check " + file, "check -json " + file, "check -schema",
+		"list -e " + run.endpoint(), "list -json -e " + run.endpoint(), "list -watch -e " + run.endpoint(), "reload -e " + run.endpoint(),
+	} {
+		t.Run(strings.SplitN(args, "/", 2)[0], func(t *testing.T) {
+			p := start(t, strings.Fields(args), intoFull(t, "")...)
+			p.exit(exitFailed)
+			p.has(p.stderr, "flowctl: write /dev/stdout: no space left on device\n")
+		})
+	}
+	run.stop()
+}
