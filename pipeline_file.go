@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -793,24 +794,38 @@ func suggest(name string, l *level) (right, place string) {
 var reference = regexp.MustCompile(`(?s)^([A-Za-z_][A-Za-z0-9_]*)(?:(:-|:\?)(.*))?$`)
 
 // pipelineSchema is the JSON Schema (draft 2020-12) of a pipeline file, made from the
-// model. It is laxer than reading is: what depends on other fields it cannot say.
+// model. It allows all that reading does, and more: the range of a duration or of a port,
+// what a URL may hold, and what depends on other fields it does not say.
 func pipelineSchema() map[string]any {
-	out := typeSchema(reflect.TypeFor[Pipeline](), "")
+	out := structSchema(reflect.TypeFor[Pipeline]())
 	out["$schema"] = "https://json-schema.org/draft/2020-12/schema"
 	out["title"] = "flowctl pipeline"
 	out["$defs"] = map[string]any{"Component": structSchema(reflect.TypeFor[Component]())}
 	return out
 }
 
-// anyReference matches a string that holds a ${...}, of which a schema knows nothing.
-const anyReference = `\$\{`
+func structSchema(t reflect.Type) map[string]any {
+	properties, required := make(map[string]any), []string{}
+	for i := range t.NumField() {
+		f := t.Field(i)
+		name, options, _ := strings.Cut(f.Tag.Get("json"), ",")
+		if name == "-" {
+			continue
+		}
+		properties[name] = typeSchema(f.Type, f.Tag.Get("check"))
+		if options != "omitempty" {
+			required = append(required, name)
+		}
+	}
+	return map[string]any{"type": "object", "properties": properties, "required": required, "additionalProperties": false}
+}
 
 // typeSchema is the schema of a value of type t that keeps to rule, as in the tag
 // check of the model.
 func typeSchema(t reflect.Type, rule string) map[string]any {
 	switch {
 	case t == reflect.TypeFor[Duration]():
-		return map[string]any{"type": "string", "pattern": `^([0-9]+(\.[0-9]+)?(ns|us|µs|ms|s|m|h))+$|` + anyReference}
+		return textSchema("duration")
 	case t == reflect.TypeFor[Component]():
 		return map[string]any{"$ref": "#/$defs/Component"}
 	}
@@ -830,30 +845,19 @@ func typeSchema(t reflect.Type, rule string) map[string]any {
 	case reflect.Bool:
 		return map[string]any{"type": "boolean"}
 	case reflect.Int:
-		return map[string]any{"type": "integer", "minimum": map[string]int{"from1": 1}[rule]}
+		return map[string]any{"type": "integer", "minimum": map[string]int{"from1": 1}[rule], "maximum": math.MaxInt32}
 	}
 	return textSchema(rule)
 }
 
-func structSchema(t reflect.Type) map[string]any {
-	properties, required := make(map[string]any), []string{}
-	for i := range t.NumField() {
-		f := t.Field(i)
-		name, options, _ := strings.Cut(f.Tag.Get("json"), ",")
-		if name == "-" {
-			continue
-		}
-		properties[name] = typeSchema(f.Type, f.Tag.Get("check"))
-		if options != "omitempty" {
-			required = append(required, name)
-		}
-	}
-	return map[string]any{"type": "object", "properties": properties, "required": required, "additionalProperties": false}
-}
+// anyReference matches a text with a ${...}, of which a schema knows nothing.
+const anyReference = `\$\{`
 
-// textSchema is that of a string.
+// textSchema is the schema of a string that keeps to rule.
 func textSchema(rule string) map[string]any {
 	out := map[string]any{"type": "string"}
+	match := func(pattern string) { out["pattern"] = pattern + "|" + anyReference }
+	refuse := func(schema map[string]any) { out["not"] = schema }
 	allow := func(values ...string) {
 		out["anyOf"] = []any{map[string]any{"enum": values}, map[string]any{"pattern": anyReference}}
 	}
@@ -866,15 +870,24 @@ func textSchema(rule string) map[string]any {
 		allow(restartNo, restartOnFailure, restartAlways)
 	case "signal":
 		allow(stopSignalNames...)
+	case "duration":
+		match(`^\+?(([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h))+$`) // both ways to write µ
 	case "name":
-		out["pattern"] = namePattern.String() + "|" + anyReference
+		match(namePattern.String())
+		refuse(map[string]any{"enum": []string{".", ".."}})
 	case "health":
-		out["pattern"] = `^((https?|tcp|grpc)://|exec:)|` + anyReference
+		match(`^https?://[^/?#]|^(tcp|grpc)://[^/?#]+:[0-9$]|^exec:[\s\S]`)
+	case "image":
+		match(`^[^- \t\r\n][^ \t\r\n]*$`)
 	case "volume":
-		out["pattern"] = `^[^:]+:/|` + anyReference
+		match(`^[^:]+:/[^:]*(:[^:]*)?$`)
+		refuse(map[string]any{"pattern": `^~[/:]`})
 	case "port":
-		out["pattern"] = portPattern.String() + "|" + anyReference
-	case "filled", "path", "image":
+		match(portPattern.String())
+	case "path":
+		out["minLength"] = 1
+		refuse(map[string]any{"pattern": `^~(/|$)`})
+	case "filled":
 		out["minLength"] = 1
 	}
 	return out
