@@ -408,7 +408,7 @@ func (l *engineLab) testSecondSignal(t *testing.T) {
 	p.wait(p.stdout, "up deaf", 2)
 	p.signal(syscall.SIGINT)
 	p.waitErr("msg=stopping component=other")
-	time.Sleep(2 * echoTime) // sooner it would be the same signal
+	time.Sleep(2 * repeatTime) // sooner it would be the same signal
 	p.signal(syscall.SIGINT)
 	p.exit(exitOK)
 	l.none(t, "second")

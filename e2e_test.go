@@ -574,7 +574,7 @@ func TestRun_NohupIgnoresSIGHUP(t *testing.T) {
 // flowctl itself is stopped past the start timeout of a component that registers meanwhile.
 func TestRun_StoppedFlowctlPutsStartTimeoutsOff(t *testing.T) {
 	t.Parallel()
-	p := launch(t, writePipeline(t, actor("a", role{Dialect: "v1", Gate: true})), "-start-timeout", "2s", "-until", "ready")
+	p := launch(t, writePipeline(t, actor("a", role{Dialect: "v1", Gate: true})), "-start-timeout", "2s", "-janitor-interval", "1s", "-until", "ready")
 	p.waitOut("| waiting\n")
 	component := p.pid("a")
 	p.signal(syscall.SIGSTOP)

@@ -11,6 +11,8 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -1425,4 +1427,77 @@ func listen(t *testing.T, address string) net.Listener {
 	}
 	t.Cleanup(func() { lis.Close() })
 	return lis
+}
+
+// recorder is an emitter that keeps everything.
+type recorder struct {
+	mu  sync.Mutex
+	got map[string][]byte // by id/stream
+}
+
+func (r *recorder) lines(id, stream string, lines []byte) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.got == nil {
+		r.got = make(map[string][]byte)
+	}
+	r.got[id+"/"+stream] = append(r.got[id+"/"+stream], lines...)
+}
+
+func (r *recorder) text(key string) string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return string(r.got[key])
+}
+
+// waitForText waits until the recorder has text. It polls: the pump tells nobody.
+func waitForText(t testing.TB, rec *recorder, key, text string) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !strings.Contains(rec.text(key), text); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s has %q, want %q in it", key, rec.text(key), text)
+		}
+	}
+}
+
+const forever = "exec sleep 1000"
+
+// sh is a component that runs a shell script and does not register.
+func sh(id, script string, more map[string]any) map[string]any {
+	c := map[string]any{"id": id, "command": []string{"sh", "-c", strings.ReplaceAll(script, "$", "$$")}, "register": false}
+	maps.Copy(c, more)
+	return c
+}
+
+// supervise returns a supervisor that starts real processes, its launcher, and what those
+// print. What still runs at the end of the test is killed and waited for.
+func supervise(t testing.TB, sources, sinks []map[string]any) (*supervisor, *launcher, *recorder) {
+	t.Helper()
+	rec, log := &recorder{}, slog.New(slog.NewTextHandler(t.Output(), nil))
+	l, err := newLauncher(launchConfig{heartbeat: 10 * time.Second, endpoint: "127.0.0.1:1", reaper: newReaper(), emit: rec.lines, log: log})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := newSupervisor(parseParts(t, sources, sinks), procTimes{start: 30 * time.Second, unhealthy: 30 * time.Second, stop: 10 * time.Second}, l, log)
+	t.Cleanup(func() {
+		s.killAll(time.Now())
+		for !s.over() {
+			s.exited(<-l.exits, time.Now())
+		}
+		l.guard.dismiss() // not close, which ends all descendants, those of other tests too
+		l.cgroup.remove()
+	})
+	return s, l, rec
+}
+
+// nextExit takes in the next end of a process, as the loop of a run does.
+func nextExit(t testing.TB, s *supervisor, l *launcher, now time.Time) {
+	t.Helper()
+	select {
+	case e := <-l.exits:
+		l.endStrays(e.child.component.ID)
+		s.exited(e, now)
+	case <-time.After(20 * time.Second):
+		t.Fatal("no process ended within 20s")
+	}
 }

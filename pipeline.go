@@ -193,6 +193,15 @@ func (p *Pipeline) components() []*Component {
 	return all
 }
 
+// ids are those of the components, in their order.
+func (p *Pipeline) ids() []string {
+	var ids []string
+	for _, c := range p.components() {
+		ids = append(ids, c.ID)
+	}
+	return ids
+}
+
 // A stopEdge names a component that must have stopped before another one is told to.
 type stopEdge struct {
 	id    string

@@ -49,7 +49,8 @@ type emitter func(id, stream string, lines []byte)
 
 // launchConfig is what the processes of a run have in common.
 type launchConfig struct {
-	endpoint          string        // FLOWCTL_ENDPOINT
+	endpoint          string        // FLOWCTL_ENDPOINT of components without "tls": true
+	tlsEndpoint       string        // FLOWCTL_ENDPOINT of components with "tls": true
 	containerEndpoint string        // FLOWCTL_ENDPOINT of containers that are not on the host's network; "" where they cannot reach the plane
 	tlsEnv            []string      // of components with "tls": true, FLOWCTL_ENDPOINT included
 	heartbeat         time.Duration // FLOWCTL_HEARTBEAT_INTERVAL
@@ -274,17 +275,25 @@ func (l *launcher) componentEnv(c *Component, port string) ([]string, error) {
 	}
 	set("ENABLE_FLOWCTL", "true")
 	set("FLOWCTL_ENABLED", "true")
-	set("FLOWCTL_ENDPOINT", l.config.endpoint)
 	if c.TLS {
 		env = append(env, l.config.tlsEnv...)
 	}
-	if len(c.Ports) > 0 {
-		set("FLOWCTL_ENDPOINT", cmp.Or(l.config.containerEndpoint, l.config.endpoint))
-	}
+	set("FLOWCTL_ENDPOINT", l.config.endpointOf(c))
 	set("FLOWCTL_COMPONENT_ID", c.ID)
 	set("FLOWCTL_SERVICE_ID", c.ID)
 	set(runMark, l.mark)
 	return env, nil
+}
+
+// endpointOf returns the FLOWCTL_ENDPOINT that c is given.
+func (c *launchConfig) endpointOf(comp *Component) string {
+	switch {
+	case len(comp.Ports) > 0:
+		return cmp.Or(c.containerEndpoint, c.endpoint)
+	case comp.TLS:
+		return c.tlsEndpoint
+	}
+	return c.endpoint
 }
 
 // commandEnv is the environment of the command after --.
@@ -299,12 +308,19 @@ func (l *launcher) commandEnv() []string {
 
 // baseEnv is flowctl's own environment without what is addressed to flowctl alone:
 // systemd's words to a service (sd_notify(3), sd_listen_fds(3)), with which a child would
-// speak for flowctl, and the files of an outer flowctl's TLS.
+// speak for flowctl, and what an outer flowctl has set.
 func baseEnv() []string {
+	nested := os.Getenv(runMark) != ""
 	return slices.DeleteFunc(os.Environ(), func(entry string) bool {
 		name, _, _ := strings.Cut(entry, "=")
-		return name == "NOTIFY_SOCKET" || name == "JOURNAL_STREAM" || strings.HasPrefix(name, "WATCHDOG_") || strings.HasPrefix(name, "LISTEN_") || strings.HasPrefix(name, "FLOWCTL_TLS_")
+		return nested && slices.Contains(componentVars, name) || name == "NOTIFY_SOCKET" || name == "JOURNAL_STREAM" || strings.HasPrefix(name, "WATCHDOG_") || strings.HasPrefix(name, "LISTEN_") || strings.HasPrefix(name, "FLOWCTL_TLS_")
 	})
+}
+
+// componentVars are the variables that flowctl gives every component.
+var componentVars = []string{
+	"COMPONENT_ID", "SERVICE_ID", "HEALTH_PORT", "HEALTH_ENDPOINT", "FLOWCTL_HEARTBEAT_INTERVAL",
+	"ENABLE_FLOWCTL", "FLOWCTL_ENABLED", "FLOWCTL_ENDPOINT", "FLOWCTL_COMPONENT_ID", "FLOWCTL_SERVICE_ID", runMark,
 }
 
 // checkReach fails for components of p that could not register: those with ports are not

@@ -486,22 +486,22 @@ func TestGroupIsGoneWhenItsLeaderEnds(t *testing.T) {
 	t.Parallel()
 	path, gone := fifo(t)
 	// The member ignores SIGTERM and holds neither of the pipes.
-	s, _ := supervise(t, []map[string]any{sh("a", "(trap '' TERM; exec 3>"+path+" >/dev/null 2>&1; touch "+path+".up; exec sleep 1000) & until [ -e "+path+".up ]; do sleep 0.01; done; exit 3", nil)}, nil)
+	s, l, _ := supervise(t, []map[string]any{sh("a", "(trap '' TERM; exec 3>"+path+" >/dev/null 2>&1; touch "+path+".up; exec sleep 1000) & until [ -e "+path+".up ]; do sleep 0.01; done; exit 3", nil)}, nil)
 	p := s.byID["a"]
 	s.start(p, time.Now())
-	nextExit(t, s, time.Now())
+	nextExit(t, s, l, time.Now())
 	waitGone(t, gone)
 }
 
 func TestKillReachesTheGroup(t *testing.T) {
 	t.Parallel()
 	path, gone := fifo(t)
-	s, rec := supervise(t, []map[string]any{sh("a", "trap '' TERM; (exec 3>"+path+"; echo up; sleep 1000) & wait; wait", nil)}, nil)
+	s, l, rec := supervise(t, []map[string]any{sh("a", "trap '' TERM; (exec 3>"+path+"; echo up; sleep 1000) & wait; wait", nil)}, nil)
 	p := s.byID["a"]
 	s.start(p, time.Now())
 	waitForText(t, rec, "a/stdout", "up")
 	s.killAll(time.Now())
-	nextExit(t, s, time.Now())
+	nextExit(t, s, l, time.Now())
 	if p.state != procStopped {
 		t.Errorf("state %s, want stopped", p.state)
 	}
@@ -511,14 +511,14 @@ func TestKillReachesTheGroup(t *testing.T) {
 func TestMemberThatStillWritesWhileStoppingIsHeard(t *testing.T) {
 	t.Parallel()
 	// The leader dies of SIGTERM at once, the member says something first.
-	s, rec := supervise(t, []map[string]any{sh("a", "(trap 'sleep 0.2; echo flushed; exit' TERM; echo up; while :; do sleep 0.05; done) & exec sleep 1000", nil)}, nil)
+	s, l, rec := supervise(t, []map[string]any{sh("a", "(trap 'sleep 0.2; echo flushed; exit' TERM; echo up; while :; do sleep 0.05; done) & exec sleep 1000", nil)}, nil)
 	p := s.byID["a"]
 	s.start(p, time.Now())
 	s.ready(p, time.Now())
 	waitForText(t, rec, "a/stdout", "up")
 	s.beginStop()
 	s.advanceStop(time.Now())
-	nextExit(t, s, time.Now())
+	nextExit(t, s, l, time.Now())
 	if got := rec.text("a/stdout"); got != "up\nflushed\n" {
 		t.Errorf("output %q, want up and flushed", got)
 	}
@@ -530,11 +530,11 @@ func TestDaemonThatHoldsThePipeHoldsNothingUp(t *testing.T) {
 		t.Skip("needs setsid of util-linux")
 	}
 	path, gone := fifo(t)
-	s, rec := supervise(t, []map[string]any{sh("a", "setsid sh -c 'exec 3>"+path+"; touch "+path+".up; exec sleep 1000' & yes 0123456789 | head -n 5000; until [ -e "+path+".up ]; do sleep 0.01; done; printf last", nil)}, nil)
+	s, l, rec := supervise(t, []map[string]any{sh("a", "setsid sh -c 'exec 3>"+path+"; touch "+path+".up; exec sleep 1000' & yes 0123456789 | head -n 5000; until [ -e "+path+".up ]; do sleep 0.01; done; printf last", nil)}, nil)
 	p := s.byID["a"]
 	s.start(p, time.Now())
 	s.ready(p, time.Now())
-	nextExit(t, s, time.Now())
+	nextExit(t, s, l, time.Now())
 	if p.state != procCompleted {
 		t.Errorf("state %s, want completed", p.state)
 	}
@@ -549,9 +549,9 @@ func TestChildOutputBlocks(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("reads /proc/self/fdinfo")
 	}
-	s, rec := supervise(t, []map[string]any{sh("a", "sed -n 's/^flags:.*\\(.\\)....$/\\1/p' /proc/self/fdinfo/1 /proc/self/fdinfo/2", nil)}, nil)
+	s, l, rec := supervise(t, []map[string]any{sh("a", "sed -n 's/^flags:.*\\(.\\)....$/\\1/p' /proc/self/fdinfo/1 /proc/self/fdinfo/2", nil)}, nil)
 	s.start(s.byID["a"], time.Now())
-	nextExit(t, s, time.Now())
+	nextExit(t, s, l, time.Now())
 	// The fifth octal digit from the right is O_NONBLOCK's (04000) neighbourhood.
 	for _, digit := range strings.Fields(rec.text("a/stdout")) {
 		if strings.ContainsAny(digit, "4567") {
@@ -564,7 +564,7 @@ func TestNothingLeaksOverManyProcesses(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("counts /proc/self/fd")
 	}
-	s, _ := supervise(t, []map[string]any{sh("a", "exit 1", map[string]any{"restart_policy": "always"})}, nil)
+	s, l, _ := supervise(t, []map[string]any{sh("a", "exit 1", map[string]any{"restart_policy": "always"})}, nil)
 	p, now := s.byID["a"], time.Now()
 	count := func() (int, int) {
 		files, _ := os.ReadDir("/proc/self/fd")
@@ -573,7 +573,7 @@ func TestNothingLeaksOverManyProcesses(t *testing.T) {
 	once := func() {
 		s.start(p, now)
 		s.ready(p, now)
-		nextExit(t, s, now)
+		nextExit(t, s, l, now)
 		now = p.deadline
 		s.expire(now)
 	}
@@ -598,7 +598,7 @@ func TestEnvironment(t *testing.T) {
 	if err := os.WriteFile(secret, []byte("hush\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s, _ := supervise(t, []map[string]any{
+	s, l, _ := supervise(t, []map[string]any{
 		sh("plain", "", nil),
 		sh("own", "", map[string]any{
 			"env":       map[string]string{"HEALTH_PORT": "8088", "COMPONENT_ID": "mine", "FLOWCTL_HEARTBEAT_INTERVAL": "2s", "BOTH": "env"},
@@ -606,7 +606,7 @@ func TestEnvironment(t *testing.T) {
 			"env_files": map[string]string{"TOKEN": secret},
 		}),
 	}, nil)
-	plain, err := s.launcher.healthPort(s.byID["plain"].Component)
+	plain, err := l.healthPort(s.byID["plain"].component)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -624,7 +624,7 @@ func TestEnvironment(t *testing.T) {
 			"FLOWCTL_COMPONENT_ID": "own", "FLOWCTL_HEARTBEAT_INTERVAL": "2s", "RETRIES": "3", "BOTH": "env", "TOKEN": "hush",
 		}},
 	} {
-		cmd, _, err := s.launcher.command(s.byID[tt.id].Component, cmp.Or(s.byID[tt.id].Env["HEALTH_PORT"], plain))
+		cmd, _, err := l.command(s.byID[tt.id].component, cmp.Or(s.byID[tt.id].component.Env["HEALTH_PORT"], plain))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -669,11 +669,11 @@ func TestEnvFileIsAValue(t *testing.T) {
 
 func TestPortIsHeldUntilItsComponentStarts(t *testing.T) {
 	t.Parallel()
-	s, _ := supervise(t, []map[string]any{sh("a", forever, nil), sh("b", forever, nil)}, nil)
+	s, l, _ := supervise(t, []map[string]any{sh("a", forever, nil), sh("b", forever, nil)}, nil)
 	var ports []string
 	for _, p := range s.procs {
-		port, err := s.launcher.healthPort(p.Component)
-		if again, _ := s.launcher.healthPort(p.Component); err != nil || again != port || slices.Contains(ports, port) {
+		port, err := l.healthPort(p.component)
+		if again, _ := l.healthPort(p.component); err != nil || again != port || slices.Contains(ports, port) {
 			t.Fatalf("port %s, then %s, beside %q: %v", port, again, ports, err)
 		}
 		ports = append(ports, port)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"log/slog"
 	mathrand "math/rand/v2"
@@ -11,80 +12,119 @@ import (
 	"time"
 )
 
+// The supervisor decides which component starts, restarts and stops when. It is a state
+// machine: it is told what happens and at what time, and starts and signals processes by
+// a starter.
+
 const (
 	minBackoff   = time.Second      // before the first restart
-	maxBackoff   = 30 * time.Second // restarts never wait longer, but for jitter
+	maxBackoff   = 30 * time.Second // the longest pause before a restart, without its jitter
 	healthyReset = time.Minute      // a component that was ready this long starts over with minBackoff
 )
+
+// starter starts the processes of components and signals them. Its methods do not wait
+// for any process.
+type starter interface {
+	// start starts the process of c.
+	start(c *Component) (*child, error)
+	// signal sends sig to the process group of ch.
+	signal(ch *child, sig syscall.Signal)
+}
 
 // procState is where a component is in its life. Only supervisor.transition changes it.
 type procState int
 
 const (
 	procWaiting   procState = iota // for what it waits on, or to be started again
-	procStarting                   // its process runs and is not ready yet
-	procReady                      // it was ready once; how it is now the registry knows
-	procBackoff                    // ended; to be started again at deadline
-	procStopping                   // got its stop signal, gets SIGKILL at deadline
-	procKilled                     // got SIGKILL
-	procCompleted                  // ended by itself, as it should
-	procFailed                     // ended by itself or not ready in time, and is not started again
-	procStopped                    // ended because it was asked to, or never started
+	procStarting                   // its process runs and was not ready yet
+	procReady                      // its process was ready once; how it is now is in health
+	procBackoff                    // its process ended; it is started again at deadline
+	procStopping                   // it got its stop signal, and gets SIGKILL at deadline
+	procKilled                     // it got SIGKILL; at deadline it counts as stuck
+	procCompleted                  // it ended by itself, as it should
+	procFailed                     // it failed and is not started again
+	procStopped                    // it ended because it was asked to, or never started
 )
 
 func (s procState) String() string {
 	return [...]string{"waiting", "starting", "ready", "backoff", "stopping", "killed", "completed", "failed", "stopped"}[s]
 }
 
-// failKind is what a component failed by, as a report has it.
+// failKind says by what a component failed. Reports print it.
 type failKind string
 
 const (
 	failStart     failKind = "start"     // it could not be started
 	failEnded     failKind = "ended"     // its process ended unasked
-	failNotReady  failKind = "not_ready" // within its start timeout
-	failUnhealthy failKind = "unhealthy" // for too long
+	failNotReady  failKind = "not_ready" // it was not ready within its start timeout
+	failUnhealthy failKind = "unhealthy" // it was unhealthy for too long
 	failStuck     failKind = "stuck"     // its process outlived SIGKILL
 )
 
-// failure is what has to be said of a component that failed.
+// hint says what may help against a failure. Reports have the words for it.
+type hint int
+
+const (
+	hintNone      hint = iota
+	hintOpenFiles      // the limit of open files is reached
+	hintProcesses      // the limit of processes is reached
+	hintRegister       // it has not registered
+	hintUnmatched      // nor has it, but something registered that is not in the pipeline
+	hintCheck          // its health_check does not pass
+	hintHeartbeat      // its heartbeats stopped
+	hintDeclared       // it has declared itself unhealthy
+)
+
+// failure tells why a component failed, and how its last process was then.
 type failure struct {
 	component  *Component
 	kind       failKind
 	reason     string
-	lived      time.Duration // of its last process; 0: it never ran
-	pid        int
-	registered bool                // had its last process registered
-	wasReady   bool                // was its last process
-	exit       *syscall.WaitStatus // of its last process; nil: it had not ended
-	tail       []string
+	hint       hint
+	lived      time.Duration       // 0: no process was started
+	pid        int                 // 0: no process was started
+	registered bool                // the process had registered
+	wasReady   bool                // the process had been ready
+	status     *syscall.WaitStatus // nil: the process had not ended
+	tail       []string            // its last lines
 }
 
-// proc is one component and the process that runs it now, if one does.
+// healthInfo is how a component is, as the control plane told it last.
+type healthInfo struct {
+	ok         bool
+	registered bool   // its last process has registered
+	cause      string // why it is not ok
+}
+
+// proc is a component in the hands of the supervisor.
 type proc struct {
-	*Component
-	log      *slog.Logger
-	state    procState
-	deadline time.Time // when the state has lasted too long; zero: never
-	readyBy  time.Time // when it has to be ready: counted from its first start until it was ready once, then from each start
-	child    *child    // nil when none runs
-	last     *child    // its last process, that which runs now included; nil if none was started
-	started  time.Time
-	ended    time.Time // zero while it runs
-	stopSent time.Time
-	readyAt  time.Time
-	wasReady bool // with any of its processes: what waits for it may be started again
-	healthy  bool // while procReady; who owns the supervisor notes it
-	attempts int  // restarts since it was last in health for healthyReset
+	component *Component
+	log       *slog.Logger
+	state     procState
+	deadline  time.Time // when the state has lasted too long; zero: never
+	readyBy   time.Time // end of its start timeout: counted from its first start until it was ready once, then from each start
+
+	child    *child              // the process that runs now, nil for none
+	last     *child              // the last process, also while it runs; nil: none was started
+	status   *syscall.WaitStatus // how the last process ended, nil while it runs
+	started  time.Time           // of the last process
+	ended    time.Time           // of the last process, zero while it runs
+	readyAt  time.Time           // when a process of it was ready last
+	stopSent time.Time           // when it got its stop signal
+	wasReady bool                // one of its processes was ready: what waits for it may be started again
+
+	health         healthInfo
+	unhealthySince time.Time // zero unless the state is procReady and health is not ok
+
+	attempts int // restarts since it was last ready for healthyReset
 	restarts int
-	failure  *failure
+	failure  *failure // nil unless it failed
 
-	registered bool                // its last process has; who owns the supervisor notes it
-	exit       *syscall.WaitStatus // of its last process, nil while it runs
-
-	leaving   bool       // the file has changed: it is to be stopped, and then is gone
-	successor *Component // takes its place then, nil for none
+	retiring    bool       // a reload has it stopped and taken out
+	replacement *Component // takes its place then, nil for none
 }
+
+func (p *proc) id() string { return p.component.ID }
 
 // over tells whether no process runs and none will.
 func (p *proc) over() bool {
@@ -94,120 +134,132 @@ func (p *proc) over() bool {
 // runs tells whether it has a process that was not asked to end.
 func (p *proc) runs() bool { return p.state == procStarting || p.state == procReady }
 
-// procSettings are the run's answers to what the file leaves open.
-type procSettings struct {
-	startTimeout time.Duration
-	stopTimeout  time.Duration
+// procTimes are a run's answers to what the pipeline file leaves open.
+type procTimes struct {
+	start     time.Duration // from the start of a component until it is ready
+	unhealthy time.Duration // how long a component may stay unhealthy
+	stop      time.Duration // from the stop signal to SIGKILL
 }
 
-// supervisor starts, restarts and stops the processes of a pipeline. One goroutine
-// owns it and calls its methods; it is told the time and never asks. What happens
-// elsewhere arrives by exited, and next says when a deadline is due. Only componentAt and
-// warnOfStranger are called from elsewhere: of its fields they use none that changes.
+// supervisor starts, restarts and stops the components of a pipeline. One goroutine owns
+// it and calls its methods. It is told the time and never asks; next says when a deadline
+// is due.
 type supervisor struct {
-	settings procSettings
-	log      *slog.Logger
-	launcher *launcher
-	procs    []*proc // in file order
-	byID     map[string]*proc
-	before   map[string][]stopEdge // by id: what has to stop before it
-	stopping bool
-	target   *Pipeline // what is to be when all that leaves has gone, nil otherwise
-	edition  int       // counts the changes of procs
+	times      procTimes
+	log        *slog.Logger
+	starter    starter
+	procs      []*proc // in file order
+	byID       map[string]*proc
+	before     map[string][]stopEdge // by id: what has to stop before it
+	stopping   bool
+	pending    *Pipeline // what a reload leads to once all that retire have ended; nil for none
+	generation int       // counts the changes of procs
 }
 
-// newSupervisor returns a supervisor of p. The caller runs it until over is true.
-func newSupervisor(p *Pipeline, settings procSettings, l *launcher, log *slog.Logger) *supervisor {
-	s := &supervisor{settings: settings, log: log, launcher: l, byID: make(map[string]*proc), before: p.stopAfter()}
+func newSupervisor(p *Pipeline, times procTimes, st starter, log *slog.Logger) *supervisor {
+	s := &supervisor{times: times, log: log, starter: st, byID: make(map[string]*proc), before: p.stopAfter()}
 	for _, c := range p.components() {
 		s.procs = append(s.procs, s.newProc(c))
 	}
 	return s
 }
 
-// transition is the one place that changes a component's state.
-func (s *supervisor) transition(p *proc, to procState, deadline time.Time) {
-	p.log.Debug("state", "from", p.state, "to", to)
-	p.state, p.deadline = to, deadline
+func (s *supervisor) newProc(c *Component) *proc {
+	p := &proc{component: c, log: s.log.With("component", c.ID)}
+	s.byID[c.ID] = p
+	s.generation++
+	return p
 }
 
-// startable returns what may start now: what waits and has all it waits for.
+// startable returns what may start now, in file order.
 func (s *supervisor) startable() []*proc {
 	if s.stopping {
 		return nil
 	}
 	var out []*proc
 	for _, p := range s.procs {
-		if p.state == procWaiting && !p.leaving && !slices.ContainsFunc(p.waitsFor(), func(id string) bool { return !p.mayFollow(s.byID[id]) }) {
+		if p.state == procWaiting && !p.retiring && !slices.ContainsFunc(p.component.waitsFor(), func(id string) bool { return !p.mayFollow(s.byID[id]) }) {
 			out = append(out, p)
 		}
 	}
 	return out
 }
 
-// mayFollow tells whether p, which waits for first, may start. For its first process
-// first has to be ready now. One that is started again is not held up: its process would
-// have gone on, too, whatever became of first.
+// mayFollow tells whether p, which waits for first, may start. The first process of p
+// needs first to be ready now. A restart of p needs only that first was ready once: its
+// former process would have gone on as well, whatever became of first.
 func (p *proc) mayFollow(first *proc) bool {
 	if p.started.IsZero() {
-		return !first.leaving && (first.state == procCompleted || first.state == procReady && first.healthy)
+		return !first.retiring && (first.state == procCompleted || first.state == procReady && first.health.ok)
 	}
 	return first.wasReady
 }
 
-// start starts the process of p. Where that fails, for the reason that it returns, p
-// has failed. One that was ready once has ended once more: a file that is just replaced
+// start starts the process of p. On an error p has failed; but if p was ready once, the
+// error counts as one more end of its process, because a program that is being replaced
 // can be run a moment later.
 func (s *supervisor) start(p *proc, now time.Time) error {
-	if p.readyBy.IsZero() || p.wasReady || !now.Before(p.readyBy) { // of which the last has waited for others
+	if p.readyBy.IsZero() || p.wasReady || !now.Before(p.readyBy) { // it may be past where p waited for others
 		p.readyBy = now.Add(s.startTimeout(p))
 	}
-	p.started = now
-	var err error
-	if p.child, err = s.launcher.start(p.Component); err != nil {
-		if p.wasReady && s.wantsRestart(p, false) {
+	p.started, p.health = now, healthInfo{}
+	child, err := s.starter.start(p.component)
+	if err != nil {
+		if p.wasReady && p.wantsRestart(false) {
 			p.log.Error("cannot be started again", "err", err)
 			s.backOff(p, false, now)
 			return err
 		}
-		p.last = nil // what is to be said is of this start
-		s.fail(p, failStart, p.ifUsedUp(err.Error()), now)
+		p.last = nil // the failure is of this start
+		s.fail(p, failStart, p.withUsedUp(err.Error()), now)
+		p.failure.hint = startHint(err)
 		s.transition(p, procFailed, time.Time{})
 		return err
 	}
-	p.last, p.ended, p.registered, p.exit = p.child, time.Time{}, false, nil
+	p.child, p.last, p.status, p.ended = child, child, nil, time.Time{}
 	s.transition(p, procStarting, p.readyBy)
-	p.log.Info("started", "pid", p.child.pid)
+	p.log.Info("started", "pid", child.pid)
 	return nil
 }
 
-// ready notes that p is ready.
+// startHint is the hint for a process that could not be started because of err.
+func startHint(err error) hint {
+	switch {
+	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
+		return hintOpenFiles
+	case errors.Is(err, syscall.EAGAIN):
+		return hintProcesses
+	}
+	return hintNone
+}
+
+// tell takes in how p is now. The first time that its process is healthy it is ready.
+func (s *supervisor) tell(p *proc, h healthInfo, now time.Time) {
+	h.registered = p.health.registered || h.registered && p.child != nil
+	p.health = h
+	switch {
+	case p.retiring: // what waits for it waits for its replacement
+	case p.state == procStarting && h.ok:
+		s.ready(p, now)
+	case p.state != procReady:
+	case h.ok:
+		p.unhealthySince = time.Time{}
+	case p.unhealthySince.IsZero():
+		p.unhealthySince = now
+	}
+}
+
 func (s *supervisor) ready(p *proc, now time.Time) {
-	p.readyAt, p.wasReady, p.healthy, p.readyBy = now, true, true, time.Time{}
+	p.readyAt, p.wasReady, p.readyBy = now, true, time.Time{}
 	s.transition(p, procReady, time.Time{})
 	p.log.Info("ready", "after", now.Sub(p.started).Round(time.Millisecond))
 }
 
-// procOf is the proc that ch runs for, nil where SIGKILL did not end it in time.
-func (s *supervisor) procOf(ch *child) *proc {
-	for _, p := range s.procs {
-		if p.child == ch {
-			return p
-		}
-	}
-	return nil
-}
-
-// exited takes the end of a process in and decides what becomes of its component.
+// exited takes in the end of a process and decides what becomes of its component.
 func (s *supervisor) exited(e childEnd, now time.Time) {
-	p := s.procOf(e.child)
-	p.child, p.ended, p.exit = nil, now, &e.status
-	if !s.stopping { // else close sweeps
-		s.launcher.endStrays(p.ID)
-	}
+	p := s.byID[e.child.component.ID]
+	p.child, p.ended, p.status = nil, now, &e.status
 	reason := describeExit(e.status)
-	asked := p.state == procStopping || p.state == procKilled || s.stopping || p.leaving
-	wasReady := p.state == procReady
 	p.log.Info("ended", "pid", e.child.pid, "reason", reason, "lived", now.Sub(p.started).Round(time.Millisecond))
 	if e.lost {
 		p.log.Error("the rest of its output is lost: standard output is not read")
@@ -215,47 +267,49 @@ func (s *supervisor) exited(e childEnd, now time.Time) {
 	if e.containerErr != nil {
 		p.log.Error("cannot remove its container", "err", e.containerErr)
 	}
+	success := e.status.Exited() && e.status.ExitStatus() == 0
+	wasReady := p.state == procReady
+	asked := p.state == procStopping || p.state == procKilled || s.stopping || p.retiring
 	switch {
 	case p.failure != nil:
 		s.transition(p, procFailed, time.Time{})
 	case asked:
 		s.transition(p, procStopped, time.Time{})
-	case s.wantsRestart(p, e.status == 0):
+	case p.wantsRestart(success):
 		s.backOff(p, wasReady, now)
-	case e.status == 0 && wasReady:
+	case success && wasReady:
 		s.transition(p, procCompleted, time.Time{})
 	default:
-		s.failEnded(p, reason, wasReady, now)
+		if !wasReady && !p.usedUp() {
+			reason += " before it was ready"
+		}
+		s.fail(p, failEnded, p.withUsedUp(reason), now)
+		s.transition(p, procFailed, time.Time{})
 	}
 }
 
-func (s *supervisor) failEnded(p *proc, reason string, wasReady bool, now time.Time) {
-	if !wasReady && !p.usedUp() {
-		reason += " before it was ready"
-	}
-	s.fail(p, failEnded, p.ifUsedUp(reason), now)
-	s.transition(p, procFailed, time.Time{})
-}
-
-func (p *proc) usedUp() bool { return p.MaxRestarts > 0 && p.attempts >= p.MaxRestarts }
-
-// ifUsedUp adds to the reason of a failure why p is not started again in spite of it.
-func (p *proc) ifUsedUp(reason string) string {
+// wantsRestart tells whether the restart policy of p has it started again after an end.
+func (p *proc) wantsRestart(success bool) bool {
 	if p.usedUp() {
-		return fmt.Sprintf("%s, and max_restarts (%d) is used up", reason, p.MaxRestarts)
+		return false
+	}
+	return p.component.RestartPolicy == restartAlways || p.component.RestartPolicy == restartOnFailure && !success
+}
+
+func (p *proc) usedUp() bool {
+	return p.component.MaxRestarts > 0 && p.attempts >= p.component.MaxRestarts
+}
+
+// withUsedUp adds to the reason of a failure that the restarts of p are used up, if they
+// are.
+func (p *proc) withUsedUp(reason string) string {
+	if p.usedUp() {
+		return fmt.Sprintf("%s, and max_restarts (%d) is used up", reason, p.component.MaxRestarts)
 	}
 	return reason
 }
 
-// wantsRestart tells whether p's policy has it started again.
-func (s *supervisor) wantsRestart(p *proc, success bool) bool {
-	if p.usedUp() {
-		return false
-	}
-	return p.RestartPolicy == restartAlways || p.RestartPolicy == restartOnFailure && !success
-}
-
-// backOff plans the next start of p. Jitter of a tenth keeps components that failed
+// backOff plans the next start of p. A jitter of a tenth keeps components that failed
 // together from coming back together.
 func (s *supervisor) backOff(p *proc, wasReady bool, now time.Time) {
 	if wasReady && now.Sub(p.readyAt) >= healthyReset {
@@ -272,16 +326,127 @@ func (s *supervisor) backOff(p *proc, wasReady bool, now time.Time) {
 	p.log.Warn("restarting", "in", wait.Round(time.Millisecond), "restarts", p.restarts)
 }
 
+// next is the earliest moment at which expire, overdue or a stop has something to do,
+// zero for none.
+func (s *supervisor) next(now time.Time) time.Time {
+	var next time.Time
+	for _, p := range s.procs {
+		next = earliest(next, p.deadline)
+		if at := s.releaseReadersAt(p); p.state == procStopping && at.After(now) {
+			next = earliest(next, at)
+		}
+		if !p.unhealthySince.IsZero() && !s.stopping {
+			next = earliest(next, p.unhealthySince.Add(s.times.unhealthy))
+		}
+	}
+	return next
+}
+
+// earliest is the earlier of two times, of which the zero time stands for never.
+func earliest(a, b time.Time) time.Time {
+	if a.IsZero() || !b.IsZero() && b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// readyDeadline is when all that keeps the pipeline from being ready is ready or has
+// failed, or has been started again.
+func (s *supervisor) readyDeadline() time.Time {
+	var last time.Time
+	for _, p := range s.procs {
+		times := []time.Time{p.readyBy, p.deadline}
+		if !p.unhealthySince.IsZero() {
+			times = append(times, p.unhealthySince.Add(s.times.unhealthy))
+		}
+		for _, at := range times {
+			if at.After(last) {
+				last = at
+			}
+		}
+	}
+	return last
+}
+
+// delay puts off start and unhealthy timeouts by the time d in which flowctl itself was
+// stopped.
+func (s *supervisor) delay(d time.Duration) {
+	for _, p := range s.procs {
+		if p.state == procStarting && !p.deadline.IsZero() {
+			p.readyBy = p.readyBy.Add(d)
+			p.deadline = p.readyBy
+		}
+		if !p.unhealthySince.IsZero() {
+			p.unhealthySince = p.unhealthySince.Add(d)
+		}
+	}
+}
+
+// expire acts on the deadlines that are due. A deadline belongs to a state and goes with
+// it.
+func (s *supervisor) expire(now time.Time) {
+	for _, p := range s.procs {
+		if p.deadline.IsZero() || now.Before(p.deadline) {
+			continue
+		}
+		switch p.state {
+		case procStarting:
+			s.failNotReady(p, now)
+			p.deadline = time.Time{}
+		case procBackoff:
+			if !p.readyBy.IsZero() && !now.Before(p.readyBy) {
+				s.failNotReady(p, now)
+				s.transition(p, procFailed, time.Time{})
+			} else {
+				s.transition(p, procWaiting, time.Time{})
+			}
+		case procStopping:
+			if !p.child.isReaped() {
+				p.log.Warn("still running, sending SIGKILL", "pid", p.child.pid, "stop_timeout", s.stopTimeout(p))
+			}
+			s.kill(p, now)
+		case procKilled:
+			s.fail(p, failStuck, describeStuck(p.child.pid, p.component.killPatience()), now)
+			s.transition(p, procFailed, time.Time{})
+		}
+	}
+}
+
+// describeStuck says that the process pid has outlived SIGKILL by d.
+func describeStuck(pid int, d time.Duration) string {
+	return fmt.Sprintf("pid %d is still running %s after SIGKILL", pid, d)
+}
+
+// overdue returns those that have been unhealthy for too long.
+func (s *supervisor) overdue(now time.Time) []*proc {
+	var out []*proc
+	for _, p := range s.procs {
+		if !s.stopping && !p.unhealthySince.IsZero() && now.Sub(p.unhealthySince) >= s.times.unhealthy {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// failUnhealthy fails p, which overdue has returned.
+func (s *supervisor) failUnhealthy(p *proc, now time.Time) {
+	s.fail(p, failUnhealthy, fmt.Sprintf("unhealthy for %s (-unhealthy-timeout): %s", s.times.unhealthy, p.health.cause), now)
+}
+
+func (s *supervisor) failNotReady(p *proc, now time.Time) {
+	s.fail(p, failNotReady, fmt.Sprintf("not ready within its start timeout of %s", s.startTimeout(p)), now)
+}
+
 // fail notes why p failed. The first reason stays.
 func (s *supervisor) fail(p *proc, kind failKind, reason string, now time.Time) {
 	if p.failure != nil {
 		return
 	}
-	f := &failure{component: p.Component, kind: kind, reason: reason}
+	f := &failure{component: p.component, kind: kind, reason: reason}
 	if p.last != nil {
-		f.pid, f.registered, f.tail = p.last.pid, p.registered, p.last.tail.lines()
-		f.lived, f.exit = cmp.Or(p.ended, now).Sub(p.started), p.exit
-		f.wasReady = p.readyAt.After(p.started)
+		f.pid, f.registered, f.tail = p.last.pid, p.health.registered, p.last.tail.lines()
+		f.lived, f.status = cmp.Or(p.ended, now).Sub(p.started), p.status
+		f.wasReady = !p.readyAt.Before(p.started)
 	}
 	p.failure = f
 }
@@ -297,26 +462,26 @@ func (s *supervisor) failures() []*failure {
 	return out
 }
 
-// affected returns what needs p, whatever is in between: what was never started, and
-// what was stopped although it ran. All are over.
+// affected returns what needs p, directly or not: the ids of those that were never
+// started, and of those that were stopped although they ran. It is for a run that is over.
 func (s *supervisor) affected(p *proc) (never, stopped []string) {
 	never, stopped = []string{}, []string{} // empty in JSON, not null
-	needs := map[string]bool{p.ID: true}
+	needs := map[string]bool{p.id(): true}
 	for more := true; more; {
 		more = false
 		for _, q := range s.procs {
-			if !needs[q.ID] && slices.ContainsFunc(q.waitsFor(), func(id string) bool { return needs[id] }) {
-				needs[q.ID], more = true, true
+			if !needs[q.id()] && slices.ContainsFunc(q.component.waitsFor(), func(id string) bool { return needs[id] }) {
+				needs[q.id()], more = true, true
 			}
 		}
 	}
 	for _, q := range s.procs {
 		switch {
-		case !needs[q.ID] || q.state != procStopped:
+		case !needs[q.id()] || q.state != procStopped:
 		case q.last == nil:
-			never = append(never, q.ID)
+			never = append(never, q.id())
 		default:
-			stopped = append(stopped, q.ID)
+			stopped = append(stopped, q.id())
 		}
 	}
 	return never, stopped
@@ -327,98 +492,24 @@ func (s *supervisor) over() bool {
 	return !slices.ContainsFunc(s.procs, func(p *proc) bool { return !p.over() })
 }
 
-// next is the earliest moment at which expire has something to do, zero for none.
-func (s *supervisor) next(now time.Time) time.Time {
-	var next time.Time
-	for _, p := range s.procs {
-		next = earliest(next, p.deadline)
-		if nudge := s.nudge(p); p.state == procStopping && nudge.After(now) {
-			next = earliest(next, nudge)
-		}
-	}
-	return next
-}
-
-// earliest is the earlier of two times, where the zero time is never.
-func earliest(a, b time.Time) time.Time {
-	if a.IsZero() || !b.IsZero() && b.Before(a) {
-		return b
-	}
-	return a
-}
-
-// lastReadyBy is by when all that has started is ready or failed, or, where it was
-// ready before, has been started again.
-func (s *supervisor) lastReadyBy() time.Time {
-	var last time.Time
-	for _, p := range s.procs {
-		for _, at := range []time.Time{p.readyBy, p.deadline} {
-			if at.After(last) {
-				last = at
-			}
-		}
-	}
-	return last
-}
-
-// delay gives those that are starting so much more time.
-func (s *supervisor) delay(d time.Duration) {
-	for _, p := range s.procs {
-		if p.state == procStarting && !p.deadline.IsZero() {
-			p.readyBy = p.readyBy.Add(d)
-			p.deadline = p.readyBy
-		}
-	}
-}
-
-// expire acts on the deadlines that are due. A deadline belongs to a state, so one
-// that comes late, when the state has changed, does not exist any more.
-func (s *supervisor) expire(now time.Time) {
-	for _, p := range s.procs {
-		due := !p.deadline.IsZero() && !now.Before(p.deadline)
-		switch {
-		case !due:
-		case p.state == procStarting:
-			s.failNotReady(p, now)
-			p.deadline = time.Time{}
-		case p.state == procBackoff && !p.readyBy.IsZero() && !now.Before(p.readyBy):
-			s.failNotReady(p, now)
-			s.transition(p, procFailed, time.Time{})
-		case p.state == procBackoff:
-			s.transition(p, procWaiting, time.Time{})
-		case p.state == procStopping:
-			if !p.child.isReaped() {
-				p.log.Warn("still running, sending SIGKILL", "pid", p.child.pid, "stop_timeout", s.stopTimeout(p))
-			}
-			s.kill(p, now)
-		case p.state == procKilled:
-			s.fail(p, failStuck, fmt.Sprintf("pid %d is still running %s after SIGKILL", p.child.pid, p.killPatience()), now)
-			s.transition(p, procFailed, time.Time{})
-		}
-	}
-}
-
-func (s *supervisor) failNotReady(p *proc, now time.Time) {
-	s.fail(p, failNotReady, fmt.Sprintf("not ready within its start timeout of %s", s.startTimeout(p)), now)
-}
-
-// beginStop starts nothing from now on. What has no process is stopped by that.
+// beginStop ends all starts. Components without a process are stopped by that; the others
+// are stopped in their turn by advanceStop.
 func (s *supervisor) beginStop() {
 	s.stopping = true
-	if s.target != nil { // the order is neither that of the old file nor of the new
+	if s.pending != nil { // the order is neither that of the old file nor of the new
 		var all []*Component
 		for _, p := range s.procs {
-			all = append(all, p.Component)
+			all = append(all, p.component)
 		}
 		s.before = stopOrder(all)
 	}
 	for _, p := range s.procs {
-		s.abandon(p)
+		s.cancelStart(p)
 	}
 }
 
-// abandon has p not started any more, and no deadline for it to be ready.
-func (s *supervisor) abandon(p *proc) {
+// cancelStart has p not started any more, and its start timeout not judged.
+func (s *supervisor) cancelStart(p *proc) {
 	switch p.state {
 	case procWaiting, procBackoff:
 		s.transition(p, procStopped, time.Time{})
@@ -434,156 +525,39 @@ func (s *supervisor) advanceStop(now time.Time) {
 	}
 }
 
-// stopInTurn sends p its stop signal, if it runs and everything that has to stop before
-// it has ended. Of an input half its stop timeout is enough, because some servers end
-// only once their reader has closed the stream.
+// stopInTurn sends p its stop signal if it runs and nothing that has to stop before it
+// blocks it.
 func (s *supervisor) stopInTurn(p *proc, now time.Time) {
-	if !p.runs() || slices.ContainsFunc(s.before[p.ID], func(e stopEdge) bool { return s.holds(e, now) }) {
+	if !p.runs() || slices.ContainsFunc(s.before[p.id()], func(e stopEdge) bool { return s.blocks(e, now) }) {
 		return
 	}
-	p.log.Info("stopping", "pid", p.child.pid, "signal", p.stopSignal().String())
+	sig := p.component.stopSignal()
+	p.log.Info("stopping", "pid", p.child.pid, "signal", sig.String())
 	p.stopSent = now
-	s.launcher.signal(p.child, p.stopSignal())
+	s.starter.signal(p.child, sig)
 	s.transition(p, procStopping, now.Add(s.stopTimeout(p)))
 }
 
-// holds tells whether one that is to stop, too, keeps another from being stopped.
-func (s *supervisor) holds(e stopEdge, now time.Time) bool {
+// blocks tells whether the component that e names keeps another from being stopped: it is
+// to stop as well and has not ended. An input blocks its readers only until
+// releaseReadersAt.
+func (s *supervisor) blocks(e stopEdge, now time.Time) bool {
 	first := s.byID[e.id]
-	if first == nil || first.over() || !first.leaving && !s.stopping {
+	if first == nil || first.over() || !first.retiring && !s.stopping {
 		return false
 	}
-	nudge := s.nudge(first)
-	return !e.input || nudge.IsZero() || now.Before(nudge)
+	release := s.releaseReadersAt(first)
+	return !e.input || release.IsZero() || now.Before(release)
 }
 
-// nudge is when those that read from p are stopped although p has not ended.
-func (s *supervisor) nudge(p *proc) time.Time {
+// releaseReadersAt is when those that read from p are stopped although p has not ended:
+// half its stop timeout after its stop signal, because some servers end only once their
+// reader has closed the stream. It is zero before the signal.
+func (s *supervisor) releaseReadersAt(p *proc) time.Time {
 	if p.stopSent.IsZero() {
 		return time.Time{}
 	}
 	return p.stopSent.Add(s.stopTimeout(p) / 2)
-}
-
-// stopBound is the longest that a stop can take from its beginning: the slowest
-// chain of those that have to stop one after the other, and then what they left.
-func (s *supervisor) stopBound() time.Duration {
-	memo := make(map[string]time.Duration)
-	var bound func(id string) time.Duration
-	bound = func(id string) time.Duration {
-		if d, ok := memo[id]; ok || s.byID[id] == nil {
-			return d
-		}
-		var longest time.Duration
-		for _, e := range s.before[id] {
-			longest = max(longest, bound(e.id))
-		}
-		memo[id] = longest + s.stopTimeout(s.byID[id]) + s.byID[id].killPatience()
-		return memo[id]
-	}
-	var longest time.Duration
-	for id := range s.byID {
-		longest = max(longest, bound(id))
-	}
-	return longest + sweepGrace + killPatience
-}
-
-// reloaded is what a change of the pipeline file comes to, by id.
-type reloaded struct {
-	added, removed, restarted []string
-	unchanged                 int
-}
-
-// reload takes over the pipeline file as it is now: what is new in it starts, what
-// has changed is stopped and then started anew, what is not in it any more is
-// stopped, and the rest is left alone. It fails, and changes nothing, where no port
-// can be found for what is new. A reload before all that leaves has gone is added to
-// the one before.
-func (s *supervisor) reload(next *Pipeline) (reloaded, error) {
-	var out reloaded
-	listed := make(map[string]bool)
-	for _, c := range next.components() {
-		listed[c.ID] = true
-		if _, err := s.launcher.healthPort(c); err != nil {
-			return out, fmt.Errorf("component %s: %v", c.ID, err)
-		}
-	}
-	for _, c := range next.components() {
-		switch p := s.byID[c.ID]; {
-		case p == nil:
-			out.added = append(out.added, c.ID)
-			s.procs = append(s.procs, s.newProc(c))
-		case !p.leaving && reflect.DeepEqual(p.Component, c):
-			out.unchanged++
-		default:
-			out.restarted = append(out.restarted, c.ID)
-			s.leave(p, c)
-		}
-	}
-	for _, p := range s.procs {
-		if !listed[p.ID] {
-			out.removed = append(out.removed, p.ID)
-			s.leave(p, nil)
-		}
-	}
-	s.target = next
-	s.settle()
-	return out, nil
-}
-
-func (s *supervisor) newProc(c *Component) *proc {
-	p := &proc{Component: c, log: s.log.With("component", c.ID)}
-	s.byID[c.ID] = p
-	s.edition++
-	return p
-}
-
-// leave has p stopped, and successor take its place. What waits for it waits for that.
-func (s *supervisor) leave(p *proc, successor *Component) {
-	p.leaving, p.successor, p.wasReady = true, successor, false
-	s.abandon(p)
-}
-
-// advanceLeave stops those that leave, in the order of a stop, and lets go of those that
-// have ended.
-func (s *supervisor) advanceLeave(now time.Time) {
-	if s.target == nil || s.stopping {
-		return
-	}
-	for _, p := range s.procs {
-		if p.leaving {
-			s.stopInTurn(p, now)
-		}
-	}
-	s.settle()
-}
-
-// settle lets those that leave and are over go. After the last of them, everything is
-// as the file has it.
-func (s *supervisor) settle() {
-	for i, p := range s.procs {
-		if !p.leaving || !p.over() || p.failure != nil {
-			continue
-		}
-		delete(s.byID, p.ID)
-		s.edition++
-		if s.procs[i] = nil; p.successor != nil {
-			s.procs[i] = s.newProc(p.successor)
-		} else {
-			s.launcher.forget(p.ID)
-		}
-	}
-	s.procs = slices.DeleteFunc(s.procs, func(p *proc) bool { return p == nil })
-	if slices.ContainsFunc(s.procs, func(p *proc) bool { return p.leaving }) {
-		return
-	}
-	s.before = s.target.stopAfter()
-	order := make(map[string]int)
-	for i, c := range s.target.components() {
-		order[c.ID] = i
-	}
-	slices.SortFunc(s.procs, func(a, b *proc) int { return order[a.ID] - order[b.ID] })
-	s.target = nil
 }
 
 // killAll sends SIGKILL to all that still run.
@@ -597,20 +571,133 @@ func (s *supervisor) killAll(now time.Time) {
 }
 
 func (s *supervisor) kill(p *proc, now time.Time) {
-	s.launcher.signal(p.child, syscall.SIGKILL)
-	s.transition(p, procKilled, now.Add(p.killPatience()))
+	s.starter.signal(p.child, syscall.SIGKILL)
+	s.transition(p, procKilled, now.Add(p.component.killPatience()))
+}
+
+// stopBound is the longest that a stop can take: the slowest chain of components that
+// stop one after the other, and then what they left behind.
+func (s *supervisor) stopBound() time.Duration {
+	memo := make(map[string]time.Duration)
+	var bound func(id string) time.Duration
+	bound = func(id string) time.Duration {
+		if d, ok := memo[id]; ok || s.byID[id] == nil {
+			return d
+		}
+		var longest time.Duration
+		for _, e := range s.before[id] {
+			longest = max(longest, bound(e.id))
+		}
+		p := s.byID[id]
+		memo[id] = longest + s.stopTimeout(p) + p.component.killPatience()
+		return memo[id]
+	}
+	var longest time.Duration
+	for id := range s.byID {
+		longest = max(longest, bound(id))
+	}
+	return longest + sweepGrace + killPatience
+}
+
+// reloaded is what a reload changes, by id.
+type reloaded struct {
+	added, removed, restarted []string
+	unchanged                 int
+}
+
+// reload begins to turn the components into those of next: what is new starts, what has
+// changed is stopped and started anew, what is gone is stopped, and the rest is left
+// alone. A reload that comes before the last one is finished adds to it.
+func (s *supervisor) reload(next *Pipeline) reloaded {
+	var out reloaded
+	listed := make(map[string]bool)
+	for _, c := range next.components() {
+		listed[c.ID] = true
+		switch p := s.byID[c.ID]; {
+		case p == nil:
+			out.added = append(out.added, c.ID)
+			s.procs = append(s.procs, s.newProc(c))
+		case !p.retiring && reflect.DeepEqual(p.component, c):
+			out.unchanged++
+		default:
+			out.restarted = append(out.restarted, c.ID)
+			s.retire(p, c)
+		}
+	}
+	for _, p := range s.procs {
+		if !listed[p.id()] {
+			out.removed = append(out.removed, p.id())
+			s.retire(p, nil)
+		}
+	}
+	s.pending = next
+	return out
+}
+
+// retire has p stopped, and then replaced, by nothing if replacement is nil. What waits
+// for p waits for its replacement.
+func (s *supervisor) retire(p *proc, replacement *Component) {
+	p.retiring, p.replacement = true, replacement
+	p.wasReady, p.unhealthySince = false, time.Time{}
+	s.cancelStart(p)
+}
+
+// advanceReload stops those that retire, in the order of a stop, and finishes with those
+// that have ended. It returns the ids of which no component is left.
+func (s *supervisor) advanceReload(now time.Time) (gone []string) {
+	if s.pending == nil || s.stopping {
+		return nil
+	}
+	for _, p := range s.procs {
+		if p.retiring {
+			s.stopInTurn(p, now)
+		}
+	}
+	return s.finishRetiring()
+}
+
+// finishRetiring takes out those that retire and are over, and puts in their
+// replacements. After the last of them the reload is finished.
+func (s *supervisor) finishRetiring() (gone []string) {
+	for i, p := range s.procs {
+		if !p.retiring || !p.over() || p.failure != nil {
+			continue
+		}
+		delete(s.byID, p.id())
+		s.generation++
+		if s.procs[i] = nil; p.replacement != nil {
+			s.procs[i] = s.newProc(p.replacement)
+		} else {
+			gone = append(gone, p.id())
+		}
+	}
+	s.procs = slices.DeleteFunc(s.procs, func(p *proc) bool { return p == nil })
+	if slices.ContainsFunc(s.procs, func(p *proc) bool { return p.retiring }) {
+		return gone
+	}
+	s.before = s.pending.stopAfter()
+	order := make(map[string]int)
+	for i, c := range s.pending.components() {
+		order[c.ID] = i
+	}
+	slices.SortFunc(s.procs, func(a, b *proc) int { return order[a.id()] - order[b.id()] })
+	s.pending = nil
+	return gone
+}
+
+// transition is the one place that changes a component's state.
+func (s *supervisor) transition(p *proc, to procState, deadline time.Time) {
+	p.log.Debug("state", "from", p.state, "to", to)
+	p.state, p.deadline = to, deadline
+	if to != procReady {
+		p.unhealthySince = time.Time{}
+	}
 }
 
 func (s *supervisor) startTimeout(p *proc) time.Duration {
-	if p.StartTimeout > 0 {
-		return time.Duration(p.StartTimeout)
-	}
-	return s.settings.startTimeout
+	return cmp.Or(time.Duration(p.component.StartTimeout), s.times.start)
 }
 
 func (s *supervisor) stopTimeout(p *proc) time.Duration {
-	if p.StopTimeout > 0 {
-		return time.Duration(p.StopTimeout)
-	}
-	return s.settings.stopTimeout
+	return cmp.Or(time.Duration(p.component.StopTimeout), s.times.stop)
 }

@@ -355,13 +355,13 @@ func TestRestart_LeaksNothing(t *testing.T) {
 	if err := os.Symlink("/bin/sh", program); err != nil {
 		t.Fatal(err)
 	}
-	s, _ := supervise(t, []map[string]any{{"id": "a", "command": []string{program, "-c", "echo out; echo err >&2; exit 1"}, "register": false, "restart_policy": "always"}}, nil)
+	s, l, _ := supervise(t, []map[string]any{{"id": "a", "command": []string{program, "-c", "echo out; echo err >&2; exit 1"}, "register": false, "restart_policy": "always"}}, nil)
 	p, now := s.byID["a"], time.Now()
 	once := func() {
 		for _, p := range s.startable() {
 			s.start(p, now)
 			s.ready(p, now)
-			nextExit(t, s, now)
+			nextExit(t, s, l, now)
 			now = p.deadline
 			s.expire(now)
 		}

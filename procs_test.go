@@ -2,49 +2,47 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
+	"fmt"
 	"log/slog"
 	"os"
-	"os/exec"
-	"path/filepath"
+	"slices"
 	"strings"
-	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
 
-// recorder is an emitter that keeps everything.
-type recorder struct {
-	mu  sync.Mutex
-	got map[string][]byte // by id/stream
+// fakeStarter starts no process: it gives out pids, and notes signals.
+type fakeStarter struct {
+	started int
+	broken  map[string]error // by id: why it cannot be started
+	sent    []string         // "id signal", in order
 }
 
-func (r *recorder) lines(id, stream string, lines []byte) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.got == nil {
-		r.got = make(map[string][]byte)
+func (f *fakeStarter) start(c *Component) (*child, error) {
+	if err := f.broken[c.ID]; err != nil {
+		return nil, err
 	}
-	r.got[id+"/"+stream] = append(r.got[id+"/"+stream], lines...)
+	f.started++
+	return &child{component: c, pid: f.started}, nil
 }
 
-func (r *recorder) text(key string) string {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return string(r.got[key])
+func (f *fakeStarter) signal(ch *child, sig syscall.Signal) {
+	f.sent = append(f.sent, ch.component.ID+" "+sig.String())
 }
 
-// sh is a component that runs a shell script and does not register.
-func sh(id, script string, more map[string]any) map[string]any {
-	c := map[string]any{"id": id, "command": []string{"sh", "-c", strings.ReplaceAll(script, "$", "$$")}, "register": false}
+// comp is a component of a test that does not register. Its program is never run.
+func comp(id string, more map[string]any) map[string]any {
+	c := map[string]any{"id": id, "command": []string{"/bin/true"}, "register": false}
 	for k, v := range more {
 		c[k] = v
 	}
 	return c
 }
 
-// supervise returns a supervisor of the given sources and sinks, and what they
-// print. What still runs at the end of the test is killed and waited for.
-func supervise(t testing.TB, sources, sinks []map[string]any) (*supervisor, *recorder) {
+// parseParts returns the pipeline of the given sources and sinks.
+func parseParts(t testing.TB, sources, sinks []map[string]any) *Pipeline {
 	t.Helper()
 	spec := map[string]any{"sources": sources}
 	if sinks != nil {
@@ -60,195 +58,238 @@ func supervise(t testing.TB, sources, sinks []map[string]any) (*supervisor, *rec
 	if err != nil {
 		t.Fatal(err)
 	}
-	rec := &recorder{}
-	log := slog.New(slog.NewTextHandler(t.Output(), nil))
-	l, err := newLauncher(launchConfig{heartbeat: 10 * time.Second, endpoint: "127.0.0.1:1", reaper: newReaper(), emit: rec.lines, log: log})
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := newSupervisor(p, procSettings{startTimeout: 30 * time.Second, stopTimeout: 10 * time.Second}, l, log)
-	t.Cleanup(func() {
-		s.killAll(time.Now())
-		for !s.over() {
-			s.exited(<-l.exits, time.Now())
-		}
-		l.guard.dismiss() // not close, which ends all descendants, those of other tests too
-		l.cgroup.remove()
-	})
-	return s, rec
+	return p
 }
 
-// startAll starts what may start, and calls it ready, until nothing waits.
-func startAll(s *supervisor, now time.Time) {
-	for batch := s.startable(); len(batch) > 0; batch = s.startable() {
-		for _, p := range batch {
-			if s.start(p, now); p.runs() {
-				s.ready(p, now)
-			}
-		}
-	}
+// machine is a supervisor whose processes and time a test makes up.
+type machine struct {
+	*supervisor
+	t    *testing.T
+	fake *fakeStarter
+	now  time.Time
 }
 
-// nextExit takes in the next end of a process.
-func nextExit(t testing.TB, s *supervisor, now time.Time) *proc {
+func newMachine(t *testing.T, sources, sinks []map[string]any) *machine {
 	t.Helper()
-	select {
-	case e := <-s.launcher.exits:
-		p := s.procOf(e.child)
-		s.exited(e, now)
-		return p
-	case <-time.After(20 * time.Second):
-		t.Fatal("no process ended within 20s")
-		return nil
+	fake := &fakeStarter{broken: make(map[string]error)}
+	times := procTimes{start: 30 * time.Second, unhealthy: 30 * time.Second, stop: 10 * time.Second}
+	s := newSupervisor(parseParts(t, sources, sinks), times, fake, slog.New(slog.NewTextHandler(t.Output(), nil)))
+	return &machine{s, t, fake, time.Now()}
+}
+
+// startAll starts all that may start.
+func (m *machine) startAll() {
+	for _, p := range m.startable() {
+		_ = m.start(p, m.now) // what comes of an error is in its state
 	}
 }
 
-func ids(procs []*proc) string {
+// heal tells the supervisor that the components ids are healthy.
+func (m *machine) heal(ids ...string) {
+	for _, id := range ids {
+		m.tell(m.byID[id], healthInfo{ok: true, registered: true}, m.now)
+	}
+}
+
+// ail tells the supervisor that the component id is not healthy.
+func (m *machine) ail(id, cause string) {
+	m.tell(m.byID[id], healthInfo{cause: cause, registered: true}, m.now)
+}
+
+// readyAll starts and heals until nothing waits.
+func (m *machine) readyAll() {
+	for batch := m.startable(); len(batch) > 0; batch = m.startable() {
+		m.startAll()
+		m.heal(ids(batch)...)
+	}
+}
+
+// end ends the process of id.
+func (m *machine) end(id string, status syscall.WaitStatus) {
+	m.t.Helper()
+	p := m.byID[id]
+	if p.child == nil {
+		m.t.Fatalf("%s has no process that could end", id)
+	}
+	m.exited(childEnd{child: p.child, status: status}, m.now)
+}
+
+// pass lets so much time pass and acts on what is due.
+func (m *machine) pass(d time.Duration) {
+	m.now = m.now.Add(d)
+	m.expire(m.now)
+}
+
+// want fails the test unless the component id is in the state.
+func (m *machine) want(id string, state procState) {
+	m.t.Helper()
+	if got := m.byID[id].state; got != state {
+		m.t.Errorf("%s is %s, want %s", id, got, state)
+	}
+}
+
+// wantStartable fails the test unless just ids may start.
+func (m *machine) wantStartable(want ...string) {
+	m.t.Helper()
+	if got := ids(m.startable()); !slices.Equal(got, want) {
+		m.t.Errorf("may start: %q, want %q", got, want)
+	}
+}
+
+// wantFailure fails the test unless id is all that has failed, so.
+func (m *machine) wantFailure(id string, kind failKind, reason string) {
+	m.t.Helper()
+	f := m.failures()
+	if len(f) != 1 || f[0].component.ID != id || f[0].kind != kind || f[0].reason != reason {
+		m.t.Errorf("failures %s, want %s: %s: %s", describeFailures(f), id, kind, reason)
+	}
+}
+
+func describeFailures(list []*failure) string {
+	var out []string
+	for _, f := range list {
+		out = append(out, fmt.Sprintf("%s: %s: %s", f.component.ID, f.kind, f.reason))
+	}
+	return fmt.Sprintf("%q", out)
+}
+
+func ids(procs []*proc) []string {
 	var out []string
 	for _, p := range procs {
-		out = append(out, p.ID)
+		out = append(out, p.id())
 	}
-	return strings.Join(out, " ")
+	return out
 }
 
-const forever = "exec sleep 1000"
+// exitStatus is how a process ends that exits with code (wait(2)).
+func exitStatus(code int) syscall.WaitStatus { return syscall.WaitStatus(code << 8) }
 
-func TestStartWaitsForInputsAndDependsOn(t *testing.T) {
+const killedBySIGKILL = syscall.WaitStatus(syscall.SIGKILL)
+
+func TestStart_WaitsForInputsAndDependsOn(t *testing.T) {
 	t.Parallel()
-	s, _ := supervise(t, []map[string]any{sh("a", forever, nil), sh("b", forever, nil)}, []map[string]any{
-		sh("c", forever, map[string]any{"inputs": []string{"a", "b"}}),
-		sh("d", forever, map[string]any{"depends_on": []string{"c"}}),
+	m := newMachine(t, []map[string]any{comp("a", nil), comp("b", nil)}, []map[string]any{
+		comp("c", map[string]any{"inputs": []string{"a", "b"}}),
+		comp("d", map[string]any{"depends_on": []string{"c"}}),
 	})
-	now := time.Now()
-	if got := ids(s.startable()); got != "a b" {
-		t.Errorf("startable at first: %q, want a b", got)
+	m.wantStartable("a", "b")
+	m.startAll()
+	m.wantStartable()
+	m.heal("a")
+	m.wantStartable()
+	m.heal("b")
+	m.wantStartable("c")
+	m.ail("a", "it declared itself UNHEALTHY")
+	m.wantStartable()
+	m.heal("a")
+	m.startAll()
+	m.heal("c")
+	m.wantStartable("d")
+}
+
+func TestStart_TimeoutIsJudgedAtItsDeadline(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", nil), comp("b", map[string]any{"start_timeout": "5s"})}, nil)
+	m.startAll()
+	if got, want := m.next(m.now), m.now.Add(5*time.Second); !got.Equal(want) {
+		t.Errorf("next deadline in %s, want 5s", got.Sub(m.now))
 	}
-	for _, p := range s.startable() {
-		s.start(p, now)
+	m.pass(5*time.Second - 1)
+	if f := m.failures(); len(f) != 0 {
+		t.Errorf("failed just before the deadline: %s", describeFailures(f))
 	}
-	if got := ids(s.startable()); got != "" {
-		t.Errorf("startable while a and b are starting: %q, want none", got)
-	}
-	s.ready(s.byID["a"], now)
-	if got := ids(s.startable()); got != "" {
-		t.Errorf("startable with a ready: %q, want none", got)
-	}
-	s.ready(s.byID["b"], now)
-	if got := ids(s.startable()); got != "c" {
-		t.Errorf("startable with a and b ready: %q, want c", got)
+	m.pass(1)
+	m.wantFailure("b", failNotReady, "not ready within its start timeout of 5s")
+	m.heal("a")
+	m.pass(time.Hour)
+	if f := m.failures(); len(f) != 1 {
+		t.Errorf("a failed although it was ready before its deadline: %s", describeFailures(f))
 	}
 }
 
-func TestStartTimeoutIsJudgedAtItsDeadline(t *testing.T) {
+// The time in which flowctl itself was stopped is nobody's fault.
+func TestStart_TimeoutIsPutOffByTheTimeStopped(t *testing.T) {
 	t.Parallel()
-	s, _ := supervise(t, []map[string]any{sh("a", forever, nil), sh("b", forever, map[string]any{"start_timeout": "5s"})}, nil)
-	now := time.Now()
-	for _, p := range s.startable() {
-		s.start(p, now)
+	m := newMachine(t, []map[string]any{comp("a", nil)}, nil)
+	m.startAll()
+	m.delay(time.Minute)
+	m.pass(90*time.Second - 1)
+	m.want("a", procStarting)
+	if m.byID["a"].failure != nil {
+		t.Error("failed before 30s of its own")
 	}
-	if got, want := s.next(now), now.Add(5*time.Second); !got.Equal(want) {
-		t.Errorf("next deadline in %s, want 5s", got.Sub(now))
-	}
-	s.expire(now.Add(5*time.Second - 1))
-	if f := s.failures(); len(f) != 0 {
-		t.Errorf("failed just before the deadline: %v", f[0].reason)
-	}
-	s.expire(now.Add(5 * time.Second))
-	if f := s.failures(); len(f) != 1 || f[0].component.ID != "b" || f[0].kind != failNotReady {
-		t.Errorf("failures at the deadline: %+v, want b, not ready", f)
-	}
-	s.ready(s.byID["a"], now)
-	s.expire(now.Add(time.Hour))
-	if f := s.failures(); len(f) != 1 {
-		t.Errorf("a failed although it was ready before its deadline")
-	}
+	m.pass(1)
+	m.wantFailure("a", failNotReady, "not ready within its start timeout of 30s")
 }
 
-func TestEndsOfAProcess(t *testing.T) {
+func TestExited_BecomesWhatTheTableSays(t *testing.T) {
 	t.Parallel()
+	onFailure, always := map[string]any{"restart_policy": "on-failure"}, map[string]any{"restart_policy": "always"}
 	for _, tt := range []struct {
-		name, script string
-		ready        bool // when it ends
-		more         map[string]any
-		want         procState
-		reason       string
+		name   string
+		status syscall.WaitStatus
+		ready  bool // when it ends
+		more   map[string]any
+		want   procState
+		reason string
 	}{
-		{"zero when ready", "exit 0", true, nil, procCompleted, ""},
-		{"zero before ready", "exit 0", false, nil, procFailed, "exit status 0 before it was ready"},
-		{"non-zero when ready", "exit 3", true, nil, procFailed, "exit status 3"},
-		{"non-zero before ready", "exit 3", false, nil, procFailed, "exit status 3 before it was ready"},
-		{"signal", "kill -9 $$", true, nil, procFailed, "killed by signal 9 (killed)"},
-		{"on-failure, zero", "exit 0", true, map[string]any{"restart_policy": "on-failure"}, procCompleted, ""},
-		{"on-failure, non-zero", "exit 3", true, map[string]any{"restart_policy": "on-failure"}, procBackoff, ""},
-		{"on-failure, non-zero before ready", "exit 3", false, map[string]any{"restart_policy": "on-failure"}, procBackoff, ""},
-		{"always, zero", "exit 0", true, map[string]any{"restart_policy": "always"}, procBackoff, ""},
-		{"no such program", "", true, map[string]any{"command": []string{"/does/not/exist"}}, procFailed, `cannot run "/does/not/exist": no such file or directory`},
-		{"no such bare name", "", true, map[string]any{"command": []string{"no-such-program"}}, procFailed, `cannot run "no-such-program": it is not found in PATH`},
-		{"not executable", "", true, map[string]any{"command": []string{"/etc/passwd"}}, procFailed, `cannot run "/etc/passwd": it is not executable (chmod +x)`},
-		{"working_dir", "", true, map[string]any{"working_dir": "/does/not/exist"}, procFailed, `cannot enter its working_dir "/does/not/exist": no such file or directory`},
-		{"env_files", "", true, map[string]any{"env_files": map[string]string{"KEY": "/does/not/exist"}}, procFailed, `env_files.KEY: open /does/not/exist: no such file or directory`},
+		{"zero when ready", exitStatus(0), true, nil, procCompleted, ""},
+		{"zero before ready", exitStatus(0), false, nil, procFailed, "exit status 0 before it was ready"},
+		{"non-zero when ready", exitStatus(3), true, nil, procFailed, "exit status 3"},
+		{"non-zero before ready", exitStatus(3), false, nil, procFailed, "exit status 3 before it was ready"},
+		{"signal", killedBySIGKILL, true, nil, procFailed, "killed by signal 9 (killed)"},
+		{"on-failure, zero", exitStatus(0), true, onFailure, procCompleted, ""},
+		{"on-failure, zero before ready", exitStatus(0), false, onFailure, procFailed, "exit status 0 before it was ready"},
+		{"on-failure, non-zero", exitStatus(3), true, onFailure, procBackoff, ""},
+		{"on-failure, non-zero before ready", exitStatus(3), false, onFailure, procBackoff, ""},
+		{"always, zero", exitStatus(0), true, always, procBackoff, ""},
+		{"always, zero before ready", exitStatus(0), false, always, procBackoff, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			s, _ := supervise(t, []map[string]any{sh("a", tt.script, tt.more)}, nil)
-			p, now := s.byID["a"], time.Now()
-			s.start(p, now)
-			if p.state != procFailed {
-				if tt.ready {
-					s.ready(p, now)
-				}
-				nextExit(t, s, now)
+			m := newMachine(t, []map[string]any{comp("a", tt.more)}, nil)
+			m.startAll()
+			if tt.ready {
+				m.heal("a")
 			}
-			if p.state != tt.want {
-				t.Errorf("state %s, want %s", p.state, tt.want)
-			}
-			reason := ""
-			if p.failure != nil {
-				reason = p.failure.reason
-			}
-			if reason != tt.reason {
-				t.Errorf("reason %q, want %q", reason, tt.reason)
+			m.end("a", tt.status)
+			m.want("a", tt.want)
+			if tt.reason != "" {
+				m.wantFailure("a", failEnded, tt.reason)
+			} else if f := m.failures(); len(f) > 0 {
+				t.Errorf("failures %s, want none", describeFailures(f))
 			}
 		})
 	}
 }
 
-func TestInterpreterMissing(t *testing.T) {
+func TestExited_FailureTellsOfTheLastProcess(t *testing.T) {
 	t.Parallel()
-	script := filepath.Join(t.TempDir(), "script")
-	// Written by a process of its own: while this one has the file open to write, a
-	// fork elsewhere in it would make execve fail with ETXTBSY (go.dev/issue/22315).
-	if err := exec.Command("sh", "-c", "echo '#!/no/such/interpreter' >\"$0\" && chmod 755 \"$0\"", script).Run(); err != nil {
-		t.Fatal(err)
-	}
-	s, _ := supervise(t, []map[string]any{sh("a", "", map[string]any{"command": []string{script}})}, nil)
-	s.start(s.byID["a"], time.Now())
-	f := s.failures()
-	if want := "the interpreter that it names, or its loader, does not exist"; len(f) != 1 || !strings.Contains(f[0].reason, want) {
-		t.Errorf("failures %+v, want one with %q", f, want)
+	m := newMachine(t, []map[string]any{comp("a", nil)}, nil)
+	m.startAll()
+	m.heal("a")
+	m.byID["a"].child.tail.add([]byte("last words\n"))
+	m.pass(7 * time.Second)
+	m.end("a", exitStatus(3))
+	f := m.byID["a"].failure
+	if f == nil || f.pid != 1 || !f.registered || !f.wasReady || f.lived != 7*time.Second || f.status == nil || *f.status != exitStatus(3) || !slices.Equal(f.tail, []string{"last words"}) {
+		t.Errorf("failure %+v, want pid 1, registered, ready, 7s, status 3, its last words", f)
 	}
 }
 
-func TestBackoffDoublesAndStartsOverAfterHealth(t *testing.T) {
+func TestBackoff_DoublesAndStartsOverAfterHealth(t *testing.T) {
 	t.Parallel()
-	s, _ := supervise(t, []map[string]any{sh("a", "exit 1", map[string]any{"restart_policy": "on-failure"})}, nil)
-	p, now := s.byID["a"], time.Now()
-	end := func(lived time.Duration) time.Duration {
+	m := newMachine(t, []map[string]any{comp("a", map[string]any{"restart_policy": "on-failure"})}, nil)
+	endAfter := func(lived time.Duration) time.Duration {
 		t.Helper()
-		if got := ids(s.startable()); got != "a" {
-			t.Fatalf("startable %q in state %s, want a", got, p.state)
-		}
-		s.start(p, now)
-		s.ready(p, now)
-		now = now.Add(lived)
-		nextExit(t, s, now)
-		wait := p.deadline.Sub(now)
-		s.expire(p.deadline.Add(-1))
-		if p.state != procBackoff {
-			t.Fatalf("state %s before the backoff is over", p.state)
-		}
-		now = p.deadline
-		s.expire(now)
+		m.wantStartable("a")
+		m.readyAll()
+		m.pass(lived)
+		m.end("a", exitStatus(1))
+		wait := m.byID["a"].deadline.Sub(m.now)
+		m.pass(wait - 1)
+		m.want("a", procBackoff)
+		m.pass(1)
 		return wait
 	}
 	within := func(got, want time.Duration) {
@@ -258,141 +299,292 @@ func TestBackoffDoublesAndStartsOverAfterHealth(t *testing.T) {
 		}
 	}
 	for _, want := range []time.Duration{1, 2, 4, 8, 16, 30, 30} {
-		within(end(time.Second), want*time.Second)
+		within(endAfter(time.Second), want*time.Second)
 	}
-	within(end(healthyReset-1), maxBackoff)
-	within(end(healthyReset), minBackoff)
-	if p.restarts != 9 {
-		t.Errorf("restarts %d, want 9", p.restarts)
+	within(endAfter(healthyReset-1), maxBackoff)
+	within(endAfter(healthyReset), minBackoff)
+	if got := m.byID["a"].restarts; got != 9 {
+		t.Errorf("restarts %d, want 9", got)
 	}
 }
 
-func TestMaxRestarts(t *testing.T) {
+func TestBackoff_EndsWithTheStartTimeout(t *testing.T) {
 	t.Parallel()
-	s, _ := supervise(t, []map[string]any{sh("a", "echo $RANDOM bad; exit 4", map[string]any{"restart_policy": "always", "max_restarts": 2})}, nil)
-	p, now := s.byID["a"], time.Now()
+	m := newMachine(t, []map[string]any{comp("a", map[string]any{"restart_policy": "on-failure", "start_timeout": "2500ms"})}, nil)
+	begun := m.now
+	for m.byID["a"].failure == nil && m.now.Before(begun.Add(time.Minute)) {
+		if m.startAll(); m.byID["a"].child != nil {
+			m.end("a", exitStatus(1))
+		}
+		m.pass(m.next(m.now).Sub(m.now))
+	}
+	m.want("a", procFailed)
+	m.wantFailure("a", failNotReady, "not ready within its start timeout of 2.5s")
+	if got := m.now.Sub(begun); got != 2500*time.Millisecond {
+		t.Errorf("failed after %s, want 2.5s", got)
+	}
+}
+
+func TestMaxRestarts_UsedUpIsAFailure(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", map[string]any{"restart_policy": "always", "max_restarts": 2})}, nil)
 	for range 3 {
-		s.start(p, now)
-		s.ready(p, now)
-		nextExit(t, s, now)
-		now = p.deadline
-		s.expire(now)
+		m.readyAll()
+		m.end("a", exitStatus(4))
+		m.pass(maxBackoff)
 	}
-	if want := "exit status 4, and max_restarts (2) is used up"; p.state != procFailed || p.failure.reason != want {
-		t.Errorf("state %s, failure %+v, want failed with %q", p.state, p.failure, want)
-	}
+	m.want("a", procFailed)
+	m.wantFailure("a", failEnded, "exit status 4, and max_restarts (2) is used up")
 }
 
 // A start that fails is an end like others, where the component was ready once.
-func TestMaxRestartsOfWhatCannotBeStarted(t *testing.T) {
+func TestMaxRestarts_CountsWhatCannotBeStarted(t *testing.T) {
 	t.Parallel()
-	s, _ := supervise(t, []map[string]any{sh("a", "exit 4", map[string]any{"restart_policy": "on-failure", "max_restarts": 2})}, nil)
-	p, now := s.byID["a"], time.Now()
-	s.start(p, now)
-	s.ready(p, now)
-	nextExit(t, s, now)
-	p.Command[0] = "/does/not/exist"
+	m := newMachine(t, []map[string]any{comp("a", map[string]any{"restart_policy": "on-failure", "max_restarts": 2})}, nil)
+	m.readyAll()
+	m.end("a", exitStatus(4))
+	m.fake.broken["a"] = errors.New(`cannot run "a"`)
 	for _, want := range []procState{procBackoff, procFailed} {
-		now = p.deadline
-		s.expire(now)
-		for _, p := range s.startable() {
-			s.start(p, now)
-		}
-		if p.state != want {
-			t.Fatalf("state %s after %d restarts, want %s", p.state, p.restarts, want)
-		}
+		m.pass(maxBackoff)
+		m.startAll()
+		m.want("a", want)
 	}
-	if want := `cannot run "/does/not/exist": no such file or directory, and max_restarts (2) is used up`; p.failure.kind != failStart || p.failure.reason != want {
-		t.Errorf("failure %+v, want %q", p.failure, want)
+	m.wantFailure("a", failStart, `cannot run "a", and max_restarts (2) is used up`)
+}
+
+func TestStart_WhatWasNeverReadyFailsAtOnce(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", map[string]any{"restart_policy": "always"})}, nil)
+	m.fake.broken["a"] = errors.New(`cannot run "a"`)
+	m.startAll()
+	m.want("a", procFailed)
+	m.wantFailure("a", failStart, `cannot run "a"`)
+}
+
+func TestRestart_IsNotHeldUpByWhatWasReadyOnce(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", map[string]any{"restart_policy": "always"})},
+		[]map[string]any{comp("b", map[string]any{"inputs": []string{"a"}, "restart_policy": "always"})})
+	m.readyAll()
+	m.end("a", exitStatus(1))
+	m.end("b", exitStatus(1))
+	m.pass(2 * time.Second)
+	m.wantStartable("a", "b")
+}
+
+func TestUnhealthy_ClockGoesOnFromOneBadStateToAnother(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", nil)}, nil)
+	m.readyAll()
+	m.ail("a", "no heartbeat for 31s")
+	m.pass(20 * time.Second)
+	m.ail("a", "it declared itself UNHEALTHY")
+	if got, want := m.next(m.now), m.now.Add(10*time.Second); !got.Equal(want) {
+		t.Errorf("next look in %s, want 10s", got.Sub(m.now))
+	}
+	m.pass(10*time.Second - 1)
+	if got := m.overdue(m.now); len(got) != 0 {
+		t.Errorf("overdue before its time: %q", ids(got))
+	}
+	m.pass(1)
+	got := m.overdue(m.now)
+	if !slices.Equal(ids(got), []string{"a"}) {
+		t.Fatalf("overdue after 30s: %q, want a", ids(got))
+	}
+	m.failUnhealthy(got[0], m.now)
+	m.wantFailure("a", failUnhealthy, "unhealthy for 30s (-unhealthy-timeout): it declared itself UNHEALTHY")
+}
+
+func TestUnhealthy_HealingEndsTheClock(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", nil)}, nil)
+	m.readyAll()
+	m.ail("a", "no heartbeat")
+	m.pass(29 * time.Second)
+	m.heal("a")
+	m.ail("a", "no heartbeat")
+	m.pass(29 * time.Second)
+	if got := m.overdue(m.now); len(got) != 0 {
+		t.Errorf("overdue: %q, want none: it was healthy in between", ids(got))
+	}
+	m.delay(time.Minute) // in which flowctl was stopped
+	m.pass(time.Minute)
+	if got := m.overdue(m.now); len(got) != 0 {
+		t.Errorf("overdue: %q, want none: flowctl was stopped meanwhile", ids(got))
 	}
 }
 
-func TestBackoffEndsWithTheStartTimeout(t *testing.T) {
+// One that is unhealthy is not failed for it while the run stops.
+func TestUnhealthy_IsNotJudgedInAStop(t *testing.T) {
 	t.Parallel()
-	s, _ := supervise(t, []map[string]any{sh("a", "exit 1", map[string]any{"restart_policy": "on-failure", "start_timeout": "2500ms"})}, nil)
-	p, now := s.byID["a"], time.Now()
-	for limit := now.Add(time.Minute); p.failure == nil && now.Before(limit); {
-		for _, p := range s.startable() {
-			s.start(p, now)
-			nextExit(t, s, now)
-		}
-		now = s.next(now)
-		s.expire(now)
-	}
-	if p.state != procFailed || p.failure.kind != failNotReady {
-		t.Errorf("state %s, failure %+v, want failed and not ready", p.state, p.failure)
+	m := newMachine(t, []map[string]any{comp("a", nil)}, []map[string]any{comp("b", map[string]any{"inputs": []string{"a"}, "stop_timeout": "1h"})})
+	m.readyAll()
+	m.ail("b", "no heartbeat")
+	m.beginStop()
+	m.advanceStop(m.now)
+	m.pass(time.Minute)
+	if got := m.overdue(m.now); len(got) != 0 {
+		t.Errorf("overdue: %q, want none", ids(got))
 	}
 }
 
-func TestStopGoesInDataOrder(t *testing.T) {
+func TestStop_GoesInDataOrder(t *testing.T) {
 	t.Parallel()
-	// a → b → c, and all need d.
-	needs := map[string]any{"depends_on": []string{"d"}}
-	s, _ := supervise(t, []map[string]any{sh("a", forever, needs), sh("d", forever, nil)}, []map[string]any{
-		sh("b", forever, map[string]any{"inputs": []string{"a"}, "depends_on": []string{"d"}}),
+	// a → b, and both need d.
+	m := newMachine(t, []map[string]any{comp("a", map[string]any{"depends_on": []string{"d"}}), comp("d", nil)}, []map[string]any{
+		comp("b", map[string]any{"inputs": []string{"a"}, "depends_on": []string{"d"}, "stop_signal": "SIGINT"}),
 	})
-	now := time.Now()
-	startAll(s, now)
-	s.beginStop()
+	m.readyAll()
+	m.beginStop()
 	for _, want := range []string{"a", "b", "d"} {
-		s.advanceStop(now)
-		var stopping []string
-		for _, p := range s.procs {
-			if p.state == procStopping {
-				stopping = append(stopping, p.ID)
+		m.advanceStop(m.now)
+		for _, p := range m.procs {
+			if !p.over() && (p.state == procStopping) != (p.id() == want) {
+				t.Errorf("%s is %s when it is the turn of %s", p.id(), p.state, want)
 			}
 		}
-		if got := strings.Join(stopping, " "); got != want {
-			t.Fatalf("stopping %q, want %q", got, want)
-		}
-		nextExit(t, s, now)
+		m.end(want, exitStatus(1))
+		m.want(want, procStopped)
 	}
-	if !s.over() {
+	if !m.over() {
 		t.Error("not over although all have ended")
 	}
+	if want := []string{"a terminated", "b interrupt", "d terminated"}; !slices.Equal(m.fake.sent, want) {
+		t.Errorf("signals %q, want %q", m.fake.sent, want)
+	}
 }
 
-func TestReaderIsStoppedWhenItsInputTakesHalfItsTime(t *testing.T) {
+func TestStop_ReaderIsReleasedWhenItsInputTakesHalfItsTime(t *testing.T) {
 	t.Parallel()
-	stubborn := "trap '' TERM; echo up; while :; do sleep 1000; done"
-	s, rec := supervise(t, []map[string]any{sh("a", stubborn, nil)}, []map[string]any{sh("b", forever, map[string]any{"inputs": []string{"a"}})})
-	now := time.Now()
-	startAll(s, now)
-	waitForText(t, rec, "a/stdout", "up")
-	s.beginStop()
-	s.advanceStop(now)
-	if got, want := s.next(now), now.Add(5*time.Second); !got.Equal(want) {
-		t.Errorf("next look in %s, want 5s", got.Sub(now))
+	m := newMachine(t, []map[string]any{comp("a", nil)}, []map[string]any{comp("b", map[string]any{"inputs": []string{"a"}})})
+	m.readyAll()
+	m.beginStop()
+	m.advanceStop(m.now)
+	if got, want := m.next(m.now), m.now.Add(5*time.Second); !got.Equal(want) {
+		t.Errorf("next look in %s, want 5s", got.Sub(m.now))
 	}
-	s.advanceStop(now.Add(5*time.Second - 1))
-	if got := s.byID["b"].state; got != procReady {
-		t.Errorf("b is %s before half of a's stop timeout, want ready", got)
-	}
-	s.advanceStop(now.Add(5 * time.Second))
-	if got := s.byID["b"].state; got != procStopping {
-		t.Errorf("b is %s after half of a's stop timeout, want stopping", got)
-	}
-	s.expire(now.Add(10 * time.Second))
-	if got := s.byID["a"].state; got != procKilled {
-		t.Errorf("a is %s after its stop timeout, want killed", got)
+	m.pass(5*time.Second - 1)
+	m.advanceStop(m.now)
+	m.want("b", procReady)
+	m.pass(1)
+	m.advanceStop(m.now)
+	m.want("b", procStopping)
+	m.pass(5 * time.Second)
+	m.want("a", procKilled)
+	if want := []string{"a terminated", "b terminated", "a killed"}; !slices.Equal(m.fake.sent, want) {
+		t.Errorf("signals %q, want %q", m.fake.sent, want)
 	}
 }
 
-// waitForText waits until the recorder has text. It polls: the pump tells nobody.
-func waitForText(t testing.TB, rec *recorder, key, text string) {
-	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !strings.Contains(rec.text(key), text); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%s has %q, want %q in it", key, rec.text(key), text)
-		}
-	}
-}
-
-func TestStopBoundIsTheSlowestChain(t *testing.T) {
+func TestStop_WhatOutlivesSIGKILLIsLeft(t *testing.T) {
 	t.Parallel()
-	s, _ := supervise(t, []map[string]any{sh("a", forever, map[string]any{"stop_timeout": "1s"}), sh("x", forever, map[string]any{"stop_timeout": "4s"})},
-		[]map[string]any{sh("b", forever, map[string]any{"inputs": []string{"a"}, "stop_timeout": "2s"})})
-	if got, want := s.stopBound(), 3*time.Second+2*killPatience+sweepGrace+killPatience; got != want {
+	m := newMachine(t, []map[string]any{comp("a", nil)}, nil)
+	m.readyAll()
+	m.beginStop()
+	m.advanceStop(m.now)
+	m.pass(10 * time.Second)
+	m.pass(killPatience - 1)
+	m.want("a", procKilled)
+	m.pass(1)
+	m.wantFailure("a", failStuck, "pid 1 is still running 5s after SIGKILL")
+	if !m.over() {
+		t.Error("still waited for")
+	}
+	m.end("a", killedBySIGKILL) // after all
+	m.want("a", procFailed)
+}
+
+func TestStop_StartsNothingAndJudgesNoStart(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", nil), comp("b", map[string]any{"restart_policy": "always"})},
+		[]map[string]any{comp("c", map[string]any{"inputs": []string{"a"}})})
+	m.startAll()
+	m.heal("b")
+	m.end("b", exitStatus(1))
+	m.beginStop()
+	m.want("b", procStopped)
+	m.want("c", procStopped)
+	m.pass(time.Hour)
+	m.wantStartable()
+	if f := m.failures(); len(f) != 0 {
+		t.Errorf("failures %s, want none", describeFailures(f))
+	}
+	never, stopped := m.affected(m.byID["a"])
+	if !slices.Equal(never, []string{"c"}) || len(stopped) != 0 {
+		t.Errorf("never started %q, stopped %q, want c alone, never started", never, stopped)
+	}
+}
+
+func TestKillAll_SendsSIGKILLToAllThatRun(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", nil), comp("b", nil)}, []map[string]any{comp("c", map[string]any{"inputs": []string{"a"}})})
+	m.startAll()
+	m.killAll(m.now)
+	m.killAll(m.now)
+	if want := []string{"a killed", "b killed"}; !slices.Equal(m.fake.sent, want) {
+		t.Errorf("signals %q, want %q", m.fake.sent, want)
+	}
+	m.end("a", killedBySIGKILL)
+	m.end("b", killedBySIGKILL)
+	if !m.over() || len(m.failures()) != 0 {
+		t.Errorf("over %t, failures %s, want true and none", m.over(), describeFailures(m.failures()))
+	}
+}
+
+func TestStopBound_IsTheSlowestChain(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", map[string]any{"stop_timeout": "1s"}), comp("x", map[string]any{"stop_timeout": "4s"})},
+		[]map[string]any{comp("b", map[string]any{"inputs": []string{"a"}, "stop_timeout": "2s"})})
+	if got, want := m.stopBound(), 3*time.Second+2*killPatience+sweepGrace+killPatience; got != want {
 		t.Errorf("stopBound %s, want %s", got, want)
+	}
+}
+
+func TestReload_StopsWhatChangedAndLeavesTheRest(t *testing.T) {
+	t.Parallel()
+	changed := func(text string) map[string]any {
+		return comp("changed", map[string]any{"depends_on": []string{"kept"}, "env": map[string]string{"V": text}})
+	}
+	m := newMachine(t, []map[string]any{comp("kept", nil), changed("1")}, []map[string]any{comp("gone", map[string]any{"inputs": []string{"changed"}})})
+	m.readyAll()
+	kept := m.byID["kept"]
+	out := m.reload(parseParts(t, []map[string]any{comp("kept", nil), comp("fresh", map[string]any{"depends_on": []string{"changed"}}), changed("2")}, nil))
+	if got, want := fmt.Sprint(out), "{[fresh] [gone] [changed] 1}"; got != want {
+		t.Errorf("reloaded %s, want %s", got, want)
+	}
+	m.wantStartable()
+	m.advanceReload(m.now)
+	m.want("changed", procStopping)
+	m.want("gone", procReady) // it reads from changed
+	m.end("changed", exitStatus(0))
+	m.advanceReload(m.now)
+	m.want("gone", procStopping)
+	m.wantStartable("changed")
+	m.end("gone", exitStatus(1))
+	if got := m.advanceReload(m.now); !slices.Equal(got, []string{"gone"}) {
+		t.Errorf("gone for good: %q, want gone", got)
+	}
+	m.readyAll()
+	if got, want := strings.Join(ids(m.procs), " "), "kept fresh changed"; got != want {
+		t.Errorf("components %q, want %q", got, want)
+	}
+	if m.byID["kept"] != kept || kept.state != procReady || kept.restarts != 0 {
+		t.Error("what has not changed was touched")
+	}
+	if f := m.failures(); len(f) != 0 {
+		t.Errorf("failures %s, want none", describeFailures(f))
+	}
+}
+
+func TestReload_WithoutARunningProcessReplacesAtOnce(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", nil)}, []map[string]any{comp("b", map[string]any{"inputs": []string{"a"}})})
+	m.startAll()
+	m.reload(parseParts(t, []map[string]any{comp("a", nil)}, []map[string]any{comp("b", map[string]any{"inputs": []string{"a"}, "type": "x"})}))
+	m.advanceReload(m.now)
+	m.heal("a")
+	m.wantStartable("b")
+	if got := m.byID["b"].component.Type; got != "x" {
+		t.Errorf("b has the type %q, want that of the new file", got)
 	}
 }

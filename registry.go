@@ -136,8 +136,9 @@ type registry struct {
 	live     chain               // services with a heartbeat to come, the longest silent first
 	stale    chain               // services without, the longest silent first; none of the pipeline's
 	changed  []*service
-	observed time.Time // the latest time that any method was given
-	grace    time.Time // silence before this moment is not held against anyone
+	observed time.Time     // the latest time that any method was given
+	grace    time.Time     // silence before this moment is not held against anyone
+	lapsed   time.Duration // in which flowctl was stopped, all times together
 	feed     feed
 	journal  journal
 }
@@ -275,11 +276,19 @@ func (r *registry) lockAt(now time.Time) time.Time {
 	r.mu.Lock()
 	if !r.observed.IsZero() && now.Sub(r.observed) > max(r.stall(), min(minStall, r.ttl/2)) {
 		r.grace = now
+		r.lapsed += now.Sub(r.observed)
 	}
 	if now.After(r.observed) {
 		r.observed = now
 	}
 	return r.observed
+}
+
+// stopped returns how long flowctl itself was stopped or suspended, all times together.
+func (r *registry) stopped(now time.Time) time.Duration {
+	r.lockAt(now)
+	defer r.mu.Unlock()
+	return r.lapsed
 }
 
 // stall is the time without a look at the clock that a registry takes for a flowctl that

@@ -6,9 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
-	"os/exec"
 	"os/signal"
 	"slices"
 	"strings"
@@ -19,21 +17,21 @@ import (
 	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 )
 
-// stallTime is how late a deadline has to be noticed to tell that flowctl itself was
-// stopped.
-const stallTime = 100 * time.Millisecond
+// A run of a pipeline: runPipeline opens what it needs, one thing after the other; its loop
+// takes in what happens and decides what follows from it. It is where the processes and the
+// control plane meet.
 
-// echoTime is how long after the first signal the same one is still the first.
-const echoTime = 50 * time.Millisecond
+// repeatTime is how long after a signal the same one is taken for the same request.
+const repeatTime = 50 * time.Millisecond
 
-// The events that end a run by themselves (-until).
+// Events that -until can name.
 const (
-	untilStopped = "stopped" // none
+	untilStopped = "stopped"
 	untilReady   = "ready"
 	untilDone    = "done"
 )
 
-// runConfig is how a pipeline is run.
+// runConfig says how a pipeline is run.
 type runConfig struct {
 	file             string // the pipeline file
 	version          string // of flowctl
@@ -67,141 +65,201 @@ func (c *runConfig) read() (*Pipeline, error) {
 	return p, nil
 }
 
-// run is one run of a pipeline. One goroutine, in loop, owns it: everything that
-// happens reaches it as an event, and it alone decides.
+// run is one run of a pipeline. One goroutine, in loop, owns it: everything that happens
+// reaches it as an event, and it alone decides. It never waits for another process.
 type run struct {
-	flags       runConfig
-	log         *slog.Logger
-	out         *outputs
-	cleanups    []func() // of what was opened, in that order
-	file        *runFile
-	certs       *certificates // nil without TLS
-	endpoint    string        // where the plane listens
-	registry    *registry
-	children    *reaper
-	launcher    *launcher
-	sup         *supervisor
-	about       pipelineInfo
-	entrance    bool   // there is a listener without TLS, or no TLS
-	edition     int    // of sup, which the registry knows
-	guest       *guest // nil for none
-	reloads     chan reloadRequest
-	over        chan struct{} // closed when loop has returned
-	systemd     *notifier
-	watchdog    time.Duration        // how often systemd wants to hear that flowctl turns, 0 for never
-	watchdogFed time.Time            // when it heard that last
-	conditions  map[string]change    // by component: what the registry last told
-	unhealthy   map[string]time.Time // by component: since when
-	signal      os.Signal            // the last that was heeded before the stop, at signalAt
-	signalAt    time.Time
-	ready       bool // once and for all
-	code        int
-	blame       error // for code, where no component is
-	identifier  *identifier
-	checks      *checks
+	config   runConfig
+	log      *slog.Logger
+	out      *outputs
+	systemd  *notifier
+	watchdog watchdog
+	info     pipelineInfo // what is shown of the run as a whole
+	launcher *launcher
+	sup      *supervisor
+	checks   *checks
+	plane    *plane
+	wrapped  *wrapped // nil for none
+	reloads  *reloads
+
+	generation int           // of sup's components, that the registry knows
+	stopped    time.Duration // how long flowctl itself was stopped, that sup knows
+	heeded     heededSignal
+	code       int   // the exit code, once a stop has begun
+	err        error // why the code is not 0; nil where a component is the reason
 }
 
 // runPipeline runs p and returns an *exitError for everything but success.
-func runPipeline(p *Pipeline, o runConfig) error {
-	r := &run{
-		flags: o, about: pipelineInfo{name: p.Metadata.Name, version: o.version, started: time.Now()},
-		conditions: make(map[string]change), unhealthy: make(map[string]time.Time),
-		reloads: make(chan reloadRequest), over: make(chan struct{}),
-	}
-	defer r.cleanUp()
-	var ids []string
-	for _, c := range p.components() {
-		ids = append(ids, c.ID)
-	}
-	r.out = openOutputs(outputConfig{pipeline: r.about.name, ids: ids, format: o.format, level: o.logLevel, footer: o.showStatus})
-	r.atEnd(r.out.close)
+func runPipeline(p *Pipeline, config runConfig) error {
+	var opened cleanups
+	defer opened.run()
+	r := &run{config: config, info: pipelineInfo{name: p.Metadata.Name, version: config.version, started: time.Now()}}
+	r.out = openOutputs(outputConfig{pipeline: r.info.name, ids: p.ids(), format: config.format, level: config.logLevel, footer: config.showStatus})
+	opened.add(r.out.close)
 	r.log = r.out.log
 	r.systemd = newNotifier(r.log)
-	r.atEnd(r.systemd.close)
-	r.watchdog = watchdogInterval(r.log)
+	opened.add(r.systemd.close)
+	r.watchdog.interval = watchdogInterval(r.log)
 	signals := catchSignals()
-	if stopped, err := r.prepare(p, signals); err != nil || stopped {
+	var err error
+	if r.wrapped, err = newWrapped(config.command); err != nil {
+		return &exitError{code: exitUsage, err: err}
+	}
+	file, children, err := r.claim(&opened)
+	if err != nil {
 		return err
 	}
-	lis, access, err := r.listen(p)
+	sig, err := r.prepareEngine(signals, p)
+	if err != nil {
+		return &exitError{code: exitUsage, err: err}
+	}
+	if sig != nil {
+		if code, err := r.wrapped.notRun(sig); err != nil {
+			return &exitError{code: code, err: err}
+		}
+		return nil
+	}
+	if err := r.open(p, file, children, &opened); err != nil {
+		return err
+	}
+	r.loop(signals)
+	r.reloads.close()
+	r.checks.close()
+	r.launcher.close()
+	r.plane.stop()
+	return r.end()
+}
+
+// cleanups are to be called when a run is over or cannot begin.
+type cleanups []func()
+
+func (c *cleanups) add(f func()) { *c = append(*c, f) }
+
+// run calls them, the last first.
+func (c *cleanups) run() {
+	for _, f := range slices.Backward(*c) {
+		f()
+	}
+}
+
+// claim claims the name of the pipeline and makes flowctl the parent of what its
+// descendants orphan, before anything happens that others could see.
+func (r *run) claim(opened *cleanups) (*runFile, *reaper, error) {
+	file, err := claimRun(runInfo{Pipeline: r.info.name, TLS: r.config.tls.cert != ""})
+	if running := (*runningError)(nil); errors.As(err, &running) {
+		return nil, nil, &exitError{exitPlane, err, "flowctl list"}
+	} else if err != nil {
+		r.log.Warn("list cannot find this run by itself, and a second one would not be refused", "err", err)
+	}
+	opened.add(file.release)
+	children := newReaper()
+	if err := children.adopt(); err != nil {
+		r.log.Warn("processes that leave their process group cannot be ended", "err", err)
+	}
+	opened.add(children.close)
+	if engine := r.config.engine; engine != nil {
+		engine.commands, engine.env, engine.pipeline, engine.ownerLabel = children, baseEnv(), r.info.name, file.ownerLabel()
+	}
+	return file, children, nil
+}
+
+// open opens what the loop needs: the control plane's listeners, the launcher and the
+// supervisor, and the control plane.
+func (r *run) open(p *Pipeline, file *runFile, children *reaper, opened *cleanups) error {
+	certs, err := openCertificates(r.config.tls, r.log)
 	if err != nil {
 		return &exitError{code: exitPlane, err: err}
+	}
+	lis, endpoint, err := openPlane(r.config.listen, r.config.tls, r.log)
+	if err != nil {
+		return &exitError{code: exitPlane, err: err}
+	}
+	opened.add(func() { lis.Close() }) // once more, if a control plane has served it
+	if err := file.publish(endpoint); err != nil {
+		r.log.Warn("list cannot find this run by itself", "err", err)
+	}
+	access, err := openComponentAccess(certs, endpoint, p.speakTLS(true), p.speakTLS(false), r.log)
+	if err != nil {
+		return &exitError{code: exitPlane, err: err}
+	}
+	if access.listener != nil {
+		opened.add(func() { access.listener.Close() })
 	}
 	launch := launchConfig{
-		endpoint: access.endpoint, containerEndpoint: containerEndpoint(lis.Addr(), r.endpoint), tlsEnv: access.tlsEnv, heartbeat: o.ttl / 3,
-		engine: o.engine, reaper: r.children, emit: r.out.emit, flush: r.out.flush, log: r.log,
+		endpoint: access.endpoint, tlsEndpoint: endpoint, containerEndpoint: containerEndpoint(lis.Addr(), endpoint), tlsEnv: access.tlsEnv, heartbeat: r.config.ttl / 3,
+		engine: r.config.engine, reaper: children, emit: r.out.emit, flush: r.out.flush, log: r.log,
 	}
-	if err := r.supervise(p, ids, launch); err != nil {
+	identify, err := r.openProcesses(p, launch)
+	if err != nil {
 		return err
 	}
-	st, err := openState(o.state, r.about.name, r.log)
-	if err != nil {
-		r.launcher.close()
-		return &exitError{code: exitPlane, err: err}
+	r.reloads = &reloads{file: r.config.file, read: r.config.read, engine: r.config.engine, fits: func(next *Pipeline) error {
+		if ids := next.speakTLS(false); certs != nil && access.listener == nil && len(ids) > 0 {
+			return fmt.Errorf("%s: %s would need a listener without TLS, which there is not: restart flowctl, or set \"tls\": true", r.config.file, enumerate(ids))
+		}
+		return launch.checkReach(next)
+	}}
+	r.reloads.start(p)
+	st, err := openState(r.config.state, r.info.name, r.log)
+	if err == nil {
+		r.plane, err = newPlane(planeConfig{
+			listener: lis, endpoint: endpoint, componentListener: access.listener, ttl: r.config.ttl, interval: r.config.interval,
+			members: r.members(), pipeline: r.info, store: st, certs: certs, peer: identify.identifyPeer, requests: r.reloads, log: r.log,
+		})
 	}
-	plane, err := newPlane(planeConfig{
-		listener: lis, endpoint: r.endpoint, componentListener: access.listener, ttl: o.ttl, interval: o.interval,
-		members: r.members(), pipeline: r.about, store: st, certs: r.certs, peer: r.identifier.identifyPeer, requests: r, log: r.log,
-	})
 	if err != nil {
 		st.close()
 		r.launcher.close()
 		return &exitError{code: exitPlane, err: err}
 	}
-	r.registry, r.edition = plane.registry, r.sup.edition
-	r.loop(signals)
-	close(r.over)
-	r.checks.close()
-	r.launcher.close()
-	plane.stop()
-	return r.end()
+	r.generation = r.sup.generation
+	return nil
 }
 
-// atEnd has f called when the run is over, or cannot begin, before what was given
-// earlier.
-func (r *run) atEnd(f func()) { r.cleanups = append(r.cleanups, f) }
-
-func (r *run) cleanUp() {
-	for _, f := range slices.Backward(r.cleanups) {
-		f()
+// openProcesses makes what starts, watches and identifies the processes of the run.
+func (r *run) openProcesses(p *Pipeline, launch launchConfig) (*identifier, error) {
+	if err := launch.checkReach(p); err != nil {
+		return nil, &exitError{code: exitUsage, err: err}
 	}
+	if r.config.logDir != "" {
+		err := r.out.openFiles(r.config.logDir, p.ids())
+		switch {
+		case err != nil && r.config.logDirOptional:
+			r.log.Warn("no log files", "err", err)
+		case err != nil:
+			return nil, &exitError{code: exitUsage, err: fmt.Errorf("-log-dir: %v", err)}
+		}
+	}
+	var err error
+	if r.launcher, err = newLauncher(launch); err != nil {
+		return nil, &exitError{code: exitFailed, err: err}
+	}
+	if err := r.reservePorts(p); err != nil {
+		r.launcher.close()
+		return nil, &exitError{code: exitFailed, err: err}
+	}
+	times := procTimes{start: r.config.startTimeout, unhealthy: r.config.unhealthyTimeout, stop: r.config.stopTimeout}
+	r.sup = newSupervisor(p, times, r.launcher, r.log)
+	identify := &identifier{
+		leaders: r.launcher.leaders, descendants: r.launcher.descendants,
+		mark: runMark + "=" + r.launcher.mark, containers: launch.engine != nil,
+	}
+	r.checks = newChecks(identify.componentOf, r.log)
+	return identify, nil
 }
 
-// prepare does what comes before anything that others could see: it claims the name of
-// the pipeline, and has the engine get the images. A signal that comes meanwhile ends
-// the run.
-func (r *run) prepare(p *Pipeline, signals <-chan os.Signal) (stopped bool, err error) {
-	if r.guest, err = newGuest(r.flags.command); err != nil {
-		return false, &exitError{code: exitUsage, err: err}
+// reservePorts reserves a port for each component of p that has none yet.
+func (r *run) reservePorts(p *Pipeline) error {
+	for _, c := range p.components() {
+		if _, err := r.launcher.healthPort(c); err != nil {
+			return fmt.Errorf("component %s: %v", c.ID, err)
+		}
 	}
-	r.file, err = claimRun(runInfo{Pipeline: r.about.name, TLS: r.flags.tls.cert != ""})
-	if running := (*runningError)(nil); errors.As(err, &running) {
-		return false, &exitError{exitPlane, err, "flowctl list"}
-	} else if err != nil {
-		r.log.Warn("list cannot find this run by itself, and a second one would not be refused", "err", err)
-	}
-	r.atEnd(r.file.release)
-	r.children = newReaper()
-	if err := r.children.adopt(); err != nil {
-		r.log.Warn("processes that leave their process group cannot be ended", "err", err)
-	}
-	r.atEnd(r.children.close)
-	if engine := r.flags.engine; engine != nil {
-		engine.commands, engine.env, engine.pipeline, engine.ownerLabel = r.children, baseEnv(), r.about.name, r.file.ownerLabel()
-	}
-	sig, err := r.prepareEngine(signals, p)
-	if err != nil {
-		return false, &exitError{code: exitUsage, err: err}
-	}
-	if code, err := r.guest.unrun(sig); err != nil {
-		return true, &exitError{code: code, err: err}
-	}
-	return sig != nil, nil
+	return nil
 }
 
 // prepareEngine has the engine remove what killed runs have left and pull the images that
-// are missing, which may take minutes, until a signal asks for an end. It returns that,
-// nil for none. Without images it does nothing.
+// are missing, which may take minutes. It returns early, with the signal, when one asks for
+// an end.
 func (r *run) prepareEngine(signals <-chan os.Signal, p *Pipeline) (os.Signal, error) {
 	if len(p.images()) == 0 {
 		return nil, nil
@@ -218,12 +276,12 @@ func (r *run) prepareEngine(signals <-chan os.Signal, p *Pipeline) (os.Signal, e
 	defer cancel()
 	done := make(chan error, 1)
 	go func() {
-		removed, err := r.flags.engine.removeAbandoned(ctx)
+		removed, err := r.config.engine.removeAbandoned(ctx)
 		if len(removed) > 0 {
 			r.log.Warn("removed containers that a killed run has left", "containers", enumerate(removed))
 		}
 		if err == nil {
-			err = r.flags.engine.pullMissing(ctx, p, progress)
+			err = r.config.engine.pullMissing(ctx, p, progress)
 		}
 		done <- err
 	}()
@@ -243,100 +301,19 @@ func (r *run) prepareEngine(signals <-chan os.Signal, p *Pipeline) (os.Signal, e
 	}
 }
 
-// listen opens the control plane's listeners: where the flags say, and where the
-// components come in.
-func (r *run) listen(p *Pipeline) (lis net.Listener, access componentAccess, err error) {
-	if r.certs, err = openCertificates(r.flags.tls, r.log); err != nil {
-		return nil, access, err
-	}
-	if lis, r.endpoint, err = openPlane(r.flags.listen, r.flags.tls, r.log); err != nil {
-		return nil, access, err
-	}
-	r.atEnd(func() { lis.Close() }) // again, where a control plane has served
-	if err := r.file.publish(r.endpoint); err != nil {
-		r.log.Warn("list cannot find this run by itself", "err", err)
-	}
-	if access, err = openComponentAccess(r.certs, r.endpoint, p.speakTLS(true), p.speakTLS(false), r.log); err != nil {
-		return nil, access, err
-	}
-	if access.listener != nil {
-		r.atEnd(func() { access.listener.Close() })
-	}
-	r.entrance = r.certs == nil || access.listener != nil
-	return lis, access, nil
-}
-
-// supervise makes the launcher, the supervisor, and the registry that knows its components.
-func (r *run) supervise(p *Pipeline, ids []string, launch launchConfig) (err error) {
-	if err := launch.checkReach(p); err != nil {
-		return &exitError{code: exitUsage, err: err}
-	}
-	if r.flags.logDir != "" {
-		err := r.out.openFiles(r.flags.logDir, ids)
-		switch {
-		case err != nil && r.flags.logDirOptional:
-			r.log.Warn("no log files", "err", err)
-		case err != nil:
-			return &exitError{code: exitUsage, err: fmt.Errorf("-log-dir: %v", err)}
-		}
-	}
-	if r.launcher, err = newLauncher(launch); err != nil {
-		return &exitError{code: exitFailed, err: err}
-	}
-	for _, c := range p.components() {
-		if _, err := r.launcher.healthPort(c); err != nil {
-			r.launcher.close()
-			return &exitError{code: exitFailed, err: fmt.Errorf("component %s: %v", c.ID, err)}
-		}
-	}
-	r.sup = newSupervisor(p, procSettings{r.flags.startTimeout, r.flags.stopTimeout}, r.launcher, r.log)
-	r.identifier = &identifier{
-		leaders: r.launcher.leaders, descendants: r.launcher.descendants,
-		mark: runMark + "=" + r.launcher.mark, containers: launch.engine.usable(),
-	}
-	r.checks = newChecks(r.identifier.componentOf, r.log)
-	return nil
-}
-
-// end says what has failed, last of all, and returns an *exitError unless nothing has.
-func (r *run) end() error {
-	r.out.removeFooter()
-	if len(r.sup.failures()) > 0 && r.code == exitOK {
-		r.code = exitFailed // found while stopping: a process that survived SIGKILL
-	}
-	if r.code == exitOK {
-		return nil
-	}
-	r.out.report(r.report().forms())
-	return &exitError{code: r.code}
-}
-
-// report is what the registry passes on of a component's process.
-func (p *proc) report() processReport {
-	out := processReport{state: p.state.String(), restarts: p.restarts}
-	if p.child != nil {
-		out.pid, out.started = p.child.pid, p.started
-	}
-	return out
-}
-
-// loop runs until every component is over.
+// loop runs until every component is over, and the wrapped command too.
 func (r *run) loop(signals <-chan os.Signal) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	broken := r.out.broken
-	var due time.Time // when there is something to do although nothing happens
 	for {
 		now := time.Now()
-		if late := now.Sub(due); !due.IsZero() && late > stallTime {
-			r.delay(late + time.Second)
-		}
 		r.advance(now)
-		if r.sup.over() && !r.guest.runs() {
-			r.log.Info("all components have ended", "after", now.Sub(r.about.started).Round(time.Millisecond))
+		if r.sup.over() && !r.wrapped.runs() {
+			r.log.Info("all components have ended", "after", now.Sub(r.info.started).Round(time.Millisecond))
 			return
 		}
-		if due = r.next(now); due.IsZero() {
+		if due := r.next(now); due.IsZero() {
 			timer.Stop()
 		} else {
 			timer.Reset(time.Until(due))
@@ -344,77 +321,44 @@ func (r *run) loop(signals <-chan os.Signal) {
 		select {
 		case sig := <-signals:
 			r.signalled(sig, time.Now())
-		case <-r.out.footerDue(): // a timer of its own: that timer is late is how flowctl knows that it was stopped
-		case <-r.registry.wake:
+		case <-r.plane.registry.wake:
 		case e := <-r.launcher.exits:
 			r.exited(e, time.Now())
 		case result := <-r.checks.results:
 			r.checked(result, time.Now())
-		case status := <-r.guest.endings():
-			r.guestEnded(status, time.Now())
-		case request := <-r.reloads:
-			out, err := r.reload()
-			request.answer <- reloadAnswer{out, err}
+		case status := <-r.wrapped.end():
+			r.commandEnded(status, time.Now())
+		case request := <-r.reloads.requests:
+			result, err := r.reload(request)
+			request.answer <- reloadAnswer{result, err}
 		case <-broken:
 			broken = nil
+			err := fmt.Errorf("standard output cannot be written: %v", r.out.brokenErr())
 			r.log.Error("standard output cannot be written, stopping", "err", r.out.brokenErr())
-			r.blame = fmt.Errorf("standard output cannot be written: %v", r.out.brokenErr())
-			r.stop(exitFailed, time.Now())
+			r.stopBy(exitFailed, err, time.Now())
+		case <-r.out.footerDue():
 		case <-timer.C:
 		}
 	}
 }
 
-// guestEnded ends the run by the exit code of its command.
-func (r *run) guestEnded(status syscall.WaitStatus, now time.Time) {
-	r.guest.over = true
-	r.log.Info("command ended", "reason", describeExit(status))
-	code := exitCodeOf(status)
-	if code != exitOK && !r.sup.stopping {
-		r.blame = fmt.Errorf("the command %q after -- failed: %s", r.guest.argv[0], describeExit(status))
-	}
-	if r.stop(code, now); r.code == exitOK {
-		r.code = code // which was asked to end
-	}
-}
-
-// delay makes up for time in which flowctl did not run, being stopped itself: what
-// its components did meanwhile it has yet to hear.
-func (r *run) delay(d time.Duration) {
-	r.sup.delay(d)
-	for id, since := range r.unhealthy {
-		r.unhealthy[id] = since.Add(d)
-	}
-}
-
-// next is when loop has to look again although nothing happens.
+// next is when loop has to look again although nothing happens, zero for never.
 func (r *run) next(now time.Time) time.Time {
-	next := r.sup.next(now)
-	if r.guest.runs() {
-		next = earliest(next, r.guest.deadline)
-	}
-	if r.watchdog > 0 {
-		next = earliest(next, r.watchdogFed.Add(r.watchdog/2))
-	}
-	if r.sup.stopping {
-		return next
-	}
-	for _, since := range r.unhealthy {
-		next = earliest(next, since.Add(r.flags.unhealthyTimeout))
-	}
-	return next
+	return earliest(r.sup.next(now), earliest(r.wrapped.due(), r.watchdog.due()))
 }
 
 // advance does all that the state of things asks for at the time now.
 func (r *run) advance(now time.Time) {
 	r.takeChanges(now) // which needs the registry: if that hangs, systemd hears no more
-	if r.watchdog > 0 && now.Sub(r.watchdogFed) >= r.watchdog/2 {
-		r.watchdogFed = now
+	if r.watchdog.feed(now) {
 		r.systemd.send(daemon.SdNotifyWatchdog)
 	}
+	r.putOff(now)
 	r.sup.expire(now)
-	r.guest.expire(now, r.log)
-	r.sup.advanceLeave(now)
+	r.expireCommand(now)
+	for _, id := range r.sup.advanceReload(now) {
+		r.launcher.forget(id)
+	}
 	r.syncMembers(now)
 	r.expireUnhealthy(now)
 	for _, p := range r.sup.startable() {
@@ -423,7 +367,7 @@ func (r *run) advance(now time.Time) {
 	if failures := r.sup.failures(); len(failures) > 0 && !r.sup.stopping {
 		r.failed(failures, now)
 	}
-	if !r.ready && !r.sup.stopping {
+	if !r.info.ready && !r.sup.stopping {
 		r.checkReady(now)
 	}
 	if r.sup.stopping {
@@ -433,13 +377,126 @@ func (r *run) advance(now time.Time) {
 	r.out.updateFooter(now, func() []string { return r.footerRows(now) })
 }
 
+// watchdog is systemd's: it wants to hear at least once in interval that the loop turns.
+type watchdog struct {
+	interval time.Duration // 0 for none
+	fed      time.Time
+}
+
+// due is when it is to be fed again, zero for never.
+func (w *watchdog) due() time.Time {
+	if w.interval == 0 {
+		return time.Time{}
+	}
+	return w.fed.Add(w.interval / 2)
+}
+
+// feed tells whether it is to be fed at the time now, and notes that it is.
+func (w *watchdog) feed(now time.Time) bool {
+	if w.interval == 0 || now.Before(w.due()) {
+		return false
+	}
+	w.fed = now
+	return true
+}
+
+// putOff puts start and unhealthy timeouts off by the time in which flowctl itself was
+// stopped, since it was called last. What its components did meanwhile it has yet to hear.
+func (r *run) putOff(now time.Time) {
+	stopped := r.plane.registry.stopped(now)
+	if d := stopped - r.stopped; d > 0 {
+		r.log.Warn("flowctl itself was stopped or suspended: components get that time", "for", d.Round(time.Millisecond))
+		r.sup.delay(d)
+		r.stopped = stopped
+	}
+}
+
+// start starts p. The registry hears of it first, because a quick component could register
+// before start returns.
+func (r *run) start(p *proc) {
+	c, registry := p.component, r.plane.registry
+	registry.starting(c.ID, time.Now())
+	err := r.sup.start(p, time.Now())
+	switch {
+	case err != nil:
+		registry.finished(c.ID, err.Error(), time.Now())
+	case c.HealthCheck != "" || c.readyOnceRunning():
+		if c.HealthCheck != "" && !c.registers() {
+			registry.checked(c.ID, "health_check "+c.HealthCheck+" has not been answered yet", time.Now())
+		}
+		r.checks.start(c, p.child)
+	case !c.registers():
+		registry.admit(c.ID, time.Now())
+	}
+}
+
+// checked takes in the result of a health check.
+func (r *run) checked(result checkResult, now time.Time) {
+	p := r.sup.byID[result.id]
+	if p == nil || p.child != result.child {
+		return // it is of a process that has ended
+	}
+	if !p.component.registers() && p.state == procStarting && result.failing == "" {
+		r.plane.registry.admit(p.id(), now)
+	}
+	r.plane.registry.checked(p.id(), result.failing, now)
+}
+
+// takeChanges takes in what the registry tells of services.
+func (r *run) takeChanges(now time.Time) {
+	for _, c := range r.plane.registry.changes(now) {
+		p := r.sup.byID[c.component]
+		if p == nil || p.state == procReady && !p.retiring {
+			logChange(r.log, c)
+		}
+		if p != nil {
+			r.sup.tell(p, healthOf(c.now, c.cause), now)
+		}
+	}
+}
+
+// healthOf is the health of a component of which the registry says c, because of cause.
+func healthOf(c condition, cause string) healthInfo {
+	return healthInfo{ok: c.ok(), registered: c != unregistered, cause: cause}
+}
+
+// expireUnhealthy fails the components that have been unhealthy for too long and, asked now,
+// still are.
+func (r *run) expireUnhealthy(now time.Time) {
+	for _, p := range r.sup.overdue(now) {
+		r.sup.tell(p, healthOf(r.plane.registry.condition(p.id(), now)), now)
+		if !p.health.ok {
+			r.sup.failUnhealthy(p, now)
+		}
+	}
+}
+
+// exited takes in the end of a process, after what the process did before it ended.
+func (r *run) exited(e childEnd, now time.Time) {
+	p := r.sup.byID[e.child.component.ID]
+	if p.component.readyOnceRunning() && e.status.Exited() && e.status.ExitStatus() == 0 {
+		r.checked(checkResult{child: e.child, id: p.id()}, now) // it has run, though it was over before that was seen
+	}
+	r.takeChanges(now)
+	r.checks.stop(p.id())
+	if !r.sup.stopping { // else the launcher ends what is left when it is closed
+		r.launcher.endStrays(p.id())
+	}
+	r.sup.exited(e, now)
+	cause := ""
+	if p.state != procCompleted {
+		cause = "its process ended: " + describeExit(e.status)
+	}
+	r.plane.registry.finished(p.id(), cause, now)
+}
+
 // failed ends the run because of failures. The first decides the exit code.
 func (r *run) failed(failures []*failure, now time.Time) {
 	for _, f := range failures {
 		if f.kind == failNotReady {
-			c, cause := r.registry.condition(f.component.ID, now)
+			c, cause := r.plane.registry.condition(f.component.ID, now)
 			f.reason += ": " + cause
-			if others := r.registry.strangers(now); c == unregistered && f.component.registers() && len(others) > 0 {
+			if others := r.plane.registry.strangers(now); c == unregistered && f.component.registers() && len(others) > 0 {
 				f.reason += "; registered, and none of the pipeline's: " + enumerate(others)
 			}
 		}
@@ -451,142 +508,57 @@ func (r *run) failed(failures []*failure, now time.Time) {
 	r.stop(code, now)
 }
 
-// start starts p. The registry hears of it first, because a quick component could
-// register before start returns.
-func (r *run) start(p *proc) {
-	r.registry.starting(p.ID, time.Now())
-	delete(r.conditions, p.ID)
-	err := r.sup.start(p, time.Now())
-	switch {
-	case err != nil:
-		r.registry.finished(p.ID, err.Error(), time.Now())
-	case p.HealthCheck != "" || p.readyOnceRunning():
-		if p.HealthCheck != "" && !p.registers() {
-			r.registry.checked(p.ID, "health_check "+p.HealthCheck+" has not been answered yet", time.Now())
-		}
-		r.checks.start(p.Component, p.child)
-	case !p.registers():
-		r.registry.admit(p.ID, time.Now())
-	}
-}
-
-// checked takes in what the health checks of a component come to.
-func (r *run) checked(result checkResult, now time.Time) {
-	p := r.sup.byID[result.id]
-	if p == nil || p.child != result.child {
-		return
-	}
-	if !p.registers() && p.state == procStarting && result.failing == "" {
-		r.registry.admit(p.ID, now)
-	}
-	r.registry.checked(p.ID, result.failing, now)
-}
-
-func (r *run) takeChanges(now time.Time) {
-	for _, c := range r.registry.changes(now) {
-		r.changed(c, now)
-	}
-}
-
-// changed takes in what the registry tells of a service.
-func (r *run) changed(c change, now time.Time) {
-	p := r.sup.byID[c.component]
-	if p == nil {
-		logChange(r.log, c)
-		return
-	}
-	r.conditions[p.ID] = c
-	p.registered = p.registered || p.child != nil && c.now != unregistered
-	switch {
-	case p.leaving: // what becomes of it now is no one's concern
-	case p.state == procStarting && c.now.ok():
-		r.sup.ready(p, now)
-	case p.state != procReady:
-	case c.now.ok():
-		p.healthy = true
-		delete(r.unhealthy, p.ID)
-		logChange(r.log, c)
-	default:
-		p.healthy = false
-		r.unhealthy[p.ID] = now
-		logChange(r.log, c)
-	}
-}
-
-// expireUnhealthy fails the components that were unhealthy for too long and, asked
-// now, still are.
-func (r *run) expireUnhealthy(now time.Time) {
-	for id, since := range r.unhealthy {
-		if now.Sub(since) < r.flags.unhealthyTimeout {
-			continue
-		}
-		delete(r.unhealthy, id)
-		if c, cause := r.registry.condition(id, now); !c.ok() {
-			r.sup.fail(r.sup.byID[id], failUnhealthy, fmt.Sprintf("unhealthy for %s (-unhealthy-timeout): %s", r.flags.unhealthyTimeout, cause), now)
-		}
-	}
-}
-
-// exited takes the end of a process in, after what the process did before it ended.
-func (r *run) exited(e childEnd, now time.Time) {
-	id, p := e.child.component.ID, r.sup.procOf(e.child)
-	if p == nil {
-		return // SIGKILL has ended it at last
-	}
-	if p.readyOnceRunning() && e.status == 0 {
-		r.checked(checkResult{child: e.child, id: id}, now) // it has run, if it was over before that was seen
-	}
-	r.takeChanges(now)
-	r.checks.stop(id)
-	r.sup.exited(e, now)
-	cause := ""
-	if p.state != procCompleted {
-		cause = "its process ended: " + describeExit(e.status)
-	}
-	r.registry.finished(id, cause, now)
-	delete(r.unhealthy, id)
-}
-
-// signalled begins the stop, and with a second signal ends it. Where there is a
-// command, it gets the first one, and the stop begins by the second.
+// signalled takes in a signal. The first begins the stop, or is for the command if there is
+// one, of which the second begins the stop; the next one kills.
 func (r *run) signalled(sig os.Signal, now time.Time) {
 	switch {
 	case underSystemd(sig):
-		_, _ = r.reload() // has said what is wrong, or it stops anyway
+		r.reloads.requestBySignal()
 		return
-	case r.echoes(sig, now):
+	case sig == syscall.SIGHUP && r.sup.stopping, r.heeded.isRepeated(sig, now):
 		return
 	case r.sup.stopping:
 		r.log.Warn("another signal, killing what still runs", "signal", sig.String())
 		r.sup.killAll(now)
-		r.guest.end(now, 0)
+		r.wrapped.stop(now, 0)
 		return
 	}
-	r.signal, r.signalAt = sig, now
-	if r.guest.runs() && r.guest.pass(sig, now, r.flags.stopTimeout) {
-		attrs := []any{"signal", sig.String(), "pid", r.guest.cmd.Process.Pid}
-		if !r.guest.deadline.IsZero() {
-			attrs = append(attrs, "at_most", r.flags.stopTimeout)
+	r.heeded = heededSignal{sig, now}
+	if r.wrapped.runs() && r.wrapped.forward(sig, now, r.config.stopTimeout) {
+		attrs := []any{"signal", sig.String(), "pid", r.wrapped.pid}
+		if !r.wrapped.due().IsZero() {
+			attrs = append(attrs, "at_most", r.config.stopTimeout)
 		}
 		r.log.Info("waiting for the command to end", attrs...)
 		return
 	}
 	r.log.Info("stop requested", "signal", sig.String(), "at_most", r.sup.stopBound())
-	code, blame := r.guest.unrun(sig)
-	if blame != nil {
-		r.blame = blame
-	}
-	r.stop(code, now)
+	code, err := r.wrapped.notRun(sig)
+	r.stopBy(code, err, now)
 }
 
-// echoes tells whether sig is a request that was heard before, by another way: a shell
-// and the kernel both tell of a terminal that is closed, timeout(1) tells the group and
+// heededSignal is the last signal that the run heeded before its stop.
+type heededSignal struct {
+	sig os.Signal // nil for none
+	at  time.Time
+}
+
+// isRepeated tells whether sig is the request that was heeded, come by another way: a shell
+// and the kernel both tell of a terminal that is closed, and timeout(1) tells the group and
 // its child.
-func (r *run) echoes(sig os.Signal, now time.Time) bool {
+func (h heededSignal) isRepeated(sig os.Signal, now time.Time) bool {
 	if sig == syscall.SIGHUP {
-		return r.sup.stopping || r.signal != nil && r.signal != syscall.SIGINT
+		return h.sig != nil && h.sig != syscall.SIGINT
 	}
-	return sig == r.signal && now.Sub(r.signalAt) < echoTime
+	return sig == h.sig && now.Sub(h.at) < repeatTime
+}
+
+// stopBy is stop for a reason that is not in a component.
+func (r *run) stopBy(code int, err error, now time.Time) {
+	if !r.sup.stopping {
+		r.err = err
+	}
+	r.stop(code, now)
 }
 
 // stop begins the end of the run, with the exit code that the first reason gives.
@@ -595,21 +567,34 @@ func (r *run) stop(code int, now time.Time) {
 		return
 	}
 	r.code = code
-	r.guest.end(now, r.flags.stopTimeout)
+	r.wrapped.stop(now, r.config.stopTimeout)
 	r.sup.beginStop()
 	r.systemd.send(daemon.SdNotifyStopping, extendTimeout(r.sup.stopBound()))
 }
 
-// patience is by when what keeps the pipeline from being ready has ended one way or
-// the other.
-func (r *run) patience() time.Time {
-	last := r.sup.lastReadyBy()
-	for _, since := range r.unhealthy {
-		if at := since.Add(r.flags.unhealthyTimeout); at.After(last) {
-			last = at
-		}
+// commandEnded ends the run by the exit code of its command.
+func (r *run) commandEnded(status syscall.WaitStatus, now time.Time) {
+	code, err := r.wrapped.exited(status)
+	r.log.Info("command ended", "reason", describeExit(status))
+	if r.sup.stopping { // it was asked to end
+		r.code = cmp.Or(r.code, code)
+		return
 	}
-	return last
+	r.stopBy(code, err, now)
+}
+
+// expireCommand kills a command that has not ended in time, and goes on without one that
+// outlives that.
+func (r *run) expireCommand(now time.Time) {
+	err := r.wrapped.expire(now, r.log)
+	if err == nil {
+		return
+	}
+	r.log.Error("the command cannot be ended", "err", err)
+	r.stopBy(exitFailed, err, now)
+	if r.code == exitOK {
+		r.code, r.err = exitFailed, err
+	}
 }
 
 // checkReady tells the world when all components are ready.
@@ -617,37 +602,36 @@ func (r *run) checkReady(now time.Time) {
 	if o := r.overview(); o.ready < o.total {
 		return
 	}
-	r.ready, r.about.ready = true, true
-	r.log.Info("pipeline ready", "components", len(r.sup.procs), "endpoint", r.registry.endpoint, "after", now.Sub(r.about.started).Round(time.Millisecond))
+	r.info.ready = true
+	r.log.Info("pipeline ready", "components", len(r.sup.procs), "endpoint", r.plane.registry.endpoint, "after", now.Sub(r.info.started).Round(time.Millisecond))
 	r.showStatus() // who is told that all are ready finds it so when asking
 	r.systemd.send(daemon.SdNotifyReady)
-	if r.flags.until == untilReady {
+	if r.config.until == untilReady {
 		r.stop(exitOK, now)
-	} else if r.flags.format == formatText && isTerminal(os.Stderr) {
+	} else if r.config.format == formatText && isTerminal(os.Stderr) {
 		r.log.Info("in another terminal", r.commands()...)
 	}
-	if r.guest == nil {
+	if r.wrapped == nil {
 		return
 	}
 	r.out.removeFooter() // the terminal is the command's now
-	if err := r.guest.start(r.launcher); err != nil {
+	if err := r.wrapped.start(r.launcher); err != nil {
 		r.log.Error("the command did not start", "err", err)
-		r.blame = err
-		r.stop(exitUsage, now)
+		r.stopBy(exitUsage, err, now)
 	}
 }
 
 // commands are those that a person may want while the pipeline runs, as attributes.
 func (r *run) commands() []any {
 	with := ""
-	if r.flags.tls.cert != "" {
+	if r.config.tls.cert != "" {
 		with = " -tls-ca-cert FILE"
-		if r.flags.tls.ca != "" {
+		if r.config.tls.ca != "" {
 			with += " -tls-cert FILE -tls-key FILE"
 		}
 	}
 	out := []any{"see", "flowctl list" + with}
-	if !fromStandardInput(r.flags.file) {
+	if !fromStandardInput(r.config.file) {
 		out = append(out, "reload", "flowctl reload"+with)
 	}
 	return out
@@ -657,19 +641,18 @@ func (r *run) commands() []any {
 func (r *run) overview() overview {
 	o := overview{total: len(r.sup.procs), stopping: r.sup.stopping}
 	for _, p := range r.sup.procs {
-		c, told := r.conditions[p.ID]
 		switch {
-		case p.state == procCompleted || p.state == procReady && told && c.now.ok():
+		case p.state == procCompleted || p.state == procReady && p.health.ok:
 			o.ready++
 		case p.state == procReady:
-			o.unhealthy = append(o.unhealthy, fmt.Sprintf("%s (%s)", p.ID, c.cause))
+			o.unhealthy = append(o.unhealthy, fmt.Sprintf("%s (%s)", p.id(), p.health.cause))
 		case p.state == procBackoff:
-			o.restarting = append(o.restarting, p.ID)
+			o.restarting = append(o.restarting, p.id())
 		default:
-			o.waiting = append(o.waiting, p.ID)
+			o.waiting = append(o.waiting, p.id())
 		}
 		if !p.over() {
-			o.left = append(o.left, p.ID)
+			o.left = append(o.left, p.id())
 		}
 	}
 	return o
@@ -678,20 +661,20 @@ func (r *run) overview() overview {
 // showStatus tells people and systemd how the run is, if that has changed.
 func (r *run) showStatus() {
 	for _, p := range r.sup.procs {
-		r.registry.reportProcess(p.ID, p.report())
+		r.plane.registry.reportProcess(p.id(), processOf(p))
 	}
 	o := r.overview()
 	status := o.String()
-	if status == r.about.status || len(o.left) == 0 {
+	if status == r.info.status || len(o.left) == 0 {
 		return
 	}
-	r.about.status = status
-	r.registry.report(r.about)
-	if r.flags.showStatus && !r.out.showsFooter() {
+	r.info.status = status
+	r.plane.registry.report(r.info)
+	if r.config.showStatus && !r.out.showsFooter() {
 		r.log.Info("status", o.attrs()...)
 	}
 	states := []string{"STATUS=" + status}
-	if at := r.patience(); !r.ready && !r.sup.stopping && at.After(time.Now()) {
+	if at := r.sup.readyDeadline(); !r.info.ready && !r.sup.stopping && at.After(time.Now()) {
 		states = append(states, extendTimeout(time.Until(at)))
 	}
 	r.systemd.send(states...)
@@ -699,14 +682,15 @@ func (r *run) showStatus() {
 
 // footerRows are the rows of the footer.
 func (r *run) footerRows(now time.Time) []string {
-	f := footer{pipeline: r.about.name, endpoint: r.endpoint, status: r.about.status}
+	registry := r.plane.registry
+	f := footer{pipeline: r.info.name, endpoint: registry.endpoint, status: r.info.status}
 	seen := make(map[string]*operatorv1.Component)
-	for _, c := range r.registry.own(now).GetComponents() {
+	for _, c := range registry.own(now).GetComponents() {
 		seen[c.GetId()] = c
 	}
 	for _, p := range r.sup.procs {
-		c := seen[p.ID]
-		row := footerComponent{id: p.ID, state: p.state.String(), health: c.GetHealth(), restarts: p.restarts, metrics: make(map[string]any)}
+		c := seen[p.id()]
+		row := footerComponent{id: p.id(), state: p.state.String(), health: c.GetHealth(), restarts: p.restarts, metrics: make(map[string]any)}
 		for name, value := range c.GetMetrics() {
 			row.metrics[name] = value
 		}
@@ -724,233 +708,88 @@ func (r *run) footerRows(now time.Time) []string {
 	return f.rows(now)
 }
 
-// guest is the command after --, which a pipeline that is ready is run for. It is no
-// component: its input, output and signals are its own, and its end is that of the run.
-type guest struct {
-	argv []string
-
-	cmd      *exec.Cmd                 // nil before it is started
-	ended    <-chan syscall.WaitStatus // gets how it ended, once
-	over     bool
-	signals  int       // that it was sent, or got from the terminal
-	deadline time.Time // when it gets SIGKILL, zero for never
+// processOf is what the registry passes on of the process of p.
+func processOf(p *proc) processReport {
+	out := processReport{state: p.state.String(), restarts: p.restarts}
+	if p.child != nil {
+		out.pid, out.started = p.child.pid, p.started
+	}
+	return out
 }
 
-// newGuest fails where there is no such program: that is not to be found out when a
-// pipeline has been started for it.
-func newGuest(argv []string) (*guest, error) {
-	if len(argv) == 0 {
-		return nil, nil
+// syncMembers tells the registry which components there are, when that has changed.
+func (r *run) syncMembers(now time.Time) {
+	if r.generation == r.sup.generation {
+		return
 	}
-	if _, err := exec.LookPath(argv[0]); err != nil {
-		return nil, fmt.Errorf("the command after --: cannot run %q: %v", argv[0], cause(err))
-	}
-	return &guest{argv: argv}, nil
+	r.generation = r.sup.generation
+	r.plane.registry.setMembers(r.members(), now)
 }
 
-// start starts the command in flowctl's own process group, so that a terminal's
-// signals reach it. It is known by the mark of the run, like whatever it starts.
-func (g *guest) start(l *launcher) (err error) {
-	g.cmd = exec.Command(g.argv[0], g.argv[1:]...)
-	g.cmd.Stdin, g.cmd.Stdout, g.cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	if g.ended, err = l.startCommand(commandID, g.cmd); err != nil {
-		g.over = true
-		return fmt.Errorf("the command after --: cannot run %q: %v", g.argv[0], cause(err))
-	}
-	return nil
-}
-
-// endings gets how it ended, nil for no guest and one that does not run.
-func (g *guest) endings() <-chan syscall.WaitStatus {
-	if g == nil {
-		return nil
-	}
-	return g.ended
-}
-
-// runs is false for no guest, too.
-func (g *guest) runs() bool { return g != nil && g.cmd != nil && !g.over }
-
-// unrun is the exit code of flowctl, and why, for a sig that ends the run before the
-// command was started: 0 would say that it has succeeded. Without a command it is 0.
-func (g *guest) unrun(sig os.Signal) (int, error) {
-	number, ok := sig.(syscall.Signal)
-	if g == nil || g.cmd != nil || !ok {
-		return exitOK, nil
-	}
-	return 128 + int(number), fmt.Errorf("the command %q after -- was not run: signal %d (%s) came first", g.argv[0], number, sig)
-}
-
-// exitCodeOf is the exit code of flowctl for the end of the command, as a shell has it.
-func exitCodeOf(status syscall.WaitStatus) int {
-	if status.Signaled() {
-		return 128 + int(status.Signal())
-	}
-	return status.ExitStatus()
-}
-
-// pass hands a signal on that flowctl got, unless the terminal has sent it to both.
-// It is false for the second, after which there is no more waiting. Who sends SIGINT
-// can wait for the end, and send another; any other signal may be all that comes, and
-// SIGKILL follows it.
-func (g *guest) pass(sig os.Signal, now time.Time, patience time.Duration) bool {
-	if g.signals++; g.signals > 1 {
-		return false
-	}
-	if sig != syscall.SIGINT {
-		g.deadline = now.Add(patience)
-	}
-	if sig != syscall.SIGINT || !takesInterrupts() {
-		_ = g.cmd.Process.Signal(sig)
-	}
-	return true
-}
-
-// end asks the command to end, because the pipeline does.
-func (g *guest) end(now time.Time, patience time.Duration) {
-	if g.runs() {
-		_ = g.cmd.Process.Signal(syscall.SIGTERM)
-		g.deadline = earliest(g.deadline, now.Add(patience))
-	}
-}
-
-// expire kills the command when it was asked to end for long enough.
-func (g *guest) expire(now time.Time, log *slog.Logger) {
-	if g.runs() && !g.deadline.IsZero() && !now.Before(g.deadline) {
-		log.Warn("the command still runs, sending SIGKILL", "pid", g.cmd.Process.Pid)
-		g.deadline = time.Time{}
-		_ = g.cmd.Process.Kill()
-	}
-}
-
-// reloadRequest asks the loop for a reload.
-type reloadRequest struct {
-	answer chan reloadAnswer // holds one, so that the loop never waits
-}
-
-type reloadAnswer struct {
-	reloaded reloaded
-	err      error
-}
-
-// requestReload has the loop reload the pipeline file. It is called by the operator
-// service.
-func (r *run) requestReload(ctx context.Context) (reloadResult, error) {
-	request := reloadRequest{make(chan reloadAnswer, 1)}
-	select {
-	case r.reloads <- request:
-	case <-r.over:
-		return reloadResult{}, errStopping
-	case <-ctx.Done():
-		return reloadResult{}, ctx.Err()
-	}
-	answer := <-request.answer
-	return reloadResult(answer.reloaded), answer.err
-}
-
-// reload reads the pipeline file again and begins what has changed in it. What is
-// wrong is an error, after which everything is as before.
-func (r *run) reload() (reloaded, error) {
+// reload begins what request brings, or says why that cannot be; then everything is as it was.
+func (r *run) reload(request reloadRequest) (out reloadResult, err error) {
 	if r.sup.stopping {
-		return reloaded{}, errStopping
+		return out, errStopping
 	}
-	if r.ready { // before that systemd waits for READY=1 alone
+	if r.info.ready { // before that systemd waits for READY=1 alone
 		r.systemd.send(daemon.SdNotifyReloading, daemon.SdNotifyMonotonicUsec())
 		defer r.systemd.send(daemon.SdNotifyReady)
 	}
-	out, err := r.applyFile()
+	if err = request.err; err == nil {
+		err = cmp.Or(r.reservePorts(request.pipeline), r.out.add(request.pipeline.ids()))
+	}
 	if err != nil {
 		for line := range strings.Lines(err.Error()) {
 			r.log.Error("cannot reload", "err", strings.TrimSuffix(line, "\n"))
 		}
 		return out, err
 	}
-	r.log.Info("reloaded", "file", r.flags.file, "added", enumerate(out.added), "removed", enumerate(out.removed), "restarted", enumerate(out.restarted), "unchanged", out.unchanged)
+	changed := r.sup.reload(request.pipeline)
+	out = reloadResult{added: changed.added, removed: changed.removed, restarted: changed.restarted, unchanged: changed.unchanged}
+	r.log.Info("reloaded", "file", r.config.file, "added", enumerate(out.added), "removed", enumerate(out.removed), "restarted", enumerate(out.restarted), "unchanged", out.unchanged)
 	return out, nil
-}
-
-func (r *run) applyFile() (reloaded, error) {
-	if info, err := os.Stat(r.flags.file); err == nil && !info.Mode().IsRegular() {
-		return reloaded{}, fmt.Errorf("%s is no plain file, and cannot be read again", r.flags.file) // to open a FIFO would hold the loop
-	}
-	p, err := r.flags.read()
-	if err != nil {
-		return reloaded{}, err
-	}
-	if p.Metadata.Name != r.about.name {
-		return reloaded{}, fmt.Errorf("%s: metadata.name is %q now: a pipeline keeps its name, %q, while it runs", r.flags.file, p.Metadata.Name, r.about.name)
-	}
-	if ids := p.speakTLS(false); r.flags.tls.cert != "" && !r.entrance && len(ids) > 0 {
-		return reloaded{}, fmt.Errorf("%s: %s would need a listener without TLS, which there is not: restart flowctl, or set \"tls\": true", r.flags.file, enumerate(ids))
-	}
-	used := make(map[string]bool)
-	for _, p := range r.sup.procs {
-		used[p.Image] = true
-	}
-	if err := cmp.Or(r.launcher.config.checkReach(p), r.flags.engine.checkNew(context.Background(), p, used)); err != nil {
-		return reloaded{}, err
-	}
-	var ids []string
-	for _, c := range p.components() {
-		ids = append(ids, c.ID)
-	}
-	if err := r.out.add(ids); err != nil {
-		return reloaded{}, err
-	}
-	out, err := r.sup.reload(p)
-	for _, p := range r.sup.procs {
-		if p.leaving {
-			delete(r.unhealthy, p.ID)
-		}
-	}
-	return out, err
-}
-
-// syncMembers tells the registry which components there are, when that has changed.
-func (r *run) syncMembers(now time.Time) {
-	if r.edition == r.sup.edition {
-		return
-	}
-	r.edition = r.sup.edition
-	r.registry.setMembers(r.members(), now)
-	for id := range r.conditions {
-		if r.sup.byID[id] == nil {
-			delete(r.conditions, id)
-			delete(r.unhealthy, id)
-		}
-	}
 }
 
 // members is what the control plane is to know of the components.
 func (r *run) members() []member {
 	var out []member
 	for _, p := range r.sup.procs {
-		endpoint := r.launcher.config.endpoint
-		if p.TLS {
-			endpoint = r.endpoint
+		c := p.component
+		port, err := r.launcher.healthPort(c)
+		if err != nil {
+			p.log.Warn("it has no HEALTH_PORT yet", "err", err) // to start it fails if there is none then
 		}
-		if len(p.Ports) > 0 {
-			endpoint = cmp.Or(r.launcher.config.containerEndpoint, r.launcher.config.endpoint)
-		}
-		port, _ := r.launcher.healthPort(p.Component) // it is reserved
 		out = append(out, member{
-			id: p.ID, role: p.Role, healthPort: port, endpoint: endpoint, inputs: p.Inputs,
-			inputEvents: p.InputEventTypes, outputEvents: p.OutputEventTypes, inContainer: p.Image != "", kind: p.Type, labels: p.Labels,
+			id: c.ID, role: c.Role, healthPort: port, endpoint: r.launcher.config.endpointOf(c), inputs: c.Inputs,
+			inputEvents: c.InputEventTypes, outputEvents: c.OutputEventTypes, inContainer: c.Image != "", kind: c.Type, labels: c.Labels,
 		})
 	}
 	return out
 }
 
+// end says what has failed, last of all, and returns an *exitError unless nothing has.
+func (r *run) end() error {
+	r.out.removeFooter()
+	if len(r.sup.failures()) > 0 && r.code == exitOK {
+		r.code = exitFailed // found while stopping: a process that outlived SIGKILL
+	}
+	if r.code == exitOK {
+		return nil
+	}
+	r.out.report(r.report().forms())
+	return &exitError{code: r.code}
+}
+
 // report is what there is to say of a run that has ended, now that all are over.
 func (r *run) report() report {
-	out := report{Time: time.Now(), Level: "ERROR", Msg: reportMsg, ExitCode: r.code, Pipeline: r.about.name}
+	out := report{Time: time.Now(), Level: "ERROR", Msg: reportMsg, ExitCode: r.code, Pipeline: r.info.name}
 	for _, p := range r.sup.procs {
 		if p.failure != nil {
 			out.Failures = append(out.Failures, r.describe(p))
 		}
 	}
-	if len(out.Failures) == 0 && r.blame != nil {
-		out.Error = r.blame.Error()
+	if len(out.Failures) == 0 && r.err != nil {
+		out.Error = r.err.Error()
 	}
 	return out
 }
@@ -960,7 +799,7 @@ func (r *run) describe(p *proc) failedComponent {
 	f := p.failure
 	out := failedComponent{
 		Component: f.component.ID, Kind: f.kind, Reason: f.reason, PID: f.pid, Registered: f.registered, Restarts: p.restarts,
-		LastLines: []string{}, expected: f.component.registers(), Try: f.try(r.flags.file),
+		LastLines: []string{}, expected: f.component.registers(), Try: f.try(r.config.file),
 	}
 	if f.pid != 0 {
 		out.Lived = f.lived.Round(time.Millisecond).String()

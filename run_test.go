@@ -4,7 +4,6 @@ package main
 
 import (
 	"fmt"
-	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -177,7 +176,7 @@ func TestCommand_SignalByTwoWaysIsOne(t *testing.T) {
 			p.signal(sig)
 			if sig == syscall.SIGHUP { // a shell may tell of it much later than the kernel
 				p.waitErr("waiting for the command to end")
-				time.Sleep(2 * echoTime)
+				time.Sleep(2 * repeatTime)
 			}
 			p.signal(sig)
 			p.exit(9)
@@ -187,27 +186,74 @@ func TestCommand_SignalByTwoWaysIsOne(t *testing.T) {
 }
 
 // Two signals in a row may be one to a process. Here their time is given.
-func TestCommand_RepeatedSignalIsJudgedByItsTime(t *testing.T) {
+func TestHeededSignal_IsRepeated(t *testing.T) {
 	t.Parallel()
-	s, _ := supervise(t, []map[string]any{sh("a", forever, nil)}, nil)
-	cmd := exec.Command("sh", "-c", `trap "" TERM; exec sleep 300`)
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	}()
-	r := &run{sup: s, log: slog.New(slog.NewTextHandler(t.Output(), nil)), guest: &guest{cmd: cmd}, flags: runConfig{stopTimeout: time.Hour}}
 	now := time.Now()
-	r.signalled(syscall.SIGTERM, now)
-	r.signalled(syscall.SIGTERM, now.Add(echoTime-1))
-	if s.stopping || r.guest.signals != 1 {
-		t.Errorf("after an echo: stopping %t, the command got %d signals, want 1", s.stopping, r.guest.signals)
+	for _, tt := range []struct {
+		heeded, next os.Signal
+		after        time.Duration
+		want         bool
+	}{
+		{nil, syscall.SIGTERM, 0, false},
+		{syscall.SIGTERM, syscall.SIGTERM, repeatTime - 1, true},
+		{syscall.SIGTERM, syscall.SIGTERM, repeatTime, false},
+		{syscall.SIGTERM, syscall.SIGINT, 0, false},
+		{syscall.SIGHUP, syscall.SIGHUP, time.Hour, true}, // a shell may tell of it much later than the kernel
+		{syscall.SIGTERM, syscall.SIGHUP, time.Hour, true},
+		{syscall.SIGINT, syscall.SIGHUP, 0, false},
+		{nil, syscall.SIGHUP, 0, false},
+	} {
+		if got := (heededSignal{tt.heeded, now}).isRepeated(tt.next, now.Add(tt.after)); got != tt.want {
+			t.Errorf("%v, and after %s %v: repeated is %t, want %t", tt.heeded, tt.after, tt.next, got, tt.want)
+		}
 	}
-	r.signalled(syscall.SIGTERM, now.Add(echoTime))
-	if !s.stopping || r.guest.deadline != now.Add(time.Hour) {
-		t.Errorf("after a second signal: stopping %t, SIGKILL %s after the first, want 1h", s.stopping, r.guest.deadline.Sub(now))
+}
+
+// Only a flowctl that was stopped gives its components time: a start timeout is judged on a
+// busy machine too, where each look of the loop comes 150 ms late.
+func TestRun_LateWakeUpsPutNoStartTimeoutOff(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", nil)}, nil)
+	r := &run{sup: m.supervisor, log: m.log, plane: &plane{registry: newRegistry(30*time.Second, 10*time.Second, "127.0.0.1:1", nil)}}
+	m.startAll()
+	begun := m.now
+	look := func(wait time.Duration) {
+		m.now = m.now.Add(wait)
+		r.putOff(m.now)
+		m.expire(m.now)
+	}
+	look(0)
+	for m.byID["a"].failure == nil && m.now.Sub(begun) < time.Minute {
+		look(time.Second/2 + 150*time.Millisecond)
+	}
+	if got := m.now.Sub(begun); got < 30*time.Second || got > 31*time.Second {
+		t.Errorf("failed after %s, want 30s or at the look after that", got)
+	}
+}
+
+func TestRun_StoppedFlowctlPutsStartTimeoutsOffByThatTime(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", nil)}, nil)
+	r := &run{sup: m.supervisor, log: m.log, plane: &plane{registry: newRegistry(30*time.Second, 10*time.Second, "127.0.0.1:1", nil)}}
+	m.startAll()
+	r.putOff(m.now)
+	for _, step := range []struct {
+		wait   time.Duration
+		failed bool
+	}{
+		{9 * time.Second, false}, // less than the janitor's interval: a busy machine
+		{time.Hour, false},       // stopped
+		{9 * time.Second, false},
+		{9 * time.Second, false},
+		{3*time.Second - 1, false},
+		{1, true}, // 30s without the hour
+	} {
+		m.now = m.now.Add(step.wait)
+		r.putOff(m.now)
+		m.expire(m.now)
+		if got := m.byID["a"].failure != nil; got != step.failed {
+			t.Errorf("failed is %t, want %t, at %+v", got, step.failed, step)
+		}
 	}
 }
 
@@ -224,7 +270,7 @@ func TestCommand_ThirdSignalKills(t *testing.T) {
 			for _, heard := range []string{"waiting for the command to end", "stop requested", "another signal, killing what still runs"} {
 				p.signal(sig)
 				p.waitErr(heard)
-				time.Sleep(2 * echoTime) // sooner it would be the same signal
+				time.Sleep(2 * repeatTime) // sooner it would be the same signal
 			}
 			p.exit(128 + 9)
 		})
@@ -278,6 +324,22 @@ func TestCommand_IsToldOnceByATerminal(t *testing.T) {
 	if text, err := os.ReadFile(heard); err != nil || string(text) != "once\n" {
 		t.Errorf("the command heard %q, %v\n%s", text, err, screen)
 	}
+}
+
+// A flowctl that is itself a component of another one has the id of that component in its
+// environment. Its command is not taken for what its own component of that id has left.
+func TestCommand_OfANestedFlowctlIsNoStray(t *testing.T) {
+	t.Parallel()
+	up := filepath.Join(t.TempDir(), "up")
+	// Once the command runs, a leaves an orphan and ends; what it has left is looked for then.
+	a := shell("a", `if [ -e `+up+`.once ]; then exec sleep 300; fi; until [ -e `+up+` ]; do sleep 0.02; done; touch `+up+`.once; setsid sh -c 'touch `+up+`.left; exec sleep 300' & until [ -e `+up+`.left ]; do sleep 0.02; done; exit 1`)
+	a.RestartPolicy = "on-failure"
+	p := start(t, runArgs(writePipeline(t, a), "--", "sh", "-c", `touch `+up+`; until [ -e `+up+`.go ]; do sleep 0.02; done; exit 5`),
+		withEnv("FLOWCTL_COMPONENT_ID=a", "FLOWCTL_RUN=outer"))
+	p.wait(p.stderr, "msg=ready component=a ", 2)
+	p.has(p.stderr, "ending what left its process group")
+	writeFile(t, up+".go", "")
+	p.exit(5)
 }
 
 func TestReload_ChangesWhatTheFileChanged(t *testing.T) {
@@ -561,4 +623,47 @@ func TestReload_FIFOIsRefused(t *testing.T) {
 		t.Errorf("exit %d\n%s", code, stderr)
 	}
 	p.stop()
+}
+
+// A reload looks for new images at the engine. While that hangs the loop goes on: it takes
+// in ends and heartbeats, and a signal ends the run.
+func TestReload_HangingEngineHoldsNothingUp(t *testing.T) {
+	t.Parallel()
+	folder := t.TempDir()
+	hang, asked := filepath.Join(folder, "hang"), filepath.Join(folder, "asked")
+	engine := writeFile(t, filepath.Join(folder, "engine"), `#!/bin/sh
+case $1 in
+image) [ -e `+hang+` ] && { touch `+asked+`; exec sleep 300; } ;;
+inspect) echo true ;;
+run) echo $$ >`+folder+`/pid; exec sleep 300 ;;
+kill) kill -s ${3#SIG} $(cat `+folder+`/pid) ;;
+esac
+exit 0
+`)
+	if err := os.Chmod(engine, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	store, a := box("store", "live"), actor("a", role{Dialect: "v1", OnUSR1: "exit", Code: 1})
+	a.RestartPolicy = "on-failure"
+	l := &engineLab{program: engine}
+	file := l.write(t, "hangs", store, a)
+	p := l.start(t, file, nil)
+	p.waitReady()
+	writeFile(t, hang, "")
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, file, strings.Replace(string(text), boxImage, "new:1", 1))
+	reload := start(t, []string{"reload", "-e", p.endpoint()})
+	eventually(t, "the engine is asked for the image", func() bool {
+		_, err := os.Stat(asked)
+		return err == nil
+	})
+	p.tell("a", syscall.SIGUSR1)
+	p.wait(p.stderr, "msg=ready component=a ", 2)
+	p.stop()
+	reload.exit(exitPlane)
+	reload.has(reload.stderr, "the pipeline is stopping")
+	p.hasNot(p.stderr, "cannot reload")
 }

@@ -292,7 +292,7 @@ func (f *failure) try(file string) string {
 		return "flowctl check " + shellWord(file) + " shows all programs, folders and files that are missing"
 	case f.kind == failStuck:
 		return "only a process that hangs in the kernel outlives SIGKILL, mostly by a disk or a network file system: see dmesg"
-	case f.exit != nil:
+	case f.status != nil:
 		return f.tryExit()
 	}
 	return ""
@@ -301,7 +301,7 @@ func (f *failure) try(file string) string {
 // tryExit is what may help where a process has ended.
 func (f *failure) tryExit() string {
 	c := f.component
-	status := *f.exit
+	status := *f.status
 	switch {
 	case c.Image != "":
 		return f.tryContainer(status)
