@@ -74,7 +74,7 @@ func listRuns(o listOptions) error {
 		return listOnce(clients, unasked, o)
 	}
 	for _, err := range unasked {
-		fmt.Fprintln(os.Stderr, complaint("flowctl: "+printable(err.Error())))
+		fmt.Fprintln(os.Stderr, markErrors("flowctl: "+printable(err.Error())))
 	}
 	return listChanges(clients, o)
 }

@@ -39,6 +39,11 @@ type command struct {
 	run                           func(fs *flag.FlagSet, args []string) error
 }
 
+// aloneGCPercent is GOGC of a control plane alone, where nothing else is chosen: it may
+// hold a hundred thousand services, and while they are gone through for what is garbage,
+// heartbeats wait. It comes to that less often than by default, for a quarter more memory.
+const aloneGCPercent = 150
+
 // commands returns them in the order of help. It is a function because help, one
 // of them, needs them all.
 func commands() []command {
@@ -77,7 +82,7 @@ func main() {
 	os.Exit(exitCode(dispatch(os.Args[1:])))
 }
 
-// exitCode says on standard error what err has to say and returns its code.
+// exitCode reports err on standard error, as text or in JSON, and returns its code.
 func exitCode(asJSON bool, err error) int {
 	if err == nil {
 		return exitOK
@@ -90,13 +95,13 @@ func exitCode(asJSON bool, err error) int {
 	default:
 		var text strings.Builder
 		report.writeText(&text)
-		fmt.Fprintln(os.Stderr, complaint(strings.TrimSuffix(text.String(), "\n")))
+		fmt.Fprintln(os.Stderr, markErrors(strings.TrimSuffix(text.String(), "\n")))
 	}
 	return report.ExitCode
 }
 
-// dispatch runs the command that args name, or run without a name. An error is to be
-// told in JSON where the command's log is in JSON.
+// dispatch runs the command that args name; without a name that is run. asJSON tells that
+// the log of the command is JSON, so that its error is to be JSON too.
 func dispatch(args []string) (asJSON bool, err error) {
 	name := "run"
 	if len(args) > 0 {
@@ -123,7 +128,7 @@ func dispatch(args []string) (asJSON bool, err error) {
 	return false, usageErrorf("", "unknown command %q: it must be one of %s", name, strings.Join(shownCommands(), ", "))
 }
 
-// shownCommands are the names of those that are no secret.
+// shownCommands returns the names of the commands that help lists.
 func shownCommands() []string {
 	var names []string
 	for _, c := range commands() {
@@ -132,263 +137,6 @@ func shownCommands() []string {
 		}
 	}
 	return names
-}
-
-// flagValue is the value of a flag that must be right when it is set. It keeps what is wrong
-// with a text for parseFlags, because package flag would put its own words around that.
-type flagValue[T any] struct {
-	value *T
-	parse func(text string) (T, error) // its errors begin with "it must"
-	err   error
-}
-
-// define defines a flag of fs that sets to.
-func define[T any](fs *flag.FlagSet, to *T, name string, value T, usage string, parse func(string) (T, error)) {
-	*to = value
-	fs.Var(&flagValue[T]{value: to, parse: parse}, name, usage)
-}
-
-func (o *flagValue[T]) String() string {
-	if o.value == nil { // package flag may ask a zero value
-		return ""
-	}
-	return fmt.Sprint(*o.value)
-}
-
-func (o *flagValue[T]) Set(text string) error {
-	if value, err := o.parse(text); err != nil {
-		o.err = fmt.Errorf("%q: %w", text, err)
-	} else {
-		*o.value = value
-	}
-	return nil
-}
-
-func (o *flagValue[T]) IsBoolFlag() bool {
-	_, ok := any(*o.value).(bool)
-	return ok
-}
-
-func (o *flagValue[T]) problem() error { return o.err }
-
-func defineBool(fs *flag.FlagSet, to *bool, name string, value bool, usage string) {
-	define(fs, to, name, value, usage, func(text string) (bool, error) {
-		value, err := strconv.ParseBool(text)
-		if err != nil {
-			err = errors.New("it must be true or false")
-		}
-		return value, err
-	})
-}
-
-func defineDuration(fs *flag.FlagSet, to *time.Duration, name string, value time.Duration, usage string) {
-	const least = 10 * time.Millisecond
-	define(fs, to, name, value, usage, func(text string) (time.Duration, error) {
-		value, err := time.ParseDuration(text)
-		switch {
-		case err != nil:
-			err = errors.New("it must be a time with a unit, such as 30s")
-		case value < least:
-			err = fmt.Errorf("it must be %s at least", least)
-		}
-		return value, err
-	})
-}
-
-// defineChoice defines a flag that takes one of texts; value is the default.
-func defineChoice(fs *flag.FlagSet, to *string, name, value, usage string, texts ...string) {
-	define(fs, to, name, value, usage, func(text string) (string, error) {
-		if slices.Contains(texts, text) {
-			return text, nil
-		}
-		last := len(texts) - 1
-		return "", fmt.Errorf("it must be %s or %s", strings.Join(texts[:last], ", "), texts[last])
-	})
-}
-
-// parseFlags parses args by fs: flags, and before, between and after them at most so many
-// other arguments, which it returns. It goes on after an error, so that -log-format is
-// known in any case, and returns the first. Help that was asked for is printed.
-func parseFlags(fs *flag.FlagSet, args []string, most int) (rest []string, err error) {
-	fs.SetOutput(io.Discard)
-	for len(args) > 0 {
-		parseErr := fs.Parse(args)
-		parsed := len(args) - fs.NArg()
-		switch {
-		case errors.Is(parseErr, flag.ErrHelp):
-			var text strings.Builder
-			printHelp(&text, fs)
-			return nil, cmp.Or(printAnswer(text.String()), error(&exitError{code: exitOK}))
-		case parseErr != nil:
-			parsed = max(parsed, 1) // what is no flag at all is not passed over
-			err = cmp.Or(err, explainFlag(fs, args[parsed-1], parseErr))
-		case fs.NArg() > 0:
-			rest = append(rest, fs.Arg(0))
-			parsed++
-		}
-		args = args[parsed:]
-	}
-	fs.Visit(func(f *flag.Flag) {
-		if o, ok := f.Value.(interface{ problem() error }); ok && o.problem() != nil {
-			err = cmp.Or(err, usageErrorf(fs.Name(), "-%s %v", f.Name, o.problem()))
-		}
-	})
-	if err == nil && len(rest) > most {
-		err = usageErrorf(fs.Name(), "%s: unexpected argument %q", fs.Name(), rest[most])
-	}
-	return rest, err
-}
-
-// explainFlag returns the error for arg, at which fs stopped with err: no flag of that
-// name, or one without its value.
-func explainFlag(fs *flag.FlagSet, arg string, err error) error {
-	name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
-	if name == "" || fs.Lookup(name) != nil {
-		return usageErrorf(fs.Name(), "%v", err)
-	}
-	var known []string
-	fs.VisitAll(func(f *flag.Flag) { known = append(known, f.Name) })
-	if near := nearest(name, known); near != "" {
-		return usageErrorf(fs.Name(), "%s has no flag -%s, did you mean -%s?", fs.Name(), name, near)
-	}
-	return usageErrorf(fs.Name(), "%s has no flag -%s", fs.Name(), name)
-}
-
-// planeFlags are the flags that run and server share.
-type planeFlags struct {
-	listen   listenConfig
-	tls      tlsFlags
-	ttl      time.Duration
-	interval time.Duration
-	logLevel slog.Level
-	format   string
-	dbPath   string
-	noState  bool
-}
-
-func (o *planeFlags) define(fs *flag.FlagSet) {
-	fs.StringVar(&o.listen.address, "control-plane-address", "127.0.0.1", "control plane's `host`, or unix:PATH")
-	define(fs, &o.listen.port, "control-plane-port", 8080, "control plane's `port`, 0 for a free one", func(text string) (int, error) {
-		port, err := strconv.ParseUint(text, 10, 16)
-		if err != nil {
-			err = errors.New("it must be a number from 0 to 65535")
-		}
-		return int(port), err
-	})
-	defineDuration(fs, &o.ttl, "heartbeat-ttl", 30*time.Second, "who does not heartbeat for so long is stale")
-	defineDuration(fs, &o.interval, "janitor-interval", 10*time.Second, "look for stale services at least this often")
-	define(fs, &o.logLevel, "log-level", slog.LevelInfo, "log from `level` up: debug, info, warn, error", func(text string) (level slog.Level, err error) {
-		if level.UnmarshalText([]byte(text)) != nil {
-			err = errors.New("it must be debug, info, warn or error")
-		}
-		return level, err
-	})
-	defineChoice(fs, &o.format, "log-format", formatAuto, "log as `form`: text, json, journal or auto", formatAuto, formatText, formatJSON, formatJournal)
-	place := "memory"
-	if fs.Name() == "server" {
-		place = "the user's state folder"
-	}
-	fs.StringVar(&o.dbPath, "db-path", "", "keep the registry's state in `file`, not in $STATE_DIRECTORY or "+place)
-	defineBool(fs, &o.noState, "no-persistence", false, "keep the registry's state in memory only")
-	defineTLS(fs, &o.tls, "serve TLS with the certificate in `file`, PEM", "require client certificates, by the CA in `file`")
-}
-
-// given tells whether the command line has one of the flags of fs that are named.
-func given(fs *flag.FlagSet, names ...string) bool {
-	found := false
-	fs.Visit(func(f *flag.Flag) { found = found || slices.Contains(names, f.Name) })
-	return found
-}
-
-// state returns where the registry's state is kept: in the file that was asked for, else
-// in name.json in the folder that systemd gives, else, for a control plane alone, in the
-// user's own folder.
-func (o *planeFlags) state(name string, alone bool) (stateConfig, error) {
-	name += ".json"
-	folder, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":")
-	switch {
-	case o.noState:
-		return stateConfig{}, nil
-	case o.dbPath != "":
-		return stateConfig{file: o.dbPath}, nil
-	case folder != "":
-		return stateConfig{file: filepath.Join(folder, name)}, nil
-	case !alone:
-		return stateConfig{}, nil
-	}
-	base := os.Getenv("XDG_STATE_HOME")
-	if !filepath.IsAbs(base) { // the XDG base directory specification has others ignored
-		home, err := os.UserHomeDir()
-		if err != nil {
-			return stateConfig{}, fmt.Errorf("no place for the registry's state: %v: name a file with -db-path, or choose -no-persistence", err)
-		}
-		base = filepath.Join(home, ".local", "state")
-	}
-	return stateConfig{file: filepath.Join(base, "flowctl", name), own: true}, nil
-}
-
-func (o *planeFlags) check(fs *flag.FlagSet) error {
-	wrong := func(format string, args ...any) error { return usageErrorf(fs.Name(), format, args...) }
-	address, port, socket := o.listen.address, o.listen.port, strings.HasPrefix(o.listen.address, "unix:")
-	if address == "" || address == "unix:" {
-		return wrong("-control-plane-address %q: it must be a host or unix:PATH; 0.0.0.0 is all interfaces", address)
-	}
-	if host, port, err := net.SplitHostPort(address); err == nil && !socket {
-		return wrong("-control-plane-address %q: it must be a host alone, such as %q; the port is -control-plane-port %s", address, host, port)
-	}
-	if given(fs, "control-plane-port") && port != 0 && socket {
-		return wrong("-control-plane-port %d: a socket file, -control-plane-address %q, has no port", port, address)
-	}
-	var err error
-	if o.format, err = resolveFormat(o.format); err != nil {
-		return wrong("%v", err)
-	}
-	for _, name := range []string{"control-plane-port", "control-plane-address"} {
-		if given(fs, name) && planeSocketPassed() {
-			return wrong("-%s %s: systemd has passed a socket named %s, which is where the control plane listens: leave out one or the other", name, fs.Lookup(name).Value, planeSocket)
-		}
-	}
-	if o.dbPath != "" && o.noState {
-		return wrong("-db-path and -no-persistence contradict each other")
-	}
-	if o.tls.ca != "" && o.tls.cert == "" && o.tls.key == "" {
-		return wrong("-tls-ca-cert %q: it needs -tls-cert and -tls-key, the control plane's own certificate", o.tls.ca)
-	}
-	if o.tls.cert != "" && socket {
-		// Beside TLS there is a listener for the components, which every user of the
-		// machine can reach; a socket file of mode 0600 is its user's alone.
-		return wrong("-tls-cert %q: it must not be given with -control-plane-address %q, a socket file that is open to its user alone", o.tls.cert, address)
-	}
-	return checkTLS(fs, o.tls)
-}
-
-// defineTLS defines the flags of TLS. What cert and ca are for depends on the command.
-func defineTLS(fs *flag.FlagSet, to *tlsFlags, cert, ca string) {
-	fs.StringVar(&to.cert, "tls-cert", "", cert)
-	fs.StringVar(&to.key, "tls-key", "", "private key of -tls-cert, a PEM `file`")
-	fs.StringVar(&to.ca, "tls-ca-cert", "", ca)
-}
-
-// checkTLS looks at the flags alone. An empty one is refused, because a script whose
-// variable is not set must not get a control plane without TLS.
-func checkTLS(fs *flag.FlagSet, o tlsFlags) error {
-	for _, name := range []string{"tls-key", "tls-cert", "tls-ca-cert"} {
-		if given(fs, name) && fs.Lookup(name).Value.String() == "" {
-			return usageErrorf(fs.Name(), "-%s \"\": it must be a file", name)
-		}
-	}
-	switch {
-	case o.cert != "" && o.key == "":
-		return usageErrorf(fs.Name(), "-tls-cert %q: it needs -tls-key, the file of its private key", o.cert)
-	case o.key != "" && o.cert == "":
-		return usageErrorf(fs.Name(), "-tls-key %q: it needs -tls-cert, the file of its certificate", o.key)
-	}
-	return nil
-}
-
-// defineOrchestrator defines the flag that says whether there may be containers.
-func defineOrchestrator(fs *flag.FlagSet, value *string) {
-	defineChoice(fs, value, "orchestrator", orchestrateProcesses, "`kind` of component that is run: process, or container for those with an image, too", orchestrateProcesses, orchestrateContainers)
 }
 
 func runCommand(fs *flag.FlagSet, args []string) error {
@@ -448,8 +196,13 @@ func runCommand(fs *flag.FlagSet, args []string) error {
 	return runPipeline(p, config)
 }
 
-// defaultLogDir is the folder for the lines of components where none is asked for: the
-// one that systemd gives, else, on a terminal, logs beside the pipeline file.
+// defineOrchestrator defines the flag that says whether there may be containers.
+func defineOrchestrator(fs *flag.FlagSet, value *string) {
+	defineChoice(fs, value, "orchestrator", orchestrateProcesses, "`kind` of component that is run: process, or container for those with an image, too", orchestrateProcesses, orchestrateContainers)
+}
+
+// defaultLogDir returns the folder of -log-dir where the flag is not given: the one that
+// systemd gives, else, on a terminal, logs beside the pipeline file; "" for none.
 func defaultLogDir(file string) string {
 	logs, _, _ := strings.Cut(os.Getenv("LOGS_DIRECTORY"), ":")
 	if logs == "" && isTerminal(os.Stdout) {
@@ -458,282 +211,25 @@ func defaultLogDir(file string) string {
 	return logs
 }
 
-func listCommand(fs *flag.FlagSet, args []string) error {
-	var o listOptions
-	defineBool(fs, &o.json, "json", false, "print JSON")
-	defineBool(fs, &o.watch, "watch", false, "go on, and show each change")
-	defineBool(fs, &o.wait, "wait", true, "wait up to 2s for one that is starting; =false not to")
-	name, err := parseListFlags(fs, &o, args)
-	if err != nil {
-		return err
-	}
-	o.id = name
-	return listRuns(o)
-}
-
-func reloadCommand(fs *flag.FlagSet, args []string) error {
-	var o listOptions
-	name, err := parseListFlags(fs, &o, args)
-	if err != nil {
-		return err
-	}
-	if name != "" && o.endpoint != "" {
-		return usageErrorf("reload", "-endpoint %q and the pipeline %q: name one of them", o.endpoint, name)
-	}
-	return reloadRun(o, name)
-}
-
-// parseListFlags parses args by the flags of fs and those that say which control plane
-// to ask, and how. It returns the one argument, "" for none. What is given and empty is
-// refused, because a script whose variable is not set must not get something else.
-func parseListFlags(fs *flag.FlagSet, o *listOptions, args []string) (string, error) {
-	fs.StringVar(&o.endpoint, "endpoint", "", "`host:port` of the control plane, or unix:PATH (default: those of the pipelines that run here)")
-	fs.StringVar(&o.endpoint, "e", "", "short for -endpoint")
-	defineTLS(fs, &o.tls, "client certificate in `file`, PEM", "dial TLS, and trust the CA in `file`, PEM")
-	rest, err := parseFlags(fs, args, 1)
-	if err != nil {
-		return "", err
-	}
-	if err := checkTLS(fs, o.tls); err != nil {
-		return "", err
-	}
-	for _, name := range []string{"endpoint", "e"} {
-		if endpoint := fs.Lookup(name).Value.String(); given(fs, name) && !dialable(endpoint) {
-			return "", usageErrorf(fs.Name(), "-%s %q: it must be host:port or unix:PATH", name, endpoint)
-		}
-	}
-	if len(rest) == 0 {
-		return "", nil
-	}
-	if rest[0] == "" {
-		return "", usageErrorf(fs.Name(), "%s \"\": the argument must be a name, or be left out", fs.Name())
-	}
-	return rest[0], nil
-}
-
-// fileArgument is the pipeline file: named by -f or as an argument, not by both, else
-// the usual one, which has to be there.
+// fileArgument returns the pipeline file: the one that -f or the argument names, else the
+// default of -f, which has to exist. Naming it both ways is an error.
 func fileArgument(fs *flag.FlagSet, file string, rest []string) (string, error) {
-	set := given(fs, "f")
-	switch {
-	case len(rest) == 0 && set:
-		return file, nil
-	case len(rest) == 0:
-		if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
-			return file, nil
-		}
-		seen, text := pipelineFiles("."), fmt.Sprintf("no pipeline file is named, and there is no %s here", file)
-		if len(seen) == 0 {
-			return "", usageErrorf(fs.Name(), "%s", text)
-		}
-		return "", &exitError{exitUsage, fmt.Errorf("%s; what is here: %s", text, enumerate(seen)), "flowctl " + fs.Name() + " " + shellWord(seen[0])}
-	case set:
+	switch set := given(fs, "f"); {
+	case len(rest) > 0 && set:
 		return "", usageErrorf(fs.Name(), "two pipeline files are named: %q by -f, and %q", file, rest[0])
+	case len(rest) > 0:
+		return rest[0], nil
+	case set:
+		return file, nil
 	}
-	return rest[0], nil
-}
-
-// aloneGCPercent is GOGC of a control plane alone, where nothing else is chosen: it may
-// hold a hundred thousand services, and while they are gone through for what is garbage,
-// heartbeats wait. It comes to that less often than by default, for a quarter more memory.
-const aloneGCPercent = 150
-
-func serverCommand(fs *flag.FlagSet, args []string) error {
-	var o planeFlags
-	o.define(fs)
-	if _, err := parseFlags(fs, args, 0); err != nil {
-		return err
+	if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
+		return file, nil
 	}
-	if err := o.check(fs); err != nil {
-		return err
+	none, others := "no pipeline file is named, and there is no "+file+" here", pipelineFiles(".")
+	if len(others) == 0 {
+		return "", usageErrorf(fs.Name(), "%s", none)
 	}
-	out := openOutputs(outputConfig{format: o.format, level: o.logLevel})
-	defer out.close()
-	log := out.log
-	systemd := newNotifier(log)
-	defer systemd.close()
-	signals := catchSignals()
-	certs, err := openCertificates(o.tls, log)
-	if err != nil {
-		return &exitError{code: exitPlane, err: err}
-	}
-	lis, endpoint, err := openPlane(o.listen, o.tls, log)
-	if err != nil {
-		return &exitError{code: exitPlane, err: err}
-	}
-	// Another may have the same name although this one has the address: one in a
-	// container, say. That is no reason not to go on.
-	file, err := claimRun(runInfo{Endpoint: endpoint, TLS: certs != nil})
-	if err != nil {
-		log.Warn("list cannot find this control plane by itself", "err", err)
-	}
-	defer file.release()
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(aloneGCPercent)
-	}
-	state, err := o.state("registry", true)
-	var st *store
-	if err == nil {
-		st, err = openState(state, "", log)
-	}
-	if err != nil {
-		lis.Close()
-		return &exitError{code: exitPlane, err: err}
-	}
-	plane, err := newPlane(planeConfig{
-		listener: lis, endpoint: endpoint, ttl: o.ttl, interval: o.interval, store: st, certs: certs, log: log,
-		pipeline: pipelineInfo{version: versionName(), started: time.Now(), status: "control plane alone", ready: true},
-	})
-	if err != nil {
-		st.close()
-		lis.Close()
-		return &exitError{code: exitPlane, err: err}
-	}
-	defer plane.stop()
-	systemd.send(daemon.SdNotifyReady, "STATUS=listening on "+endpoint)
-	watchAlone(plane.registry, signals, systemd, log)
-	return nil
-}
-
-// watchAlone logs what changes in a registry that has no run, and feeds the watchdog,
-// until a signal asks for the end.
-func watchAlone(registry *registry, signals <-chan os.Signal, systemd *notifier, log *slog.Logger) {
-	var feed <-chan time.Time
-	if interval := watchdogInterval(log); interval > 0 {
-		ticker := time.NewTicker(interval / 2)
-		defer ticker.Stop()
-		feed = ticker.C
-	}
-	for {
-		select {
-		case <-registry.wake:
-			for _, c := range registry.changes(time.Now()) {
-				logChange(log, c)
-			}
-		case now := <-feed:
-			registry.condition("", now) // if the registry hangs, systemd hears no more
-			systemd.send(daemon.SdNotifyWatchdog)
-		case sig := <-signals:
-			if underSystemd(sig) {
-				continue // it has no file to reload
-			}
-			log.Info("stopping", "signal", sig.String())
-			systemd.send(daemon.SdNotifyStopping)
-			return
-		}
-	}
-}
-
-// guardCommand is what flowctl starts beside itself; it is not for people.
-func guardCommand(_ *flag.FlagSet, args []string) error {
-	if len(args) != 4 {
-		return usageErrorf("", "guard: flowctl starts it by itself")
-	}
-	runGuard(args[0], args[1], args[2], args[3], os.Stdin)
-	return nil
-}
-
-func versionCommand(fs *flag.FlagSet, args []string) error {
-	if _, err := parseFlags(fs, args, 0); err != nil {
-		return err
-	}
-	commit := ""
-	if info, ok := debug.ReadBuildInfo(); ok { // go install of a version tells no more than that
-		for _, s := range info.Settings {
-			switch {
-			case s.Key == "vcs.revision":
-				commit = ", commit " + s.Value[:min(12, len(s.Value))]
-			case s.Key == "vcs.modified" && s.Value == "true":
-				commit += "+dirty" // it is listed after the revision
-			}
-		}
-	}
-	return printAnswer(fmt.Sprintf("flowctl %s (%s%s)\n", versionName(), runtime.Version(), commit))
-}
-
-// versionName is version, or what the Go command knows of this build.
-func versionName() string {
-	if info, ok := debug.ReadBuildInfo(); ok {
-		return cmp.Or(version, info.Main.Version)
-	}
-	return version
-}
-
-func helpCommand(_ *flag.FlagSet, args []string) error {
-	if len(args) == 0 || args[0] == "help" {
-		var text strings.Builder
-		printOverview(&text)
-		return printAnswer(text.String())
-	}
-	for _, c := range commands() {
-		if c.name == args[0] {
-			return c.run(flag.NewFlagSet(c.name, flag.ContinueOnError), []string{"-h"})
-		}
-	}
-	return usageErrorf("", "there is no help for %q: it must be one of %s", args[0], strings.Join(shownCommands(), ", "))
-}
-
-func printOverview(w io.Writer) {
-	fmt.Fprint(w, "flowctl runs a data pipeline: its programs, and their control plane.\n\nUsage:\n")
-	for _, c := range commands() {
-		if usage := strings.TrimSpace("flowctl " + c.name + " " + c.args); c.hidden {
-		} else if len(usage) > usageWidth {
-			fmt.Fprintf(w, "  %s\n  %-*s %s\n", usage, usageWidth, "", c.summary)
-		} else {
-			fmt.Fprintf(w, "  %-*s %s\n", usageWidth, usage, c.summary)
-		}
-	}
-	fmt.Fprintf(w, "\nExamples:\n%s%s", strings.TrimPrefix(commands()[0].examples, "\n"), strings.TrimPrefix(commands()[1].examples, "\n"))
-	fmt.Fprint(w, "\nflowctl help run lists the flags. The pipeline file is explained in README.md.\n")
-}
-
-// Widths in help: all of it fits a screen of 80 columns.
-const (
-	helpWidth  = 80
-	usageWidth = 37 // of a command and its arguments
-	flagWidth  = 27 // of a flag and the kind of its value
-)
-
-func printHelp(w io.Writer, fs *flag.FlagSet) {
-	for _, c := range commands() {
-		if c.name != fs.Name() {
-			continue
-		}
-		fmt.Fprintf(w, "%s: %s\n\nUsage:\n  %s\n", c.name, c.summary, strings.TrimSpace("flowctl "+c.name+" "+c.args))
-		if c.examples != "" {
-			fmt.Fprintf(w, "\nExamples:%s", c.examples)
-		}
-	}
-	some := false
-	fs.VisitAll(func(f *flag.Flag) {
-		if !some {
-			fmt.Fprint(w, "\nFlags:\n")
-		}
-		some = true
-		printFlag(w, f)
-	})
-}
-
-// printFlag explains a flag in a line, where it fits.
-func printFlag(w io.Writer, f *flag.Flag) {
-	kind, usage := flag.UnquoteUsage(f)
-	if kind == "value" { // the usage of all others names it
-		kind = "duration"
-	}
-	switch f.DefValue {
-	case "", "false", "true": // what a flag that is on by default does, its usage says
-	default:
-		usage += " (" + strings.ToLower(f.DefValue) + ")"
-	}
-	line := fmt.Sprintf("  %-*s", flagWidth, strings.TrimSpace("-"+f.Name+" "+kind))
-	for word := range strings.FieldsSeq(usage) {
-		if utf8.RuneCountInString(line)+1+len(word) > helpWidth {
-			fmt.Fprintln(w, line)
-			line = strings.Repeat(" ", flagWidth+2)
-		}
-		line += " " + word
-	}
-	fmt.Fprintln(w, line)
+	return "", &exitError{exitUsage, fmt.Errorf("%s; what is here: %s", none, enumerate(others)), "flowctl " + fs.Name() + " " + shellWord(others[0])}
 }
 
 // checkReport is what check -json prints.
@@ -746,7 +242,7 @@ type checkReport struct {
 	More     int         `json:"more_errors,omitempty"` // that are not in Errors
 }
 
-// warning is what is right in the file and will fail when it runs here and now.
+// warning is something that is right in the file and would fail on this machine now.
 type warning struct {
 	Component string `json:"component"`
 	Field     string `json:"field"`
@@ -802,7 +298,7 @@ func checkCommand(fs *flag.FlagSet, args []string) error {
 	return printAnswer(fmt.Sprintf("%s: ok: pipeline %s, %d sources, %d processors, %d sinks\n", file, p.Metadata.Name, len(p.Spec.Sources), len(p.Spec.Processors), len(p.Spec.Sinks)))
 }
 
-// newCheckReport says what readPipeline found in file, and what there is to warn of.
+// newCheckReport makes the report of file from what readPipeline returned.
 func newCheckReport(file string, p *Pipeline, err error, orchestrator string) checkReport {
 	out := checkReport{File: file, Errors: []fileError{}, Warnings: []warning{}}
 	var found *fileErrors
@@ -817,10 +313,11 @@ func newCheckReport(file string, p *Pipeline, err error, orchestrator string) ch
 	return out
 }
 
-// warnings looks at what the file names: programs, folders, files, ports and events.
+// warnings checks that the programs, folders and files of p exist, that no two components
+// take the same port, and that the events that they read are put out.
 func (p *Pipeline) warnings(orchestrator string) []warning {
 	out := []warning{}
-	ports := make(map[string]string) // the component that has it
+	ports := make(map[string]string) // component by port
 	for _, c := range p.components() {
 		warn := func(field, format string, args ...any) {
 			out = append(out, warning{c.ID, field, fmt.Sprintf(format, args...)})
@@ -847,22 +344,11 @@ func (p *Pipeline) warnings(orchestrator string) []warning {
 		for i, port := range c.Ports {
 			take(fmt.Sprintf("ports[%d]", i), publishedPort(port))
 		}
-		for _, event := range p.unheard(c) {
+		for _, event := range p.unheardEvents(c) {
 			warn("input_event_types", "no input of it puts out %q", event)
 		}
 	}
 	return out
-}
-
-// publishedPort is what an entry of ports takes of the host: without the port of the
-// container, and TCP not named.
-func publishedPort(entry string) string {
-	entry, protocol, _ := strings.Cut(entry, "/")
-	port := entry[:strings.LastIndexByte(entry, ':')] // checkPort has found it right
-	if protocol != "" && protocol != "tcp" {
-		port += "/" + protocol
-	}
-	return port
 }
 
 func (c *Component) commandWarnings(warn func(field, format string, args ...any)) {
@@ -898,23 +384,506 @@ func (c *Component) imageWarnings(orchestrator string, warn func(field, format s
 	}
 }
 
-// unheard returns the events that c reads and none of its inputs puts out, where they
-// all say what they do put out.
-func (p *Pipeline) unheard(c *Component) []string {
-	heard := make(map[string]bool)
-	for _, in := range p.components() {
-		if !slices.Contains(c.Inputs, in.ID) {
+func listCommand(fs *flag.FlagSet, args []string) error {
+	var o listOptions
+	defineBool(fs, &o.json, "json", false, "print JSON")
+	defineBool(fs, &o.watch, "watch", false, "go on, and show each change")
+	defineBool(fs, &o.wait, "wait", true, "wait up to 2s for one that is starting; =false not to")
+	name, err := parseListFlags(fs, &o, args)
+	if err != nil {
+		return err
+	}
+	o.id = name
+	return listRuns(o)
+}
+
+func reloadCommand(fs *flag.FlagSet, args []string) error {
+	var o listOptions
+	name, err := parseListFlags(fs, &o, args)
+	if err != nil {
+		return err
+	}
+	if name != "" && o.endpoint != "" {
+		return usageErrorf("reload", "-endpoint %q and the pipeline %q: name one of them", o.endpoint, name)
+	}
+	return reloadRun(o, name)
+}
+
+// parseListFlags adds to fs the flags that say which control plane to ask, and how, and
+// parses args. It returns the argument, "" for none. An empty endpoint or argument is
+// refused: a script whose variable is not set must not get something else.
+func parseListFlags(fs *flag.FlagSet, o *listOptions, args []string) (string, error) {
+	fs.StringVar(&o.endpoint, "endpoint", "", "`host:port` of the control plane, or unix:PATH (default: those of the pipelines that run here)")
+	fs.StringVar(&o.endpoint, "e", "", "short for -endpoint")
+	defineTLS(fs, &o.tls, "client certificate in `file`, PEM", "dial TLS, and trust the CA in `file`, PEM")
+	rest, err := parseFlags(fs, args, 1)
+	if err != nil {
+		return "", err
+	}
+	if err := checkTLS(fs, o.tls); err != nil {
+		return "", err
+	}
+	for _, name := range []string{"endpoint", "e"} {
+		if endpoint := fs.Lookup(name).Value.String(); given(fs, name) && !dialable(endpoint) {
+			return "", usageErrorf(fs.Name(), "-%s %q: it must be host:port or unix:PATH", name, endpoint)
+		}
+	}
+	if len(rest) == 0 {
+		return "", nil
+	}
+	if rest[0] == "" {
+		return "", usageErrorf(fs.Name(), "%s \"\": the argument must be a name, or be left out", fs.Name())
+	}
+	return rest[0], nil
+}
+
+func serverCommand(fs *flag.FlagSet, args []string) error {
+	var o planeFlags
+	o.define(fs)
+	if _, err := parseFlags(fs, args, 0); err != nil {
+		return err
+	}
+	if err := o.check(fs); err != nil {
+		return err
+	}
+	out := openOutputs(outputConfig{format: o.format, level: o.logLevel})
+	defer out.close()
+	log := out.log
+	systemd := newNotifier(log)
+	defer systemd.close()
+	signals := catchSignals()
+	certs, err := openCertificates(o.tls, log)
+	if err != nil {
+		return &exitError{code: exitPlane, err: err}
+	}
+	lis, endpoint, err := openPlane(o.listen, o.tls, log)
+	if err != nil {
+		return &exitError{code: exitPlane, err: err}
+	}
+	// Another control plane may run with the same name at another address.
+	file, err := claimRun(runInfo{Endpoint: endpoint, TLS: certs != nil})
+	if err != nil {
+		log.Warn("list cannot find this control plane by itself", "err", err)
+	}
+	defer file.release()
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(aloneGCPercent)
+	}
+	state, err := o.state("registry", true)
+	var st *store
+	if err == nil {
+		st, err = openState(state, "", log)
+	}
+	if err != nil {
+		lis.Close()
+		return &exitError{code: exitPlane, err: err}
+	}
+	plane, err := newPlane(planeConfig{
+		listener: lis, endpoint: endpoint, ttl: o.ttl, interval: o.interval, store: st, certs: certs, log: log,
+		pipeline: pipelineInfo{version: versionName(), started: time.Now(), status: "control plane alone", ready: true},
+	})
+	if err != nil {
+		st.close()
+		lis.Close()
+		return &exitError{code: exitPlane, err: err}
+	}
+	defer plane.stop()
+	systemd.send(daemon.SdNotifyReady, "STATUS=listening on "+endpoint)
+	watchAlone(plane.registry, signals, systemd, log)
+	return nil
+}
+
+// watchAlone is the loop of a control plane alone: it logs the changes of the registry
+// and feeds the watchdog until a signal asks for the end.
+func watchAlone(registry *registry, signals <-chan os.Signal, systemd *notifier, log *slog.Logger) {
+	var feed <-chan time.Time
+	if interval := watchdogInterval(log); interval > 0 {
+		ticker := time.NewTicker(interval / 2)
+		defer ticker.Stop()
+		feed = ticker.C
+	}
+	for {
+		select {
+		case <-registry.wake:
+			for _, c := range registry.changes(time.Now()) {
+				logChange(log, c)
+			}
+		case now := <-feed:
+			registry.condition("", now) // if the registry hangs, so does this, and systemd hears no more
+			systemd.send(daemon.SdNotifyWatchdog)
+		case sig := <-signals:
+			if asksReload(sig) {
+				continue // it has no file to reload
+			}
+			log.Info("stopping", "signal", sig.String())
+			systemd.send(daemon.SdNotifyStopping)
+			return
+		}
+	}
+}
+
+// guardCommand runs the guard that flowctl starts beside itself.
+func guardCommand(_ *flag.FlagSet, args []string) error {
+	if len(args) != 4 {
+		return usageErrorf("", "guard: flowctl starts it by itself")
+	}
+	runGuard(args[0], args[1], args[2], args[3], os.Stdin)
+	return nil
+}
+
+func versionCommand(fs *flag.FlagSet, args []string) error {
+	if _, err := parseFlags(fs, args, 0); err != nil {
+		return err
+	}
+	commit := ""
+	if info, ok := debug.ReadBuildInfo(); ok { // without vcs settings after go install of a version
+		for _, s := range info.Settings {
+			switch {
+			case s.Key == "vcs.revision":
+				commit = ", commit " + s.Value[:min(12, len(s.Value))]
+			case s.Key == "vcs.modified" && s.Value == "true":
+				commit += "+dirty" // vcs.modified comes after vcs.revision
+			}
+		}
+	}
+	return printAnswer(fmt.Sprintf("flowctl %s (%s%s)\n", versionName(), runtime.Version(), commit))
+}
+
+// versionName returns version, or else the one that the Go command built in.
+func versionName() string {
+	if info, ok := debug.ReadBuildInfo(); ok {
+		return cmp.Or(version, info.Main.Version)
+	}
+	return version
+}
+
+// planeFlags are the flags that run and server share.
+type planeFlags struct {
+	listen   listenConfig
+	tls      tlsFlags
+	ttl      time.Duration
+	interval time.Duration
+	logLevel slog.Level
+	format   string
+	dbPath   string
+	noState  bool
+}
+
+func (o *planeFlags) define(fs *flag.FlagSet) {
+	fs.StringVar(&o.listen.address, "control-plane-address", "127.0.0.1", "control plane's `host`, or unix:PATH")
+	define(fs, &o.listen.port, "control-plane-port", 8080, "control plane's `port`, 0 for a free one", func(text string) (int, error) {
+		port, err := strconv.ParseUint(text, 10, 16)
+		if err != nil {
+			err = errors.New("it must be a number from 0 to 65535")
+		}
+		return int(port), err
+	})
+	defineDuration(fs, &o.ttl, "heartbeat-ttl", 30*time.Second, "who does not heartbeat for so long is stale")
+	defineDuration(fs, &o.interval, "janitor-interval", 10*time.Second, "look for stale services at least this often")
+	define(fs, &o.logLevel, "log-level", slog.LevelInfo, "log from `level` up: debug, info, warn, error", func(text string) (level slog.Level, err error) {
+		if level.UnmarshalText([]byte(text)) != nil {
+			err = errors.New("it must be debug, info, warn or error")
+		}
+		return level, err
+	})
+	defineChoice(fs, &o.format, "log-format", formatAuto, "log as `form`: text, json, journal or auto", formatAuto, formatText, formatJSON, formatJournal)
+	place := "memory"
+	if fs.Name() == "server" {
+		place = "the user's state folder"
+	}
+	fs.StringVar(&o.dbPath, "db-path", "", "keep the registry's state in `file`, not in $STATE_DIRECTORY or "+place)
+	defineBool(fs, &o.noState, "no-persistence", false, "keep the registry's state in memory only")
+	defineTLS(fs, &o.tls, "serve TLS with the certificate in `file`, PEM", "require client certificates, by the CA in `file`")
+}
+
+// check fails for flags that are wrong together, and sets the format that auto stands for.
+func (o *planeFlags) check(fs *flag.FlagSet) error {
+	wrong := func(format string, args ...any) error { return usageErrorf(fs.Name(), format, args...) }
+	address, port, socket := o.listen.address, o.listen.port, strings.HasPrefix(o.listen.address, "unix:")
+	if address == "" || address == "unix:" {
+		return wrong("-control-plane-address %q: it must be a host or unix:PATH; 0.0.0.0 is all interfaces", address)
+	}
+	if host, port, err := net.SplitHostPort(address); err == nil && !socket {
+		return wrong("-control-plane-address %q: it must be a host alone, such as %q; the port is -control-plane-port %s", address, host, port)
+	}
+	if given(fs, "control-plane-port") && port != 0 && socket {
+		return wrong("-control-plane-port %d: a socket file, -control-plane-address %q, has no port", port, address)
+	}
+	var err error
+	if o.format, err = resolveFormat(o.format); err != nil {
+		return wrong("%v", err)
+	}
+	for _, name := range []string{"control-plane-port", "control-plane-address"} {
+		if given(fs, name) && planeSocketPassed() {
+			return wrong("-%s %s: systemd has passed a socket named %s, which is where the control plane listens: leave out one or the other", name, fs.Lookup(name).Value, planeSocket)
+		}
+	}
+	if o.dbPath != "" && o.noState {
+		return wrong("-db-path and -no-persistence contradict each other")
+	}
+	if o.tls.ca != "" && o.tls.cert == "" && o.tls.key == "" {
+		return wrong("-tls-ca-cert %q: it needs -tls-cert and -tls-key, the control plane's own certificate", o.tls.ca)
+	}
+	if o.tls.cert != "" && socket {
+		// Beside TLS there is a listener for the components, which every user of the
+		// machine can reach; a socket file of mode 0600 is its user's alone.
+		return wrong("-tls-cert %q: it must not be given with -control-plane-address %q, a socket file that is open to its user alone", o.tls.cert, address)
+	}
+	return checkTLS(fs, o.tls)
+}
+
+// state returns where the registry's state is kept: in the file of -db-path, else in
+// name.json in the folder that systemd gives, else in memory, or, for a control plane
+// alone, in name.json in the user's state folder.
+func (o *planeFlags) state(name string, alone bool) (stateConfig, error) {
+	name += ".json"
+	folder, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":")
+	switch {
+	case o.noState:
+		return stateConfig{}, nil
+	case o.dbPath != "":
+		return stateConfig{file: o.dbPath}, nil
+	case folder != "":
+		return stateConfig{file: filepath.Join(folder, name)}, nil
+	case !alone:
+		return stateConfig{}, nil
+	}
+	base := os.Getenv("XDG_STATE_HOME")
+	if !filepath.IsAbs(base) { // the XDG specification: ignore a relative path
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return stateConfig{}, fmt.Errorf("no place for the registry's state: %v: name a file with -db-path, or choose -no-persistence", err)
+		}
+		base = filepath.Join(home, ".local", "state")
+	}
+	return stateConfig{file: filepath.Join(base, "flowctl", name), own: true}, nil
+}
+
+// defineTLS defines the flags of TLS. What cert and ca are for depends on the command.
+func defineTLS(fs *flag.FlagSet, to *tlsFlags, cert, ca string) {
+	fs.StringVar(&to.cert, "tls-cert", "", cert)
+	fs.StringVar(&to.key, "tls-key", "", "private key of -tls-cert, a PEM `file`")
+	fs.StringVar(&to.ca, "tls-ca-cert", "", ca)
+}
+
+// checkTLS fails for flags of TLS that are wrong together. An empty one is refused: a
+// script whose variable is not set must not get a control plane without TLS.
+func checkTLS(fs *flag.FlagSet, o tlsFlags) error {
+	for _, name := range []string{"tls-key", "tls-cert", "tls-ca-cert"} {
+		if given(fs, name) && fs.Lookup(name).Value.String() == "" {
+			return usageErrorf(fs.Name(), "-%s \"\": it must be a file", name)
+		}
+	}
+	switch {
+	case o.cert != "" && o.key == "":
+		return usageErrorf(fs.Name(), "-tls-cert %q: it needs -tls-key, the file of its private key", o.cert)
+	case o.key != "" && o.cert == "":
+		return usageErrorf(fs.Name(), "-tls-key %q: it needs -tls-cert, the file of its certificate", o.key)
+	}
+	return nil
+}
+
+// flagValue is the value of a flag that is checked when it is set. It keeps the error for
+// parseFlags: package flag would put the error into a sentence of its own.
+type flagValue[T any] struct {
+	value *T
+	parse func(text string) (T, error) // its errors begin with "it must"
+	err   error
+}
+
+// define defines a flag of fs that sets to; value is the default.
+func define[T any](fs *flag.FlagSet, to *T, name string, value T, usage string, parse func(string) (T, error)) {
+	*to = value
+	fs.Var(&flagValue[T]{value: to, parse: parse}, name, usage)
+}
+
+func (o *flagValue[T]) String() string {
+	if o.value == nil { // package flag may ask a zero value
+		return ""
+	}
+	return fmt.Sprint(*o.value)
+}
+
+func (o *flagValue[T]) Set(text string) error {
+	if value, err := o.parse(text); err != nil {
+		o.err = fmt.Errorf("%q: %w", text, err)
+	} else {
+		*o.value = value
+	}
+	return nil
+}
+
+func (o *flagValue[T]) IsBoolFlag() bool {
+	_, ok := any(*o.value).(bool)
+	return ok
+}
+
+func (o *flagValue[T]) problem() error { return o.err }
+
+func defineBool(fs *flag.FlagSet, to *bool, name string, value bool, usage string) {
+	define(fs, to, name, value, usage, func(text string) (bool, error) {
+		value, err := strconv.ParseBool(text)
+		if err != nil {
+			err = errors.New("it must be true or false")
+		}
+		return value, err
+	})
+}
+
+func defineDuration(fs *flag.FlagSet, to *time.Duration, name string, value time.Duration, usage string) {
+	const least = 10 * time.Millisecond
+	define(fs, to, name, value, usage, func(text string) (time.Duration, error) {
+		value, err := time.ParseDuration(text)
+		switch {
+		case err != nil:
+			err = errors.New("it must be a time with a unit, such as 30s")
+		case value < least:
+			err = fmt.Errorf("it must be %s at least", least)
+		}
+		return value, err
+	})
+}
+
+// defineChoice defines a flag that takes one of texts.
+func defineChoice(fs *flag.FlagSet, to *string, name, value, usage string, texts ...string) {
+	define(fs, to, name, value, usage, func(text string) (string, error) {
+		if slices.Contains(texts, text) {
+			return text, nil
+		}
+		last := len(texts) - 1
+		return "", fmt.Errorf("it must be %s or %s", strings.Join(texts[:last], ", "), texts[last])
+	})
+}
+
+// parseFlags parses args by fs and returns the arguments that are no flags, at most so
+// many as most; flags may stand before, between and after them. It returns the first
+// error, but parses all args, so that dispatch knows -log-format. -h prints the help, and
+// is an exitError of code 0.
+func parseFlags(fs *flag.FlagSet, args []string, most int) (rest []string, err error) {
+	fs.SetOutput(io.Discard)
+	for len(args) > 0 {
+		parseErr := fs.Parse(args)
+		parsed := len(args) - fs.NArg()
+		switch {
+		case errors.Is(parseErr, flag.ErrHelp):
+			var text strings.Builder
+			printHelp(&text, fs)
+			return nil, cmp.Or(printAnswer(text.String()), error(&exitError{code: exitOK}))
+		case parseErr != nil:
+			parsed = max(parsed, 1) // Parse stops before an argument such as ---x
+			err = cmp.Or(err, explainFlag(fs, args[parsed-1], parseErr))
+		case fs.NArg() > 0:
+			rest = append(rest, fs.Arg(0))
+			parsed++
+		}
+		args = args[parsed:]
+	}
+	fs.Visit(func(f *flag.Flag) {
+		if o, ok := f.Value.(interface{ problem() error }); ok && o.problem() != nil {
+			err = cmp.Or(err, usageErrorf(fs.Name(), "-%s %v", f.Name, o.problem()))
+		}
+	})
+	if err == nil && len(rest) > most {
+		err = usageErrorf(fs.Name(), "%s: unexpected argument %q", fs.Name(), rest[most])
+	}
+	return rest, err
+}
+
+// explainFlag returns the error of a command line that fs could not parse: arg is no flag
+// of fs, or lacks its value, which err says.
+func explainFlag(fs *flag.FlagSet, arg string, err error) error {
+	name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+	if name == "" || fs.Lookup(name) != nil {
+		return usageErrorf(fs.Name(), "%v", err)
+	}
+	var known []string
+	fs.VisitAll(func(f *flag.Flag) { known = append(known, f.Name) })
+	if near := nearest(name, known); near != "" {
+		return usageErrorf(fs.Name(), "%s has no flag -%s, did you mean -%s?", fs.Name(), name, near)
+	}
+	return usageErrorf(fs.Name(), "%s has no flag -%s", fs.Name(), name)
+}
+
+// given tells whether the command line sets the flag of that name.
+func given(fs *flag.FlagSet, name string) bool {
+	found := false
+	fs.Visit(func(f *flag.Flag) { found = found || f.Name == name })
+	return found
+}
+
+func helpCommand(_ *flag.FlagSet, args []string) error {
+	if len(args) == 0 || args[0] == "help" {
+		var text strings.Builder
+		printOverview(&text)
+		return printAnswer(text.String())
+	}
+	for _, c := range commands() {
+		if c.name == args[0] {
+			return c.run(flag.NewFlagSet(c.name, flag.ContinueOnError), []string{"-h"})
+		}
+	}
+	return usageErrorf("", "there is no help for %q: it must be one of %s", args[0], strings.Join(shownCommands(), ", "))
+}
+
+func printOverview(w io.Writer) {
+	fmt.Fprint(w, "flowctl runs a data pipeline: its programs, and their control plane.\n\nUsage:\n")
+	for _, c := range commands() {
+		if usage := strings.TrimSpace("flowctl " + c.name + " " + c.args); c.hidden {
+		} else if len(usage) > usageWidth {
+			fmt.Fprintf(w, "  %s\n  %-*s %s\n", usage, usageWidth, "", c.summary)
+		} else {
+			fmt.Fprintf(w, "  %-*s %s\n", usageWidth, usage, c.summary)
+		}
+	}
+	fmt.Fprintf(w, "\nExamples:\n%s%s", strings.TrimPrefix(commands()[0].examples, "\n"), strings.TrimPrefix(commands()[1].examples, "\n"))
+	fmt.Fprint(w, "\nflowctl help run lists the flags. The pipeline file is explained in README.md.\n")
+}
+
+// Widths of help, in columns.
+const (
+	helpWidth  = 80 // of a line
+	usageWidth = 37 // of a command and its arguments
+	flagWidth  = 27 // of a flag and the kind of its value
+)
+
+func printHelp(w io.Writer, fs *flag.FlagSet) {
+	for _, c := range commands() {
+		if c.name != fs.Name() {
 			continue
 		}
-		if len(in.OutputEventTypes) == 0 {
-			return nil
-		}
-		for _, event := range in.OutputEventTypes {
-			heard[event] = true
+		fmt.Fprintf(w, "%s: %s\n\nUsage:\n  %s\n", c.name, c.summary, strings.TrimSpace("flowctl "+c.name+" "+c.args))
+		if c.examples != "" {
+			fmt.Fprintf(w, "\nExamples:%s", c.examples)
 		}
 	}
-	if len(c.Inputs) == 0 {
-		return nil
+	some := false
+	fs.VisitAll(func(f *flag.Flag) {
+		if !some {
+			fmt.Fprint(w, "\nFlags:\n")
+		}
+		some = true
+		printFlag(w, f)
+	})
+}
+
+// printFlag explains a flag, in one line where it fits.
+func printFlag(w io.Writer, f *flag.Flag) {
+	kind, usage := flag.UnquoteUsage(f)
+	if kind == "value" { // the usage of every other flag names the kind of its value
+		kind = "duration"
 	}
-	return slices.DeleteFunc(slices.Clone(c.InputEventTypes), func(event string) bool { return heard[event] })
+	switch f.DefValue {
+	case "", "false", "true": // the usage of a flag that is on by default says so
+	default:
+		usage += " (" + strings.ToLower(f.DefValue) + ")"
+	}
+	line := fmt.Sprintf("  %-*s", flagWidth, strings.TrimSpace("-"+f.Name+" "+kind))
+	for word := range strings.FieldsSeq(usage) {
+		if utf8.RuneCountInString(line)+1+len(word) > helpWidth {
+			fmt.Fprintln(w, line)
+			line = strings.Repeat(" ", flagWidth+2)
+		}
+		line += " " + word
+	}
+	fmt.Fprintln(w, line)
 }

@@ -693,3 +693,35 @@ func (p *Pipeline) speakTLS(yes bool) []string {
 	}
 	return ids
 }
+
+// unheardEvents returns the event types that c reads and none of its inputs puts out. There
+// are none where an input does not say what it puts out.
+func (p *Pipeline) unheardEvents(c *Component) []string {
+	heard := make(map[string]bool)
+	for _, in := range p.components() {
+		if !slices.Contains(c.Inputs, in.ID) {
+			continue
+		}
+		if len(in.OutputEventTypes) == 0 {
+			return nil
+		}
+		for _, event := range in.OutputEventTypes {
+			heard[event] = true
+		}
+	}
+	if len(c.Inputs) == 0 {
+		return nil
+	}
+	return slices.DeleteFunc(slices.Clone(c.InputEventTypes), func(event string) bool { return heard[event] })
+}
+
+// publishedPort returns what an entry of ports takes of the host, such as 127.0.0.1:8080
+// or 5353/udp.
+func publishedPort(entry string) string {
+	entry, protocol, _ := strings.Cut(entry, "/")
+	port := entry[:strings.LastIndexByte(entry, ':')] // checkPort has found it right
+	if protocol != "" && protocol != "tcp" {
+		port += "/" + protocol
+	}
+	return port
+}

@@ -290,7 +290,7 @@ func (r *run) prepareEngine(signals <-chan os.Signal, p *Pipeline) (os.Signal, e
 		case err := <-done:
 			return nil, err
 		case sig := <-signals:
-			if underSystemd(sig) {
+			if asksReload(sig) {
 				continue // it asks for a reload, and the file has just been read
 			}
 			r.log.Info("stop requested", "signal", sig.String())
@@ -512,7 +512,7 @@ func (r *run) failed(failures []*failure, now time.Time) {
 // one, of which the second begins the stop; the next one kills.
 func (r *run) signalled(sig os.Signal, now time.Time) {
 	switch {
-	case underSystemd(sig):
+	case asksReload(sig):
 		r.reloads.requestBySignal()
 		return
 	case sig == syscall.SIGHUP && r.sup.stopping, r.heeded.isRepeated(sig, now):

@@ -21,22 +21,41 @@ import (
 	journald "github.com/coreos/go-systemd/v22/journal"
 )
 
-// What flowctl takes over from systemd where it is run by it: sockets that were
-// opened before it started, and the journal.
+// What systemd gives and is told: readiness and the watchdog, sockets that it opened
+// before flowctl started, and its journal.
 
 // planeSocket is the FileDescriptorName= of the socket that the control plane serves.
 const planeSocket = "control-plane"
 
-// planeSocketPassed tells whether systemd has passed it to this process
-// (sd_listen_fds(3)).
+// notifyTimeout is how long systemd may leave a message unread before flowctl warns of
+// it, and how long flowctl waits at its end for the last ones to be read.
+const notifyTimeout = 5 * time.Second
+
+// maxPending is how many messages wait for systemd to read them. The kernel queues ten
+// more (net.unix.max_dgram_qlen).
+const maxPending = 64
+
+const (
+	journalTimeout = 10 * time.Second       // how long lines wait for a journal that takes none
+	journalRetry   = 100 * time.Millisecond // between tries: nothing tells that the journal is back
+	flushTime      = 5 * time.Second        // how long flowctl waits at its end for the last lines of a log
+	journalQueue   = 4096                   // records of flowctl's own log that may wait
+
+	// journalPiece is how many bytes of a line one record holds. Package journal hands a
+	// longer one over in a file, which journald takes from root alone.
+	journalPiece = 64 << 10
+)
+
+// planeSocketPassed tells whether systemd has passed a socket of that name to this
+// process (sd_listen_fds(3)).
 func planeSocketPassed() bool {
 	return os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) &&
 		slices.Contains(strings.Split(os.Getenv("LISTEN_FDNAMES"), ":"), planeSocket)
 }
 
-// passedListener returns the socket for the control plane that systemd has passed, TCP or
-// of a file; nil for none. All others are closed: no component is to have them. It
-// has to be called before the first child is started.
+// passedListener returns the socket for the control plane that systemd has passed, nil for
+// none: a TCP or a Unix listener. It closes all others, so that no component inherits
+// them, and has to be called before the first child is started.
 func passedListener(log *slog.Logger) (net.Listener, error) {
 	var lis net.Listener
 	for _, f := range activation.Files(true) {
@@ -65,299 +84,14 @@ func passedListener(log *slog.Logger) (net.Listener, error) {
 	return nil, fmt.Errorf("the socket %q that systemd has passed is of the network %q: it must be tcp or unix", planeSocket, lis.Addr().Network())
 }
 
-const (
-	journalPatience = 10 * time.Second       // for a journal that takes nothing, before lines are given up
-	journalRetry    = 100 * time.Millisecond // from one try to the next: nothing tells of a socket that is back
-	flushTime       = 5 * time.Second        // for the last lines of a log, when flowctl ends
-	journalQueue    = 4096                   // records of flowctl's own log
-
-	// A longer line becomes a record for each so many bytes of it. The package journal
-	// would hand it over in a file, which journald takes of root alone.
-	journalPiece = 64 << 10
-)
-
-// journalLog writes to systemd's journal by its native protocol, a record for each
-// line. A journal that is slow slows the components, as a slow reader of standard
-// output does. One that is gone for longer than journalPatience gets what comes while
-// it is gone no more, and is told how much that was when it is back.
-type journalLog struct {
-	send func(message string, priority journald.Priority, fields map[string]string) error
-	base map[string]string // of flowctl's own records; never changes
-
-	mu     sync.RWMutex                 // guards fields
-	fields map[string]map[string]string // by component; what is in it never changes
-
-	lost atomic.Int64 // lines
-	gone atomic.Int64 // since when, as a Unix time in nanoseconds; 0: it is there
-	wait sync.Mutex   // held by the one who tries again
-
-	own  chan journalRecord // flowctl's own log, which waits for nobody
-	done chan struct{}
+// asksReload tells whether sig is the SIGHUP by which systemd asks a service for a reload.
+// Any other SIGHUP is that of a terminal that closes, and ends a run.
+func asksReload(sig os.Signal) bool {
+	service := os.Getenv("NOTIFY_SOCKET") != "" || os.Getenv("SYSTEMD_EXEC_PID") == strconv.Itoa(os.Getpid())
+	return sig == syscall.SIGHUP && service
 }
 
-type journalRecord struct {
-	message  string
-	priority journald.Priority
-	fields   map[string]string
-	last     bool // nothing but the end of the log
-}
-
-// openJournal begins the log of a pipeline, or of a control plane alone, without a name
-// and ids, in the journal.
-func openJournal(pipeline string, ids []string) *journalLog {
-	j := &journalLog{
-		send: journald.Send, base: map[string]string{"SYSLOG_IDENTIFIER": "flowctl"}, fields: make(map[string]map[string]string),
-		own: make(chan journalRecord, journalQueue), done: make(chan struct{}),
-	}
-	if pipeline != "" {
-		j.base["PIPELINE"] = pipeline
-	}
-	for _, id := range ids {
-		j.add(id)
-	}
-	go func() {
-		defer close(j.done)
-		for r := range j.own {
-			if r.last {
-				return
-			}
-			j.put(r.message, r.priority, r.fields)
-		}
-	}()
-	return j
-}
-
-// add makes the component id known.
-func (j *journalLog) add(id string) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	// The identifier is what journalctl shows before each line.
-	j.fields[id] = map[string]string{"SYSLOG_IDENTIFIER": id, "COMPONENT": id, "PIPELINE": j.base["PIPELINE"]}
-}
-
-// close writes what is left of flowctl's own log, unless that takes longer than
-// flushTime. j may be nil.
-func (j *journalLog) close() {
-	if j == nil {
-		return
-	}
-	timer := time.NewTimer(flushTime)
-	defer timer.Stop()
-	select {
-	case j.own <- journalRecord{last: true}:
-	case <-timer.C:
-		return
-	}
-	select {
-	case <-j.done:
-	case <-timer.C:
-	}
-}
-
-// put hands one record to the journal.
-func (j *journalLog) put(message string, priority journald.Priority, fields map[string]string) {
-	err := j.send(message, priority, fields)
-	if err != nil {
-		err = j.insist(message, priority, fields)
-	}
-	if err != nil {
-		j.lost.Add(1)
-		return
-	}
-	if j.gone.Load() != 0 {
-		j.gone.Store(0)
-	}
-	if n := j.lost.Swap(0); n > 0 {
-		j.notice(n)
-	}
-}
-
-// notice says that n lines are lost.
-func (j *journalLog) notice(n int64) {
-	if err := j.send(fmt.Sprintf("%d lines are lost: the journal did not take them", n), journald.PriErr, j.base); err != nil {
-		j.lost.Add(n)
-	}
-}
-
-// insist tries until journalPatience is over, counted from the first that failed.
-func (j *journalLog) insist(message string, priority journald.Priority, fields map[string]string) error {
-	j.wait.Lock()
-	defer j.wait.Unlock()
-	j.gone.CompareAndSwap(0, time.Now().UnixNano())
-	for {
-		err := j.send(message, priority, fields)
-		if err == nil || time.Since(time.Unix(0, j.gone.Load())) > journalPatience {
-			return err
-		}
-		time.Sleep(journalRetry)
-	}
-}
-
-// lines writes lines of a component, each a record.
-func (j *journalLog) lines(id, stream string, lines []byte) {
-	j.mu.RLock()
-	known := j.fields[id]
-	j.mu.RUnlock()
-	for len(lines) > 0 {
-		var line []byte
-		line, lines = cutLine(lines)
-		line, priority := linePriority(line, stream)
-		if len(line) <= journalPiece {
-			j.put(string(line), priority, known)
-			continue
-		}
-		pieces := slices.Collect(slices.Chunk(line, journalPiece))
-		fields := maps.Clone(known)
-		fields["LINE_PIECES"] = strconv.Itoa(len(pieces))
-		for i, piece := range pieces {
-			fields["LINE_PIECE"] = strconv.Itoa(i + 1)
-			j.put(string(piece), priority, fields)
-		}
-	}
-}
-
-// linePriority takes the <N> off a line by which it names its priority (sd-daemon(3)).
-// None is above err: what a component takes for an emergency is none of the machine, on
-// whose terminals the journal would show it.
-func linePriority(line []byte, stream string) ([]byte, journald.Priority) {
-	if len(line) >= 3 && line[0] == '<' && line[1] >= '0' && line[1] <= '7' && line[2] == '>' {
-		return line[3:], max(journald.Priority(line[1]-'0'), journald.PriErr)
-	}
-	if stream == "stderr" {
-		return line, journald.PriWarning
-	}
-	return line, journald.PriInfo
-}
-
-// journalEntry is a part of the report of a run that failed. component and reason are
-// empty where no component has failed.
-type journalEntry struct{ message, component, reason string }
-
-// report writes the report of a run that failed.
-func (j *journalLog) report(entries []journalEntry) {
-	for _, e := range entries {
-		fields := maps.Clone(j.base)
-		if e.component != "" {
-			fields["COMPONENT"], fields["REASON"] = e.component, e.reason
-		}
-		j.log(journalRecord{message: e.message, priority: journald.PriErr, fields: fields})
-	}
-}
-
-// log takes a record of flowctl's own. It never blocks.
-func (j *journalLog) log(r journalRecord) {
-	select {
-	case j.own <- r:
-	default:
-		j.lost.Add(1)
-	}
-}
-
-// handler is that of flowctl's own log.
-func (j *journalLog) handler(level slog.Level) slog.Handler {
-	return &journalHandler{journal: j, level: level}
-}
-
-// journalHandler makes a journal record of one of slog: the message reads as it does
-// in text form, and each attribute is a field as well.
-type journalHandler struct {
-	journal *journalLog
-	level   slog.Level
-	group   string      // before the key of each attribute, "" or with a dot at its end
-	attrs   []slog.Attr // their keys with the group
-}
-
-func (h *journalHandler) Enabled(_ context.Context, level slog.Level) bool { return level >= h.level }
-
-func (h *journalHandler) WithGroup(name string) slog.Handler {
-	with := *h
-	with.group += name + "."
-	return &with
-}
-
-func (h *journalHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
-	with := *h
-	with.attrs = slices.Clip(h.attrs)
-	for _, a := range attrs {
-		a.Key = h.group + a.Key
-		with.attrs = append(with.attrs, a)
-	}
-	return &with
-}
-
-func (h *journalHandler) Handle(ctx context.Context, r slog.Record) error {
-	attrs := slices.Clip(h.attrs)
-	r.Attrs(func(a slog.Attr) bool {
-		a.Key = h.group + a.Key
-		attrs = append(attrs, a)
-		return true
-	})
-	fields := make(map[string]string)
-	for _, a := range attrs {
-		fields[fieldName(a.Key)] = a.Value.Resolve().String()
-	}
-	maps.Copy(fields, h.journal.base)
-	// slog writes the attributes, behind a level and a message that are cut off.
-	var text strings.Builder
-	rest := slog.NewRecord(time.Time{}, r.Level, "", 0)
-	rest.AddAttrs(attrs...)
-	err := slog.NewTextHandler(&text, &slog.HandlerOptions{Level: r.Level, ReplaceAttr: durationText}).Handle(ctx, rest)
-	tail := strings.TrimPrefix(text.String(), "level="+r.Level.String()+` msg=""`)
-	h.journal.log(journalRecord{message: r.Message + strings.TrimSuffix(tail, "\n"), priority: levelPriority(r.Level), fields: fields})
-	return err
-}
-
-func levelPriority(level slog.Level) journald.Priority {
-	switch {
-	case level >= slog.LevelError:
-		return journald.PriErr
-	case level >= slog.LevelWarn:
-		return journald.PriWarning
-	case level >= slog.LevelInfo:
-		return journald.PriInfo
-	}
-	return journald.PriDebug
-}
-
-// fieldName is a name that the journal takes for an attribute (systemd.journal-fields(7)):
-// upper case, digits and underscores, and none that has a meaning of its own there.
-func fieldName(key string) string {
-	const most = 64
-	name := strings.Map(func(r rune) rune {
-		switch {
-		case r >= 'a' && r <= 'z':
-			return r - 'a' + 'A'
-		case r >= 'A' && r <= 'Z', r >= '0' && r <= '9':
-			return r
-		}
-		return '_'
-	}, key)
-	reserved := []string{"", "MESSAGE", "PRIORITY", "ERRNO", "TID", "UNIT", "USER_UNIT", "DOCUMENTATION", "INVOCATION_ID", "USER_INVOCATION_ID"}
-	prefixes := []string{"_", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "MESSAGE_", "CODE_", "SYSLOG_", "OBJECT_", "COREDUMP_"}
-	if slices.Contains(reserved, name) || slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(name, p) }) {
-		name = "FLOWCTL_" + strings.TrimLeft(name, "_")
-	}
-	return name[:min(len(name), most)]
-}
-
-// journalRuns tells whether there is a journal on this machine.
-func journalRuns() bool { return journald.Enabled() }
-
-// stderrIsJournal tells whether standard error leads to the journal.
-func stderrIsJournal() bool {
-	on, err := journald.StderrIsJournalStream()
-	return err == nil && on && journald.Enabled()
-}
-
-// complaint is text for standard error: the journal is told that each line is an error.
-func complaint(text string) string {
-	if on, err := journald.StderrIsJournalStream(); err == nil && on {
-		return "<3>" + strings.ReplaceAll(text, "\n", "\n<3>")
-	}
-	return text
-}
-
-// watchdogInterval is how often systemd wants to hear from flowctl (WatchdogSec= of
+// watchdogInterval returns how often systemd wants to hear from flowctl (WatchdogSec= of
 // the unit), 0 for never.
 func watchdogInterval(log *slog.Logger) time.Duration {
 	interval, err := daemon.SdWatchdogEnabled(false)
@@ -367,26 +101,11 @@ func watchdogInterval(log *slog.Logger) time.Duration {
 	return interval
 }
 
-// underSystemd tells whether sig is the SIGHUP that asks a service for a reload, and
-// not that of a terminal that closes, which ends a run.
-func underSystemd(sig os.Signal) bool {
-	service := os.Getenv("NOTIFY_SOCKET") != "" || os.Getenv("SYSTEMD_EXEC_PID") == strconv.Itoa(os.Getpid())
-	return sig == syscall.SIGHUP && service
-}
-
-// extendTimeout asks systemd for patience. The margin is for flowctl's own work, of
-// which the longest is to write the last lines of its log to who reads them slowly.
+// extendTimeout returns the message that asks systemd to wait for d longer. The margin is
+// for flowctl's own work: the longest is to write the last lines of a log to a slow reader.
 func extendTimeout(d time.Duration) string {
 	return fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", (d + 10*time.Second).Microseconds())
 }
-
-// notifyTimeout is how long systemd may leave a message unread before flowctl warns of
-// it, and how long flowctl waits at its end for the last ones to be read.
-const notifyTimeout = 5 * time.Second
-
-// maxPending is how many messages wait for systemd to read them. The kernel queues ten
-// more (net.unix.max_dgram_qlen).
-const maxPending = 64
 
 // notifier tells systemd how flowctl is (sd_notify(3)). A goroutine writes the messages
 // in order, so that a systemd that does not read holds up nobody else. A nil notifier,
@@ -506,9 +225,280 @@ func (n *notifier) write(message string) error {
 	}
 }
 
-// notify tells systemd states at once. It blocks: what has a loop uses a notifier.
-func notify(log *slog.Logger, states ...string) {
-	n := newNotifier(log)
-	n.send(states...)
-	n.close()
+// journalLog writes to systemd's journal by its native protocol, a record for each line.
+// A slow journal slows the components, as a slow reader of standard output does. When the
+// journal has failed for journalTimeout, lines are dropped until it is back; then a record
+// says how many.
+type journalLog struct {
+	send func(message string, priority journald.Priority, fields map[string]string) error
+	base map[string]string // of flowctl's own records; never changes
+
+	mu     sync.RWMutex                 // guards fields
+	fields map[string]map[string]string // by component; an entry never changes
+
+	dropped      atomic.Int64 // lines
+	failingSince atomic.Int64 // Unix time in nanoseconds, 0 while the journal works
+	retrying     sync.Mutex   // held by the one who tries again
+
+	records chan journalRecord // of flowctl's own log
+	done    chan struct{}      // closed when all records before the last are written
+}
+
+type journalRecord struct {
+	message  string
+	priority journald.Priority
+	fields   map[string]string
+	last     bool // there is no message, and no record comes after it
+}
+
+// openJournal opens the journal for the components ids of a pipeline. A control plane
+// alone has neither. close ends its goroutine.
+func openJournal(pipeline string, ids []string) *journalLog {
+	j := &journalLog{
+		send: journald.Send, base: map[string]string{"SYSLOG_IDENTIFIER": "flowctl"}, fields: make(map[string]map[string]string),
+		records: make(chan journalRecord, journalQueue), done: make(chan struct{}),
+	}
+	if pipeline != "" {
+		j.base["PIPELINE"] = pipeline
+	}
+	for _, id := range ids {
+		j.add(id)
+	}
+	go func() {
+		defer close(j.done)
+		for r := range j.records {
+			if r.last {
+				return
+			}
+			j.write(r.message, r.priority, r.fields)
+		}
+	}()
+	return j
+}
+
+// add makes the component id known, before its first line.
+func (j *journalLog) add(id string) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	// journalctl shows the identifier before each line.
+	j.fields[id] = map[string]string{"SYSLOG_IDENTIFIER": id, "COMPONENT": id, "PIPELINE": j.base["PIPELINE"]}
+}
+
+// close writes what is left of flowctl's own log. After flushTime it leaves the rest, and
+// the goroutine that a journal holds up. j may be nil.
+func (j *journalLog) close() {
+	if j == nil {
+		return
+	}
+	timer := time.NewTimer(flushTime)
+	defer timer.Stop()
+	select {
+	case j.records <- journalRecord{last: true}:
+	case <-timer.C:
+		return
+	}
+	select {
+	case <-j.done:
+	case <-timer.C:
+	}
+}
+
+// lines writes lines of a component, each a record.
+func (j *journalLog) lines(id, stream string, lines []byte) {
+	j.mu.RLock()
+	known := j.fields[id]
+	j.mu.RUnlock()
+	for len(lines) > 0 {
+		var line []byte
+		line, lines = cutLine(lines)
+		line, priority := linePriority(line, stream)
+		if len(line) <= journalPiece {
+			j.write(string(line), priority, known)
+			continue
+		}
+		pieces := slices.Collect(slices.Chunk(line, journalPiece))
+		fields := maps.Clone(known)
+		fields["LINE_PIECES"] = strconv.Itoa(len(pieces))
+		for i, piece := range pieces {
+			fields["LINE_PIECE"] = strconv.Itoa(i + 1)
+			j.write(string(piece), priority, fields)
+		}
+	}
+}
+
+// linePriority returns the priority of a line, and the line without the <N> that may name
+// it (sd-daemon(3)). The highest is err: the journal shows an emergency on all terminals,
+// and that of a component is not one of the machine.
+func linePriority(line []byte, stream string) ([]byte, journald.Priority) {
+	if len(line) >= 3 && line[0] == '<' && line[1] >= '0' && line[1] <= '7' && line[2] == '>' {
+		return line[3:], max(journald.Priority(line[1]-'0'), journald.PriErr)
+	}
+	if stream == "stderr" {
+		return line, journald.PriWarning
+	}
+	return line, journald.PriInfo
+}
+
+// write hands one record to the journal.
+func (j *journalLog) write(message string, priority journald.Priority, fields map[string]string) {
+	err := j.send(message, priority, fields)
+	if err != nil {
+		err = j.retry(message, priority, fields)
+	}
+	if err != nil {
+		j.dropped.Add(1)
+		return
+	}
+	if j.failingSince.Load() != 0 {
+		j.failingSince.Store(0)
+	}
+	if n := j.dropped.Swap(0); n > 0 {
+		if err := j.send(fmt.Sprintf("%d lines are lost: the journal did not take them", n), journald.PriErr, j.base); err != nil {
+			j.dropped.Add(n)
+		}
+	}
+}
+
+// retry tries until journalTimeout after the first failure.
+func (j *journalLog) retry(message string, priority journald.Priority, fields map[string]string) error {
+	j.retrying.Lock()
+	defer j.retrying.Unlock()
+	j.failingSince.CompareAndSwap(0, time.Now().UnixNano())
+	for {
+		err := j.send(message, priority, fields)
+		if err == nil || time.Since(time.Unix(0, j.failingSince.Load())) > journalTimeout {
+			return err
+		}
+		time.Sleep(journalRetry)
+	}
+}
+
+// log writes a record of flowctl's own log. It never blocks: a record is dropped, and
+// counted, when journalQueue others wait.
+func (j *journalLog) log(r journalRecord) {
+	select {
+	case j.records <- r:
+	default:
+		j.dropped.Add(1)
+	}
+}
+
+// journalEntry is a part of the report of a run that failed. component and reason are
+// empty where no component has failed.
+type journalEntry struct{ message, component, reason string }
+
+// report writes the report of a run that failed.
+func (j *journalLog) report(entries []journalEntry) {
+	for _, e := range entries {
+		fields := maps.Clone(j.base)
+		if e.component != "" {
+			fields["COMPONENT"], fields["REASON"] = e.component, e.reason
+		}
+		j.log(journalRecord{message: e.message, priority: journald.PriErr, fields: fields})
+	}
+}
+
+// handler returns the handler of flowctl's own log.
+func (j *journalLog) handler(level slog.Level) slog.Handler {
+	return &journalHandler{journal: j, level: level}
+}
+
+// journalHandler writes records of slog to the journal. The message is the text with its
+// attributes behind it; each attribute is a field as well.
+type journalHandler struct {
+	journal *journalLog
+	level   slog.Level
+	group   string      // prefix of keys, "" or with a dot at its end
+	attrs   []slog.Attr // keys have the prefix
+}
+
+func (h *journalHandler) Enabled(_ context.Context, level slog.Level) bool { return level >= h.level }
+
+func (h *journalHandler) WithGroup(name string) slog.Handler {
+	with := *h
+	with.group += name + "."
+	return &with
+}
+
+func (h *journalHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
+	with := *h
+	with.attrs = slices.Clip(h.attrs)
+	for _, a := range attrs {
+		a.Key = h.group + a.Key
+		with.attrs = append(with.attrs, a)
+	}
+	return &with
+}
+
+func (h *journalHandler) Handle(ctx context.Context, r slog.Record) error {
+	attrs := slices.Clip(h.attrs)
+	r.Attrs(func(a slog.Attr) bool {
+		a.Key = h.group + a.Key
+		attrs = append(attrs, a)
+		return true
+	})
+	fields := make(map[string]string)
+	for _, a := range attrs {
+		fields[fieldName(a.Key)] = a.Value.Resolve().String()
+	}
+	maps.Copy(fields, h.journal.base)
+	// slog writes the attributes after a level and a message, which are cut off.
+	var text strings.Builder
+	rest := slog.NewRecord(time.Time{}, r.Level, "", 0)
+	rest.AddAttrs(attrs...)
+	err := slog.NewTextHandler(&text, &slog.HandlerOptions{Level: r.Level, ReplaceAttr: durationText}).Handle(ctx, rest)
+	tail := strings.TrimPrefix(text.String(), "level="+r.Level.String()+` msg=""`)
+	h.journal.log(journalRecord{message: r.Message + strings.TrimSuffix(tail, "\n"), priority: levelPriority(r.Level), fields: fields})
+	return err
+}
+
+func levelPriority(level slog.Level) journald.Priority {
+	switch {
+	case level >= slog.LevelError:
+		return journald.PriErr
+	case level >= slog.LevelWarn:
+		return journald.PriWarning
+	case level >= slog.LevelInfo:
+		return journald.PriInfo
+	}
+	return journald.PriDebug
+}
+
+// fieldName returns the name of a field for the attribute key: upper case, digits and
+// underscores, and no name that means something to the journal (systemd.journal-fields(7)).
+func fieldName(key string) string {
+	const most = 64
+	name := strings.Map(func(r rune) rune {
+		switch {
+		case r >= 'a' && r <= 'z':
+			return r - 'a' + 'A'
+		case r >= 'A' && r <= 'Z', r >= '0' && r <= '9':
+			return r
+		}
+		return '_'
+	}, key)
+	reserved := []string{"", "MESSAGE", "PRIORITY", "ERRNO", "TID", "UNIT", "USER_UNIT", "DOCUMENTATION", "INVOCATION_ID", "USER_INVOCATION_ID"}
+	prefixes := []string{"_", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "MESSAGE_", "CODE_", "SYSLOG_", "OBJECT_", "COREDUMP_"}
+	if slices.Contains(reserved, name) || slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(name, p) }) {
+		name = "FLOWCTL_" + strings.TrimLeft(name, "_")
+	}
+	return name[:min(len(name), most)]
+}
+
+// journalRuns tells whether there is a journal on this machine.
+func journalRuns() bool { return journald.Enabled() }
+
+// stderrIsJournal tells whether standard error leads to the journal.
+func stderrIsJournal() bool {
+	on, err := journald.StderrIsJournalStream()
+	return err == nil && on && journald.Enabled()
+}
+
+// markErrors returns text for standard error. Where that leads to the journal, each line
+// is marked as an error (sd-daemon(3)).
+func markErrors(text string) string {
+	if stderrIsJournal() {
+		return "<3>" + strings.ReplaceAll(text, "\n", "\n<3>")
+	}
+	return text
 }

@@ -788,7 +788,7 @@ func TestJournalGone(t *testing.T) {
 		got = append(got, message)
 		return nil
 	}}
-	j.gone.Store(time.Now().Add(-journalPatience).UnixNano())
+	j.failingSince.Store(time.Now().Add(-journalTimeout).UnixNano())
 	j.lines("a", "stdout", []byte("one\ntwo\n"))
 	mu.Lock()
 	gone = false
