@@ -494,7 +494,7 @@ func BenchmarkThroughput(b *testing.B) {
 				if err := cmd.Start(); err != nil {
 					b.Fatal(err)
 				}
-				awaitExit(cmd.Process.Pid)
+				awaitExit(cmd.Process)
 				took += time.Since(began)
 				used += processorTime(b, cmd.Process.Pid)
 				if err := cmd.Wait(); err != nil {

@@ -22,7 +22,6 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
-	"unsafe"
 )
 
 // This file starts the processes of components and sees them to their end: environment,
@@ -152,7 +151,6 @@ func (l *launcher) start(c *Component) (*child, error) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	ch := &child{component: c, healthPort: port, cmd: cmd, container: ctr, launcher: l, signals: make(chan syscall.Signal, 1), drained: make(chan struct{}), expired: make(chan struct{})}
 	l.cgroup.hold(cmd.SysProcAttr)
-	ch.usePidfd()
 	if ctr != nil {
 		if ch.stdin, err = cmd.StdinPipe(); err != nil {
 			return nil, describeStart(cmd, err)
@@ -462,7 +460,6 @@ type child struct {
 	container  *container          // nil for none
 	stdin      io.WriteCloser      // of a container's command line, which reads its environment from it
 	signals    chan syscall.Signal // for a container: the last that it is to be sent and was not
-	pidfd      int                 // -1 for none; Linux
 	pid        int
 	outputs    []*os.File    // read ends of its output
 	drained    chan struct{} // closed when no output will come any more
@@ -575,7 +572,7 @@ func (c *child) reap() childEnd {
 // error is that it may not be.
 func (c *child) awaitEnd() error {
 	if c.container == nil {
-		c.awaitExit()
+		awaitExit(c.cmd.Process)
 		return nil
 	}
 	ended := make(chan struct{})
@@ -585,7 +582,7 @@ func (c *child) awaitEnd() error {
 		_, _ = io.WriteString(c.stdin, c.container.env) // which fails for one that ends before it has read that
 		c.stdin.Close()
 	})
-	c.awaitExit()
+	awaitExit(c.cmd.Process)
 	close(ended)
 	c.stdin.Close() // where another process has that open, and does not read
 	beside.Wait()
@@ -635,7 +632,7 @@ func (c *child) run(ctx context.Context, argv []string) (status syscall.WaitStat
 	if err := c.launcher.startLeader(cmd, c.component.ID); err != nil {
 		return 0, nil, fmt.Errorf("cannot run %q: %v", argv[0], cause(err))
 	}
-	awaitExit(cmd.Process.Pid)
+	awaitExit(cmd.Process)
 	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
 	_ = c.launcher.config.reaper.wait(cmd) // how it ended is in its state
 	c.launcher.leaderEnded(cmd.Process.Pid)
@@ -764,22 +761,9 @@ func (t *tail) lines() []string {
 	return lines[max(0, len(lines)-10):]
 }
 
-// awaitExit returns when the process pid, a child, has ended, and leaves it a
-// zombie. It holds a thread.
-func awaitExit(pid int) {
-	const idTypePID = 1 // P_PID of waitid(2)
-	var info [128]byte  // siginfo_t, which the kernel insists on
-	for {
-		_, _, err := syscall.Syscall6(syscall.SYS_WAITID, idTypePID, uintptr(pid), uintptr(unsafe.Pointer(&info)), syscall.WEXITED|syscall.WNOWAIT, 0, 0)
-		if err != syscall.EINTR {
-			return
-		}
-	}
-}
-
-// reserveThreads makes the runtime start threads before the components can use up
-// what the system allows: one that it cannot start later is the end of flowctl, and
-// not an error that could be told.
+// reserveThreads has the runtime start threads before components can use up what the system
+// allows: one that it cannot start later is the end of flowctl, not an error that could be
+// told.
 func reserveThreads() {
 	const spare = 8
 	var ready, done sync.WaitGroup

@@ -1,10 +1,14 @@
 package main
 
+// What Linux alone offers to process.go, in this order: the reaper, which makes flowctl the
+// parent of what its components orphan, so that nothing leaves its tree of processes; the
+// control group; and the guard, another process, which ends the tree when flowctl itself
+// has been killed.
+
 import (
 	"bufio"
 	"bytes"
 	"context"
-	"debug/elf"
 	"errors"
 	"fmt"
 	"io"
@@ -23,37 +27,36 @@ import (
 	"sync"
 	"syscall"
 	"time"
-	"unsafe"
 )
-
-// What Linux alone offers: flowctl adopts what its components orphan, so that
-// nothing can leave its tree of processes, and /proc shows that tree. The guard,
-// another process, ends the tree when flowctl itself has been killed.
 
 const (
-	prSetChildSubreaper = 36          // PR_SET_CHILD_SUBREAPER of prctl(2)
-	idTypePID           = 1           // P_PID of waitid(2)
-	idTypeAll           = 0           // P_ALL of waitid(2)
-	guardLook           = time.Second // from one look of the guard at what flowctl has adopted to the next, when no component has started lately
-	guardTries          = 5           // scans in a row that find nothing before the guard believes it
-	guardStep           = 20 * time.Millisecond
-	guardGrace          = time.Second            // for a guard that is dismissed to end
-	guardProven         = time.Minute            // a guard that has lived so long is replaced at once
-	minGuardPause       = 100 * time.Millisecond // before a guard that was killed again is replaced: without one there is a risk
-	maxGuardPause       = 2 * time.Second
+	prSetChildSubreaper = 36 // PR_SET_CHILD_SUBREAPER of prctl(2)
+	idTypePID           = 1  // P_PID of waitid(2)
+	idTypePIDFD         = 3  // P_PIDFD of waitid(2)
+
+	// guardName is what the guard is called, so that who kills flowctl by its name, as
+	// pkill does, does not kill the guard as well.
+	guardName = "run-guard"
+
+	scanStep      = 20 * time.Millisecond  // between two scans for what nothing tells of
+	scanTries     = 5                      // scans in a row that find nothing before the guard believes it
+	guardInterval = time.Second            // between two looks of the guard at what flowctl has adopted, when nothing has started lately
+	guardGrace    = time.Second            // for a guard that is dismissed to end
+	guardProven   = time.Minute            // a guard that has lived so long is replaced at once
+	minGuardPause = 100 * time.Millisecond // before a guard that was killed again is replaced: without one there is a risk
+	maxGuardPause = 2 * time.Second
 )
 
-// reaper starts flowctl's children and waits for them, and for those that flowctl
-// has adopted. There is one, as there is one flowctl.
+// reaper starts flowctl's children and waits for them, and for those that flowctl has
+// adopted. There is one, as there is one flowctl.
 type reaper struct {
-	look    chan os.Signal // SIGCHLD, and nudges of wait
-	stop    chan struct{}  // closed to end the reaping of orphans
-	orphans sync.WaitGroup
-	adopted chan struct{} // gets a token when an orphan was reaped
+	sigchld   chan os.Signal
+	closed    chan struct{} // closed to end the reaping of orphans
+	reaping   sync.WaitGroup
+	reaped    chan struct{} // gets a token when an orphan was reaped
+	inherited map[int]bool  // children that this process had before it became flowctl
 
-	inherited map[int]bool // children that this process had before it became flowctl
-
-	mu    sync.Mutex     // guards known; held over each fork and each look, so that no child is taken for an orphan
+	mu    sync.Mutex     // guards known; held over each fork and each scan, so that no child is taken for an orphan
 	known map[int]string // what flowctl has started, by pid: the component that it leads a group of, "" for helpers
 }
 
@@ -62,7 +65,10 @@ func newReaper() *reaper {
 	for _, pid := range children() {
 		inherited[pid] = true
 	}
-	return &reaper{inherited: inherited, known: make(map[int]string), look: make(chan os.Signal, 1), stop: make(chan struct{}), adopted: make(chan struct{}, 1)}
+	return &reaper{
+		sigchld: make(chan os.Signal, 1), closed: make(chan struct{}), reaped: make(chan struct{}, 1),
+		inherited: inherited, known: make(map[int]string),
+	}
 }
 
 // adopt makes flowctl the parent of what its descendants orphan, and reaps that
@@ -71,13 +77,13 @@ func (r *reaper) adopt() error {
 	if err := becomeSubreaper(); err != nil {
 		return err
 	}
-	signal.Notify(r.look, syscall.SIGCHLD)
-	r.orphans.Go(func() {
+	signal.Notify(r.sigchld, syscall.SIGCHLD)
+	r.reaping.Go(func() {
 		for {
 			select {
-			case <-r.look:
+			case <-r.sigchld:
 				r.reapOrphans()
-			case <-r.stop:
+			case <-r.closed:
 				return
 			}
 		}
@@ -93,36 +99,9 @@ func becomeSubreaper() error {
 }
 
 func (r *reaper) close() {
-	signal.Stop(r.look)
-	close(r.stop)
-	r.orphans.Wait()
-}
-
-// hasOrphans tells whether flowctl has children that it has not started itself.
-func (r *reaper) hasOrphans() bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return slices.ContainsFunc(children(), func(pid int) bool { return !r.isKnownLocked(pid) && !r.inherited[pid] })
-}
-
-// children are the children of this process, zombies too.
-func children() []int {
-	var pids []int
-	lists, _ := filepath.Glob("/proc/self/task/*/children")
-	for _, list := range lists {
-		data, _ := os.ReadFile(list)
-		for _, field := range strings.Fields(string(data)) {
-			if pid, err := strconv.Atoi(field); err == nil {
-				pids = append(pids, pid)
-			}
-		}
-	}
-	return pids
-}
-
-func (r *reaper) isKnownLocked(pid int) bool {
-	_, known := r.known[pid]
-	return known
+	signal.Stop(r.sigchld)
+	close(r.closed)
+	r.reaping.Wait()
 }
 
 // start is cmd.Start for a helper that wait is going to be called for.
@@ -140,17 +119,13 @@ func (r *reaper) startLeader(cmd *exec.Cmd, id string) error {
 	return err
 }
 
-// wait is cmd.Wait. An orphan may have had to wait behind this child.
+// wait is cmd.Wait.
 func (r *reaper) wait(cmd *exec.Cmd) error {
 	err := cmd.Wait()
 	r.mu.Lock()
+	defer r.mu.Unlock()
 	if r.known[cmd.Process.Pid] == "" {
 		delete(r.known, cmd.Process.Pid)
-	}
-	r.mu.Unlock()
-	select {
-	case r.look <- syscall.SIGCHLD:
-	default:
 	}
 	return err
 }
@@ -175,85 +150,165 @@ func (r *reaper) leaders() map[int]string {
 	return out
 }
 
-// reapOrphans reaps all zombies up to one that has its own waiter, who will nudge.
+// reapOrphans reaps what has ended of the children that flowctl has not started.
 func (r *reaper) reapOrphans() {
-	for {
-		r.mu.Lock()
-		pid := zombieChild()
-		orphan := pid > 0 && !r.isKnownLocked(pid)
-		if orphan {
-			_, _ = syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, pid := range children() {
+		if _, known := r.known[pid]; known {
+			continue
 		}
-		r.mu.Unlock()
-		if !orphan {
+		if reaped, _ := syscall.Wait4(pid, nil, syscall.WNOHANG, nil); reaped == pid {
+			select {
+			case r.reaped <- struct{}{}:
+			default:
+			}
+		}
+	}
+}
+
+// hasOrphans tells whether flowctl has children that it has not started itself.
+func (r *reaper) hasOrphans() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.ContainsFunc(children(), func(pid int) bool {
+		_, known := r.known[pid]
+		return !known && !r.inherited[pid]
+	})
+}
+
+// children are the children of this process, zombies too.
+func children() []int {
+	var pids []int
+	lists, _ := filepath.Glob("/proc/self/task/*/children")
+	for _, list := range lists {
+		data, _ := os.ReadFile(list)
+		for _, field := range strings.Fields(string(data)) {
+			if pid, err := strconv.Atoi(field); err == nil {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids
+}
+
+// awaitExit returns when the process p, a child, has ended, and leaves it a zombie: so its
+// id, which is its group's too, stays taken until it is waited for. It waits by a pidfd,
+// because a thread for each component would soon be a limit; where there is none, it
+// holds a thread.
+func awaitExit(p *os.Process) {
+	var fd uintptr
+	errno := syscall.EBADF
+	_ = p.WithHandle(func(handle uintptr) {
+		fd, _, errno = syscall.Syscall(syscall.SYS_FCNTL, handle, syscall.F_DUPFD_CLOEXEC, 0)
+	})
+	if errno == 0 && syscall.SetNonblock(int(fd), true) == nil {
+		f := os.NewFile(fd, "pidfd")
+		defer f.Close()
+		if raw, err := f.SyscallConn(); err == nil && raw.Read(func(fd uintptr) bool { return hasExited(idTypePIDFD, fd) }) == nil {
 			return
 		}
-		select {
-		case r.adopted <- struct{}{}:
-		default:
-		}
 	}
+	hasExited(idTypePID, uintptr(p.Pid))
 }
 
-// zombieChild returns a child that has ended and leaves it so, 0 if there is none.
-func zombieChild() int {
-	var info [32]int32 // siginfo_t
+// hasExited tells whether a child is a zombie. Only where id is a pidfd that does not block
+// it can tell that it is not (since Linux 5.10): it waits otherwise.
+func hasExited(idType int, id uintptr) bool {
 	for {
-		_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, idTypeAll, 0, uintptr(unsafe.Pointer(&info)), syscall.WEXITED|syscall.WNOHANG|syscall.WNOWAIT, 0, 0)
-		switch errno {
-		case syscall.EINTR:
-		case 0:
-			// si_pid follows three ints, at the alignment of a pointer.
-			return int(info[2+unsafe.Sizeof(uintptr(0))/4])
-		default:
-			return 0
-		}
-	}
-}
-
-// awaitExit returns when the process of c has ended, and leaves it a zombie: so its
-// id, which is its group's too, stays taken until it is waited for. It waits by a
-// pidfd, because a thread for each component would soon be a limit.
-func (c *child) awaitExit() {
-	defer c.closePidfd()
-	if c.pidfd < 0 || syscall.SetNonblock(c.pidfd, true) != nil {
-		awaitExit(c.pid)
-		return
-	}
-	f := os.NewFile(uintptr(c.pidfd), "pidfd")
-	c.pidfd = -1 // f's now
-	defer f.Close()
-	raw, err := f.SyscallConn()
-	if err == nil {
-		err = raw.Read(func(uintptr) bool { return hasExited(c.pid) })
-	}
-	if err != nil { // the poller does not take it
-		awaitExit(c.pid)
-	}
-}
-
-func (c *child) closePidfd() {
-	if c.pidfd >= 0 {
-		syscall.Close(c.pidfd)
-		c.pidfd = -1
-	}
-}
-
-// hasExited tells whether the child pid is a zombie.
-func hasExited(pid int) bool {
-	var info [32]int32 // siginfo_t, all zeros where nothing has ended
-	for {
-		_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, idTypePID, uintptr(pid), uintptr(unsafe.Pointer(&info)), syscall.WEXITED|syscall.WNOHANG|syscall.WNOWAIT, 0, 0)
+		_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, uintptr(idType), id, 0, syscall.WEXITED|syscall.WNOWAIT, 0, 0)
 		if errno != syscall.EINTR {
-			return errno != 0 || info[2+unsafe.Sizeof(uintptr(0))/4] != 0
+			return errno != syscall.EAGAIN
 		}
 	}
 }
 
-// usePidfd has the process of c start with a pidfd.
-func (c *child) usePidfd() {
-	c.pidfd = -1
-	c.cmd.SysProcAttr.PidFD = &c.pidfd
+// groupIsEmpty tells whether nothing is left of the process group of c, whose leader has
+// been waited for: its members are flowctl's own children by then.
+func (c *child) groupIsEmpty() bool {
+	for {
+		switch pid, err := syscall.Wait4(-c.pid, nil, syscall.WNOHANG, nil); {
+		case err == syscall.EINTR || pid > 0:
+		case err != nil:
+			return true
+		default:
+			return false
+		}
+	}
+}
+
+// awaitGroup returns when groupIsEmpty is true.
+func (c *child) awaitGroup() {
+	for {
+		if _, err := syscall.Wait4(-c.pid, nil, 0, nil); err != nil && err != syscall.EINTR {
+			return
+		}
+	}
+}
+
+// endStrays kills what component id has started and what has left its process group.
+// Their environment tells. It does not wait for their end.
+func (l *launcher) endStrays(id string) {
+	if !l.config.reaper.hasOrphans() {
+		return // what its leader has left is flowctl's child now
+	}
+	for _, p := range processes() {
+		if owner, ok := markedComponent(p.pid, runMark+"="+l.mark); ok && owner == id {
+			l.config.log.Warn("ending what left its process group", "component", id, "pid", p.pid, "name", p.name)
+			p.send(syscall.SIGKILL)
+		}
+	}
+}
+
+// descendants returns all that lives below flowctl, except the guard and what flowctl has
+// inherited.
+func (l *launcher) descendants() []procInfo {
+	all := slices.DeleteFunc(processes(), func(p procInfo) bool { return l.config.reaper.inherited[p.pid] })
+	self, guard := os.Getpid(), l.guard.pid() // after the scan: it can have a new one
+	chosen := map[int]bool{self: true}
+	withDescendants(all, chosen)
+	return slices.DeleteFunc(all, func(p procInfo) bool { return !chosen[p.pid] || p.pid == self || p.pid == guard })
+}
+
+// sweep ends all that is left below flowctl when every component is over: first by
+// SIGTERM, after grace by SIGKILL. It gives up on what does not die of that.
+func (l *launcher) sweep(grace time.Duration) {
+	sig, deadline := syscall.SIGTERM, time.Now().Add(grace)
+	told := make(map[int]bool)
+	for {
+		left := l.descendants()
+		// A scan of /proc can miss a process whose parent ends meanwhile, but not the
+		// child of flowctl's that it becomes.
+		if len(left) == 0 && !l.config.reaper.hasOrphans() {
+			return
+		}
+		for _, p := range left {
+			if !told[p.pid] {
+				l.config.log.Warn("ending what left its component", "pid", p.pid, "name", p.name, "signal", sig.String())
+				told[p.pid] = true
+				p.send(sig)
+			}
+		}
+		wait := time.Until(deadline)
+		if len(left) == 0 {
+			wait = scanStep // a child that the scan missed, or a zombie that is being reaped
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-l.config.reaper.reaped:
+		case <-timer.C:
+		}
+		timer.Stop()
+		if time.Now().Before(deadline) {
+			continue
+		}
+		if sig == syscall.SIGKILL {
+			l.config.log.Error("still running after SIGKILL", "processes", len(left))
+			return
+		}
+		sig, deadline = syscall.SIGKILL, time.Now().Add(killPatience)
+		clear(told)
+	}
 }
 
 // cgroup is a control group of the run's own, where this system lets flowctl make
@@ -363,101 +418,6 @@ func removeCgroup(path string) {
 	_ = syscall.Rmdir(path)
 }
 
-// awaitGroup returns when nothing is left of the process group of c, whose leader
-// has been waited for: its members are flowctl's own children by then.
-func (c *child) awaitGroup() {
-	for {
-		if _, err := syscall.Wait4(-c.pid, nil, 0, nil); err != nil && err != syscall.EINTR {
-			return
-		}
-	}
-}
-
-// groupIsEmpty tells that of a group whose leader has been waited for.
-func (c *child) groupIsEmpty() bool {
-	for {
-		switch pid, err := syscall.Wait4(-c.pid, nil, syscall.WNOHANG, nil); {
-		case err == syscall.EINTR || pid > 0:
-		case err != nil:
-			return true
-		default:
-			return false
-		}
-	}
-}
-
-// hasMark tells whether a process was started with run in its environment, or with
-// that of a flowctl that itself belongs to run.
-func hasMark(pid int, run string) bool {
-	env := environ(pid)
-	mark := "\x00" + runMark + "=" + run
-	return bytes.Contains(env, []byte(mark+"\x00")) || bytes.Contains(env, []byte(mark+"/"))
-}
-
-// endStrays kills what component id has started and what has left its process group.
-// Their environment tells. It does not wait for their end.
-func (l *launcher) endStrays(id string) {
-	if !l.config.reaper.hasOrphans() {
-		return // what its leader has left is flowctl's child now
-	}
-	for _, p := range processes() {
-		if owner, ok := markedComponent(p.pid, runMark+"="+l.mark); ok && owner == id {
-			l.config.log.Warn("ending what left its process group", "component", id, "pid", p.pid, "name", p.name)
-			p.send(syscall.SIGKILL)
-		}
-	}
-}
-
-// descendants returns all that lives below flowctl, but for the guard.
-func (l *launcher) descendants() []procInfo {
-	all := slices.DeleteFunc(processes(), func(p procInfo) bool { return l.config.reaper.inherited[p.pid] })
-	self, guard := os.Getpid(), l.guard.pid() // one that is started meanwhile is known by now
-	chosen := map[int]bool{self: true}
-	withDescendants(all, chosen)
-	return slices.DeleteFunc(all, func(p procInfo) bool { return !chosen[p.pid] || p.pid == self || p.pid == guard })
-}
-
-// sweep ends all that is left below flowctl when every component is over: first by
-// SIGTERM, after grace by SIGKILL. It gives up on what does not die of that.
-func (l *launcher) sweep(grace time.Duration) {
-	sig, deadline := syscall.SIGTERM, time.Now().Add(grace)
-	told := make(map[int]bool)
-	for {
-		left := l.descendants()
-		// A scan of /proc can miss a process whose parent ends meanwhile, but not the
-		// child of flowctl's that it becomes.
-		if len(left) == 0 && !l.config.reaper.hasOrphans() {
-			return
-		}
-		for _, p := range left {
-			if !told[p.pid] {
-				l.config.log.Warn("ending what left its component", "pid", p.pid, "name", p.name, "signal", sig.String())
-				told[p.pid] = true
-				p.send(sig)
-			}
-		}
-		wait := time.Until(deadline)
-		if len(left) == 0 {
-			wait = guardStep // a child that the scan missed, or a zombie that is being reaped
-		}
-		timer := time.NewTimer(wait)
-		select {
-		case <-l.config.reaper.adopted:
-		case <-timer.C:
-		}
-		timer.Stop()
-		if time.Now().Before(deadline) {
-			continue
-		}
-		if sig == syscall.SIGKILL {
-			l.config.log.Error("still running after SIGKILL", "processes", len(left))
-			return
-		}
-		sig, deadline = syscall.SIGKILL, time.Now().Add(killPatience)
-		clear(told)
-	}
-}
-
 // guard is the process that ends a run whose flowctl was killed. It reads from a
 // pipe which leaders of process groups live; the end of that pipe, without a word, is
 // the end of flowctl. A guard that is killed is replaced.
@@ -472,10 +432,6 @@ type guard struct {
 	cmd *exec.Cmd
 	in  *os.File
 }
-
-// guardName is what the guard is called, so that who kills flowctl by its name, as
-// pkill does, does not kill the guard as well.
-const guardName = "run-guard"
 
 // startGuard starts the guard of run, and replaces it until dismiss is called.
 func startGuard(run, cgroup, enginePath string, r *reaper, log *slog.Logger) (*guard, error) {
@@ -622,11 +578,10 @@ func runGuard(run, flowctl, cgroup, enginePath string, in io.Reader) {
 	_ = os.WriteFile("/proc/self/comm", []byte(guardName), 0)
 	runtime.GOMAXPROCS(1)
 	debug.SetGCPercent(10) // a few kilobytes live here, so collecting costs nothing
-	trimMemory()
-	w := &ward{run: run, leaders: make(map[int]uint64), adopted: make(map[int]uint64), spared: make(map[int]bool)}
-	w.flowctl, _ = strconv.Atoi(flowctl)
-	if p, ok := readProcess(w.flowctl); ok && w.flowctl == os.Getppid() {
-		w.begun = p.begun
+	g := &guardState{run: run, leaders: make(map[int]uint64), adopted: make(map[int]uint64), spared: make(map[int]bool)}
+	g.flowctl, _ = strconv.Atoi(flowctl)
+	if p, ok := readProcess(g.flowctl); ok && g.flowctl == os.Getppid() {
+		g.begun = p.begun
 	}
 	lines := make(chan string)
 	go func() {
@@ -635,52 +590,18 @@ func runGuard(run, flowctl, cgroup, enginePath string, in io.Reader) {
 			lines <- scanner.Text()
 		}
 	}()
-	if w.watch(lines) {
+	if g.watch(lines) {
 		return
 	}
-	deadline := time.Now().Add(2 * killPatience)
-	for quiet := 0; quiet < guardTries && time.Now().Before(deadline); {
-		quiet++
-		// The tree first, while it stands: the kernel passes over a process whose main
-		// thread has ended when it kills a cgroup.
-		left := w.processes()
-		if cgroup != "" {
-			_ = os.WriteFile(filepath.Join(cgroup, "cgroup.kill"), []byte("1"), 0)
-		}
-		for _, p := range left {
-			quiet = 0
-			p.send(syscall.SIGKILL)
-		}
-		time.Sleep(guardStep) // nothing tells of a process that is about to be forked
-	}
-	if cgroup != "" {
-		removeCgroup(cgroup)
-	}
+	g.killRun(cgroup)
 	if enginePath != "" {
-		removeLeft(enginePath, run)
+		removeContainersOf(run, enginePath)
 	}
 }
 
-// removeLeft removes the containers of run, of which the engine may still be making
-// one for a command line that was killed.
-func removeLeft(enginePath, run string) {
-	e, err := findEngine(enginePath)
-	if err != nil {
-		return
-	}
-	e.commands, e.env = newReaper(), baseEnv()
-	deadline := time.Now().Add(2 * engineTimeout)
-	for quiet := 0; quiet < guardTries && time.Now().Before(deadline); quiet++ {
-		if names, _ := e.remove(context.Background(), "label="+labelRun+"="+run); len(names) > 0 {
-			quiet = 0
-		}
-		time.Sleep(10 * guardStep) // nothing tells of a container that is about to be made
-	}
-}
-
-// ward is what the guard knows of its run. Processes are known by their pid and by
-// when they began.
-type ward struct {
+// guardState is what the guard knows of its run. A process is known by its pid and by
+// when it began.
+type guardState struct {
 	run     string
 	flowctl int    // its pid
 	begun   uint64 // when flowctl began: nothing of the run did before
@@ -690,21 +611,18 @@ type ward struct {
 }
 
 // watch follows the run until flowctl dismisses the guard, which is true, or dies.
-func (w *ward) watch(lines <-chan string) bool {
-	trimmed := false
-	step := guardStep // programs that make daemons do it when they start
+func (g *guardState) watch(lines <-chan string) bool {
+	step := scanStep // programs that make daemons do it when they start
 	timer := time.NewTimer(step)
 	defer timer.Stop()
 	for {
 		select {
 		case <-timer.C:
-			w.lookAtAdopted()
-			step = min(2*step, guardLook)
-			if !trimmed {
-				debug.FreeOSMemory()
-				trimMemory()
+			g.noteAdopted()
+			if step < guardInterval && 2*step >= guardInterval {
+				dropProgram() // nothing has started for a while
 			}
-			trimmed = step == guardLook
+			step = min(2*step, guardInterval)
 			timer.Reset(step)
 		case line, ok := <-lines:
 			word, arg, _ := strings.Cut(line, " ")
@@ -716,73 +634,136 @@ func (w *ward) watch(lines <-chan string) bool {
 				return true
 			case word == "started":
 				p, _ := readProcess(pid)
-				w.leaders[pid] = p.begun
-				step = guardStep
+				g.leaders[pid] = p.begun
+				step = scanStep
 				timer.Reset(step)
 			case word == "ended":
-				delete(w.leaders, pid)
+				delete(g.leaders, pid)
 			case word == "spare":
-				w.spared[pid] = true
+				g.spared[pid] = true
 			}
 		}
 	}
 }
 
-// lookAtAdopted notes the children of flowctl's main thread: the kernel makes them
+// dropProgram gives back the pages of the program that starting has touched, two thirds of
+// what the guard has resident: what is needed of them again is read from the file again. It
+// passes over mappings that have a page of the guard's own, written to before it was made
+// read-only.
+func dropProgram() {
+	smaps, _ := os.ReadFile("/proc/self/smaps")
+	var from, to uintptr
+	var mode string
+	own := 0 // kB
+	for line := range strings.Lines(string(smaps)) {
+		fields := strings.Fields(line)
+		switch fields[0] {
+		default:
+			if !strings.HasSuffix(fields[0], ":") { // the first line of a mapping
+				_, _ = fmt.Sscanf(line, "%x-%x %s", &from, &to, &mode)
+				own = 0
+				if len(fields) < 6 || fields[5][0] != '/' {
+					own = 1
+				}
+			}
+		case "Anonymous:":
+			kB, _ := strconv.Atoi(fields[1])
+			own += kB
+		case "Swap:":
+			kB, _ := strconv.Atoi(fields[1])
+			if own += kB; own == 0 && mode[1] != 'w' {
+				_, _, _ = syscall.Syscall(syscall.SYS_MADVISE, from, to-from, syscall.MADV_DONTNEED)
+			}
+		}
+	}
+}
+
+// noteAdopted notes the children of flowctl's main thread: the kernel makes them
 // that thread's when it gives flowctl an orphan (find_new_reaper in kernel/exit.c).
 // What was seen once is kept until it ends, because a flowctl that is dying has no
 // children any more.
-func (w *ward) lookAtAdopted() {
-	if os.Getppid() != w.flowctl {
+func (g *guardState) noteAdopted() {
+	if os.Getppid() != g.flowctl {
 		return // it is gone, and its number could be another's
 	}
-	maps.DeleteFunc(w.adopted, func(pid int, begun uint64) bool {
+	maps.DeleteFunc(g.adopted, func(pid int, begun uint64) bool {
 		p, ok := readProcess(pid)
 		return !ok || p.begun != begun
 	})
-	data, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", w.flowctl))
+	data, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", g.flowctl))
 	for _, field := range strings.Fields(string(data)) {
 		pid, _ := strconv.Atoi(field)
-		if p, ok := readProcess(pid); ok && p.parent == w.flowctl && pid != os.Getpid() && !w.spared[pid] {
-			w.adopted[pid] = p.begun
+		if p, ok := readProcess(pid); ok && p.parent == g.flowctl && pid != os.Getpid() && !g.spared[pid] {
+			g.adopted[pid] = p.begun
 		}
+	}
+}
+
+// killRun kills what belongs to the run until nothing is found any more, or the time for
+// that is over.
+func (g *guardState) killRun(cgroup string) {
+	deadline := time.Now().Add(2 * killPatience)
+	for quiet := 0; quiet < scanTries && time.Now().Before(deadline); {
+		quiet++
+		// The tree first, while it stands: the kernel passes over a process whose main
+		// thread has ended when it kills a cgroup.
+		left := g.processes()
+		if cgroup != "" {
+			_ = os.WriteFile(filepath.Join(cgroup, "cgroup.kill"), []byte("1"), 0)
+		}
+		for _, p := range left {
+			quiet = 0
+			p.send(syscall.SIGKILL)
+		}
+		time.Sleep(scanStep) // nothing tells of a process that is about to be forked
+	}
+	if cgroup != "" {
+		removeCgroup(cgroup)
 	}
 }
 
 // processes finds what belongs to the run: what has its mark, the leaders and their
 // groups, what flowctl adopted, and all that descends from those.
-func (w *ward) processes() []procInfo {
-	all := slices.DeleteFunc(processes(), func(p procInfo) bool { return p.begun < w.begun })
+func (g *guardState) processes() []procInfo {
+	all := slices.DeleteFunc(processes(), func(p procInfo) bool { return p.begun < g.begun })
 	chosen := make(map[int]bool)
-	foreign := make(map[int]bool) // was a leader's pid and is someone else's
+	reused := make(map[int]bool) // was a leader's pid and is someone else's
 	for _, p := range all {
-		if begun, ok := w.leaders[p.pid]; ok && begun != p.begun {
-			foreign[p.pid] = true
+		if begun, ok := g.leaders[p.pid]; ok && begun != p.begun {
+			reused[p.pid] = true
 		}
 	}
 	for _, p := range all {
-		_, led := w.leaders[p.group]
-		begun, adopted := w.adopted[p.pid]
-		chosen[p.pid] = led && !foreign[p.group] || adopted && begun == p.begun || hasMark(p.pid, w.run)
+		_, leads := g.leaders[p.pid]
+		_, led := g.leaders[p.group]
+		begun, adopted := g.adopted[p.pid]
+		chosen[p.pid] = leads && !reused[p.pid] || led && !reused[p.group] || adopted && begun == p.begun || hasMark(p.pid, g.run)
 	}
 	withDescendants(all, chosen)
 	return slices.DeleteFunc(all, func(p procInfo) bool { return !chosen[p.pid] || p.pid == os.Getpid() })
 }
 
-// trimMemory gives back the pages of the program that starting has touched and that
-// nobody can have written to, which its ELF header tells: what is needed again is
-// read again.
-func trimMemory() {
-	exe, err := elf.Open("/proc/self/exe")
-	if err != nil || exe.Type != elf.ET_EXEC { // else the header does not tell the addresses
+// hasMark tells whether a process was started with run in its environment, or with
+// that of a flowctl that itself belongs to run.
+func hasMark(pid int, run string) bool {
+	env := environ(pid)
+	mark := "\x00" + runMark + "=" + run
+	return bytes.Contains(env, []byte(mark+"\x00")) || bytes.Contains(env, []byte(mark+"/"))
+}
+
+// removeContainersOf removes the containers of run, of which the engine may still be making
+// one for a command line that was killed.
+func removeContainersOf(run, enginePath string) {
+	e, err := findEngine(enginePath)
+	if err != nil {
 		return
 	}
-	defer exe.Close()
-	page := uint64(os.Getpagesize())
-	for _, segment := range exe.Progs {
-		if segment.Type == elf.PT_LOAD && segment.Flags&elf.PF_W == 0 {
-			from := segment.Vaddr &^ (page - 1)
-			_, _, _ = syscall.Syscall(syscall.SYS_MADVISE, uintptr(from), uintptr(segment.Vaddr+segment.Filesz-from), syscall.MADV_DONTNEED)
+	e.commands, e.env = newReaper(), baseEnv()
+	deadline := time.Now().Add(2 * engineTimeout)
+	for quiet := 0; quiet < scanTries && time.Now().Before(deadline); quiet++ {
+		if names, _ := e.remove(context.Background(), "label="+labelRun+"="+run); len(names) > 0 {
+			quiet = 0
 		}
+		time.Sleep(10 * scanStep) // nothing tells of a container that is about to be made
 	}
 }

@@ -5,9 +5,11 @@ package main
 import (
 	"io"
 	"log/slog"
+	"os"
 	"os/exec"
 	"syscall"
 	"time"
+	"unsafe"
 )
 
 // What this system's kernel lacks: no subreaper and no /proc, so a process that
@@ -35,11 +37,18 @@ func (c *child) awaitGroup() {
 	}
 }
 
-// awaitExit returns when the process of c has ended, and leaves it a zombie: so its
-// id, which is its group's too, stays taken until it is waited for.
-func (c *child) awaitExit() { awaitExit(c.pid) }
-
-func (c *child) usePidfd() {}
+// awaitExit returns when the process p, a child, has ended, and leaves it a zombie: so its
+// id, which is its group's too, stays taken until it is waited for. It holds a thread.
+func awaitExit(p *os.Process) {
+	const idTypePID = 1 // P_PID of waitid(2)
+	var info [128]byte  // siginfo_t, which some kernels insist on
+	for {
+		_, _, err := syscall.Syscall6(syscall.SYS_WAITID, idTypePID, uintptr(p.Pid), uintptr(unsafe.Pointer(&info)), syscall.WEXITED|syscall.WNOWAIT, 0, 0)
+		if err != syscall.EINTR {
+			return
+		}
+	}
+}
 
 type cgroup struct{}
 
