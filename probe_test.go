@@ -31,6 +31,19 @@ func answering(t *testing.T, handler http.HandlerFunc) string {
 	return server.Listener.Addr().String()
 }
 
+// httpStatus answers with an HTTP status, and with headers: names and values by turns.
+func httpStatus(code int, headers ...string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		for i := 0; i < len(headers); i += 2 {
+			w.Header().Set(headers[i], headers[i+1])
+		}
+		w.WriteHeader(code)
+	}
+}
+
+// hang does not answer.
+func hang(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
+
 // silent is the address of a listener whose connections nobody answers.
 func silent(t *testing.T) string {
 	lis := listen(t, "127.0.0.1:0")
@@ -71,29 +84,38 @@ func grpcHealth(t *testing.T, with bool) string {
 // closedPort is an address where nobody listens.
 func closedPort(t *testing.T) string { return "127.0.0.1:" + freePort(t) }
 
+// readyByCheck runs a component that is ready only by its check. why is part of the reason why
+// it does not get ready, "" where it does.
+func readyByCheck(t *testing.T, check string, timeout time.Duration, why string) {
+	t.Helper()
+	c := shell("a", "exec sleep 300")
+	c.HealthCheck, c.HealthTimeout, c.HealthInterval = check, Duration(timeout), Duration(20*time.Millisecond)
+	if why == "" {
+		p := launch(t, writePipeline(t, c))
+		p.waitReady()
+		p.stop()
+		return
+	}
+	p := launch(t, writePipeline(t, c), "-start-timeout", "2s")
+	p.exit(exitNotReady)
+	p.hasNot(p.stderr, "msg=ready")
+	p.has(p.stderr, "flowctl: component a failed: not ready within its start timeout of 2s: health_check ", why)
+}
+
 // The component is ready only by its check: of each kind, with each kind of answer.
 func TestHealthCheck_PassesOrSaysWhyNot(t *testing.T) {
 	t.Parallel()
-	status := func(code int, header ...string) http.HandlerFunc {
-		return func(w http.ResponseWriter, _ *http.Request) {
-			for i := 0; i < len(header); i += 2 {
-				w.Header().Set(header[i], header[i+1])
-			}
-			w.WriteHeader(code)
-		}
-	}
-	hang := func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
 	const noAnswer = "no answer within 300ms"
 	for _, tt := range []struct {
 		name  string
 		check func(t *testing.T) string
 		why   string // it does not pass; "" for a pass
 	}{
-		{"http 204", func(t *testing.T) string { return "http://" + answering(t, status(204)) + "/x?y=z" }, ""},
+		{"http 204", func(t *testing.T) string { return "http://" + answering(t, httpStatus(204)) + "/x?y=z" }, ""},
 		{"http redirect", func(t *testing.T) string {
-			return "http://" + answering(t, status(302, "Location", "http://"+closedPort(t)))
+			return "http://" + answering(t, httpStatus(302, "Location", "http://"+closedPort(t)))
 		}, ""},
-		{"http 404", func(t *testing.T) string { return "http://" + answering(t, status(404)) }, "HTTP status 404 Not Found"},
+		{"http 404", func(t *testing.T) string { return "http://" + answering(t, httpStatus(404)) }, "HTTP status 404 Not Found"},
 		{"http hangs", func(t *testing.T) string { return "http://" + answering(t, hang) }, noAnswer},
 		{"http refused", func(t *testing.T) string { return "http://" + closedPort(t) }, "connect: connection refused"},
 		{"http hostile", func(t *testing.T) string { return "http://" + saying(t, "HTTP/1.1 500 \xff\x1b[2J\r\n\r\n") }, "HTTP status 500 \uFFFD\uFFFD[2J"},
@@ -101,11 +123,11 @@ func TestHealthCheck_PassesOrSaysWhyNot(t *testing.T) {
 			return "http://" + saying(t, "HTTP/1.1 200 OK\r\nX: "+strings.Repeat("x", 1<<20))
 		}, "server response headers exceeded 65536 bytes"},
 		{"https self-signed", func(t *testing.T) string {
-			server := httptest.NewTLSServer(status(200))
+			server := httptest.NewTLSServer(httpStatus(200))
 			t.Cleanup(server.Close)
 			return server.URL
 		}, ""},
-		{"https of http", func(t *testing.T) string { return "https://" + answering(t, status(200)) }, "http: server gave HTTP response to HTTPS client"},
+		{"https of http", func(t *testing.T) string { return "https://" + answering(t, httpStatus(200)) }, "http: server gave HTTP response to HTTPS client"},
 		{"https hangs", func(t *testing.T) string { return "https://" + silent(t) }, noAnswer},
 		{"tcp", func(t *testing.T) string { return "tcp://" + silent(t) }, ""},
 		{"tcp IPv6", func(t *testing.T) string {
@@ -140,21 +162,11 @@ func TestHealthCheck_PassesOrSaysWhyNot(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			c := shell("a", "exec sleep 300")
-			c.HealthCheck, c.HealthTimeout, c.HealthInterval = tt.check(t), Duration(time.Second), Duration(20*time.Millisecond)
-			if tt.why == "" {
-				p := launch(t, writePipeline(t, c))
-				p.waitReady()
-				p.stop()
-				return
-			}
+			timeout := time.Second
 			if tt.why == noAnswer {
-				c.HealthTimeout = Duration(300 * time.Millisecond)
+				timeout = 300 * time.Millisecond
 			}
-			p := launch(t, writePipeline(t, c), "-start-timeout", "2s")
-			p.exit(exitNotReady)
-			p.hasNot(p.stderr, "msg=ready")
-			p.has(p.stderr, "flowctl: component a failed: not ready within its start timeout of 2s: health_check ", tt.why)
+			readyByCheck(t, tt.check(t), timeout, tt.why)
 		})
 	}
 }

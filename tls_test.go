@@ -447,17 +447,22 @@ func TestTLS_WrongFilesAreErrorsAtTheStart(t *testing.T) {
 			}
 		})
 	}
-	t.Run("one expired CA beside a good one", func(t *testing.T) {
-		t.Parallel()
-		files := newFiles(t, good, ca)
-		files.put(files.ca, "the former one:\n"+expiredCA.cert+"\n"+ca.cert)
-		p := startServer(t, files.mutual()...)
-		client, _ := dialTLS(t, p.endpoint(), trust(ca, good))
-		if err := registers(t, client); err != nil {
-			t.Error(err)
-		}
-		p.stop()
-	})
+}
+
+// An expired CA beside a good one in -tls-ca-cert is no error.
+func TestTLS_ExpiredCABesideAGoodOne(t *testing.T) {
+	t.Parallel()
+	ca := newCA(t)
+	good := issue(t, ca, nil)
+	expired := issue(t, nil, func(c *x509.Certificate) { c.IsCA, c.NotAfter = true, time.Now().Add(-time.Hour) })
+	files := newFiles(t, good, ca)
+	files.put(files.ca, "the former one:\n"+expired.cert+"\n"+ca.cert)
+	p := startServer(t, files.mutual()...)
+	client, _ := dialTLS(t, p.endpoint(), trust(ca, good))
+	if err := registers(t, client); err != nil {
+		t.Error(err)
+	}
+	p.stop()
 }
 
 func TestTLS_FlagsThatDoNotFit(t *testing.T) {
