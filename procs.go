@@ -1,5 +1,9 @@
 package main
 
+// The supervisor decides which component starts, restarts and stops when. It is a state
+// machine: it is told what happens and at what time, and starts and signals processes by
+// a starter.
+
 import (
 	"cmp"
 	"errors"
@@ -11,10 +15,6 @@ import (
 	"syscall"
 	"time"
 )
-
-// The supervisor decides which component starts, restarts and stops when. It is a state
-// machine: it is told what happens and at what time, and starts and signals processes by
-// a starter.
 
 const (
 	minBackoff   = time.Second      // before the first restart

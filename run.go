@@ -1,5 +1,9 @@
 package main
 
+// A run of a pipeline: runPipeline opens what it needs, one thing after the other; its loop
+// takes in what happens and decides what follows from it. It is where the processes and the
+// control plane meet.
+
 import (
 	"cmp"
 	"context"
@@ -16,10 +20,6 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 )
-
-// A run of a pipeline: runPipeline opens what it needs, one thing after the other; its loop
-// takes in what happens and decides what follows from it. It is where the processes and the
-// control plane meet.
 
 // repeatTime is how long after a signal the same one is taken for the same request.
 const repeatTime = 50 * time.Millisecond
@@ -241,7 +241,7 @@ func (r *run) openProcesses(p *Pipeline, launch launchConfig) (*identifier, erro
 	r.sup = newSupervisor(p, times, r.launcher, r.log)
 	identify := &identifier{
 		leaders: r.launcher.leaders, descendants: r.launcher.descendants,
-		mark: runMark + "=" + r.launcher.mark, containers: launch.engine != nil,
+		mark: runMark + "=" + r.launcher.mark, containers: launch.engine.usable(),
 	}
 	r.checks = newChecks(identify.componentOf, r.log)
 	return identify, nil
@@ -736,7 +736,7 @@ func (r *run) reload(request reloadRequest) (out reloadResult, err error) {
 		defer r.systemd.send(daemon.SdNotifyReady)
 	}
 	if err = request.err; err == nil {
-		err = cmp.Or(r.reservePorts(request.pipeline), r.out.add(request.pipeline.ids()))
+		err = r.makeRoom(request.pipeline)
 	}
 	if err != nil {
 		for line := range strings.Lines(err.Error()) {
@@ -748,6 +748,23 @@ func (r *run) reload(request reloadRequest) (out reloadResult, err error) {
 	out = reloadResult{added: changed.added, removed: changed.removed, restarted: changed.restarted, unchanged: changed.unchanged}
 	r.log.Info("reloaded", "file", r.config.file, "added", enumerate(out.added), "removed", enumerate(out.removed), "restarted", enumerate(out.restarted), "unchanged", out.unchanged)
 	return out, nil
+}
+
+// makeRoom gets what the new components of p need: ports and places for their lines. If it
+// fails nothing of that is kept.
+func (r *run) makeRoom(p *Pipeline) error {
+	err := r.reservePorts(p)
+	if err == nil {
+		err = r.out.add(p.ids())
+	}
+	if err != nil {
+		for _, id := range p.ids() {
+			if r.sup.byID[id] == nil {
+				r.launcher.forget(id)
+			}
+		}
+	}
+	return err
 }
 
 // members is what the control plane is to know of the components.
