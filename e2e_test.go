@@ -253,6 +253,28 @@ func TestRun_StartTimeoutOfFlagAndFile(t *testing.T) {
 	}
 }
 
+// environ is the environment that component id, which has a role with Environ, got.
+func (p *process) environ(id string) map[string]string {
+	p.tb.Helper()
+	env := make(map[string]string)
+	for _, line := range p.lines(id) {
+		quoted, ok := strings.CutPrefix(line, "env ")
+		if !ok {
+			continue
+		}
+		entry, err := strconv.Unquote(quoted)
+		if err != nil {
+			p.tb.Error(err)
+		}
+		name, value, _ := strings.Cut(entry, "=")
+		if _, twice := env[name]; twice {
+			p.tb.Errorf("%s has %s twice", id, name)
+		}
+		env[name] = value
+	}
+	return env
+}
+
 func TestRun_EnvironmentOfComponents(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -276,24 +298,7 @@ func TestRun_EnvironmentOfComponents(t *testing.T) {
 	}
 	p.stop()
 
-	environ := func(id string) map[string]string {
-		env := make(map[string]string)
-		for _, line := range p.lines(id) {
-			if quoted, ok := strings.CutPrefix(line, "env "); ok {
-				entry, err := strconv.Unquote(quoted)
-				if err != nil {
-					t.Error(err)
-				}
-				name, value, _ := strings.Cut(entry, "=")
-				if _, twice := env[name]; twice {
-					t.Errorf("%s has %s twice", id, name)
-				}
-				env[name] = value
-			}
-		}
-		return env
-	}
-	envA, envB := environ("a"), environ("b")
+	envA, envB := p.environ("a"), p.environ("b")
 	check := func(id string, env map[string]string, want map[string]string) {
 		t.Helper()
 		for name, value := range want {
@@ -615,29 +620,11 @@ var mischief = []string{
 // shellSays is what a shell says of a process of its own that a signal has ended.
 var shellSays = regexp.MustCompile(`^(Killed|Terminated|Interrupt|Segmentation fault)( \(core dumped\))?$`)
 
-// Components crash, hang, ignore signals, flood, fork and make daemons at random, and
-// something kills and stops what it meets, the guard too. One component counts, and
-// none of its lines is missing.
-func TestChaos(t *testing.T) {
-	t.Parallel()
-	length := 5 * time.Second
-	if text := os.Getenv(chaosVar); text != "" {
-		var err error
-		if length, err = time.ParseDuration(text); err != nil {
-			t.Fatal(err)
-		}
-	}
-	seed := uint64(time.Now().UnixNano())
-	if text := os.Getenv("FLOWCTL_CHAOS_SEED"); text != "" {
-		var err error
-		if seed, err = strconv.ParseUint(text, 10, 64); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Logf("FLOWCTL_CHAOS_SEED=%d", seed)
-	random := rand.New(rand.NewPCG(seed, 0))
-	h := newHerd()
-	const flood = "flood 0123456789 0123456789 0123456789 0123456789 0123456789"
+// flood is the line of which components of TestChaos print many.
+const flood = "flood 0123456789 0123456789 0123456789 0123456789 0123456789"
+
+// chaosComponents are one that counts, and others that do mischief.
+func chaosComponents(t *testing.T, random *rand.Rand, h herd) []Component {
 	counter := shell("counter", `i=0; stop=; trap stop=1 TERM; while [ -z "$stop" ]; do i=$((i+1)); echo "count $i"; done; echo "total $i"`)
 	components := []Component{counter}
 	for i := range 16 {
@@ -662,6 +649,32 @@ func TestChaos(t *testing.T) {
 		}
 		components = append(components, c)
 	}
+	return components
+}
+
+// Components crash, hang, ignore signals, flood, fork and make daemons at random, and
+// something kills and stops what it meets, the guard too. One component counts, and
+// none of its lines is missing.
+func TestChaos(t *testing.T) {
+	t.Parallel()
+	length := 5 * time.Second
+	if text := os.Getenv(chaosVar); text != "" {
+		var err error
+		if length, err = time.ParseDuration(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	seed := uint64(time.Now().UnixNano())
+	if text := os.Getenv("FLOWCTL_CHAOS_SEED"); text != "" {
+		var err error
+		if seed, err = strconv.ParseUint(text, 10, 64); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("FLOWCTL_CHAOS_SEED=%d", seed)
+	random := rand.New(rand.NewPCG(seed, 0))
+	h := newHerd()
+	components := chaosComponents(t, random, h)
 	count, total := 0, -1
 	y := newTally(func(id string, line []byte) bool {
 		if id != "counter" {

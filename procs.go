@@ -372,9 +372,11 @@ func (s *supervisor) readyDeadline() time.Time {
 // stopped.
 func (s *supervisor) delay(d time.Duration) {
 	for _, p := range s.procs {
-		if p.state == procStarting && !p.deadline.IsZero() {
+		if !p.readyBy.IsZero() {
 			p.readyBy = p.readyBy.Add(d)
-			p.deadline = p.readyBy
+			if (p.state == procStarting || p.state == procBackoff) && !p.deadline.IsZero() {
+				p.deadline = p.deadline.Add(d)
+			}
 		}
 		if !p.unhealthySince.IsZero() {
 			p.unhealthySince = p.unhealthySince.Add(d)

@@ -222,6 +222,22 @@ func TestStart_TimeoutIsPutOffByTheTimeStopped(t *testing.T) {
 	m.wantFailure("a", failNotReady, "not ready within its start timeout of 30s")
 }
 
+func TestBackoff_FlowctlStoppedMeanwhileIsNoStartTimeout(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", map[string]any{"restart_policy": "on-failure", "start_timeout": "5s"})}, nil)
+	m.startAll()
+	m.end("a", exitStatus(1))
+	m.delay(time.Hour)
+	m.pass(time.Hour + 2*time.Second)
+	m.wantStartable("a")
+	if f := m.failures(); len(f) != 0 {
+		t.Errorf("failures %s, want none", describeFailures(f))
+	}
+	m.startAll()
+	m.pass(3 * time.Second)
+	m.wantFailure("a", failNotReady, "not ready within its start timeout of 5s")
+}
+
 func TestExited_BecomesWhatTheTableSays(t *testing.T) {
 	t.Parallel()
 	onFailure, always := map[string]any{"restart_policy": "on-failure"}, map[string]any{"restart_policy": "always"}

@@ -257,6 +257,31 @@ func TestRun_StoppedFlowctlPutsStartTimeoutsOffByThatTime(t *testing.T) {
 	}
 }
 
+// A command that outlives SIGKILL does not keep flowctl, which says so and fails.
+func TestRun_CommandThatOutlivesSIGKILLIsLeft(t *testing.T) {
+	t.Parallel()
+	for _, signals := range []int{1, 2} { // the first is for the command, the second stops the pipeline too
+		m := newMachine(t, []map[string]any{comp("a", nil)}, nil)
+		m.readyAll()
+		var sent []os.Signal
+		r := &run{sup: m.supervisor, wrapped: deafCommand(&sent), log: m.log, config: runConfig{stopTimeout: 10 * time.Second}}
+		for i := range signals {
+			r.signalled(syscall.SIGTERM, m.now.Add(time.Duration(i)*time.Second))
+		}
+		r.expireCommand(m.now.Add(10 * time.Second))
+		if want := syscall.SIGKILL; sent[len(sent)-1] != want {
+			t.Errorf("%d signals: the command got %v, want %s last", signals, sent, want)
+		}
+		r.expireCommand(m.now.Add(10*time.Second + killPatience))
+		if want := `the command "deaf" after --: pid 7 is still running 5s after SIGKILL`; r.code != exitFailed || r.err == nil || r.err.Error() != want {
+			t.Errorf("%d signals: code %d, error %v; want 1, %s", signals, r.code, r.err, want)
+		}
+		if !m.stopping || r.wrapped.runs() {
+			t.Errorf("%d signals: the pipeline stops: %t, the command is waited for: %t; want true, false", signals, m.stopping, r.wrapped.runs())
+		}
+	}
+}
+
 // A third signal waits for nothing.
 func TestCommand_ThirdSignalKills(t *testing.T) {
 	t.Parallel()
