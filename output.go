@@ -698,6 +698,8 @@ var controls = regexp.MustCompile(`(\x1b\[[0-9:;]*m)` +
 	`|\x1b[ -/]*[0-~]?` + // all others of ESC
 	`|[\x0e\x0f\x{80}-\x{9f}]`) // SO, SI, C1
 
+var c1 = regexp.MustCompile(`[\x{80}-\x{9f}]`)
+
 // appendSanitized appends lines without what would move the cursor or change the
 // terminal, and ends a colour with the line that left it on.
 func appendSanitized(out, lines []byte) []byte {
@@ -710,9 +712,12 @@ func appendSanitized(out, lines []byte) []byte {
 			continue
 		}
 		line, ended := bytes.CutSuffix(line, []byte("\n"))
-		line = controls.ReplaceAll(line, []byte("$1"))
-		out = append(out, line...)
-		if last := bytes.LastIndexByte(line, '\x1b'); last >= 0 && !bytes.HasPrefix(line[last:], []byte("\x1b[0m")) && !bytes.HasPrefix(line[last:], []byte("\x1b[m")) {
+		kept := controls.ReplaceAll(line, []byte("$1"))
+		if c1.Match(kept) { // of bytes that were apart, and no UTF-8
+			kept = controls.ReplaceAll(bytes.ToValidUTF8(line, []byte("\uFFFD")), []byte("$1"))
+		}
+		out = append(out, kept...)
+		if last := bytes.LastIndexByte(kept, '\x1b'); last >= 0 && !bytes.HasPrefix(kept[last:], []byte("\x1b[0m")) && !bytes.HasPrefix(kept[last:], []byte("\x1b[m")) {
 			out = append(out, "\x1b[0m"...)
 		}
 		if ended {

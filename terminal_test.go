@@ -644,6 +644,8 @@ func TestNoFooter(t *testing.T) {
 	}
 }
 
+// What a component prints keeps its text and its colours on a terminal with a footer, and
+// nothing else.
 func TestSanitize(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ in, want string }{
@@ -666,4 +668,33 @@ func TestSanitize(t *testing.T) {
 			t.Errorf("%q: %q, want %q", tt.in, got, tt.want)
 		}
 	}
+}
+
+// Whatever the bytes are: what is left of control sequences is colours, no colour goes on
+// behind its line, no line is lost, and to do it again changes nothing.
+func FuzzSanitize(f *testing.F) {
+	for _, seed := range []string{"plain\n", "\x1b[31mred\nplain\n", "a\x1b]8;;x\x1b\\b\x1b]8;;\a\n", "a\u009b2Jb\xc2\n", "\x1b\x1b[0m[2J\n", "\x1b[\x1b[1m2J\n", "\xc2\x1b\x9b2J\n"} {
+		f.Add(seed)
+	}
+	colour := regexp.MustCompile(`\x1b\[[0-9:;]*m`)
+	f.Fuzz(func(t *testing.T, in string) {
+		out := string(appendSanitized(nil, []byte(in)))
+		if again := string(appendSanitized(nil, []byte(out))); again != out {
+			t.Errorf("%q becomes %q, and that %q", in, out, again)
+		}
+		if strings.Count(out, "\n") != strings.Count(in, "\n") {
+			t.Errorf("%q has other lines: %q", in, out)
+		}
+		for line := range strings.Lines(out) {
+			colours := colour.FindAllString(line, -1)
+			if n := len(colours); n > 0 && colours[n-1] != "\x1b[0m" && colours[n-1] != "\x1b[m" {
+				t.Errorf("%q: a colour goes on behind %q", in, line)
+			}
+			for _, r := range colour.ReplaceAllString(line, "") {
+				if strings.ContainsRune("\x1b\x0e\x0f", r) || r >= 0x80 && r < 0xa0 {
+					t.Errorf("%q: %q is left in %q", in, r, line)
+				}
+			}
+		}
+	})
 }
