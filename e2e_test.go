@@ -38,8 +38,7 @@ func TestRun_StopsOnSignal(t *testing.T) {
 	}
 }
 
-// A stop that comes while components start is no failure, and to die of the signal
-// is as good as to end by it.
+// A stop while components start is no failure, and a component may die of the stop signal.
 func TestRun_StopBeforeReadyIsNoFailure(t *testing.T) {
 	t.Parallel()
 	p := launch(t, writePipeline(t, actor("ledgers", role{Gate: true}), shell("other", "exec sleep 300")))
@@ -65,7 +64,8 @@ func TestRun_EndsWhenAllHaveCompleted(t *testing.T) {
 	}
 }
 
-// What ends well as soon as it is ready has completed, however many do so at once.
+// A component that ends with 0 as soon as it is ready has completed, even if a hundred do so
+// at once.
 func TestRun_ManyMayCompleteAtOnce(t *testing.T) {
 	t.Parallel()
 	var parts []Component
@@ -107,7 +107,8 @@ func TestRun_FailsWhenAComponentIsKilled(t *testing.T) {
 	p.has(p.stderr, "flowctl: component ledgers failed: killed by signal 9 (killed) (pid ")
 }
 
-// The start timeout is the default of 30 s: what has ended is not waited for.
+// A component that ends before it is ready fails at once: the start timeout of 30 s is not
+// waited for.
 func TestRun_EndBeforeReadyFailsAtOnce(t *testing.T) {
 	t.Parallel()
 	journal := filepath.Join(t.TempDir(), "journal")
@@ -253,7 +254,7 @@ func TestRun_StartTimeoutOfFlagAndFile(t *testing.T) {
 	}
 }
 
-// environ is the environment that component id, which has a role with Environ, got.
+// environ returns the environment that component id printed, by its role's Environ.
 func (p *process) environ(id string) map[string]string {
 	p.tb.Helper()
 	env := make(map[string]string)
@@ -344,8 +345,8 @@ func TestRun_SecondSignalKills(t *testing.T) {
 	p.hasNot(p.stderr, "still running")
 }
 
-// Nothing of a component's process group is left, however the component ends;
-// cleanup looks for it.
+// Nothing of a component's process group is left, however the component ends. The harness
+// fails for processes that are left.
 func TestRun_EndsWholeProcessGroups(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -372,7 +373,7 @@ func TestRun_EndsWholeProcessGroups(t *testing.T) {
 	}
 }
 
-// What a health check leaves behind ends with it too.
+// Processes that a health check leaves behind are ended with it.
 func TestRun_EndsWhatAHealthCheckLeaves(t *testing.T) {
 	t.Parallel()
 	script := writeFile(t, filepath.Join(t.TempDir(), "check"), "sleep 300 &\n")
@@ -382,8 +383,8 @@ func TestRun_EndsWhatAHealthCheckLeaves(t *testing.T) {
 	p.exit(exitOK)
 }
 
-// A process that left the group holds the output of the component after its end:
-// neither the run nor what was written before waits for it.
+// A process that left the group keeps the output of the component open after its end. The run
+// does not wait for it, and shows what was written before.
 func TestRun_DoesNotWaitForDaemons(t *testing.T) {
 	t.Parallel()
 	c := shell("a", `setsid sleep 300 & echo last words; exit 0`)
@@ -407,8 +408,8 @@ func register(tb testing.TB, endpoint, id string) {
 	}
 }
 
-// A component goes stale by its own fault or because it is stopped, and heals by
-// its next heartbeat.
+// A component that falls silent, or that a signal has stopped, is stale until its next
+// heartbeat.
 func TestRun_SilentComponentIsStaleAndHeals(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -467,7 +468,7 @@ func TestRun_ListensOnAUnixSocket(t *testing.T) {
 	}
 }
 
-// A program that knows nothing of flowctl is ready when it runs.
+// A component with "register": false is ready when it runs.
 func TestRun_UnregisteredComponentIsReadyWhenItRuns(t *testing.T) {
 	t.Parallel()
 	reader := actor("reader", role{Dialect: "legacy"})
@@ -479,7 +480,7 @@ func TestRun_UnregisteredComponentIsReadyWhenItRuns(t *testing.T) {
 	p.hasNot(p.stderr, "msg=unhealthy id=a ")
 }
 
-// Such a program is ready only once its health check passes.
+// A component with "register": false and a health check is ready once that passes.
 func TestRun_UnregisteredComponentIsReadyWhenItsCheckPasses(t *testing.T) {
 	t.Parallel()
 	for _, kind := range []string{"http", "tcp", "grpc", "exec"} {
@@ -517,7 +518,7 @@ func TestRun_UnregisteredComponentIsReadyWhenItsCheckPasses(t *testing.T) {
 	}
 }
 
-// The report of a start that came to nothing says what the check said.
+// The report of a component that was not ready in time says why its health check failed.
 func TestRun_ReportSaysWhatTheHealthCheckSaid(t *testing.T) {
 	t.Parallel()
 	c := shell("a", "exec sleep 300")
@@ -617,13 +618,13 @@ var mischief = []string{
 	`exec sleep 0.5`,
 }
 
-// shellSays is what a shell says of a process of its own that a signal has ended.
+// shellSays matches what a shell prints about a child that a signal has ended.
 var shellSays = regexp.MustCompile(`^(Killed|Terminated|Interrupt|Segmentation fault)( \(core dumped\))?$`)
 
-// flood is the line of which components of TestChaos print many.
+// flood is the line that components of TestChaos print again and again.
 const flood = "flood 0123456789 0123456789 0123456789 0123456789 0123456789"
 
-// chaosComponents are one that counts, and others that do mischief.
+// chaosComponents returns a component that counts, and others that do mischief.
 func chaosComponents(t *testing.T, random *rand.Rand, h herd) []Component {
 	counter := shell("counter", `i=0; stop=; trap stop=1 TERM; while [ -z "$stop" ]; do i=$((i+1)); echo "count $i"; done; echo "total $i"`)
 	components := []Component{counter}
@@ -652,9 +653,9 @@ func chaosComponents(t *testing.T, random *rand.Rand, h herd) []Component {
 	return components
 }
 
-// Components crash, hang, ignore signals, flood, fork and make daemons at random, and
-// something kills and stops what it meets, the guard too. One component counts, and
-// none of its lines is missing.
+// Components crash, hang, ignore signals, flood, fork and make daemons at random, and random
+// processes of theirs and the guard get signals. One component counts: none of its lines is
+// missing.
 func TestChaos(t *testing.T) {
 	t.Parallel()
 	length := 5 * time.Second
@@ -718,7 +719,7 @@ func TestChaos(t *testing.T) {
 	t.Logf("%d lines counted, %d bytes in all, %d deeds, %d starts", lines, y.total(), deeds, strings.Count(p.stderr.String(), "msg=started"))
 }
 
-// Why a component cannot be started is told with its id and the path.
+// The report says why a component cannot be started, with its id and the path.
 func TestRun_SaysWhyAProgramCannotRun(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

@@ -892,3 +892,9 @@ func textSchema(rule string) map[string]any {
 	}
 	return out
 }
+
+// fromStandardInput tells whether the pipeline file cannot be read a second time.
+func fromStandardInput(file string) bool {
+	info, err := os.Stat(file)
+	return err == nil && !info.Mode().IsRegular()
+}

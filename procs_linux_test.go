@@ -66,8 +66,8 @@ func TestRun_StopsInDataOrder(t *testing.T) {
 	inOrder(t, got, "term b", "stop b", "term processor")
 }
 
-// The source ignores SIGTERM. What reads from it is not kept waiting for ever, and
-// gets its own time to end.
+// The source ignores SIGTERM. Its reader is stopped after half the source's stop timeout, and
+// has a stop timeout of its own.
 func TestRun_KillsWhatIgnoresItsStopSignal(t *testing.T) {
 	t.Parallel()
 	journal := filepath.Join(t.TempDir(), "journal")
@@ -81,8 +81,8 @@ func TestRun_KillsWhatIgnoresItsStopSignal(t *testing.T) {
 	p.hasNot(p.stderr, "SIGKILL\" component=sink", "failed")
 }
 
-// The source ends only when its reader has gone, as some gRPC servers do: it gets
-// its chance within its own stop timeout.
+// The source ends only when its reader has gone, as some gRPC servers do. The reader is stopped
+// early enough for the source to end within its stop timeout.
 func TestRun_SourceThatWaitsForItsReaderCanEnd(t *testing.T) {
 	t.Parallel()
 	socket := filepath.Join(shortDir(t), "data")
@@ -111,8 +111,8 @@ func TestRun_SendsTheStopSignalOfTheFile(t *testing.T) {
 	p.has(p.stdout, "a | got INT\n")
 }
 
-// What was ready once and is not ready now holds up what has not started yet, until it
-// is ready again or the run has failed by it.
+// A component that was ready and is not ready now keeps its readers from starting, until it is
+// ready again or the run has failed.
 func TestRun_WaitsForWhatIsReadyNow(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -194,7 +194,7 @@ func TestRestart_ByPolicy(t *testing.T) {
 	}
 }
 
-// What an earlier process registered does not make the next one ready.
+// The registration of an earlier process does not make the next one ready.
 func TestRestart_HasToRegisterAgain(t *testing.T) {
 	t.Parallel()
 	c := actor("a", role{Dialect: "legacy", Gate: true, OnUSR1: "exit", Code: 1})
@@ -226,8 +226,8 @@ func TestRestart_HasToRegisterAgain(t *testing.T) {
 	}
 }
 
-// A program that is being replaced when its component is to be started again is tried
-// again.
+// If the program is missing when its component is to be started again, flowctl tries again
+// later.
 func TestRestart_ProgramThatIsBeingReplacedIsTriedAgain(t *testing.T) {
 	t.Parallel()
 	program := filepath.Join(t.TempDir(), "program")
@@ -272,8 +272,8 @@ func TestRestart_EndsWithAStop(t *testing.T) {
 	}
 }
 
-// A component that always fails is started less and less often, which is seen; a stop
-// finds it in its pause and is over at once.
+// The pauses between restarts of a component that always fails grow. A stop does not wait for
+// the end of a pause.
 func TestRestart_PausesGrowAndEndWithAStop(t *testing.T) {
 	t.Parallel()
 	h := newHerd()
@@ -309,7 +309,7 @@ func TestRestart_PausesGrowAndEndWithAStop(t *testing.T) {
 	}
 }
 
-// What reads from a component that is restarted goes on, and can see how that is.
+// The reader of a component that is restarted goes on.
 func TestRestart_ReadersGoOn(t *testing.T) {
 	t.Parallel()
 	a := actor("a", role{Dialect: "legacy", OnUSR1: "exit", Code: 1})

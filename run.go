@@ -842,9 +842,3 @@ func catchSignals() <-chan os.Signal {
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	return signals
 }
-
-// fromStandardInput tells whether the pipeline file cannot be read a second time.
-func fromStandardInput(file string) bool {
-	info, err := os.Stat(file)
-	return err == nil && !info.Mode().IsRegular()
-}

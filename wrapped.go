@@ -1,5 +1,7 @@
 package main
 
+// The command after --: its start, its signals and its end.
+
 import (
 	"fmt"
 	"log/slog"
