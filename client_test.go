@@ -308,7 +308,7 @@ func TestWatchDurability(t *testing.T) {
 func TestWatchEnds(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	run := start(t, runOf(sleeper(t)), runsIn(dir))
+	run := start(t, runArgs(sleeper(t)), runsIn(dir))
 	server := start(t, []string{"server", "-no-persistence", "-control-plane-port", "0"}, runsIn(dir))
 	run.waitReady()
 	server.endpoint()
@@ -440,7 +440,7 @@ func TestWatchScreenOfSeveral(t *testing.T) {
 	nobody.restored()
 
 	dir := t.TempDir()
-	run := start(t, runOf(sleeper(t)), runsIn(dir))
+	run := start(t, runArgs(sleeper(t)), runsIn(dir))
 	server := start(t, []string{"server", "-no-persistence", "-control-plane-port", "0"}, runsIn(dir))
 	run.waitReady()
 	server.endpoint()
@@ -593,7 +593,7 @@ func (latePlane) ListServices(context.Context, *emptypb.Empty) (*flowctlpb.Servi
 // TestListTime is how long list takes, from its start to its end, on a pipeline of
 // three components.
 func TestListTime(t *testing.T) {
-	p := start(t, runArgs(writePipeline(t, actor("a", role{Dialect: "legacy"}), actor("b", role{Dialect: "v1"}), actor("c", role{Dialect: "legacy"}))), withBinary(plainBinary(t)))
+	p := start(t, runArgs(writePipeline(t, actor("a", role{Dialect: "legacy"}), actor("b", role{Dialect: "v1"}), actor("c", role{Dialect: "legacy"}))), withBinary(plainFlowctl()))
 	p.waitReady()
 	best := time.Hour
 	for range 10 {

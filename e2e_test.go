@@ -807,7 +807,7 @@ func TestRun_SaysThatProcessesRunOut(t *testing.T) {
 		components = append(components, Component{ID: fmt.Sprint("c", i), Command: []string{"sleep", string(h)}, Register: new(false)})
 	}
 	uid := 300_000 + int(herds.Load())<<16 + os.Getpid() // the threads of all its processes count
-	p := start(t, runArgs(publicPipeline(t, components...)), withBinary(plain()), limited("-u 80 2>/dev/null || ulimit -p 80"), asNobody(uid))
+	p := start(t, runArgs(publicPipeline(t, components...)), withBinary(plainFlowctl()), limited("-u 80 2>/dev/null || ulimit -p 80"), asNobody(uid))
 	p.exit(exitFailed)
 	h.gone(p, 0)
 	p.has(p.stderr, "flowctl: component c", ` failed: cannot run "sleep": the limit of processes is reached (ulimit -u, or TasksMax= of a unit)`)

@@ -369,7 +369,7 @@ func (row errorRow) checkJSON(t *testing.T, p *process, dir string) {
 }
 
 // The form of errors is known from the command line, however wrong it is.
-func TestErrorsInJSON(t *testing.T) {
+func TestErrors_FormIsKnownFromAWrongCommandLine(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		args string
@@ -392,7 +392,7 @@ func TestErrorsInJSON(t *testing.T) {
 }
 
 // On a terminal a pipeline that is ready says once what to type in another.
-func TestCommandsOnATerminal(t *testing.T) {
+func TestRun_TellsCommandsOnATerminalOnce(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("script"); err != nil {
 		t.Skip("no script(1) here, which makes a terminal")
@@ -421,7 +421,7 @@ func TestCommandsOnATerminal(t *testing.T) {
 }
 
 // However many fail: each is named, and the report is whole.
-func TestErrorsOfMany(t *testing.T) {
+func TestErrors_EachOfManyFailuresIsNamed(t *testing.T) {
 	t.Parallel()
 	const many = 60
 	var components []Component

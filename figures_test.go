@@ -461,7 +461,7 @@ func processorTime(tb testing.TB, pid int) time.Duration {
 // BenchmarkThroughput is how fast lines of four components come through flowctl into
 // a file, none lost and none torn, and in turn what cat does with the same: the floor.
 func BenchmarkThroughput(b *testing.B) {
-	flowctl := plain()
+	flowctl := plainFlowctl()
 	for _, bb := range []struct {
 		name         string
 		lines, width int
@@ -713,7 +713,7 @@ func TestScale(t *testing.T) {
 		t.Parallel()
 	}
 	file := filepath.Join(t.TempDir(), "state.json")
-	p, endpoint := startAlone(t, []string{"-db-path", file}, withBinary(plainBinary(t)))
+	p, endpoint := startAlone(t, []string{"-db-path", file}, withBinary(plainFlowctl()))
 	pid := p.cmd.Process.Pid
 	begun := time.Now()
 	registerAll(t, endpoint, services, 100)

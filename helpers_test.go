@@ -3,25 +3,19 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
 	"net"
-	"net/http"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -32,63 +26,18 @@ import (
 	"testing"
 	"time"
 	"unsafe"
-
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/health"
-	healthpb "google.golang.org/grpc/health/grpc_health_v1"
-
-	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
-
-	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
 )
 
-// The tests of this file run the built program and look at it from outside: its
-// exit code, its two outputs, its control plane and its processes. The components
-// are this test binary, told by roleVar what to be.
+// What tests share: they run the built program and look at it from outside, at its exit
+// code, its two outputs, its control plane and its processes. Components are roles of this
+// test binary (roles_test.go), or scripts.
 const (
-	roleVar   = "TEST_COMPONENT_ROLE"  // a role as JSON
-	markVar   = "TEST_FLOWCTL_MARK"    // tells the processes of one flowctl from all others
-	binaryVar = "TEST_FLOWCTL_BINARY"  // the built flowctl, for a test that runs again in ownNetwork
-	lonelyVar = "TEST_FLOWCTL_NETWORK" // the test that runs in a network of its own
+	markVar    = "TEST_FLOWCTL_MARK"    // tells the processes of one flowctl from all others
+	binaryVar  = "TEST_FLOWCTL_BINARY"  // the built flowctl, for a test that runs again in ownNetwork
+	networkVar = "TEST_FLOWCTL_NETWORK" // the test that runs in a network of its own
 
 	patience = 30 * time.Second // for what should come within milliseconds, on a loaded machine
 )
-
-func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && os.Args[1] == "guard" {
-		main() // started by a supervisor of this process
-	}
-	if err := becomeSubreaper(); err != nil {
-		panic(err)
-	}
-	if text, ok := os.LookupEnv(roleVar); ok {
-		var r role
-		if err := json.Unmarshal([]byte(text), &r); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(2)
-		}
-		os.Exit(r.play())
-	}
-	// Not those of the machine, for a flowctl that is told of no other.
-	os.Unsetenv("RUNTIME_DIRECTORY")
-	os.Setenv("XDG_RUNTIME_DIR", buildFolder())
-	// A signal that this program was started to ignore, as in the background of a
-	// script, would stay ignored in flowctl. One that is caught does not.
-	for _, sig := range []os.Signal{syscall.SIGINT, syscall.SIGHUP} {
-		if signal.Ignored(sig) {
-			signal.Notify(make(chan os.Signal, 1), sig)
-		}
-	}
-	// Most of these tests wait for others most of the time.
-	flag.Parse()
-	parallel := flag.Lookup("test.parallel").Value
-	if parallel.String() == strconv.Itoa(runtime.GOMAXPROCS(0)) {
-		_ = parallel.Set(strconv.Itoa(3 * runtime.GOMAXPROCS(0)))
-	}
-	code := m.Run()
-	os.RemoveAll(buildFolder())
-	os.Exit(code)
-}
 
 var buildFolder = sync.OnceValue(func() string {
 	folder, err := os.MkdirTemp("", "flowctl-test-")
@@ -135,329 +84,6 @@ func flowctlProgram(tb testing.TB) string {
 func raceEnabled() bool {
 	info, ok := debug.ReadBuildInfo()
 	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
-}
-
-// A role is what a component does. It says on its output what it has come to, so
-// that a test can wait for it: "waiting" for SIGUSR2, "registered", and what
-// SIGUSR1 and SIGUSR2 have changed.
-type role struct {
-	Dialect   string `json:",omitempty"` // "legacy" or "v1"; without one it does not register
-	Anonymous bool   `json:",omitempty"` // it sends no id
-	Nameless  bool   `json:",omitempty"` // it sends nothing to know it by, and cannot register unless it is known
-	Alias     string `json:",omitempty"` // it registers as this service
-	Gate      bool   `json:",omitempty"` // before it registers or passes a check, it waits for SIGUSR2
-	Mute      bool   `json:",omitempty"` // it never heartbeats
-	Hidden    bool   `json:",omitempty"` // only root can look into it
-	OnUSR1    string `json:",omitempty"` // "exit", "mute", "unhealthy", "fail" its checks; SIGUSR2 undoes it
-	End       string `json:",omitempty"` // ends with Code: "early", before it registers, or "registered"
-	Starts    int    `json:",omitempty"` // so many first starts End so, 0 for all; needs a Journal
-	Code      int    `json:",omitempty"`
-	Out, Err  []byte `json:",omitempty"` // printed first
-	Long      int    `json:",omitempty"` // after Err, so often longPiece in one line, and a line without its end
-	Flood     int    `json:",omitempty"` // numbered lines to print
-	Environ   bool   `json:",omitempty"` // print the environment
-	Deaf      bool   `json:",omitempty"` // ignore SIGTERM
-	Serve     string `json:",omitempty"` // unix socket; after SIGTERM it lives until its one client has gone
-	Dial      string `json:",omitempty"` // unix socket to connect to
-	Check     string `json:",omitempty"` // "http", "tcp" or "grpc": serve health checks on HEALTH_PORT
-	Journal   string `json:",omitempty"` // file for a line at start, SIGTERM and end
-	Floor     bool   `json:",omitempty"` // it is no component: it serves the floor until SIGTERM
-}
-
-const longPiece = "0123456789abcdef"
-
-func (r role) id() string { return os.Getenv("FLOWCTL_COMPONENT_ID") }
-
-// play is main for a component. It returns the exit code.
-func (r role) play() int {
-	signals := make(chan os.Signal, 16)
-	signal.Notify(signals, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGUSR2)
-	if r.Floor {
-		server, endpoint, err := serveFloor()
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		fmt.Fprintf(os.Stderr, "msg=listening endpoint=%s\n", endpoint) // as flowctl logs it
-		<-signals
-		server.Stop()
-		return 0
-	}
-	r.note("start")
-	if r.Hidden {
-		_, _, _ = syscall.RawSyscall(syscall.SYS_PRCTL, syscall.PR_SET_DUMPABLE, 0, 0)
-	}
-	os.Stdout.Write(r.Out)
-	os.Stderr.Write(r.Err)
-	if r.Long > 0 {
-		fmt.Fprint(os.Stderr, strings.Repeat(longPiece, r.Long), "\nno newline")
-	}
-	r.flood()
-	if r.Environ {
-		for _, entry := range os.Environ() {
-			fmt.Printf("env %q\n", entry)
-		}
-	}
-	served := r.stream()
-	check := r.serveCheck()
-	if r.Gate {
-		fmt.Println("waiting")
-		r.note("gate")
-		for sig := range signals {
-			if sig == syscall.SIGTERM && !r.Deaf {
-				return r.end()
-			}
-			if sig == syscall.SIGUSR2 {
-				break
-			}
-		}
-	}
-	if r.ends("early") {
-		return r.Code
-	}
-	check.set(true)
-	alive := func(flowctlv1.HealthStatus) {}
-	if r.Dialect != "" {
-		var err error
-		if alive, err = r.register(); err != nil {
-			fmt.Fprintln(os.Stderr, "cannot register:", err)
-			return 99
-		}
-		fmt.Println("registered")
-	}
-	if r.ends("registered") {
-		return r.Code
-	}
-	return r.live(signals, served, check, alive)
-}
-
-// live is the life of a component that is up.
-func (r role) live(signals <-chan os.Signal, served <-chan struct{}, check *checkServer, alive func(flowctlv1.HealthStatus)) int {
-	interval, err := time.ParseDuration(os.Getenv("FLOWCTL_HEARTBEAT_INTERVAL"))
-	if err != nil {
-		interval = time.Hour
-	}
-	ticker := time.NewTicker(interval)
-	mute := r.Mute
-	for {
-		select {
-		case <-ticker.C:
-			if !mute {
-				alive(flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN)
-			}
-		case sig := <-signals:
-			switch {
-			case sig == syscall.SIGUSR2:
-				mute = r.Mute
-				check.set(true)
-				alive(flowctlv1.HealthStatus_HEALTH_STATUS_HEALTHY)
-				fmt.Println("resumed")
-			case sig == syscall.SIGTERM && r.Deaf:
-				r.note("term")
-				fmt.Println("deaf")
-			case sig == syscall.SIGTERM:
-				r.note("term")
-				<-served
-				return r.end()
-			case r.OnUSR1 == "exit":
-				return r.Code
-			case r.OnUSR1 == "mute":
-				mute = true
-			case r.OnUSR1 == "unhealthy":
-				alive(flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY)
-			case r.OnUSR1 == "fail":
-				check.set(false)
-			}
-		}
-	}
-}
-
-func (r role) end() int {
-	r.note("stop")
-	return 0
-}
-
-// note appends a line to the journal, which is in the order of what happened.
-func (r role) note(what string) {
-	if r.Journal == "" {
-		return
-	}
-	f, err := os.OpenFile(r.Journal, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
-	if err != nil {
-		panic(err)
-	}
-	fmt.Fprintf(f, "%s %s\n", what, r.id())
-	f.Close()
-}
-
-// ends tells whether this start is to end at the point that when names.
-func (r role) ends(when string) bool {
-	if r.End != when {
-		return false
-	}
-	if r.Starts == 0 {
-		return true
-	}
-	data, _ := os.ReadFile(r.Journal)
-	starts := 0
-	for line := range strings.Lines(string(data)) {
-		if line == "start "+r.id()+"\n" {
-			starts++
-		}
-	}
-	return starts <= r.Starts
-}
-
-func (r role) flood() {
-	out := bufio.NewWriter(os.Stdout)
-	for i := range r.Flood {
-		fmt.Fprintf(out, "line %d of %s %s\n", i, r.id(), strings.Repeat("x", i%200))
-	}
-	out.Flush()
-}
-
-// stream opens the data stream to another component. The channel is closed when
-// nobody reads from this one.
-func (r role) stream() <-chan struct{} {
-	gone := make(chan struct{})
-	if r.Dial != "" {
-		if _, err := net.Dial("unix", r.Dial); err != nil {
-			panic(err)
-		}
-	}
-	if r.Serve == "" {
-		close(gone)
-		return gone
-	}
-	lis, err := net.Listen("unix", r.Serve)
-	if err != nil {
-		panic(err)
-	}
-	go func() {
-		conn, err := lis.Accept()
-		if err == nil {
-			_, _ = io.Copy(io.Discard, conn)
-		}
-		close(gone)
-	}()
-	return gone
-}
-
-func (r role) serveCheck() *checkServer {
-	address := net.JoinHostPort("127.0.0.1", os.Getenv("HEALTH_PORT"))
-	listen := func() net.Listener {
-		lis, err := net.Listen("tcp", address)
-		if err != nil {
-			panic(err)
-		}
-		return lis
-	}
-	var passes atomic.Bool
-	switch r.Check {
-	case "http":
-		go http.Serve(listen(), http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-			fmt.Println("probed")
-			if !passes.Load() {
-				w.WriteHeader(http.StatusServiceUnavailable)
-			}
-		}))
-		return &checkServer{passes.Store}
-	case "tcp":
-		var lis net.Listener
-		return &checkServer{func(pass bool) {
-			if pass && lis == nil {
-				lis = listen()
-			} else if !pass && lis != nil {
-				lis.Close()
-				lis = nil
-			}
-		}}
-	case "grpc":
-		state := health.NewServer()
-		server := grpc.NewServer()
-		healthpb.RegisterHealthServer(server, state)
-		set := func(pass bool) {
-			state.SetServingStatus("data", map[bool]healthpb.HealthCheckResponse_ServingStatus{
-				true: healthpb.HealthCheckResponse_SERVING, false: healthpb.HealthCheckResponse_NOT_SERVING,
-			}[pass])
-		}
-		set(false)
-		go server.Serve(listen())
-		return &checkServer{set}
-	}
-	return &checkServer{func(bool) {}}
-}
-
-// register registers by r's dialect and returns what sends a heartbeat.
-func (r role) register() (func(flowctlv1.HealthStatus), error) {
-	creds, err := componentCredentials()
-	if err != nil {
-		return nil, err
-	}
-	conn, err := grpc.NewClient(os.Getenv("FLOWCTL_ENDPOINT"), grpc.WithTransportCredentials(creds), grpc.WithNoProxy())
-	if err != nil {
-		return nil, err
-	}
-	told := func(info map[string]string) {
-		if r.Environ {
-			fmt.Println("control plane", info["control_plane_endpoint"])
-		}
-	}
-	id := r.id()
-	if r.Alias != "" {
-		id = r.Alias
-	}
-	endpoint := os.Getenv("HEALTH_ENDPOINT")
-	if r.Anonymous {
-		id, endpoint = "", "http://localhost:"+os.Getenv("HEALTH_PORT")+"/health"
-	}
-	if r.Nameless {
-		id, endpoint = "", ""
-	}
-	known := func(id string, err error) error {
-		if r.Nameless && err == nil && id != r.id() {
-			return fmt.Errorf("it is taken for %q", id)
-		}
-		return err
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	if r.Dialect == "v1" {
-		client := flowctlv1.NewControlPlaneServiceClient(conn)
-		ack, err := client.RegisterComponent(ctx, &flowctlv1.RegisterRequest{Component: &flowctlv1.ComponentInfo{Id: id, Endpoint: endpoint}})
-		told(ack.GetConnectionInfo())
-		return func(status flowctlv1.HealthStatus) {
-			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-			defer cancel()
-			_, _ = client.Heartbeat(ctx, &flowctlv1.HeartbeatRequest{ServiceId: ack.GetServiceId(), Status: status, Metrics: map[string]string{"lag": "3"}})
-		}, known(ack.GetServiceId(), err)
-	}
-	client := flowctlpb.NewControlPlaneClient(conn)
-	ack, err := client.Register(ctx, &flowctlpb.ServiceInfo{ServiceId: id, HealthEndpoint: endpoint})
-	told(ack.GetConnectionInfo())
-	return func(flowctlv1.HealthStatus) {
-		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
-		defer cancel()
-		_, _ = client.Heartbeat(ctx, &flowctlpb.ServiceHeartbeat{ServiceId: ack.GetServiceId(), Metrics: map[string]float64{"records": 7}})
-	}, known(ack.GetServiceId(), err)
-}
-
-// checkServer is what a health_check asks. It fails until it is set to pass.
-type checkServer struct {
-	set func(pass bool)
-}
-
-// actor returns a component that plays r. The caller sets what else it is to have.
-func actor(id string, r role) Component {
-	program, err := os.Executable()
-	if err != nil {
-		panic(err)
-	}
-	text, err := json.Marshal(r)
-	if err != nil {
-		panic(err)
-	}
-	return Component{ID: id, Command: []string{program}, Env: map[string]string{roleVar: string(text)}}
 }
 
 // shell returns a component that runs a script and knows nothing of flowctl.
@@ -774,7 +400,7 @@ func (p *process) checkExtensions() {
 // awaitGuard gives the guard of a flowctl that was killed the time that it has to end;
 // that it has ended is checked at the end of each test.
 func (p *process) awaitGuard() {
-	for deadline := time.Now().Add(afterlife()); len(marked(p.mark)) > 0 && time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(killGrace()); len(marked(p.mark)) > 0 && time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 	}
 }
 
@@ -903,7 +529,7 @@ func shortDir(tb testing.TB) string {
 // port is taken, and returns true there.
 func ownNetwork(t *testing.T) bool {
 	t.Helper()
-	if os.Getenv(lonelyVar) == t.Name() {
+	if os.Getenv(networkVar) == t.Name() {
 		raiseLoopback(t)
 		return true
 	}
@@ -912,7 +538,7 @@ func ownNetwork(t *testing.T) bool {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(program, "-test.run=^"+regexp.QuoteMeta(t.Name())+"$", "-test.v")
-	cmd.Env = append(os.Environ(), lonelyVar+"="+t.Name(), binaryVar+"="+flowctlProgram(t))
+	cmd.Env = append(os.Environ(), networkVar+"="+t.Name(), binaryVar+"="+flowctlProgram(t))
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET,
 		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}},
@@ -946,9 +572,9 @@ func raiseLoopback(t *testing.T) {
 	}
 }
 
-// afterlife is how long the processes of a run may outlive a flowctl that was killed,
+// killGrace is how long the processes of a run may outlive a flowctl that was killed,
 // and twice that with the race detector, which makes the guard several times slower.
-var afterlife = sync.OnceValue(func() time.Duration {
+var killGrace = sync.OnceValue(func() time.Duration {
 	if raceEnabled() {
 		return 4 * time.Second
 	}
@@ -1044,13 +670,13 @@ func (h herd) end(p *process, sig syscall.Signal) {
 	line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 	guard := handle(p.tb, pid)
 	p.signal(sig)
-	within := afterlife()
+	within := killGrace()
 	if sig != syscall.SIGKILL {
 		p.exit(exitOK)
 		within = 0
 	}
 	h.gone(p, within)
-	if _, ok := ends(p.tb, afterlife(), guard); !ok {
+	if _, ok := ends(p.tb, killGrace(), guard); !ok {
 		p.tb.Errorf("the guard outlives flowctl\n%s", p)
 	}
 	for arg := range strings.SplitSeq(string(line), "\x00") {
@@ -1154,8 +780,8 @@ func ends(tb testing.TB, within time.Duration, fds ...int) ([]time.Time, bool) {
 	return times, true
 }
 
-// plain returns flowctl without the race detector, for what is measured.
-var plain = sync.OnceValue(func() string {
+// plainFlowctl returns flowctl without the race detector, for what is measured.
+var plainFlowctl = sync.OnceValue(func() string {
 	file := filepath.Join(buildFolder(), "flowctl-plain")
 	if out, err := exec.Command("go", "build", "-o", file, ".").CombinedOutput(); err != nil {
 		panic(fmt.Sprintf("go build: %v\n%s", err, out))
@@ -1189,69 +815,9 @@ func memory(tb testing.TB, pid int, key string) int {
 	return n << 10
 }
 
-var endings = []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGKILL}
-
 // daemons are a script that starts two daemons as daemon(3) would make them, which
 // ignore what they can.
 const daemons = `setsid sh -c 'trap "" TERM INT HUP; cd /; exec 0<&- 1>&- 2>&-; sleep T & sleep T &'`
-
-// oddVar makes this test binary one of these components.
-const oddVar = "TEST_COMPONENT_ODDITY"
-
-func init() {
-	kind, arg, _ := strings.Cut(os.Getenv(oddVar), " ")
-	switch kind {
-	case "headless":
-		// A process whose main thread has ended: ps shows a zombie, and it lives. It
-		// holds the FIFO arg.
-		ready := make(chan bool)
-		go func() {
-			signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
-			if f, err := os.OpenFile(arg, os.O_WRONLY, 0); err == nil {
-				close(ready)
-				fmt.Println("headless")
-				time.Sleep(time.Hour)
-				f.Close()
-			}
-		}()
-		<-ready
-		_, _, _ = syscall.Syscall(syscall.SYS_EXIT, 0, 0, 0)
-	case "hoard":
-		// It leaves arg bytes of lines in its pipe.
-		size, _ := strconv.Atoi(arg)
-		if _, _, errno := syscall.Syscall(syscall.SYS_FCNTL, 1, 1031 /* F_SETPIPE_SZ */, uintptr(size)); errno != 0 {
-			fmt.Fprintln(os.Stderr, "F_SETPIPE_SZ:", errno)
-			os.Exit(77)
-		}
-		var lines []byte
-		for i := 0; len(lines) < size; i++ {
-			lines = fmt.Appendf(lines, "line %09d\n", i)
-		}
-		os.Stdout.Write(lines)
-		os.Exit(0)
-	}
-}
-
-func odd(id, what string) Component {
-	program, err := os.Executable()
-	if err != nil {
-		panic(err)
-	}
-	return Component{ID: id, Command: []string{program}, Env: map[string]string{oddVar: what}, Register: new(false)}
-}
-
-// processesNamed returns the processes, zombies too, that have this name in the kernel.
-func processesNamed(name string) []int {
-	var pids []int
-	comms, _ := filepath.Glob("/proc/[0-9]*/comm")
-	for _, file := range comms {
-		if text, _ := os.ReadFile(file); strings.TrimSpace(string(text)) == name {
-			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(file)))
-			pids = append(pids, pid)
-		}
-	}
-	return pids
-}
 
 // asNobody runs flowctl as a user without rights, with a run folder of its own: one
 // that is another user's would not be used, but one that all runs of this user share.
@@ -1319,16 +885,6 @@ func memoryGrew(t *testing.T, p *process, before int, most float64) {
 	}
 }
 
-// rewrite replaces the pipeline file of a run by one with other components.
-func rewrite(tb testing.TB, file string, components ...Component) {
-	tb.Helper()
-	data, err := os.ReadFile(writePipeline(tb, components...))
-	if err != nil {
-		tb.Fatal(err)
-	}
-	writeFile(tb, file, string(data))
-}
-
 // listed returns the components of the one pipeline at endpoint, by id, and their ids
 // in order.
 func listed(tb testing.TB, endpoint string) (map[string]listedComponent, []string) {
@@ -1346,75 +902,11 @@ func listed(tb testing.TB, endpoint string) (map[string]listedComponent, []strin
 	return byID, ids
 }
 
-// gone is the health of what is not registered.
-const gone = "gone"
-
-// quickDir is a folder in memory, where there is one: a write takes no time there, and
-// a process that is killed loses neither more nor less.
-func quickDir(t testing.TB) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("/dev/shm", "flowctl-test-")
-	if err != nil {
-		return t.TempDir()
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
-}
-
-// actorRole is the value of roleVar for r.
-func actorRole(tb testing.TB, r role) string {
-	tb.Helper()
-	return actor("", r).Env[roleVar]
-}
-
-// publicProgram is this test's program, where every user can run it.
-func publicProgram(tb testing.TB) string {
-	tb.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		tb.Fatal(err)
-	}
-	data, err := os.ReadFile(self)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	program := writeFile(tb, filepath.Join(publicDir(tb), "actor"), string(data))
-	if err := os.Chmod(program, 0o755); err != nil {
-		tb.Fatal(err)
-	}
-	return program
-}
-
-// smallDisk is a disk of this size and how it is mounted.
-func smallDisk(t testing.TB, flags uintptr, size string) string {
-	t.Helper()
-	disk := filepath.Join(t.TempDir(), "disk")
-	if err := os.Mkdir(disk, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := syscall.Mount("tmpfs", disk, "tmpfs", flags, "size="+size); err != nil {
-		t.Skip("this system does not let us mount a small disk: ", err)
-	}
-	t.Cleanup(func() { _ = syscall.Unmount(disk, syscall.MNT_DETACH) })
-	return disk
-}
-
 // mib is a number of bytes in MiB.
 func mib(n int) float64 { return float64(n) / (1 << 20) }
 
-// plainBinary returns flowctl as users have it, without the race detector.
-func plainBinary(tb testing.TB) string {
-	tb.Helper()
-	if !raceEnabled() {
-		return flowctlProgram(tb)
-	}
-	return build(tb, "flowctl-plain", ".")
-}
-
 // runsIn makes flowctl keep its run file in the folder flowctl of dir.
 func runsIn(dir string) option { return withEnv("XDG_RUNTIME_DIR=" + dir) }
-
-func runOf(file string) []string { return []string{"run", file, "-control-plane-port", "0"} }
 
 // sleeper is a pipeline that runs until it is stopped.
 func sleeper(t *testing.T) string { return writePipeline(t, shell("a", "exec sleep 300")) }
@@ -1449,18 +941,6 @@ func (r *recorder) text(key string) string {
 	defer r.mu.Unlock()
 	return string(r.got[key])
 }
-
-// waitForText waits until the recorder has text. It polls: the pump tells nobody.
-func waitForText(t testing.TB, rec *recorder, key, text string) {
-	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !strings.Contains(rec.text(key), text); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%s has %q, want %q in it", key, rec.text(key), text)
-		}
-	}
-}
-
-const forever = "exec sleep 1000"
 
 // sh is a component that runs a shell script and does not register.
 func sh(id, script string, more map[string]any) map[string]any {

@@ -480,3 +480,21 @@ func TestRegister_ForeignPIDNamespaceIsRefused(t *testing.T) {
 	}
 	p.stop()
 }
+
+// publicProgram is this test's program, where every user can run it.
+func publicProgram(tb testing.TB) string {
+	tb.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	data, err := os.ReadFile(self)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	program := writeFile(tb, filepath.Join(publicDir(tb), "actor"), string(data))
+	if err := os.Chmod(program, 0o755); err != nil {
+		tb.Fatal(err)
+	}
+	return program
+}

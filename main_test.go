@@ -31,7 +31,7 @@ func TestCheckAndVersion(t *testing.T) {
 	}
 }
 
-func TestHelpTexts(t *testing.T) {
+func TestHelp_Texts(t *testing.T) {
 	t.Parallel()
 	const overview = `flowctl runs a data pipeline: its programs, and their control plane.
 
@@ -101,7 +101,7 @@ Flags:
 }
 
 // Every example that help shows works as it stands.
-func TestHelpExamples(t *testing.T) {
+func TestHelp_ExamplesWork(t *testing.T) {
 	t.Parallel()
 	if !ownNetwork(t) {
 		return
@@ -144,7 +144,7 @@ func TestHelpExamples(t *testing.T) {
 	pipeline.stop()
 }
 
-func TestServerCommand(t *testing.T) {
+func TestServer_TellsChangesAndSystemd(t *testing.T) {
 	t.Parallel()
 	p := start(t, []string{"server", "-control-plane-port", "0", "-heartbeat-ttl", "300ms"}, notifySocket(t, filepath.Join(shortDir(t), "notify")))
 	endpoint := p.endpoint()
@@ -159,7 +159,7 @@ func TestServerCommand(t *testing.T) {
 	p.wait(p.notified, "STOPPING=1", 1)
 }
 
-func TestCheckWarnings(t *testing.T) {
+func TestCheck_Warnings(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	text := writeFile(t, filepath.Join(dir, "notes"), "not a program\n")
@@ -258,7 +258,7 @@ func TestCheckWarnings(t *testing.T) {
 	}
 }
 
-func TestCheckJSONOfAWrongFile(t *testing.T) {
+func TestCheck_JSONOfAWrongFile(t *testing.T) {
 	t.Parallel()
 	file := writeFile(t, filepath.Join(t.TempDir(), "p.json"), "{\n  \"kind\": \"Pipelin\"\n}")
 	for _, name := range []string{file, file + ".nothing"} {
@@ -274,7 +274,7 @@ func TestCheckJSONOfAWrongFile(t *testing.T) {
 }
 
 // The schema knows every field of the model, by the rules that reading has.
-func TestSchema(t *testing.T) {
+func TestSchema_KnowsEveryField(t *testing.T) {
 	t.Parallel()
 	code, out, stderr := call(t, "check", "-schema")
 	var schema struct {

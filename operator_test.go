@@ -177,7 +177,7 @@ func TestFollowersThatDoNotRead(t *testing.T) {
 	} else {
 		t.Parallel()
 	}
-	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
+	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
 	c := dialPlane(t, endpoint)
 	const services = 500
 	text := strings.Repeat("x", 1000) // so that a snapshot is more than what lies on the way
@@ -219,7 +219,7 @@ func TestFollowersThatDoNotRead(t *testing.T) {
 
 func TestTooManyFollowers(t *testing.T) {
 	t.Parallel()
-	_, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
+	_, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
 	check := neighbour(t, endpoint)
 	var c planeClient
 	watch := func() (context.CancelFunc, error) {
@@ -283,7 +283,7 @@ func watchRaw(ctx context.Context, conn *grpc.ClientConn, method string, data []
 // keeps nobody else from theirs.
 func TestListsThatAreAbandoned(t *testing.T) {
 	t.Parallel()
-	_, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
+	_, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
 	c, other := dialPlane(t, endpoint), dialPlane(t, endpoint, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer)))
 	for i := range 20 {
 		c.mustRegister(t, "v1", large(fmt.Sprint("large-", i), 1<<19))
@@ -301,7 +301,7 @@ func TestListsThatAreAbandoned(t *testing.T) {
 // Lists are answered again when those who have not read theirs are gone.
 func TestListAfterThoseWhoDoNotRead(t *testing.T) {
 	t.Parallel()
-	_, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
+	_, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
 	c := dialPlane(t, endpoint)
 	for i := range 30 {
 		c.mustRegister(t, "v1", large(fmt.Sprint("large-", i), 1<<19))

@@ -346,7 +346,7 @@ func TestBurstAtExitIsComplete(t *testing.T) {
 	a := numbered(t, filepath.Join(dir, "a"), "a", 100_000, 1000)
 	b := numbered(t, filepath.Join(dir, "b"), "b", 100, 1_000_000)
 	y := newTally(nil)
-	p := start(t, runArgs(writePipeline(t, shell("a", "exec cat "+a), shell("b", "exec cat "+b+" >&2"))), stdoutTo(y), withBinary(plain()))
+	p := start(t, runArgs(writePipeline(t, shell("a", "exec cat "+a), shell("b", "exec cat "+b+" >&2"))), stdoutTo(y), withBinary(plainFlowctl()))
 	p.exit(exitOK)
 	y.same(t, "a", a)
 	y.same(t, "b", b)
@@ -442,7 +442,7 @@ func TestSlowReaderLosesNothing(t *testing.T) {
 	b := numbered(t, filepath.Join(dir, "b"), "b", 30, 1<<20)
 	// They end at once as far as they can, with a stop timeout that is long past when
 	// they are read.
-	p := start(t, runArgs(writePipeline(t, shell("a", "exec cat "+a), shell("b", "exec cat "+b)), "-stop-timeout", "100ms"), stdoutTo(w), withBinary(plain()))
+	p := start(t, runArgs(writePipeline(t, shell("a", "exec cat "+a), shell("b", "exec cat "+b)), "-stop-timeout", "100ms"), stdoutTo(w), withBinary(plainFlowctl()))
 	w.Close()
 	time.Sleep(1500 * time.Millisecond) // it is time itself that must not matter
 	if high := memory(t, p.cmd.Process.Pid, "VmHWM"); high > 60<<20 {
@@ -482,7 +482,7 @@ func TestFloodWaitsForTheReader(t *testing.T) {
 			h := newHerd()
 			line := strings.Repeat("0123456789", 1000)
 			script := h.script(`: T; yes ` + line + ` | head -c 250000000`)
-			p := start(t, runArgs(writePipeline(t, shell("a", script), shell("b", script+" >&2")), "-stop-timeout", "500ms"), stdoutTo(w), withBinary(plain()))
+			p := start(t, runArgs(writePipeline(t, shell("a", script), shell("b", script+" >&2")), "-stop-timeout", "500ms"), stdoutTo(w), withBinary(plainFlowctl()))
 			w.Close()
 			y := newTally(func(_ string, got []byte) bool { return strings.HasPrefix(line, string(got)) })
 			buf := make([]byte, 256<<10)
@@ -503,7 +503,7 @@ func TestFloodWaitsForTheReader(t *testing.T) {
 				y.clean(t)
 			}
 			p.exit(exitOK)
-			if took := time.Since(began); took > 500*time.Millisecond+afterlife() {
+			if took := time.Since(began); took > 500*time.Millisecond+killGrace() {
 				t.Errorf("the stop took %s", took)
 			}
 			h.gone(p, 0)
@@ -523,7 +523,8 @@ func TestFullPipeOfAnEndedComponentIsRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	c := odd("a", "hoard "+strconv.Itoa(size))
+	c := actor("a", role{Hoard: size})
+	c.Register = new(false)
 	p := start(t, runArgs(writePipeline(t, c)), stdoutTo(w))
 	w.Close()
 	pid := p.pid("a")
@@ -650,7 +651,7 @@ func TestLogFileIsRotated(t *testing.T) {
 	logs := filepath.Join(dir, "logs")
 	const lines = 30_000
 	file := writePipeline(t, shell("a", "exec cat "+numbered(t, filepath.Join(dir, "data"), "a", lines, 1000)), shell("b", "echo b 0"))
-	p := start(t, runArgs(file, "-log-dir", logs), withBinary(plain()))
+	p := start(t, runArgs(file, "-log-dir", logs), withBinary(plainFlowctl()))
 	p.exit(exitOK)
 	entries, err := os.ReadDir(logs)
 	if err != nil {
@@ -673,7 +674,7 @@ func TestLogFileIsRotated(t *testing.T) {
 		t.Errorf("it was rotated at %d bytes", rotated.Size())
 	}
 	// A later run goes on where this one ended.
-	p = start(t, runArgs(file, "-log-dir", logs), withBinary(plain()))
+	p = start(t, runArgs(file, "-log-dir", logs), withBinary(plainFlowctl()))
 	p.exit(exitOK)
 	if got := logLines(t, filepath.Join(logs, "b.log")); !slices.Equal(got, []string{"b 0", "b 0"}) {
 		t.Errorf("after two runs the file has %q", got)
@@ -690,7 +691,7 @@ func TestLogFileThatCannotBeRotated(t *testing.T) {
 	}
 	data := numbered(t, filepath.Join(dir, "data"), "a", lines, 1000)
 	y := newTally(nil)
-	p := start(t, runArgs(writePipeline(t, shell("a", "exec cat "+data)), "-log-dir", filepath.Join(dir, "logs")), stdoutTo(y), withBinary(plain()))
+	p := start(t, runArgs(writePipeline(t, shell("a", "exec cat "+data)), "-log-dir", filepath.Join(dir, "logs")), stdoutTo(y), withBinary(plainFlowctl()))
 	p.exit(exitOK)
 	y.same(t, "a", data)
 	counted(t, logLines(t, filepath.Join(dir, "logs", "a.log")), 0, lines)
@@ -878,7 +879,7 @@ func TestLogWriter_CloseDoesNotHang(t *testing.T) {
 func TestAnswers_UnwritableOutputIsAnError(t *testing.T) {
 	t.Parallel()
 	file := sleeper(t)
-	run := start(t, runOf(sleeper(t)))
+	run := start(t, runArgs(sleeper(t)))
 	run.waitReady()
 	for _, args := range []string{
 		"version", "--version", "help", "help run", "list -h", "check " + file, "check -json " + file, "check -schema",

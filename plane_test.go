@@ -804,7 +804,7 @@ func TestIdleConnections(t *testing.T) {
 	} else {
 		t.Parallel()
 	}
-	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
+	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
 	check := neighbour(t, endpoint)
 	before := memory(t, p.cmd.Process.Pid, "VmRSS")
 	begun := time.Now()
@@ -831,7 +831,7 @@ func TestIdleConnections(t *testing.T) {
 // What never says anything is not kept for long.
 func TestHalfOpenConnections(t *testing.T) {
 	t.Parallel()
-	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
+	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
 	check := neighbour(t, endpoint)
 	before := memory(t, p.cmd.Process.Pid, "VmRSS")
 	var ends sync.WaitGroup
@@ -859,7 +859,7 @@ func TestHalfOpenConnections(t *testing.T) {
 
 func TestConnectionStorm(t *testing.T) {
 	t.Parallel()
-	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
+	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
 	check := neighbour(t, endpoint)
 	before := memory(t, p.cmd.Process.Pid, "VmRSS")
 	var storm sync.WaitGroup
@@ -895,7 +895,7 @@ func (rawCodec) Unmarshal(data []byte, v any) error {
 
 func TestOversizedAndMalformedMessages(t *testing.T) {
 	t.Parallel()
-	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
+	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
 	check := neighbour(t, endpoint)
 	before := memory(t, p.cmd.Process.Pid, "VmRSS")
 	const legacy, v1 = "/flowctl.ControlPlane/", "/flowctl.v1.ControlPlaneService/"
@@ -1068,7 +1068,7 @@ func TestWhatIsNotBounded(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
+			p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
 			c := dialPlane(t, endpoint)
 			for i := range tt.large {
 				c.mustRegister(t, "v1", large(fmt.Sprint("large-", i), 1<<19))

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -61,7 +62,7 @@ func TestNothingOutlivesACrash(t *testing.T) {
 			p.waitReady()
 			h.await(p, 3)
 			p.signal(sig)
-			h.gone(p, afterlife())
+			h.gone(p, killGrace())
 		})
 	}
 }
@@ -114,7 +115,7 @@ func TestKilledWhileStarting(t *testing.T) {
 			p := launch(t, pipeline(h))
 			time.Sleep(after)
 			p.signal(syscall.SIGKILL)
-			h.gone(p, afterlife())
+			h.gone(p, killGrace())
 		})
 	}
 }
@@ -140,7 +141,7 @@ func TestKilledWhileStopping(t *testing.T) {
 			p.signal(syscall.SIGTERM)
 			time.Sleep(after)
 			_ = p.cmd.Process.Kill() // it may have ended
-			h.gone(p, afterlife())
+			h.gone(p, killGrace())
 		})
 	}
 }
@@ -258,7 +259,7 @@ func TestKilledByName(t *testing.T) {
 			_ = syscall.Kill(pid, syscall.SIGKILL)
 		}
 	}
-	h.gone(p, afterlife())
+	h.gone(p, killGrace())
 }
 
 // The terminal's signals and SIGTERM do not end the guard, nor does one that is
@@ -284,7 +285,7 @@ func TestGuardIsOutOfReach(t *testing.T) {
 	}
 	p.exit(exitOK)
 	h.gone(p, 0)
-	if _, ok := ends(t, afterlife(), fd); !ok {
+	if _, ok := ends(t, killGrace(), fd); !ok {
 		t.Error("the guard outlives flowctl")
 	}
 	p.hasNot(p.stderr, "the guard was killed")
@@ -317,7 +318,7 @@ func TestGuardIsSmall(t *testing.T) {
 	for i := range 20 {
 		components = append(components, shell(fmt.Sprint("c", i), h.script(daemons+` & exec sleep T`)))
 	}
-	p := start(t, runArgs(writePipeline(t, components...)), withBinary(plain()))
+	p := start(t, runArgs(writePipeline(t, components...)), withBinary(plainFlowctl()))
 	p.waitReady()
 	h.await(p, 60)
 	guard := guardOf(p)
@@ -352,7 +353,7 @@ func TestNestedRuns(t *testing.T) {
 			t.Parallel()
 			p, outer, inner, _ := nest(t, "no")
 			outer.end(p, sig)
-			inner.gone(p, map[syscall.Signal]time.Duration{syscall.SIGKILL: afterlife()}[sig])
+			inner.gone(p, map[syscall.Signal]time.Duration{syscall.SIGKILL: killGrace()}[sig])
 		})
 	}
 	t.Run("inner", func(t *testing.T) {
@@ -363,7 +364,7 @@ func TestNestedRuns(t *testing.T) {
 			t.Fatal(err)
 		}
 		p.waitErr("msg=restarting component=nested")
-		deadline := time.Now().Add(afterlife())
+		deadline := time.Now().Add(killGrace())
 		for still := first; len(still) > 0; time.Sleep(5 * time.Millisecond) {
 			now := inner.living()
 			still = make(map[int]string)
@@ -414,7 +415,9 @@ func TestProcessWithoutMainThreadIsEnded(t *testing.T) {
 		t.Run(sig.String(), func(t *testing.T) {
 			t.Parallel()
 			path, gone := fifo(t)
-			c := odd("a", "headless "+path)
+			c := actor("a", role{})
+			c.Register = new(false)
+			c.Env[headlessVar] = path
 			c.Command = append([]string{"setsid", "-w"}, c.Command...) // in a session of its own, below a/sh
 			p := launch(t, writePipeline(t, c), "-stop-timeout", "500ms")
 			p.waitOut("a | headless\n")
@@ -422,7 +425,7 @@ func TestProcessWithoutMainThreadIsEnded(t *testing.T) {
 			<-p.done
 			select {
 			case <-gone:
-			case <-time.After(afterlife()):
+			case <-time.After(killGrace()):
 				t.Errorf("it lives\n%s", p)
 			}
 			p.awaitGuard()
@@ -807,4 +810,42 @@ func BenchmarkPump(b *testing.B) {
 	}
 	w.Close()
 	<-c.drained
+}
+
+var endings = []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGKILL}
+
+const forever = "exec sleep 1000"
+
+// waitForText waits until the recorder has text. It polls: the pump tells nobody.
+func waitForText(t testing.TB, rec *recorder, key, text string) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !strings.Contains(rec.text(key), text); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s has %q, want %q in it", key, rec.text(key), text)
+		}
+	}
+}
+
+// headlessVar makes this test binary a process whose main thread has ended: ps shows a
+// zombie, and it lives. It holds the FIFO that the variable names.
+const headlessVar = "TEST_COMPONENT_HEADLESS"
+
+// init runs on the main thread, as nothing after it does for sure.
+func init() {
+	path := os.Getenv(headlessVar)
+	if path == "" {
+		return
+	}
+	ready := make(chan bool)
+	go func() {
+		signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+		if f, err := os.OpenFile(path, os.O_WRONLY, 0); err == nil {
+			close(ready)
+			fmt.Println("headless")
+			time.Sleep(time.Hour)
+			f.Close()
+		}
+	}()
+	<-ready
+	_, _, _ = syscall.Syscall(syscall.SYS_EXIT, 0, 0, 0)
 }

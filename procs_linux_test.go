@@ -395,7 +395,7 @@ func TestRun_EndsSoonAfterItsLastComponent(t *testing.T) {
 	for i := range many {
 		components = append(components, Component{ID: fmt.Sprintf("c%03d", i), Command: []string{"sleep", string(h)}, Register: new(false)})
 	}
-	p := start(t, runArgs(writePipeline(t, components...)), withBinary(plain()))
+	p := start(t, runArgs(writePipeline(t, components...)), withBinary(plainFlowctl()))
 	p.waitReady()
 	var fds []int
 	for pid := range h.await(p, many) {
@@ -419,4 +419,17 @@ func TestRun_EndsSoonAfterItsLastComponent(t *testing.T) {
 	}
 	p.exit(exitOK)
 	h.gone(p, 0)
+}
+
+// processesNamed returns the processes, zombies too, that have this name in the kernel.
+func processesNamed(name string) []int {
+	var pids []int
+	comms, _ := filepath.Glob("/proc/[0-9]*/comm")
+	for _, file := range comms {
+		if text, _ := os.ReadFile(file); strings.TrimSpace(string(text)) == name {
+			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(file)))
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }

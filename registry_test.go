@@ -34,7 +34,7 @@ import (
 // TestManyMetricNames sends a million names of metrics in all.
 func TestManyMetricNames(t *testing.T) {
 	t.Parallel()
-	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainBinary(t)))
+	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
 	check := neighbour(t, endpoint)
 	before := memory(t, p.cmd.Process.Pid, "VmRSS")
 	c := dialPlane(t, endpoint)

@@ -104,7 +104,7 @@ func TestReload_FindsTheRunningPipeline(t *testing.T) {
 	p.has(p.stderr, "flowctl: no pipeline is running here\n")
 	p = reload(exitPlane, "-e", server.endpoint())
 	p.has(p.stderr, "has no pipeline to reload\n")
-	one := start(t, runOf(writePipeline(t, shell("a", "exec sleep 300"))), here)
+	one := start(t, runArgs(writePipeline(t, shell("a", "exec sleep 300"))), here)
 	one.waitReady()
 	p = reload(exitOK)
 	p.has(p.stdout, "reloaded: nothing has changed\n")
@@ -112,7 +112,7 @@ func TestReload_FindsTheRunningPipeline(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	two := start(t, runOf(writeFile(t, filepath.Join(t.TempDir(), "two.json"), strings.Replace(string(text), `"name":"test"`, `"name":"two"`, 1))), here)
+	two := start(t, runArgs(writeFile(t, filepath.Join(t.TempDir(), "two.json"), strings.Replace(string(text), `"name":"test"`, `"name":"two"`, 1))), here)
 	two.waitReady()
 	p = reload(exitPlane)
 	p.has(p.stderr, "flowctl: 2 pipelines are running: name one of test, two\n")
@@ -133,7 +133,7 @@ func TestReload_BySIGHUPUnderSystemd(t *testing.T) {
 	t.Parallel()
 	a, b := shell("a", "exec sleep 300"), shell("b", "exec sleep 300")
 	file := writePipeline(t, a)
-	p := start(t, runOf(file), notifySocket(t, filepath.Join(shortDir(t), "notify")))
+	p := start(t, runArgs(file), notifySocket(t, filepath.Join(shortDir(t), "notify")))
 	p.waitReady()
 	rewrite(t, file, a, b)
 	p.signal(syscall.SIGHUP)
@@ -387,4 +387,14 @@ func TestReload_RequestsEndWithTheRun(t *testing.T) {
 			t.Errorf("got %v, want %v", err, errStopping)
 		}
 	}
+}
+
+// rewrite replaces the pipeline file of a run by one with other components.
+func rewrite(tb testing.TB, file string, components ...Component) {
+	tb.Helper()
+	data, err := os.ReadFile(writePipeline(tb, components...))
+	if err != nil {
+		tb.Fatal(err)
+	}
+	writeFile(tb, file, string(data))
 }

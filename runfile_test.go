@@ -30,7 +30,7 @@ func runFiles(tb testing.TB, folder string) []string {
 func TestRun_SecondOfAPipelineIsRefused(t *testing.T) {
 	t.Parallel()
 	dir, file := t.TempDir(), sleeper(t)
-	first := start(t, runOf(file), runsIn(dir))
+	first := start(t, runArgs(file), runsIn(dir))
 	first.waitReady()
 	data, err := os.ReadFile(filepath.Join(dir, "flowctl", "pipeline-test.json"))
 	var info runInfo
@@ -40,7 +40,7 @@ func TestRun_SecondOfAPipelineIsRefused(t *testing.T) {
 	if err != nil || info.PID != first.cmd.Process.Pid || info.Pipeline != "test" || info.Endpoint != first.endpoint() || time.Since(info.Started) > patience {
 		t.Errorf("the run file: %s, %v", data, err)
 	}
-	second := start(t, runOf(file), runsIn(dir))
+	second := start(t, runArgs(file), runsIn(dir))
 	second.exit(exitPlane)
 	want := fmt.Sprintf("flowctl: pipeline \"test\" is already running (pid %d, endpoint %s)\nTry: flowctl list\n", first.cmd.Process.Pid, first.endpoint())
 	if got := second.stderr.String(); got != want {
@@ -50,11 +50,11 @@ func TestRun_SecondOfAPipelineIsRefused(t *testing.T) {
 	if left := runFiles(t, filepath.Join(dir, "flowctl")); left != nil {
 		t.Errorf("left: %q", left)
 	}
-	third := start(t, runOf(file), runsIn(dir))
+	third := start(t, runArgs(file), runsIn(dir))
 	third.waitReady()
 	third.signal(syscall.SIGKILL)
 	<-third.done
-	fourth := start(t, runOf(file), runsIn(dir)) // while the guard of the third may still be at work
+	fourth := start(t, runArgs(file), runsIn(dir)) // while the guard of the third may still be at work
 	fourth.waitReady()
 	fourth.stop()
 	third.awaitGuard()
@@ -68,7 +68,7 @@ func TestRun_OneOfManyAtOnce(t *testing.T) {
 		ended := make(chan *process)
 		var all []*process
 		for range 6 {
-			p := start(t, runOf(file), runsIn(dir))
+			p := start(t, runArgs(file), runsIn(dir))
 			all = append(all, p)
 			go func() {
 				<-p.done
@@ -115,7 +115,7 @@ func TestRun_LockOfAReaderRefusesNothing(t *testing.T) {
 	if err := syscall.FcntlFlock(f.Fd(), syscall.F_SETLK, &syscall.Flock_t{Type: syscall.F_RDLCK}); err != nil {
 		t.Fatal(err)
 	}
-	p := start(t, runOf(sleeper(t)), runsIn(dir))
+	p := start(t, runArgs(sleeper(t)), runsIn(dir))
 	p.waitReady()
 	p.stop()
 }
@@ -125,7 +125,7 @@ func TestRun_WarnsWithoutARunFile(t *testing.T) {
 	dir := t.TempDir()
 	writeFile(t, filepath.Join(dir, "flowctl"), "no folder")
 	for _, entry := range []string{"XDG_RUNTIME_DIR=" + dir, "RUNTIME_DIRECTORY=/proc/flowctl"} {
-		p := start(t, append(runOf(sleeper(t)), "-until", "ready"), withEnv(entry))
+		p := start(t, append(runArgs(sleeper(t)), "-until", "ready"), withEnv(entry))
 		p.exit(exitOK)
 		p.has(p.stderr, `level=WARN msg="list cannot find this run by itself, and a second one would not be refused" err="`, "flowctl")
 	}
@@ -134,7 +134,7 @@ func TestRun_WarnsWithoutARunFile(t *testing.T) {
 func TestRunFolder_IsThatOfTheUnit(t *testing.T) {
 	t.Parallel()
 	xdg, first, second := t.TempDir(), t.TempDir(), t.TempDir()
-	p := start(t, runOf(sleeper(t)), runsIn(xdg), withEnv("RUNTIME_DIRECTORY="+first+":"+second))
+	p := start(t, runArgs(sleeper(t)), runsIn(xdg), withEnv("RUNTIME_DIRECTORY="+first+":"+second))
 	p.waitReady()
 	if got := runFiles(t, first); len(got) != 1 {
 		t.Errorf("in the first folder of RUNTIME_DIRECTORY: %q", got)
@@ -204,7 +204,7 @@ func TestList_FindsWhatRuns(t *testing.T) {
 	}
 
 	early := list()
-	one := start(t, runOf(writePipeline(t, actor("ledgers", role{Dialect: "v1"}))), runsIn(dir))
+	one := start(t, runArgs(writePipeline(t, actor("ledgers", role{Dialect: "v1"}))), runsIn(dir))
 	one.waitOut("registered")
 	<-early.done // it may have come before the registration
 	early.hasNot(early.stderr, "no control plane", "no pipeline")

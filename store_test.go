@@ -731,7 +731,7 @@ func TestIdleServerWritesNothing(t *testing.T) {
 func TestLargeServicesAreWritten(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "state.json")
-	p, endpoint := startAlone(t, []string{"-db-path", file, "-janitor-interval", "200ms"}, withBinary(plainBinary(t)))
+	p, endpoint := startAlone(t, []string{"-db-path", file, "-janitor-interval", "200ms"}, withBinary(plainFlowctl()))
 	c := dialPlane(t, endpoint)
 	for i := range 12 {
 		reg := large(fmt.Sprint("large-", i), 1<<20-1<<15)
@@ -1081,7 +1081,7 @@ func TestServerIsKilled(t *testing.T) {
 	t.Logf("seed %d", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
 	file := filepath.Join(quickDir(t), "state.json")
-	binary := plain() // it is quicker, and these are many
+	binary := plainFlowctl() // it is quicker, and these are many
 	var clients []*killedClient
 	for i := range 6 {
 		clients = append(clients, &killedClient{fmt.Sprint("client-", i), make(map[string]*fate), make(map[string]int)})
@@ -1133,3 +1133,32 @@ func TestServerIsKilled(t *testing.T) {
 	}
 	t.Logf("killed %d times, %d times while it wrote; acknowledged and found again: %v; %d services at most", kills, cut, acks, most)
 }
+
+// quickDir is a folder in memory, where there is one: a write takes no time there, and
+// a process that is killed loses neither more nor less.
+func quickDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "flowctl-test-")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// smallDisk is a disk of this size and how it is mounted.
+func smallDisk(t testing.TB, flags uintptr, size string) string {
+	t.Helper()
+	disk := filepath.Join(t.TempDir(), "disk")
+	if err := os.Mkdir(disk, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", disk, "tmpfs", flags, "size="+size); err != nil {
+		t.Skip("this system does not let us mount a small disk: ", err)
+	}
+	t.Cleanup(func() { _ = syscall.Unmount(disk, syscall.MNT_DETACH) })
+	return disk
+}
+
+// gone is the health, in a test's list, of what is not registered.
+const gone = "gone"

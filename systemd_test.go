@@ -775,7 +775,7 @@ func testUnitVerify(t *testing.T, l *lab) {
 }
 
 // A journal that takes nothing gets what came meanwhile counted, once it takes again.
-func TestJournalGone(t *testing.T) {
+func TestJournal_CountsLostLines(t *testing.T) {
 	var mu sync.Mutex
 	var got []string
 	gone := true
@@ -800,7 +800,7 @@ func TestJournalGone(t *testing.T) {
 	}
 }
 
-func TestFieldName(t *testing.T) {
+func TestJournal_FieldNames(t *testing.T) {
 	for key, want := range map[string]string{
 		"component": "COMPONENT", "pid": "PID", "stop-timeout": "STOP_TIMEOUT", "a.b": "A_B", "_pid": "FLOWCTL_PID", "message": "FLOWCTL_MESSAGE",
 		"1st": "FLOWCTL_1ST", "": "FLOWCTL_", "é": "FLOWCTL_", "unit": "FLOWCTL_UNIT", "syslog_pid": "FLOWCTL_SYSLOG_PID", strings.Repeat("x", 70): strings.Repeat("X", 64),
@@ -811,7 +811,7 @@ func TestFieldName(t *testing.T) {
 	}
 }
 
-func TestRunNotify(t *testing.T) {
+func TestNotify_LifeOfARun(t *testing.T) {
 	t.Parallel()
 	for name, address := range map[string]string{
 		"path":     filepath.Join(shortDir(t), "notify"),
@@ -844,7 +844,7 @@ func TestRunNotify(t *testing.T) {
 }
 
 // Where nobody reads what systemd is told, a run ends all the same.
-func TestRunNotifiesNobody(t *testing.T) {
+func TestNotify_RunEndsThoughNobodyReads(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(shortDir(t), "notify")
 	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
@@ -913,7 +913,7 @@ func readNotified(t *testing.T, conn *net.UnixConn, last string) []string {
 }
 
 // While systemd reads nothing a run goes on, and systemd gets what matters later.
-func TestRun_SystemdThatDoesNotRead(t *testing.T) {
+func TestNotify_RunGoesOnThoughSystemdDoesNotRead(t *testing.T) {
 	t.Parallel()
 	address, conn := fullNotifySocket(t)
 	args := append(runArgs(writePipeline(t, shell("a", "exec sleep 300"))), "--", "sh", "-c", "echo started; exec sleep 300")
@@ -925,7 +925,7 @@ func TestRun_SystemdThatDoesNotRead(t *testing.T) {
 	<-p.done
 }
 
-func TestNotifier_KeepsOrderAndWhatMatters(t *testing.T) {
+func TestNotify_KeepsOrderAndWhatMatters(t *testing.T) {
 	address, conn := fullNotifySocket(t)
 	t.Setenv("NOTIFY_SOCKET", address)
 	n := newNotifier(slog.New(slog.NewTextHandler(t.Output(), nil)))
@@ -944,7 +944,7 @@ func TestNotifier_KeepsOrderAndWhatMatters(t *testing.T) {
 	}
 }
 
-func TestRunNotifiesNothingUnready(t *testing.T) {
+func TestNotify_NeverReadyIsNotTold(t *testing.T) {
 	t.Parallel()
 	file := writePipeline(t, actor("ledgers", role{Dialect: "legacy"}), actor("store", role{}))
 	p := start(t, []string{"run", file, "-control-plane-port", "0", "-start-timeout", "1s"}, notifySocket(t, filepath.Join(shortDir(t), "notify")))
@@ -956,7 +956,7 @@ func TestRunNotifiesNothingUnready(t *testing.T) {
 
 // One is ready, turns unhealthy, and only then the other becomes ready: nothing is
 // starting and yet the pipeline is not ready.
-func TestRunNotifiesUnhealthyStart(t *testing.T) {
+func TestNotify_ReadyOnlyWhenAllAreHealthy(t *testing.T) {
 	t.Parallel()
 	file := writePipeline(t, actor("ledgers", role{Dialect: "v1", OnUSR1: "unhealthy"}), actor("store", role{Dialect: "v1", Gate: true}))
 	p := start(t, []string{"run", file, "-control-plane-port", "0"}, notifySocket(t, filepath.Join(shortDir(t), "notify")))
@@ -974,9 +974,9 @@ func TestRunNotifiesUnhealthyStart(t *testing.T) {
 }
 
 // systemd hears twice in each interval that flowctl turns.
-func TestWatchdog(t *testing.T) {
+func TestNotify_WatchdogTwiceAnInterval(t *testing.T) {
 	t.Parallel()
-	for _, args := range [][]string{runOf(writePipeline(t, shell("a", "exec sleep 300"))), {"server", "-control-plane-port", "0"}} {
+	for _, args := range [][]string{runArgs(writePipeline(t, shell("a", "exec sleep 300"))), {"server", "-control-plane-port", "0"}} {
 		t.Run(args[0], func(t *testing.T) {
 			t.Parallel()
 			begun := time.Now()
