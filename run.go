@@ -353,7 +353,6 @@ func (r *run) advance(now time.Time) {
 	if r.watchdog.feed(now) {
 		r.systemd.send(daemon.SdNotifyWatchdog)
 	}
-	r.putOff(now)
 	r.sup.expire(now)
 	r.expireCommand(now)
 	for _, id := range r.sup.advanceReload(now) {
@@ -400,17 +399,6 @@ func (w *watchdog) feed(now time.Time) bool {
 	return true
 }
 
-// putOff puts start and unhealthy timeouts off by the time in which flowctl itself was
-// stopped, since it was called last. What its components did meanwhile it has yet to hear.
-func (r *run) putOff(now time.Time) {
-	stopped := r.plane.registry.stopped(now)
-	if d := stopped - r.stopped; d > 0 {
-		r.log.Warn("flowctl itself was stopped or suspended: components get that time", "for", d.Round(time.Millisecond))
-		r.sup.delay(d)
-		r.stopped = stopped
-	}
-}
-
 // start starts p. The registry hears of it first, because a quick component could register
 // before start returns.
 func (r *run) start(p *proc) {
@@ -444,6 +432,7 @@ func (r *run) checked(result checkResult, now time.Time) {
 
 // takeChanges takes in what the registry tells of services.
 func (r *run) takeChanges(now time.Time) {
+	r.putOff(now)
 	for _, c := range r.plane.registry.changes(now) {
 		p := r.sup.byID[c.component]
 		if p == nil || p.state == procReady && !p.retiring {
@@ -452,6 +441,18 @@ func (r *run) takeChanges(now time.Time) {
 		if p != nil {
 			r.sup.tell(p, healthOf(c.now, c.cause), now)
 		}
+	}
+}
+
+// putOff puts start and unhealthy timeouts off by the time in which flowctl itself was
+// stopped since the last call: it has yet to hear what its components did meanwhile. It comes
+// before anything that sets a timeout from now on.
+func (r *run) putOff(now time.Time) {
+	stopped := r.plane.registry.stopped(now)
+	if d := stopped - r.stopped; d > 0 {
+		r.log.Warn("flowctl itself was stopped or suspended: components get that time", "for", d.Round(time.Millisecond))
+		r.sup.delay(d)
+		r.stopped = stopped
 	}
 }
 

@@ -119,3 +119,22 @@ func TestRun_StoppedFlowctlStopsOnTime(t *testing.T) {
 	p.signal(syscall.SIGCONT)
 	p.exit(exitOK)
 }
+
+// What is heard when flowctl goes on is judged from then on.
+func TestRun_StoppedFlowctlPutsOffNoTimeoutThatBeginsAfterwards(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", nil)}, nil)
+	registry := newRegistry(30*time.Second, 10*time.Second, "127.0.0.1:1", []member{{id: "a"}})
+	r := &run{sup: m.supervisor, log: m.log, plane: &plane{registry: registry}}
+	registry.starting("a", m.now)
+	m.startAll()
+	registry.admit("a", m.now)
+	r.takeChanges(m.now)
+	m.want("a", procReady)
+	m.now = m.now.Add(time.Hour)
+	registry.checked("a", "health_check failed", m.now)
+	r.takeChanges(m.now)
+	if got, want := m.next(m.now), m.now.Add(30*time.Second); !got.Equal(want) {
+		t.Errorf("a fails in %s, want 30s", got.Sub(m.now))
+	}
+}
