@@ -1,5 +1,14 @@
 package main
 
+// The command line of a container engine, docker or podman: what flowctl asks of it, and the
+// containers that it runs.
+//
+// A container is run by a command line in the foreground, `docker run`, whose output and exit
+// status are those of the container. The life of the container is its own: it goes on when the
+// command line is killed, so it is removed by its name, and by its labels where flowctl itself
+// was killed. Signals go by `docker kill`, because docker and podman lose those that their
+// command line gets while it starts the container.
+
 import (
 	"bufio"
 	"bytes"
@@ -21,51 +30,50 @@ import (
 	"unicode/utf8"
 )
 
-// A container is a process of its engine's command line: `docker run` in the
-// foreground, whose output and exit status are those of the container. Its life is
-// not: a container outlives a command line that is killed, so it is removed by its
-// name, and by its labels where flowctl itself was killed. Nor are its signals: docker
-// and podman pass on what they get, but lose it while they start the container, so
-// signals go by ENGINE kill.
-
 const (
 	orchestrateProcesses  = "process"
 	orchestrateContainers = "container"
 
 	labelPipeline  = "flowctl.pipeline"
 	labelComponent = "flowctl.component"
-	labelRun       = "flowctl.run"   // what runMark is set to
-	labelOwner     = "flowctl.claim" // which run file on which machine: whoever holds that may remove what has it
+	labelRun       = "flowctl.run"   // the mark of the run
+	labelOwner     = "flowctl.claim" // a run file on a machine: the flowctl that holds it may remove the container
 
-	engineTimeout = 10 * time.Second // for what an engine does at once, if it answers at all
+	engineTimeout = 10 * time.Second       // for an answer of the engine, pulls excepted
+	askAgain      = 100 * time.Millisecond // after what did not work, before the engine is asked again
 
-	askAgain = 100 * time.Millisecond // until the engine is asked again for what did not work: a container may not run yet
-
-	// hostAlias is the machine as a container sees it that is not on its network.
+	// hostAlias is the name of the machine in a container that is not on its network.
 	hostAlias = "host.docker.internal"
 )
 
-// commandRunner starts and waits for command lines.
+// commandRunner starts the engine's command lines and waits for them.
 type commandRunner interface {
 	start(cmd *exec.Cmd) error
 	wait(cmd *exec.Cmd) error
 }
 
-// engine is the command line of docker, or of what is used like it. A nil one has no
-// containers. It is complete when the launcher is made, and does not change then.
+// engine is a container engine. A nil one stands for a run without containers. Its fields are
+// set before components start and do not change then.
 type engine struct {
-	name       string   // as it was looked for
-	path       string   // "" where it is missing
-	missing    error    // why there is none, of which only an image makes a fault
-	env        []string // of the command line
+	name       string // as it was looked for
+	path       string // of its program, "" where it is missing
+	missing    error  // why there is none, which is an error only for a pipeline with images
 	commands   commandRunner
+	env        []string // of its command lines
 	pipeline   string
-	ownerLabel string // "" for none: nobody knows then what a dead run has left
-	run        string
+	run        string // the mark of the run
+	ownerLabel string // "" for none: then nobody knows what a killed run has left
 }
 
-// findEngine returns the engine that is called name, or with "" docker, else podman. Where
-// neither is there, that is told only of a pipeline with images.
+// container is the container of a component. It has its name before it is made.
+type container struct {
+	engine *engine
+	name   string
+	env    string // of the component, for the standard input of the command line
+}
+
+// findEngine returns the engine that is called name, or with "" docker, else podman. It fails
+// where name is no program. Where there is neither docker nor podman, checkImages fails.
 func findEngine(name string) (*engine, error) {
 	names := []string{"docker", "podman"}
 	if name != "" {
@@ -87,7 +95,10 @@ func findEngine(name string) (*engine, error) {
 	return nil, fmt.Errorf("-engine %q: cannot run it: %v", name, cause(err))
 }
 
-// checkImages fails where p needs an engine and there is none.
+// usable tells whether the run may have containers.
+func (e *engine) usable() bool { return e != nil && e.missing == nil }
+
+// checkImages fails where p has images and there is no engine to run them.
 func (e *engine) checkImages(p *Pipeline) error {
 	var ids []string
 	for _, c := range p.components() {
@@ -106,76 +117,8 @@ func (e *engine) checkImages(p *Pipeline) error {
 	return nil
 }
 
-// usable tells whether there may be containers.
-func (e *engine) usable() bool { return e != nil && e.missing == nil }
-
-// command is one of the engine's command line, in a process group of its own: a
-// terminal's Ctrl-C is for flowctl.
-func (e *engine) command(ctx context.Context, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, e.path, args...)
-	cmd.Args[0], cmd.Env = e.name, e.env
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	cmd.WaitDelay = time.Second
-	return cmd
-}
-
-// ask runs a command and returns what it prints. Its error is what the engine says.
-func (e *engine) ask(ctx context.Context, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
-	defer cancel()
-	var out, errs bytes.Buffer
-	cmd := e.command(ctx, args...)
-	cmd.Stdout, cmd.Stderr = &out, &errs
-	err := e.commands.start(cmd)
-	if err == nil {
-		err = e.commands.wait(cmd)
-	}
-	said := strings.TrimSpace(errs.String())
-	switch {
-	case errors.Is(ctx.Err(), context.DeadlineExceeded):
-		err = fmt.Errorf("%s %s: no answer within %s", e.name, args[0], engineTimeout)
-	case err != nil && said != "":
-		err = errors.New(said)
-	case err != nil:
-		err = fmt.Errorf("%s %s: %v", e.name, args[0], cause(err))
-	}
-	return out.String(), err
-}
-
-// remove removes the containers that filter, of ENGINE ps, is true for, and returns
-// their names. Others may remove them meanwhile. It fails for those that are still there
-// when engineTimeout is over.
-func (e *engine) remove(ctx context.Context, filter string) (names []string, err error) {
-	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
-	defer cancel()
-	for pause := time.Duration(0); ; pause = max(2*pause, askAgain) {
-		out, listErr := e.ask(ctx, "ps", "--all", "--filter", filter, "--format", "{{.Names}}")
-		left := strings.Fields(out)
-		switch {
-		case listErr != nil:
-			return names, cmp.Or(err, listErr)
-		case len(left) == 0:
-			return names, nil
-		}
-		select {
-		case <-time.After(pause):
-		case <-ctx.Done():
-			return names, cmp.Or(err, fmt.Errorf("%s rm has not removed %s", e.name, enumerate(left)))
-		}
-		for _, name := range left {
-			if !slices.Contains(names, name) {
-				names = append(names, name)
-			}
-		}
-		// Without this podman would have each wait for what ignores SIGTERM.
-		_, _ = e.ask(ctx, slices.Concat([]string{"kill"}, left)...)
-		_, err = e.ask(ctx, slices.Concat([]string{"rm", "--force", "--volumes"}, left)...)
-	}
-}
-
-// removeAbandoned removes what runs of this pipeline that were killed have left. It fails
-// where the engine does not answer.
+// removeAbandoned removes the containers that killed runs of this pipeline have left, and
+// returns their names. It fails where the engine does not answer.
 func (e *engine) removeAbandoned(ctx context.Context) (names []string, err error) {
 	filter := "label=" + labelOwner + "=" + e.ownerLabel
 	if e.ownerLabel == "" {
@@ -187,8 +130,9 @@ func (e *engine) removeAbandoned(ctx context.Context) (names []string, err error
 	return names, err
 }
 
-// pullMissing pulls the images of p that the engine does not have. It tells progress of
-// each, first "" and then what the engine says, and all at once which cannot be pulled.
+// pullMissing pulls the images of p that the engine does not have, and says at once which
+// cannot be pulled. It calls progress for each image, first with "" and then with each line
+// that the engine prints.
 func (e *engine) pullMissing(ctx context.Context, p *Pipeline, progress func(image, said string)) error {
 	var problems []error
 	for _, image := range p.images() {
@@ -202,56 +146,8 @@ func (e *engine) pullMissing(ctx context.Context, p *Pipeline, progress func(ima
 	return errors.Join(problems...)
 }
 
-// noAnswer says what to do about an engine that cannot be used. It names its socket
-// itself.
-func (e *engine) noAnswer(err error) error {
-	advice := "start it: systemctl start docker; DOCKER_HOST names another"
-	switch {
-	case strings.Contains(err.Error(), "permission denied"):
-		advice = "run flowctl as a user who may use that socket, such as one of the group docker"
-	case filepath.Base(e.path) != "docker":
-		advice = "try: " + e.name + " ps"
-	}
-	return fmt.Errorf("the container engine %s cannot be used: %v (%s)", e.name, err, advice)
-}
-
-func (e *engine) findImage(ctx context.Context, image string) error {
-	_, err := e.ask(ctx, "image", "inspect", image)
-	return err
-}
-
-// pull fetches an image, which takes as long as it takes. Progress is told what the engine
-// says meanwhile; its last line is the reason of a failure.
-func (e *engine) pull(ctx context.Context, image string, progress func(image, said string)) error {
-	progress(image, "")
-	r, w := io.Pipe()
-	cmd := e.command(ctx, "pull", image)
-	cmd.Stdout, cmd.Stderr = w, w
-	if err := e.commands.start(cmd); err != nil {
-		return cause(err)
-	}
-	last := ""
-	var reading sync.WaitGroup
-	reading.Go(func() {
-		for scanner := bufio.NewScanner(r); scanner.Scan(); {
-			if last = scanner.Text(); last != "" {
-				progress(image, last)
-			}
-		}
-		_, _ = io.Copy(io.Discard, r) // the rest after a line that was too long
-	})
-	err := e.commands.wait(cmd)
-	w.Close()
-	reading.Wait()
-	if err != nil && last != "" {
-		return errors.New(last)
-	}
-	return err
-}
-
-// checkNew fails for images of p that the engine does not have, except those that are in
-// use: what runs does not wait for a pull. It can take as long as the engine takes to
-// answer, at most engineTimeout.
+// checkNew fails for images of p that the engine does not have, those in use excepted: a
+// pipeline that runs does not wait for a pull. It waits for the engine, at most engineTimeout.
 func (e *engine) checkNew(ctx context.Context, p *Pipeline, used map[string]bool) error {
 	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
 	defer cancel()
@@ -267,13 +163,13 @@ func (e *engine) checkNew(ctx context.Context, p *Pipeline, used map[string]bool
 	return errors.Join(problems...)
 }
 
-// containerEndpoint is where a container that is not on the host's network reaches a
-// control plane at addr, whose own endpoint is given; "" where it cannot.
+// containerEndpoint returns where a container that is not on the host's network reaches a
+// control plane that listens at addr and is known as endpoint; "" for nowhere.
 func containerEndpoint(addr net.Addr, endpoint string) string {
 	tcp, ok := addr.(*net.TCPAddr)
 	switch {
 	case !ok:
-		return endpoint // a socket file, which it is given
+		return endpoint // a socket file, which is mounted in the container
 	case tcp.IP.IsLoopback():
 		return ""
 	case tcp.IP.IsUnspecified():
@@ -282,15 +178,8 @@ func containerEndpoint(addr net.Addr, endpoint string) string {
 	return endpoint
 }
 
-// container is a container of a component. It is named before it is made.
-type container struct {
-	engine *engine
-	name   string
-	env    string // of the component, as the command line reads it from its standard input
-}
-
-// container returns the command that runs c with the environment env, and what there
-// is to know of its container. Number tells apart the starts of a run.
+// container returns the command line that runs c with the environment env, and its container.
+// number is another for each start of the run.
 func (e *engine) container(c *Component, env []string, number int) (*exec.Cmd, *container) {
 	run := e.run[strings.LastIndexByte(e.run, '/')+1:]
 	name := fmt.Sprintf("flowctl-%s-%s-%d-%s", e.pipeline, c.ID, number, strings.ToLower(run))
@@ -312,8 +201,8 @@ func (e *engine) container(c *Component, env []string, number int) (*exec.Cmd, *
 	return cmd, &container{e, name, file}
 }
 
-// containerOptions are those of ENGINE run that the file decides on. Files that vars
-// name, and flowctl has set, are at the same place in the container.
+// containerOptions returns the options of ENGINE run that the pipeline file decides on. vars
+// is the environment: the files that flowctl names in it are mounted at the same place.
 func (c *Component) containerOptions(vars map[string]string) []string {
 	args := []string{"--network=host"}
 	if len(c.Ports) > 0 {
@@ -342,11 +231,11 @@ func (c *Component) containerOptions(vars map[string]string) []string {
 	return args
 }
 
-// splitEnv says how each variable gets into a container. In the arguments of the
-// command line all users could read it, and in its environment one such as PATH or
-// DOCKER_HOST would be taken for its own, so they go by a file, its standard input.
-// What such a file cannot hold, a value with a line break, goes by name: by the
-// command line's environment after all, in which nothing of its own looks like that.
+// splitEnv returns the environment env as a map, and as a file for --env-file. Variables do
+// not go by the arguments of the command line, which all users can read, nor by its own
+// environment, where PATH or DOCKER_HOST would have an effect on the engine. byName are those
+// that the file cannot hold, such as a value with a line break: they have to go by the
+// environment of the command line after all.
 func splitEnv(env []string) (vars map[string]string, file string, byName []string) {
 	const most = 32 << 10 // a line of 64 KiB is too long for docker (bufio.Scanner)
 	vars = make(map[string]string)
@@ -365,7 +254,7 @@ func splitEnv(env []string) (vars map[string]string, file string, byName []strin
 	return vars, lines.String(), byName
 }
 
-// inside is the command that runs argv in the container, and argv itself without one.
+// inside returns the command that runs argv in the container, or argv where ctr is nil.
 func (ctr *container) inside(argv []string) []string {
 	if ctr == nil {
 		return argv
@@ -385,7 +274,13 @@ func (ctr *container) checkRuns(ctx context.Context) error {
 	return err
 }
 
-// remove removes the container, if it is still there.
+// signal has the engine send sig to the container. It fails while that does not run.
+func (ctr *container) signal(sig syscall.Signal) error {
+	_, err := ctr.engine.ask(context.Background(), "kill", "--signal", stopSignalNames[slices.Index(stopSignals, sig)], ctr.name)
+	return err
+}
+
+// remove removes the container, if there is one.
 func (ctr *container) remove() error {
 	if _, err := ctr.engine.remove(context.Background(), "name="+ctr.name); err != nil {
 		return fmt.Errorf("container %s may be left: %v", ctr.name, err)
@@ -393,8 +288,114 @@ func (ctr *container) remove() error {
 	return nil
 }
 
-// signal has the engine send sig to the container.
-func (ctr *container) signal(sig syscall.Signal) error {
-	_, err := ctr.engine.ask(context.Background(), "kill", "--signal", stopSignalNames[slices.Index(stopSignals, sig)], ctr.name)
+// remove removes the containers that match filter, of ENGINE ps, and returns their names. It
+// fails where some are still there after engineTimeout.
+func (e *engine) remove(ctx context.Context, filter string) (names []string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
+	defer cancel()
+	for pause := time.Duration(0); ; pause = max(2*pause, askAgain) {
+		out, listErr := e.ask(ctx, "ps", "--all", "--filter", filter, "--format", "{{.Names}}")
+		left := strings.Fields(out)
+		switch {
+		case listErr != nil:
+			return names, cmp.Or(err, listErr)
+		case len(left) == 0:
+			return names, nil
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return names, cmp.Or(err, fmt.Errorf("%s rm has not removed %s", e.name, enumerate(left)))
+		}
+		for _, name := range left {
+			if !slices.Contains(names, name) {
+				names = append(names, name)
+			}
+		}
+		// Without this podman would have each wait for what ignores SIGTERM.
+		_, _ = e.ask(ctx, slices.Concat([]string{"kill"}, left)...)
+		_, err = e.ask(ctx, slices.Concat([]string{"rm", "--force", "--volumes"}, left)...)
+	}
+}
+
+// noAnswer returns err, of an engine that cannot be used, with what to do about it.
+func (e *engine) noAnswer(err error) error {
+	advice := "start it: systemctl start docker; DOCKER_HOST names another"
+	switch {
+	case strings.Contains(err.Error(), "permission denied"):
+		advice = "run flowctl as a user who may use that socket, such as one of the group docker"
+	case filepath.Base(e.path) != "docker":
+		advice = "try: " + e.name + " ps"
+	}
+	return fmt.Errorf("the container engine %s cannot be used: %v (%s)", e.name, err, advice)
+}
+
+// findImage fails where the engine does not have the image.
+func (e *engine) findImage(ctx context.Context, image string) error {
+	_, err := e.ask(ctx, "image", "inspect", image)
 	return err
+}
+
+// pull pulls an image, however long that takes. The last line that the engine prints is the
+// reason of a failure.
+func (e *engine) pull(ctx context.Context, image string, progress func(image, said string)) error {
+	progress(image, "")
+	r, w := io.Pipe()
+	cmd := e.command(ctx, "pull", image)
+	cmd.Stdout, cmd.Stderr = w, w
+	if err := e.commands.start(cmd); err != nil {
+		return cause(err)
+	}
+	last := ""
+	var reading sync.WaitGroup
+	reading.Go(func() {
+		for scanner := bufio.NewScanner(r); scanner.Scan(); {
+			if last = scanner.Text(); last != "" {
+				progress(image, last)
+			}
+		}
+		_, _ = io.Copy(io.Discard, r) // the rest after a line that was too long
+	})
+	err := e.commands.wait(cmd)
+	w.Close()
+	reading.Wait()
+	if err != nil && last != "" {
+		return errors.New(last)
+	}
+	return err
+}
+
+// ask runs a command of the engine and returns what it prints. It fails with what the engine
+// says, or that it did not answer within engineTimeout.
+func (e *engine) ask(ctx context.Context, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
+	defer cancel()
+	var out, errs bytes.Buffer
+	cmd := e.command(ctx, args...)
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err := e.commands.start(cmd)
+	if err == nil {
+		err = e.commands.wait(cmd)
+	}
+	said := strings.TrimSpace(errs.String())
+	switch {
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		err = fmt.Errorf("%s %s: no answer within %s", e.name, args[0], engineTimeout)
+	case err != nil && said != "":
+		err = errors.New(said)
+	case err != nil:
+		err = fmt.Errorf("%s %s: %v", e.name, args[0], cause(err))
+	}
+	return out.String(), err
+}
+
+// command returns a command of the engine. It leads a process group, so that Ctrl-C on a
+// terminal does not end it.
+func (e *engine) command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, e.path, args...)
+	cmd.Args[0], cmd.Env = e.name, e.env
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = time.Second
+	return cmd
 }

@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -252,7 +253,7 @@ esac
 }
 
 // With ports a container has a network of its own.
-func TestContainerWithPorts(t *testing.T) {
+func TestContainer_WithPortsHasItsOwnNetwork(t *testing.T) {
 	t.Parallel()
 	engine, notes := stubEngine(t)
 	l := &engineLab{program: engine}
@@ -279,7 +280,7 @@ func TestContainerWithPorts(t *testing.T) {
 }
 
 // One whose end comes before it is seen to run has run if it ended well.
-func TestContainerThatIsNotSeen(t *testing.T) {
+func TestContainer_EndsBeforeItIsSeen(t *testing.T) {
 	t.Parallel()
 	for status, want := range map[string]int{"0": exitOK, "127": exitFailed} {
 		engine := writeFile(t, filepath.Join(t.TempDir(), "engine"), "#!/bin/sh\ncase $1 in run) exit "+status+" ;; inspect) echo no such object >&2; exit 1 ;; esac\n")
@@ -294,7 +295,7 @@ func TestContainerThatIsNotSeen(t *testing.T) {
 	}
 }
 
-func TestImageWithoutContainers(t *testing.T) {
+func TestEngine_ImageNeedsOne(t *testing.T) {
 	t.Parallel()
 	file := writePipeline(t, box("store", "live"), shell("ledgers", "echo started"))
 	p := launch(t, file)
@@ -325,8 +326,64 @@ func TestEngine_NoImageNeedsNone(t *testing.T) {
 	}
 }
 
+// An engine that does not remove a container is asked again, less and less often.
+func TestEngine_RemoveWaitsBetweenTries(t *testing.T) {
+	t.Parallel()
+	folder := t.TempDir()
+	program := writeFile(t, filepath.Join(folder, "engine"), fmt.Sprintf("#!/bin/sh\necho $1 >>%s/notes\n[ $1 = ps ] && echo stuck\n[ $1 != rm ]\n", folder))
+	if err := os.Chmod(program, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	e, err := findEngine(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.commands, e.env = newReaper(), baseEnv()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	if names, err := e.remove(ctx, "label=a"); !slices.Equal(names, []string{"stuck"}) || err == nil {
+		t.Errorf("removed %q: %v", names, err)
+	}
+	if tries := strings.Count(strings.Join(readJournal(t, folder+"/notes"), " "), "rm"); tries < 2 || tries > 6 {
+		t.Errorf("%d tries within two seconds, want a few", tries)
+	}
+}
+
+// A signal waits neither for the engine nor for what a container's command line leaves
+// open: here a process that has its standard input, and does not read it.
+func TestContainer_SignalDoesNotWait(t *testing.T) {
+	t.Parallel()
+	program := writeFile(t, filepath.Join(t.TempDir(), "engine"), "#!/bin/sh\n[ $1 = run ] || exit 0\nexec 3<&0\nsetsid sleep 300 <&3 >/dev/null 2>&1 &\n")
+	if err := os.Chmod(program, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	e, err := findEngine(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := newTestLauncher(t)
+	e.commands, e.env, l.config.engine = l.config.reaper, append(baseEnv(), runMark+"="+l.mark), e
+	ch := l.run(map[string]any{"id": "a", "image": "i", "register": false, "env": map[string]string{
+		"A": strings.Repeat("a", 30<<10), "B": strings.Repeat("b", 30<<10), "C": strings.Repeat("c", 30<<10)}}) // more than a pipe holds
+	longest := time.Duration(0)
+	for len(l.running) > 0 {
+		began := time.Now()
+		l.signal(ch, syscall.SIGTERM)
+		longest = max(longest, time.Since(began))
+		select {
+		case end := <-l.exits:
+			delete(l.running, end.child)
+		case <-time.After(time.Millisecond):
+		}
+	}
+	l.endStrays("a")
+	if longest > outputGrace/2 {
+		t.Errorf("a signal took %s", longest)
+	}
+}
+
 // A pull that takes long ends by a signal, and nothing has started.
-func TestStopWhilePulling(t *testing.T) {
+func TestEngine_StopWhilePulling(t *testing.T) {
 	t.Parallel()
 	engine := writeFile(t, filepath.Join(t.TempDir(), "engine"), "#!/bin/sh\ncase $1 in image) exit 1 ;; pull) echo layers; exec sleep 300 ;; esac\n")
 	if err := os.Chmod(engine, 0o755); err != nil {

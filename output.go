@@ -63,7 +63,7 @@ type outputs struct {
 	files   *logFiles   // nil for none
 }
 
-// runReport is the report of a run that failed, in each of its forms.
+// runReport is what is said last of a run that failed, in each of its forms.
 type runReport struct {
 	text, json []byte // whole lines
 	journal    []journalEntry
@@ -72,14 +72,17 @@ type runReport struct {
 // openOutputs opens all but the log files. The caller has to close it.
 func openOutputs(c outputConfig) *outputs {
 	o := &outputs{format: c.format}
-	if c.footer && c.format == formatText {
-		o.screen = openScreen()
-	}
 	write := blockingFile{os.Stdout}.Write
-	if o.screen == nil {
+	if c.footer && c.format == formatText {
+		var shared bool
+		if o.screen, shared = openScreen(); shared {
+			write = o.screen.lines.writeWaiting
+		}
+	}
+	if o.screen != nil {
+		o.stderr = o.screen.lines
+	} else {
 		o.stderr = newLogWriter(blockingFile{os.Stderr}, c.format, nil, nil)
-	} else if o.stderr = o.screen.lines; o.screen.shared {
-		write = o.stderr.writeWaiting
 	}
 	o.log = newLogger(o.stderr, c.format, c.level)
 	if c.format == formatJournal {
@@ -101,15 +104,14 @@ func (o *outputs) close() {
 	o.screen.close()
 }
 
-// openFiles has the lines of each of the components ids kept in a file in dir. It has to
-// be called before the first of them is started.
+// openFiles has the lines of each component kept in dir as well.
 func (o *outputs) openFiles(dir string, ids []string) (err error) {
 	o.files, err = openLogFiles(dir, ids, o.log)
 	return err
 }
 
-// add makes the components ids known, by a reload. Its error is that of a log file; the
-// console and the journal do not know them then.
+// add makes components known that were not so when it was opened. After an error,
+// which is that of a log file, the console and the journal do not know them.
 func (o *outputs) add(ids []string) error {
 	if o.files != nil {
 		for _, id := range ids {
@@ -147,8 +149,7 @@ func (o *outputs) flush() {
 	}
 }
 
-// brokenErr is why standard output cannot be written. It is for when broken is closed:
-// before that it may wait for a write.
+// brokenErr is why standard output cannot be written, nil while it can.
 func (o *outputs) brokenErr() error {
 	o.console.mu.Lock()
 	defer o.console.mu.Unlock()
@@ -163,7 +164,7 @@ func (o *outputs) logFile(id string) string {
 	return o.files.path(id)
 }
 
-// report writes the report of a run that failed.
+// report says what has failed, last of all.
 func (o *outputs) report(r runReport) {
 	switch {
 	case o.journal != nil:
@@ -175,12 +176,12 @@ func (o *outputs) report(r runReport) {
 	}
 }
 
-// showsFooter tells whether a footer can be seen. A flowctl in the background shows none,
-// because the terminal is another's.
+// showsFooter tells whether there is a footer that can be read. A flowctl in the
+// background has none: the terminal is another's.
 func (o *outputs) showsFooter() bool { return o.screen != nil && o.screen.shows() }
 
-// updateFooter shows rows as the footer, unless the last are younger than footerTime. In
-// that case footerDue says when to call it again.
+// updateFooter shows the rows of a footer, unless the last are younger than footerTime:
+// then footerDue says when it is to be called again.
 func (o *outputs) updateFooter(now time.Time, rows func() []string) {
 	if s := o.screen; s != nil {
 		if s.overdue = now.Sub(s.updated) < footerTime; !s.overdue {
@@ -190,8 +191,8 @@ func (o *outputs) updateFooter(now time.Time, rows func() []string) {
 	}
 }
 
-// footerDue returns a channel that gets the time when updateFooter is to be called although
-// nothing has happened. It is nil without a footer.
+// footerDue gets the time when updateFooter is to be called although nothing happens. It
+// is nil without a footer.
 func (o *outputs) footerDue() <-chan time.Time {
 	if o.screen == nil {
 		return nil
@@ -227,8 +228,8 @@ func newLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, options))
 }
 
-// resolveFormat returns the format that auto stands for here: the journal's, if standard
-// error leads to the journal, else text. It fails for a journal that is not there.
+// resolveFormat turns auto into what it stands for here, and fails for a journal that
+// is not there. With auto, the journal is one that standard error leads to.
 func resolveFormat(format string) (string, error) {
 	switch {
 	case format == formatAuto && stderrIsJournal():
@@ -241,8 +242,8 @@ func resolveFormat(format string) (string, error) {
 	return format, nil
 }
 
-// printAnswer writes to standard output what a command was asked for. Its error is that
-// of the command: an answer that is not read is no success.
+// printAnswer prints what a command was asked for. That it cannot be written is an error
+// of the command.
 func printAnswer(text string) error {
 	_, err := io.WriteString(os.Stdout, text)
 	return err
@@ -563,26 +564,27 @@ type screen struct {
 	typed         int    // bytes that nobody had read then
 }
 
-// openScreen returns the screen on standard error. It is nil where standard error is no
-// terminal that can have a footer, or standard output is another terminal, or a pipe.
-func openScreen() *screen {
+// openScreen returns the screen on standard error, and whether standard output is it,
+// too. It is nil where standard error is no terminal that can have a footer, or
+// standard output is another one, or a pipe.
+func openScreen() (s *screen, shared bool) {
 	out, outErr := os.Stdout.Stat()
 	stderr, stderrErr := os.Stderr.Stat()
 	if outErr != nil || stderrErr != nil || !isTerminal(os.Stderr) || os.Getenv("TERM") == "dumb" {
-		return nil
+		return nil, false
 	}
-	shared := isTerminal(os.Stdout)
+	shared = isTerminal(os.Stdout)
 	maybeHere := out.Mode()&(os.ModeNamedPipe|os.ModeSocket) != 0 // of tee, say: what it gets can come to this terminal
 	if maybeHere || shared && !os.SameFile(out, stderr) {
-		return nil
+		return nil, false
 	}
-	s := &screen{f: os.Stderr, shared: shared, signals: make(chan os.Signal, 4)}
+	s = &screen{f: os.Stderr, shared: shared, signals: make(chan os.Signal, 4)}
 	signal.Notify(s.signals, syscall.SIGWINCH, syscall.SIGCONT)
 	if canBeSuspended() {
 		signal.Notify(s.signals, syscall.SIGTSTP)
 	}
 	s.lines = newLogWriter(s, formatText, s.signals, s.signalled)
-	return s
+	return s, shared
 }
 
 func (s *screen) close() {
@@ -756,7 +758,7 @@ type logFile struct {
 	size   int64
 	most   int64 // the size at which it is to be rotated
 	buf    []byte
-	broken bool // the last write failed, and that was logged
+	broken bool // the last write failed, which has been said
 	closed bool
 
 	missing int // lines that could not be written

@@ -1,5 +1,9 @@
 package main
 
+// How the process of a component is started and seen to its end: its environment, port,
+// process group, signals and output. process_linux.go has what only Linux can do: the
+// reaper, the control group and the guard.
+
 import (
 	"bytes"
 	"cmp"
@@ -24,9 +28,6 @@ import (
 	"time"
 )
 
-// This file starts the processes of components and sees them to their end: environment,
-// process group, output, signals. What only Linux can do is in process_linux.go.
-
 const (
 	sweepGrace   = time.Second             // from SIGTERM to SIGKILL for what has left its component when the run ends
 	outputGrace  = 1500 * time.Millisecond // for the output of a process that got SIGKILL to be taken
@@ -42,8 +43,8 @@ const (
 // the outer one's and a slash.
 const runMark = "FLOWCTL_RUN"
 
-// emitter takes whole lines of a component: each ends with a newline. It must not
-// keep them. It is called from the pumps, one call at a time per stream.
+// emitter takes whole lines that a component has printed: each ends with a newline. It must
+// not keep the bytes. The pumps call it, one call at a time per stream.
 type emitter func(id, stream string, lines []byte)
 
 // launchConfig is what the processes of a run have in common.
@@ -61,8 +62,8 @@ type launchConfig struct {
 }
 
 // launcher starts the processes of a run: components, their health checks, and the
-// command after --. The loop alone calls its methods, except leaders, descendants and
-// those of child, which any goroutine may call.
+// command after --. One goroutine, the loop of the run, calls its methods; leaders,
+// descendants and the methods of a child may be called from any.
 type launcher struct {
 	config launchConfig
 	mark   string        // the value of runMark
@@ -72,11 +73,11 @@ type launcher struct {
 	guard  *guard
 
 	ports           map[string]*reservedPort // by component
-	containerStarts int
+	containerStarts int                      // numbers the containers of the run
 }
 
-// childEnd is the end of a component's process: it was waited for, its group is gone and its
-// output has been passed on.
+// childEnd is how a component's process has ended, when nothing is left of its group and
+// its output has been passed on.
 type childEnd struct {
 	child        *child
 	status       syscall.WaitStatus
@@ -84,7 +85,8 @@ type childEnd struct {
 	containerErr error // why its container may still be there
 }
 
-// newLauncher starts the guard. The caller calls close when every component is over.
+// newLauncher returns a launcher with its guard. The caller calls close when no component
+// runs any more.
 func newLauncher(config launchConfig) (*launcher, error) {
 	l := &launcher{
 		config: config, mark: strings.TrimPrefix(os.Getenv(runMark)+"/"+rand.Text(), "/"),
@@ -105,8 +107,8 @@ func newLauncher(config launchConfig) (*launcher, error) {
 	return l, nil
 }
 
-// close ends what has left its component, and the guard. Goroutines are left only where a
-// process has outlived SIGKILL.
+// close ends what components have left behind, and the guard. Of the launcher's goroutines
+// only those go on that wait for a process which SIGKILL has not ended.
 func (l *launcher) close() {
 	l.sweep(sweepGrace)
 	if l.containerStarts > 0 {
@@ -120,8 +122,8 @@ func (l *launcher) close() {
 	close(l.closed)
 }
 
-// removeContainers removes those of the run, all of whose command lines have ended: an
-// engine may have made one after that was killed.
+// removeContainers removes containers of the run that are still there: an engine may have
+// made one after its command line was killed.
 func (l *launcher) removeContainers() {
 	names, err := l.config.engine.remove(context.Background(), "label="+labelRun+"="+l.mark)
 	if len(names) > 0 {
@@ -132,8 +134,26 @@ func (l *launcher) removeContainers() {
 	}
 }
 
-// leaders returns the processes that lead a group, and the command after --, by pid,
-// with the component that each is of.
+// reserveThreads has the runtime start threads before components can use up what the system
+// allows: one that it cannot start later is the end of flowctl, not an error that could be
+// told.
+func reserveThreads() {
+	const spare = 8
+	var ready, done sync.WaitGroup
+	ready.Add(spare)
+	for range spare {
+		done.Go(func() {
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			ready.Done()
+			ready.Wait() // each holds its thread until all have one
+		})
+	}
+	done.Wait()
+}
+
+// leaders returns the component that each process belongs to which the launcher has started
+// and which has not ended, by pid.
 func (l *launcher) leaders() map[int]string { return l.config.reaper.leaders() }
 
 // start starts the process of c as the leader of a process group of its own. Its output
@@ -149,30 +169,12 @@ func (l *launcher) start(c *Component) (*child, error) {
 	}
 	l.ports[c.ID].release()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	ch := &child{component: c, healthPort: port, cmd: cmd, container: ctr, launcher: l, signals: make(chan syscall.Signal, 1), drained: make(chan struct{}), expired: make(chan struct{})}
 	l.cgroup.hold(cmd.SysProcAttr)
-	if ctr != nil {
-		if ch.stdin, err = cmd.StdinPipe(); err != nil {
-			return nil, describeStart(cmd, err)
-		}
+	ch := &child{
+		component: c, healthPort: port, launcher: l, cmd: cmd, container: ctr, signals: make(chan syscall.Signal, 1),
+		drained: make(chan struct{}), expired: make(chan struct{}),
 	}
-	var theirs []*os.File
-	defer func() {
-		for _, w := range theirs {
-			w.Close()
-		}
-	}()
-	for range 2 {
-		r, w, err := os.Pipe()
-		if err != nil {
-			ch.closeOutputs()
-			return nil, describeStart(cmd, err)
-		}
-		ch.outputs, theirs = append(ch.outputs, r), append(theirs, w)
-	}
-	cmd.Stdout, cmd.Stderr = theirs[0], theirs[1]
-	if err := l.startLeader(cmd, c.ID); err != nil {
-		ch.closeOutputs()
+	if err := l.startPiped(ch); err != nil {
 		return nil, describeStart(cmd, err)
 	}
 	ch.pid = cmd.Process.Pid
@@ -189,6 +191,36 @@ func (l *launcher) start(c *Component) (*child, error) {
 	return ch, nil
 }
 
+// startPiped starts the command of ch with its output in pipes, and for a container its
+// standard input as well.
+func (l *launcher) startPiped(ch *child) (err error) {
+	var theirs []*os.File
+	defer func() {
+		for _, w := range theirs {
+			w.Close()
+		}
+		if err != nil {
+			for _, r := range ch.outputs {
+				r.Close()
+			}
+		}
+	}()
+	for range 2 {
+		r, w, err := os.Pipe()
+		if err != nil {
+			return err
+		}
+		ch.outputs, theirs = append(ch.outputs, r), append(theirs, w)
+	}
+	ch.cmd.Stdout, ch.cmd.Stderr = theirs[0], theirs[1]
+	if ch.container != nil {
+		if ch.stdin, err = ch.cmd.StdinPipe(); err != nil {
+			return err
+		}
+	}
+	return l.startLeader(ch.cmd, ch.component.ID)
+}
+
 // signal sends sig to the process group of ch, or to its container. It never waits.
 func (l *launcher) signal(ch *child, sig syscall.Signal) {
 	if sig == syscall.SIGKILL {
@@ -198,8 +230,8 @@ func (l *launcher) signal(ch *child, sig syscall.Signal) {
 	}
 }
 
-// startCommand starts the command after --, which is known by id from then on, with
-// the environment that commandEnv returns. Its end arrives in ended, once.
+// startCommand starts the command after --, which leaders has under id, with the
+// environment of commandEnv. ended gets its end, once.
 func (l *launcher) startCommand(id string, cmd *exec.Cmd) (ended <-chan syscall.WaitStatus, err error) {
 	cmd.Env = l.commandEnv()
 	if err := l.startLeader(cmd, id); err != nil {
@@ -207,7 +239,7 @@ func (l *launcher) startCommand(id string, cmd *exec.Cmd) (ended <-chan syscall.
 	}
 	statuses := make(chan syscall.WaitStatus, 1)
 	go func() {
-		_ = l.config.reaper.wait(cmd) // how it ended is in its state
+		_ = cmd.Wait() // how it ended is in its state
 		l.leaderEnded(cmd.Process.Pid)
 		statuses <- waitStatus(cmd)
 	}()
@@ -229,8 +261,8 @@ func (l *launcher) leaderEnded(pid int) {
 	l.guard.groupEnded(pid)
 }
 
-// command returns what runs c: its program, or the engine's command line with what
-// there is to know of its container.
+// command returns the command that runs c: its program, or the command line of the engine,
+// and then its container.
 func (l *launcher) command(c *Component, port string) (cmd *exec.Cmd, ctr *container, err error) {
 	env, err := l.componentEnv(c, port)
 	if err != nil {
@@ -243,13 +275,16 @@ func (l *launcher) command(c *Component, port string) (cmd *exec.Cmd, ctr *conta
 	}
 	cmd = exec.Command(c.Command[0], slices.Concat(c.Command[1:], c.Args)...)
 	cmd.Dir = c.WorkingDir
-	cmd.Env = slices.Concat(baseEnv(), []string{"PWD=" + c.WorkingDir}, env)
+	// JOURNAL_STREAM tells of flowctl's standard error, which is not that of the component.
+	base := slices.DeleteFunc(baseEnv(), func(entry string) bool { return strings.HasPrefix(entry, "JOURNAL_STREAM=") })
+	cmd.Env = slices.Concat(base, []string{"PWD=" + c.WorkingDir}, env)
 	return cmd, nil, nil
 }
 
-// componentEnv is the environment that c is given: what flowctl gives, then what the file
-// gives, and last what the file cannot change. It fails where a file of env_files
-// cannot be read. To this a process has baseEnv, and a container its image's.
+// componentEnv returns the variables that c is given, of which the last of a name counts:
+// flowctl's, then those of the file, then those that the file cannot change. A process has
+// baseEnv besides, and a container the environment of its image. It fails where a file of
+// env_files cannot be read.
 func (l *launcher) componentEnv(c *Component, port string) ([]string, error) {
 	var env []string
 	set := func(name, value string) { env = append(env, name+"="+value) }
@@ -294,7 +329,7 @@ func (c *launchConfig) endpointOf(comp *Component) string {
 	return c.endpoint
 }
 
-// commandEnv is the environment of the command after --.
+// commandEnv returns the environment of the command after --.
 func (l *launcher) commandEnv() []string {
 	endpoint := "FLOWCTL_ENDPOINT=" + l.config.endpoint
 	env := append(baseEnv(), endpoint, runMark+"="+l.mark)
@@ -304,115 +339,30 @@ func (l *launcher) commandEnv() []string {
 	return env
 }
 
-// baseEnv is flowctl's own environment without what is addressed to flowctl alone:
-// systemd's words to a service (sd_notify(3), sd_listen_fds(3)), with which a child would
-// speak for flowctl, and what an outer flowctl has set.
+// ownVars are never passed on. They are what systemd tells a service, with which a child
+// would speak for flowctl (sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3)), and what
+// an outer flowctl has told this one as its component.
+var ownVars = []string{
+	"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID",
+	"ENABLE_FLOWCTL", "FLOWCTL_ENABLED", "FLOWCTL_ENDPOINT", "FLOWCTL_COMPONENT_ID", "FLOWCTL_SERVICE_ID", "FLOWCTL_HEARTBEAT_INTERVAL",
+	"FLOWCTL_TLS_CA", "FLOWCTL_TLS_CERT", "FLOWCTL_TLS_KEY", runMark,
+}
+
+// componentVars are what flowctl tells its components under names that can also be a user's
+// own: only where flowctl is a component itself they are not passed on.
+var componentVars = []string{"COMPONENT_ID", "SERVICE_ID", "HEALTH_PORT", "HEALTH_ENDPOINT"}
+
+// baseEnv returns what flowctl passes on of its own environment: to components, to the
+// command after --, to the engine and to the guard.
 func baseEnv() []string {
-	nested := os.Getenv(runMark) != ""
+	isComponent := os.Getenv(runMark) != ""
 	return slices.DeleteFunc(os.Environ(), func(entry string) bool {
 		name, _, _ := strings.Cut(entry, "=")
-		return nested && slices.Contains(componentVars, name) || name == "NOTIFY_SOCKET" || name == "JOURNAL_STREAM" || strings.HasPrefix(name, "WATCHDOG_") || strings.HasPrefix(name, "LISTEN_") || strings.HasPrefix(name, "FLOWCTL_TLS_")
+		return slices.Contains(ownVars, name) || isComponent && slices.Contains(componentVars, name)
 	})
 }
 
-// componentVars are the variables that flowctl gives every component.
-var componentVars = []string{
-	"COMPONENT_ID", "SERVICE_ID", "HEALTH_PORT", "HEALTH_ENDPOINT", "FLOWCTL_HEARTBEAT_INTERVAL",
-	"ENABLE_FLOWCTL", "FLOWCTL_ENABLED", "FLOWCTL_ENDPOINT", "FLOWCTL_COMPONENT_ID", "FLOWCTL_SERVICE_ID", runMark,
-}
-
-// checkReach fails for components of p that could not register: those with ports are not
-// on the host's network, and the loopback of theirs is not that of the control plane.
-func (c *launchConfig) checkReach(p *Pipeline) error {
-	var ids []string
-	for _, comp := range p.components() {
-		loopback := !comp.TLS && len(c.tlsEnv) > 0 // its listener is there alone
-		if len(comp.Ports) > 0 && comp.registers() && (loopback || c.containerEndpoint == "") {
-			ids = append(ids, comp.ID)
-		}
-	}
-	if len(ids) == 0 {
-		return nil
-	}
-	advice := "-control-plane-address 0.0.0.0"
-	if len(c.tlsEnv) > 0 {
-		advice += ` and "tls": true`
-	}
-	return fmt.Errorf(`%s: ports take a container off the host's network, from where it cannot register at %s: leave out ports, or set "register": false, or give %s`, enumerate(ids), c.endpoint, advice)
-}
-
-// reservedPort holds a port, on which nobody listens, until its component starts.
-type reservedPort struct {
-	number string
-	hold   *os.File // nil when released
-}
-
-// healthPort returns the HEALTH_PORT of c: that of the file, else one that is reserved for
-// its id at the first call and stays the same.
-func (l *launcher) healthPort(c *Component) (string, error) {
-	if number := fileEnv(c, "HEALTH_PORT"); number != "" {
-		return number, nil
-	}
-	if port := l.ports[c.ID]; port != nil {
-		return port.number, nil
-	}
-	taken := make(map[string]bool) // those that were released may be free for a moment
-	for _, port := range l.ports {
-		taken[port.number] = true
-	}
-	for {
-		port, err := bindPort()
-		if err != nil {
-			return "", fmt.Errorf("cannot find a free port for its HEALTH_PORT: %v", err)
-		}
-		if !taken[port.number] {
-			l.ports[c.ID] = port
-			return port.number, nil
-		}
-		defer port.release() // so that the next is another
-	}
-}
-
-// forget gives up the port of a component that is not in the file any more.
-func (l *launcher) forget(id string) {
-	l.ports[id].release()
-	delete(l.ports, id)
-}
-
-// bindPort takes a free port without listening on it: the kernel gives it to nobody else,
-// and a client that comes too early is refused, where it would hang on a listener.
-func bindPort() (*reservedPort, error) {
-	syscall.ForkLock.RLock()
-	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
-	if err == nil {
-		syscall.CloseOnExec(fd)
-	}
-	syscall.ForkLock.RUnlock()
-	if err != nil {
-		return nil, os.NewSyscallError("socket", err)
-	}
-	hold := os.NewFile(uintptr(fd), "port")
-	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
-		hold.Close()
-		return nil, os.NewSyscallError("bind", err)
-	}
-	addr, err := syscall.Getsockname(fd)
-	if err != nil {
-		hold.Close()
-		return nil, os.NewSyscallError("getsockname", err)
-	}
-	return &reservedPort{strconv.Itoa(addr.(*syscall.SockaddrInet4).Port), hold}, nil
-}
-
-// release may be called again, and for no port.
-func (p *reservedPort) release() {
-	if p != nil && p.hold != nil {
-		p.hold.Close()
-		p.hold = nil
-	}
-}
-
-// fileEnv is what the file itself sets name to.
+// fileEnv returns what the file sets name to for c, "" for nothing.
 func fileEnv(c *Component, name string) string {
 	if v, ok := c.Env[name]; ok {
 		return v
@@ -450,21 +400,112 @@ func readEnvFile(path string) (string, error) {
 	return strings.TrimSuffix(strings.TrimSuffix(string(data), "\n"), "\r"), nil
 }
 
-// child is a component's process and the group that it leads. Its pumps, and a goroutine
-// that waits for its end, run beside the loop; what they share is named below.
+// checkReach fails for components of p that could not register: a container with ports has a
+// network of its own, and the control plane cannot be reached from there on its loopback.
+func (c *launchConfig) checkReach(p *Pipeline) error {
+	var ids []string
+	for _, comp := range p.components() {
+		loopback := !comp.TLS && len(c.tlsEnv) > 0 // its listener is there alone
+		if len(comp.Ports) > 0 && comp.registers() && (loopback || c.containerEndpoint == "") {
+			ids = append(ids, comp.ID)
+		}
+	}
+	if len(ids) == 0 {
+		return nil
+	}
+	advice := "-control-plane-address 0.0.0.0"
+	if len(c.tlsEnv) > 0 {
+		advice += ` and "tls": true`
+	}
+	return fmt.Errorf(`%s: ports take a container off the host's network, from where it cannot register at %s: leave out ports, or set "register": false, or give %s`, enumerate(ids), c.endpoint, advice)
+}
+
+// reservedPort is a port for one component alone.
+type reservedPort struct {
+	number string
+	hold   *os.File // a socket that is bound to it until its component starts, then nil
+}
+
+// healthPort returns the HEALTH_PORT of c: that of the file, else one that is reserved for
+// its id at the first call and stays the same.
+func (l *launcher) healthPort(c *Component) (string, error) {
+	if number := fileEnv(c, "HEALTH_PORT"); number != "" {
+		return number, nil
+	}
+	if port := l.ports[c.ID]; port != nil {
+		return port.number, nil
+	}
+	taken := make(map[string]bool) // the kernel takes those that were released for free until their components listen
+	for _, port := range l.ports {
+		taken[port.number] = true
+	}
+	for {
+		port, err := bindPort()
+		if err != nil {
+			return "", fmt.Errorf("cannot find a free port for its HEALTH_PORT: %v", err)
+		}
+		if !taken[port.number] {
+			l.ports[c.ID] = port
+			return port.number, nil
+		}
+		defer port.release() // held until then, so that the next is another
+	}
+}
+
+// forget gives up the port of a component that the file does not have any more.
+func (l *launcher) forget(id string) {
+	l.ports[id].release()
+	delete(l.ports, id)
+}
+
+// bindPort binds a free port and does not listen on it: the kernel gives it to nobody else,
+// and a client that connects too early is refused, where a listener would let it hang.
+func bindPort() (*reservedPort, error) {
+	syscall.ForkLock.RLock()
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
+	if err == nil {
+		syscall.CloseOnExec(fd)
+	}
+	syscall.ForkLock.RUnlock()
+	if err != nil {
+		return nil, os.NewSyscallError("socket", err)
+	}
+	hold := os.NewFile(uintptr(fd), "port")
+	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		hold.Close()
+		return nil, os.NewSyscallError("bind", err)
+	}
+	addr, err := syscall.Getsockname(fd)
+	if err != nil {
+		hold.Close()
+		return nil, os.NewSyscallError("getsockname", err)
+	}
+	return &reservedPort{strconv.Itoa(addr.(*syscall.SockaddrInet4).Port), hold}, nil
+}
+
+// release gives the port free for its component. It may be called again, and of nil.
+func (p *reservedPort) release() {
+	if p != nil && p.hold != nil {
+		p.hold.Close()
+		p.hold = nil
+	}
+}
+
+// child is a component's process and the group that it leads. Two pumps read its output and
+// one goroutine, in reap, waits for its end.
 type child struct {
 	component  *Component
 	healthPort string
 	launcher   *launcher
 	cmd        *exec.Cmd
-	container  *container          // nil for none
-	stdin      io.WriteCloser      // of a container's command line, which reads its environment from it
-	signals    chan syscall.Signal // for a container: the last that it is to be sent and was not
 	pid        int
-	outputs    []*os.File    // read ends of its output
-	drained    chan struct{} // closed when no output will come any more
-	expired    chan struct{} // closed when what is left of the group gets SIGKILL
-	pumping    atomic.Int32  // pumps that still run
+	container  *container          // nil for none; then cmd is its engine's command line
+	stdin      io.WriteCloser      // of that command line, which reads the container's environment from it
+	signals    chan syscall.Signal // for a container: a signal that it has yet to be sent
+	outputs    []*os.File          // read ends of its output
+	pumping    atomic.Int32        // pumps that still run
+	drained    chan struct{}       // closed when no output will come any more
+	expired    chan struct{}       // closed by kill
 	tail       tail
 
 	mu     sync.Mutex // guards the fields below; nobody who holds it waits
@@ -473,21 +514,15 @@ type child struct {
 	reaped bool // nothing is left of the group, so its id may be someone else's now
 }
 
-func (c *child) closeOutputs() {
-	for _, r := range c.outputs {
-		r.Close()
-	}
-}
-
-// signal sends sig, a request to end, to the group, and SIGCONT, because a process
-// that was stopped hears of no other.
+// signal sends sig, a request to end, to the group, and SIGCONT, because a stopped process
+// takes no other signal.
 func (c *child) signal(sig syscall.Signal) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.asked = true
 	switch {
 	case c.reaped:
-	case c.container != nil && sig == syscall.SIGKILL: // endContainer hears of that by expired
+	case c.container != nil && sig == syscall.SIGKILL: // tendContainer hears of it by expired
 	case c.container != nil:
 		select {
 		case c.signals <- sig:
@@ -499,7 +534,7 @@ func (c *child) signal(sig syscall.Signal) {
 	}
 }
 
-// kill sends SIGKILL to the group.
+// kill sends SIGKILL to the group. From then on reap waits for no output that is not taken.
 func (c *child) kill() {
 	c.signal(syscall.SIGKILL)
 	c.mu.Lock()
@@ -517,7 +552,8 @@ func (c *child) isReaped() bool {
 	return c.reaped
 }
 
-// killPatience is longer for a container, which its engine has to kill.
+// killPatience returns how long flowctl waits for the end of c after SIGKILL: longer for a
+// container, which its engine has to kill.
 func (c *Component) killPatience() time.Duration {
 	if c.Image != "" {
 		return killPatience + 2*engineTimeout
@@ -525,18 +561,17 @@ func (c *Component) killPatience() time.Duration {
 	return killPatience
 }
 
-// reap waits for the process and returns how it ended, once: then the group is
-// gone and its output has been handed on, or is lost because nobody has taken it
-// when SIGKILL is due. What is left in the group of a process that ended unasked is
-// killed. One that was asked to end may have members that still write their last lines,
-// so they get the time until SIGKILL is due.
+// reap waits for the process and returns how it ended, once nothing is left of its group and
+// its output has been emitted, or is lost because nobody takes it although kill was called.
+// Where the process has ended by itself, the rest of its group is killed. Where it was asked
+// to end, the others may still write their last lines: they have until kill is called.
 func (c *child) reap() childEnd {
 	end := childEnd{child: c, containerErr: c.awaitEnd()}
 	c.mu.Lock()
 	if !c.asked {
 		_ = syscall.Kill(-c.pid, syscall.SIGKILL)
 	}
-	_ = c.launcher.config.reaper.wait(c.cmd) // does not block: it is a zombie, and nothing copies for it
+	_ = c.cmd.Wait() // does not block: it is a zombie, and no goroutine copies for it
 	c.reaped = c.groupIsEmpty()
 	empty := c.reaped
 	c.mu.Unlock()
@@ -568,8 +603,8 @@ func (c *child) reap() childEnd {
 	return end
 }
 
-// awaitEnd is awaitExit, and for a container also sees to it that it is gone. The
-// error is that it may not be.
+// awaitEnd returns when the process has ended, and leaves it a zombie. It also sees to it that
+// its container is gone, and fails where that may be left.
 func (c *child) awaitEnd() error {
 	if c.container == nil {
 		awaitExit(c.cmd.Process)
@@ -577,21 +612,21 @@ func (c *child) awaitEnd() error {
 	}
 	ended := make(chan struct{})
 	var beside sync.WaitGroup
-	beside.Go(func() { c.endContainer(ended) })
+	beside.Go(func() { c.tendContainer(ended) })
 	beside.Go(func() {
-		_, _ = io.WriteString(c.stdin, c.container.env) // which fails for one that ends before it has read that
+		_, _ = io.WriteString(c.stdin, c.container.env) // fails for a command line that ends early
 		c.stdin.Close()
 	})
 	awaitExit(c.cmd.Process)
 	close(ended)
-	c.stdin.Close() // where another process has that open, and does not read
+	c.stdin.Close() // ends the writing, too, where another process holds the other end and does not read
 	beside.Wait()
 	return c.container.remove()
 }
 
-// endContainer passes on what signal is called for, until the command line of the
-// container has ended. That is not waited for before, so its id is its own here.
-func (c *child) endContainer(ended <-chan struct{}) {
+// tendContainer sends the container its signals, and removes it when it is to be killed,
+// until its command line has ended. Until then that is not waited for, so its pid is its own.
+func (c *child) tendContainer(ended <-chan struct{}) {
 	ctr := c.container
 	var again <-chan time.Time
 	for asked := syscall.Signal(0); ; {
@@ -599,9 +634,9 @@ func (c *child) endContainer(ended <-chan struct{}) {
 		case <-ended:
 			return
 		case <-c.expired:
-			_ = ctr.remove() // awaitEnd tries it again
+			_ = ctr.remove() // awaitEnd tries again
 			select {
-			case <-ended: // by that, and the last lines are passed on
+			case <-ended: // with the container, and with its last lines
 			case <-time.After(outputGrace):
 				_ = syscall.Kill(-c.pid, syscall.SIGKILL)
 			}
@@ -611,7 +646,7 @@ func (c *child) endContainer(ended <-chan struct{}) {
 		}
 		again = nil
 		if err := ctr.signal(asked); err != nil {
-			again = time.After(askAgain) // it does not run yet, or not any more
+			again = time.After(askAgain) // the container does not run yet, or not any more
 		}
 	}
 }
@@ -634,13 +669,13 @@ func (c *child) run(ctx context.Context, argv []string) (status syscall.WaitStat
 	}
 	awaitExit(cmd.Process)
 	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
-	_ = c.launcher.config.reaper.wait(cmd) // how it ended is in its state
+	_ = cmd.Wait() // how it ended is in its state
 	c.launcher.leaderEnded(cmd.Process.Pid)
 	return waitStatus(cmd), printed.lines(), nil
 }
 
-// pump hands on what comes from r in whole lines until it ends, or, after reap has
-// set a deadline, until nothing is left in the pipe, and that is written.
+// pump emits what comes from r, in whole lines, until r ends. After reap has set a deadline
+// it ends when the pipe is empty, because a process that lives on may hold the other end.
 func (c *child) pump(id, stream string, r *os.File, emit emitter, flush func()) {
 	defer func() {
 		r.Close()
@@ -651,7 +686,7 @@ func (c *child) pump(id, stream string, r *os.File, emit emitter, flush func()) 
 			close(c.drained)
 		}
 	}()
-	pass := func(lines []byte) {
+	passOn := func(lines []byte) {
 		c.tail.add(lines)
 		emit(id, stream, lines)
 	}
@@ -660,28 +695,28 @@ func (c *child) pump(id, stream string, r *os.File, emit emitter, flush func()) 
 	for {
 		room := min(cap(buf), max(len(buf), maxLine)+1) - len(buf) // no more of a line than tells whether it is too long
 		n, err := read(buf[len(buf) : len(buf)+room])
-		buf = passLines(buf[:len(buf)+n], pass)
+		buf = passLines(buf[:len(buf)+n], passOn)
 		if n == room && cap(buf) < pipeSize {
 			buf = slices.Grow(buf, pipeSize-len(buf))
 		}
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			read = leftover(r)
+			read = readLeftover(r)
 		case err != nil:
 			if len(buf) > 0 {
-				pass(append(buf, '\n'))
+				passOn(append(buf, '\n'))
 			}
 			return
 		}
 	}
 }
 
-// passLines passes the whole lines of buf, or the first maxLine bytes of one that
-// is longer, and returns the rest with room to read more. A CR that comes next may be
-// of the end of the line, which the byte after it shows.
-func passLines(buf []byte, pass func([]byte)) []byte {
+// passLines calls passOn with the whole lines of buf, or with the first maxLine bytes of a
+// line that is longer, and returns the rest with room to read more. A CR behind maxLine bytes
+// is waited with until the next byte shows whether it belongs to the end of the line.
+func passLines(buf []byte, passOn func([]byte)) []byte {
 	if i := bytes.LastIndexByte(buf, '\n'); i >= 0 {
-		pass(buf[:i+1])
+		passOn(buf[:i+1])
 		buf = buf[:copy(buf, buf[i+1:])]
 	}
 	switch {
@@ -690,7 +725,7 @@ func passLines(buf []byte, pass func([]byte)) []byte {
 		if buf[n-1] == '\r' { // which would be taken for the end of a line
 			n--
 		}
-		pass(append(slices.Clip(buf[:n]), '\n'))
+		passOn(append(slices.Clip(buf[:n]), '\n'))
 		buf = buf[:copy(buf, buf[n:])]
 	case len(buf) == cap(buf):
 		grown := make([]byte, len(buf), min(2*cap(buf), maxLine+2))
@@ -700,9 +735,9 @@ func passLines(buf []byte, pass func([]byte)) []byte {
 	return buf
 }
 
-// leftover reads what a pipe holds and ends where a reader would have to wait. It
-// reads no more than a pipe can hold, so that a writer that lives on cannot keep it.
-func leftover(r *os.File) func([]byte) (int, error) {
+// readLeftover returns a function that reads what a pipe holds, with EOF where a reader would
+// have to wait. It reads no more than a pipe can hold, so that a writer cannot go on for ever.
+func readLeftover(r *os.File) func([]byte) (int, error) {
 	_ = r.SetReadDeadline(time.Time{})
 	left := 16 << 20 // pipe(7): a pipe holds 1 MiB at most, unless root has enlarged it
 	return func(p []byte) (n int, err error) {
@@ -722,7 +757,7 @@ func leftover(r *os.File) func([]byte) (int, error) {
 	}
 }
 
-// tail keeps the end of what a process printed.
+// tail keeps the last tailSize bytes that a process has printed.
 type tail struct {
 	mu  sync.Mutex
 	buf []byte
@@ -761,25 +796,7 @@ func (t *tail) lines() []string {
 	return lines[max(0, len(lines)-10):]
 }
 
-// reserveThreads has the runtime start threads before components can use up what the system
-// allows: one that it cannot start later is the end of flowctl, not an error that could be
-// told.
-func reserveThreads() {
-	const spare = 8
-	var ready, done sync.WaitGroup
-	ready.Add(spare)
-	for range spare {
-		done.Go(func() {
-			runtime.LockOSThread()
-			defer runtime.UnlockOSThread()
-			ready.Done()
-			ready.Wait() // each holds its thread until all have one
-		})
-	}
-	done.Wait()
-}
-
-// describeStart says what keeps cmd from being started.
+// describeStart returns err, of starting cmd, in the words of the pipeline file.
 func describeStart(cmd *exec.Cmd, err error) error {
 	dir, dirErr := os.Stat(cmp.Or(cmd.Dir, "."))
 	if dirErr == nil && !dir.IsDir() {
@@ -794,7 +811,7 @@ func describeStart(cmd *exec.Cmd, err error) error {
 	return describeProgram(cmd.Args[0], cmd.Dir, err)
 }
 
-// describeProgram says what is wrong with a program that is to run in the folder dir.
+// describeProgram returns err, of running a program in the folder dir, with what to do about it.
 func describeProgram(program, dir string, err error) error {
 	file, fileErr := os.Stat(program)
 	why := cause(err).Error()
@@ -824,14 +841,14 @@ func describeProgram(program, dir string, err error) error {
 	return fmt.Errorf("cannot run %q: %s", program, why)
 }
 
-// What is wrong with scripts that look right.
+// Faults of scripts.
 const (
 	noProgram = "it is no program of this machine, and has no #! line"
 	crlfLine  = `its #! line ends in CRLF, of which the CR counts; remove it from every line: sed -i 's/\r$//'`
 )
 
-// scriptFault says what keeps a program from being run although it is executable, ""
-// for nothing: its #! line (execve(2)), or that it is a text without one.
+// scriptFault says what keeps an executable file from being run, "" for nothing: its #! line
+// (execve(2)), or that it is a text without one.
 func scriptFault(program string) string {
 	f, err := os.Open(program)
 	if err != nil {
@@ -858,7 +875,7 @@ func scriptFault(program string) string {
 	return ""
 }
 
-// waitStatus is how cmd, which was waited for, has ended.
+// waitStatus returns how cmd has ended, which was waited for.
 func waitStatus(cmd *exec.Cmd) syscall.WaitStatus {
 	status, _ := cmd.ProcessState.Sys().(syscall.WaitStatus)
 	return status

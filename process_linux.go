@@ -1,9 +1,9 @@
 package main
 
-// What Linux alone offers to process.go, in this order: the reaper, which makes flowctl the
+// What process.go has on Linux alone, in this order: the reaper, by which flowctl becomes the
 // parent of what its components orphan, so that nothing leaves its tree of processes; the
-// control group; and the guard, another process, which ends the tree when flowctl itself
-// has been killed.
+// search for what has left its component; the control group; the guard, a process that ends
+// the tree when flowctl itself was killed.
 
 import (
 	"bufio"
@@ -38,17 +38,17 @@ const (
 	// pkill does, does not kill the guard as well.
 	guardName = "run-guard"
 
-	scanStep      = 20 * time.Millisecond  // between two scans for what nothing tells of
-	scanTries     = 5                      // scans in a row that find nothing before the guard believes it
-	guardInterval = time.Second            // between two looks of the guard at what flowctl has adopted, when nothing has started lately
+	scanStep      = 20 * time.Millisecond  // between two scans for processes that no event tells of
+	scanTries     = 5                      // scans in a row that find nothing, after which the guard takes the run for ended
+	guardInterval = time.Second            // at most between two looks of the guard at what flowctl has adopted; it is scanStep after a start
 	guardGrace    = time.Second            // for a guard that is dismissed to end
 	guardProven   = time.Minute            // a guard that has lived so long is replaced at once
 	minGuardPause = 100 * time.Millisecond // before a guard that was killed again is replaced: without one there is a risk
 	maxGuardPause = 2 * time.Second
 )
 
-// reaper starts flowctl's children and waits for them, and for those that flowctl has
-// adopted. There is one, as there is one flowctl.
+// reaper starts flowctl's children, and reaps those that flowctl has adopted: orphans. A
+// process has one.
 type reaper struct {
 	sigchld   chan os.Signal
 	closed    chan struct{} // closed to end the reaping of orphans
@@ -56,8 +56,8 @@ type reaper struct {
 	reaped    chan struct{} // gets a token when an orphan was reaped
 	inherited map[int]bool  // children that this process had before it became flowctl
 
-	mu    sync.Mutex     // guards known; held over each fork and each scan, so that no child is taken for an orphan
-	known map[int]string // what flowctl has started, by pid: the component that it leads a group of, "" for helpers
+	mu    sync.Mutex     // guards known; held while a child starts and while orphans are looked for, so that no child is taken for one
+	known map[int]string // the processes that flowctl has started, by pid: of which component, "" for helpers
 }
 
 func newReaper() *reaper {
@@ -71,8 +71,7 @@ func newReaper() *reaper {
 	}
 }
 
-// adopt makes flowctl the parent of what its descendants orphan, and reaps that
-// until close.
+// adopt makes flowctl the parent of what its descendants orphan, and reaps that until close.
 func (r *reaper) adopt() error {
 	if err := becomeSubreaper(); err != nil {
 		return err
@@ -104,11 +103,12 @@ func (r *reaper) close() {
 	r.reaping.Wait()
 }
 
-// start is cmd.Start for a helper that wait is going to be called for.
+// start starts a helper, such as the guard or a command of a container engine. The caller
+// calls wait.
 func (r *reaper) start(cmd *exec.Cmd) error { return r.startLeader(cmd, "") }
 
-// startLeader is start for a process of component id, or for the command after --. It is a
-// leader until leaderEnded is called.
+// startLeader starts a process of component id, or the command after --. The caller waits for
+// it and calls leaderEnded.
 func (r *reaper) startLeader(cmd *exec.Cmd, id string) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -119,25 +119,22 @@ func (r *reaper) startLeader(cmd *exec.Cmd, id string) error {
 	return err
 }
 
-// wait is cmd.Wait.
+// wait waits for a helper.
 func (r *reaper) wait(cmd *exec.Cmd) error {
 	err := cmd.Wait()
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.known[cmd.Process.Pid] == "" {
-		delete(r.known, cmd.Process.Pid)
-	}
+	r.leaderEnded(cmd.Process.Pid)
 	return err
 }
 
-// leaderEnded notes that nothing is left of the group of pid.
+// leaderEnded notes that pid was waited for and that nothing is left of its group.
 func (r *reaper) leaderEnded(pid int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.known, pid)
 }
 
-// leaders returns what startLeader has started and what has not ended, by pid.
+// leaders returns the component of each process that startLeader has started and that has
+// not ended, by pid.
 func (r *reaper) leaders() map[int]string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -150,7 +147,7 @@ func (r *reaper) leaders() map[int]string {
 	return out
 }
 
-// reapOrphans reaps what has ended of the children that flowctl has not started.
+// reapOrphans reaps the orphans that have ended.
 func (r *reaper) reapOrphans() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -167,7 +164,7 @@ func (r *reaper) reapOrphans() {
 	}
 }
 
-// hasOrphans tells whether flowctl has children that it has not started itself.
+// hasOrphans tells whether flowctl has orphans, zombies included.
 func (r *reaper) hasOrphans() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -177,7 +174,7 @@ func (r *reaper) hasOrphans() bool {
 	})
 }
 
-// children are the children of this process, zombies too.
+// children returns the children of this process, zombies included.
 func children() []int {
 	var pids []int
 	lists, _ := filepath.Glob("/proc/self/task/*/children")
@@ -192,10 +189,10 @@ func children() []int {
 	return pids
 }
 
-// awaitExit returns when the process p, a child, has ended, and leaves it a zombie: so its
-// id, which is its group's too, stays taken until it is waited for. It waits by a pidfd,
-// because a thread for each component would soon be a limit; where there is none, it
-// holds a thread.
+// awaitExit returns when the child p has ended, and leaves it a zombie: its pid, which is its
+// group's id, is nobody else's until it is waited for. It waits by a pidfd and the runtime's
+// poller, because a thread for each component would soon be a limit. Without a pidfd (before
+// Linux 5.4) it holds a thread.
 func awaitExit(p *os.Process) {
 	var fd uintptr
 	errno := syscall.EBADF
@@ -212,8 +209,8 @@ func awaitExit(p *os.Process) {
 	hasExited(idTypePID, uintptr(p.Pid))
 }
 
-// hasExited tells whether a child is a zombie. Only where id is a pidfd that does not block
-// it can tell that it is not (since Linux 5.10): it waits otherwise.
+// hasExited returns true when the child id is a zombie. It returns false for one that runs if id
+// is a pidfd that does not block (since Linux 5.10), and else waits for its end.
 func hasExited(idType int, id uintptr) bool {
 	for {
 		_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, uintptr(idType), id, 0, syscall.WEXITED|syscall.WNOWAIT, 0, 0)
@@ -223,8 +220,8 @@ func hasExited(idType int, id uintptr) bool {
 	}
 }
 
-// groupIsEmpty tells whether nothing is left of the process group of c, whose leader has
-// been waited for: its members are flowctl's own children by then.
+// groupIsEmpty tells whether nothing is left of the process group of c. The leader has been
+// waited for, so all members are flowctl's own children.
 func (c *child) groupIsEmpty() bool {
 	for {
 		switch pid, err := syscall.Wait4(-c.pid, nil, syscall.WNOHANG, nil); {
@@ -246,11 +243,11 @@ func (c *child) awaitGroup() {
 	}
 }
 
-// endStrays kills what component id has started and what has left its process group.
-// Their environment tells. It does not wait for their end.
+// endStrays kills the processes that have left the group of component id, which has ended.
+// They are known by their environment. It does not wait for their end.
 func (l *launcher) endStrays(id string) {
 	if !l.config.reaper.hasOrphans() {
-		return // what its leader has left is flowctl's child now
+		return // there are none: they would be orphans now
 	}
 	for _, p := range processes() {
 		if owner, ok := markedComponent(p.pid, runMark+"="+l.mark); ok && owner == id {
@@ -260,18 +257,18 @@ func (l *launcher) endStrays(id string) {
 	}
 }
 
-// descendants returns all that lives below flowctl, except the guard and what flowctl has
-// inherited.
+// descendants returns all processes below flowctl, except the guard and those that flowctl
+// has inherited.
 func (l *launcher) descendants() []procInfo {
 	all := slices.DeleteFunc(processes(), func(p procInfo) bool { return l.config.reaper.inherited[p.pid] })
-	self, guard := os.Getpid(), l.guard.pid() // after the scan: it can have a new one
+	self, guard := os.Getpid(), l.guard.pid() // read after the scan, which may have found a new guard
 	chosen := map[int]bool{self: true}
 	withDescendants(all, chosen)
 	return slices.DeleteFunc(all, func(p procInfo) bool { return !chosen[p.pid] || p.pid == self || p.pid == guard })
 }
 
-// sweep ends all that is left below flowctl when every component is over: first by
-// SIGTERM, after grace by SIGKILL. It gives up on what does not die of that.
+// sweep ends all that is left below flowctl when no component runs any more: by SIGTERM, and
+// after grace by SIGKILL. It gives up on what lives on after killPatience.
 func (l *launcher) sweep(grace time.Duration) {
 	sig, deadline := syscall.SIGTERM, time.Now().Add(grace)
 	told := make(map[int]bool)
@@ -311,14 +308,14 @@ func (l *launcher) sweep(grace time.Duration) {
 	}
 }
 
-// cgroup is a control group of the run's own, where this system lets flowctl make
-// one: nothing that starts in it can leave it, so killing it misses nothing.
+// cgroup is the control group of the run, where the system lets flowctl make one. Nothing that
+// starts in it leaves it, so killing it misses nothing. A nil one stands for none.
 type cgroup struct {
 	folder *os.File
 }
 
-// makeCgroup makes one below flowctl's own, nil where that is not possible or not
-// allowed: systemd owns the tree but for what it has delegated.
+// makeCgroup makes a control group below flowctl's own. It returns nil where that is not
+// possible or not allowed: systemd owns the tree except for what it has delegated.
 func makeCgroup(run string) *cgroup {
 	own := ownCgroup()
 	if own == "" {
@@ -344,15 +341,15 @@ func makeCgroup(run string) *cgroup {
 	return g
 }
 
-// hold has what starts with attr start in the cgroup.
+// hold has what is started with attr start in the cgroup.
 func (g *cgroup) hold(attr *syscall.SysProcAttr) {
 	if g != nil {
 		attr.UseCgroupFD, attr.CgroupFD = true, int(g.folder.Fd())
 	}
 }
 
-// works tries whether a process can be started in the cgroup, which a seccomp filter
-// can forbid: a program that does not exist is only missed after that.
+// works tells whether a process can be started in the cgroup, which a seccomp filter can
+// forbid. It tries with a program that does not exist: the kernel notices that later.
 func (g *cgroup) works() bool {
 	cmd := exec.Command("/proc/self/no-such-program")
 	cmd.SysProcAttr = &syscall.SysProcAttr{}
@@ -360,7 +357,7 @@ func (g *cgroup) works() bool {
 	return errors.Is(cmd.Start(), fs.ErrNotExist)
 }
 
-// ownCgroup is the folder of the cgroup that flowctl runs in, "" without cgroup v2.
+// ownCgroup returns the folder of the control group that flowctl runs in, "" without cgroup v2.
 func ownCgroup() string {
 	mounts, _ := os.ReadFile("/proc/self/mountinfo")
 	groups, _ := os.ReadFile("/proc/self/cgroup")
@@ -379,7 +376,8 @@ func ownCgroup() string {
 	return ""
 }
 
-// delegated tells whether systemd has left this cgroup to its owner (systemd.resource-control(5)).
+// delegated tells whether systemd has left a control group to its owner (Delegate= of
+// systemd.resource-control(5)).
 func delegated(path string) bool {
 	value := make([]byte, 8)
 	for _, name := range []string{"trusted.delegate", "user.delegate"} {
@@ -390,7 +388,7 @@ func delegated(path string) bool {
 	return false
 }
 
-// path is "" for no cgroup.
+// path returns the folder, "" for no cgroup.
 func (g *cgroup) path() string {
 	if g == nil {
 		return ""
@@ -398,7 +396,7 @@ func (g *cgroup) path() string {
 	return g.folder.Name()
 }
 
-// remove takes the cgroup away, in which nothing lives any more.
+// remove removes the cgroup, in which nothing lives any more.
 func (g *cgroup) remove() {
 	if g != nil {
 		removeCgroup(g.folder.Name())
@@ -406,8 +404,8 @@ func (g *cgroup) remove() {
 	}
 }
 
-// removeCgroup takes an empty cgroup away with those below it, which a flowctl that
-// was a component of the run may have left.
+// removeCgroup removes an empty control group and those below it: a flowctl that was a
+// component of the run may have left some.
 func removeCgroup(path string) {
 	below, _ := os.ReadDir(path)
 	for _, entry := range below {
@@ -418,22 +416,23 @@ func removeCgroup(path string) {
 	_ = syscall.Rmdir(path)
 }
 
-// guard is the process that ends a run whose flowctl was killed. It reads from a
-// pipe which leaders of process groups live; the end of that pipe, without a word, is
-// the end of flowctl. A guard that is killed is replaced.
+// guard is the guard as flowctl sees it: a process that ends the run when flowctl was killed.
+// It reads from a pipe which process groups there are; when the pipe ends without the line
+// "end", flowctl was killed. A guard that is killed itself is replaced.
 type guard struct {
-	args      []string // of the process: what it has to know of the run
+	args      []string // of the process
 	reaper    *reaper
 	log       *slog.Logger
-	dismissed chan struct{} // closed when its end is no accident any more
+	dismissed chan struct{} // closed when the guard is to end
 	keeping   sync.WaitGroup
 
-	mu  sync.Mutex // guards the fields below
+	mu  sync.Mutex // guards the fields below; nobody who holds it waits
 	cmd *exec.Cmd
-	in  *os.File
+	in  *os.File // the pipe; it does not block
 }
 
-// startGuard starts the guard of run, and replaces it until dismiss is called.
+// startGuard starts the guard of the run with that mark, and replaces it until dismiss is
+// called. cgroup and enginePath are "" for none.
 func startGuard(run, cgroup, enginePath string, r *reaper, log *slog.Logger) (*guard, error) {
 	g := &guard{args: []string{run, strconv.Itoa(os.Getpid()), cgroup, enginePath}, reaper: r, log: log, dismissed: make(chan struct{})}
 	if err := g.start(); err != nil {
@@ -443,9 +442,9 @@ func startGuard(run, cgroup, enginePath string, r *reaper, log *slog.Logger) (*g
 	return g, nil
 }
 
-// start starts the process, in a session of its own, where no terminal reaches it,
-// and without a mark in its environment, so that it is no part of a run, its own or
-// that which this flowctl may be a component of.
+// start starts the process. It has a session of its own, where no terminal reaches it, and no
+// mark in its environment, so that it belongs to no run: neither to this one nor to that of
+// an outer flowctl.
 func (g *guard) start() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -454,11 +453,11 @@ func (g *guard) start() error {
 		return err
 	}
 	defer theirs.Close()
-	// The link stays good when the file that flowctl was started from is replaced.
+	// This link stays good when the file of the program is replaced.
 	cmd := exec.Command("/proc/self/exe", append([]string{"guard"}, g.args...)...)
 	cmd.Args[0] = guardName
 	cmd.Stdin, cmd.Dir = theirs, "/"
-	cmd.Env = slices.DeleteFunc(baseEnv(), func(entry string) bool { return strings.HasPrefix(entry, runMark+"=") })
+	cmd.Env = baseEnv()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := g.reaper.start(cmd); err != nil {
 		ours.Close()
@@ -474,8 +473,8 @@ func (g *guard) start() error {
 	return nil
 }
 
-// keep replaces the guard whenever it is killed: at once, or later and later where that
-// happens again and again.
+// keep waits for the guard and replaces it when it was killed: at once the first time, then
+// after a pause that grows.
 func (g *guard) keep() {
 	pause := time.Duration(0)
 	for {
@@ -504,7 +503,7 @@ func (g *guard) keep() {
 	}
 }
 
-// isDismissed tells whether the guard is dismissed within d.
+// isDismissed returns true when the guard is dismissed, and false after d.
 func (g *guard) isDismissed(d time.Duration) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
@@ -527,7 +526,7 @@ func (g *guard) pid() int {
 	return g.cmd.Process.Pid
 }
 
-// groupStarted tells the guard that pid leads a process group from now on.
+// groupStarted tells the guard that the process group pid has started.
 func (g *guard) groupStarted(pid int) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -541,13 +540,13 @@ func (g *guard) groupEnded(pid int) {
 	g.tellLocked("ended", pid)
 }
 
-// tellLocked sends a line, and never waits. A guard that has not read thousands of lines
-// is as good as gone: it is killed, so that keep replaces it.
+// tellLocked writes a line to the guard, and never waits. A guard that does not read until the
+// pipe is full is killed, so that keep replaces it.
 func (g *guard) tellLocked(word string, pid int) {
 	line := fmt.Sprintf("%s %d\n", word, pid)
 	raw, err := g.in.SyscallConn()
 	if err != nil {
-		return // it has been closed: the guard was killed
+		return // closed, because the guard was killed: the next one gets it by start
 	}
 	_ = raw.Write(func(fd uintptr) bool {
 		_, err = syscall.Write(int(fd), []byte(line)) // whole or not at all: pipe(7), PIPE_BUF
@@ -558,8 +557,7 @@ func (g *guard) tellLocked(word string, pid int) {
 	}
 }
 
-// dismiss tells the guard that all is well and waits for its end, which it is made
-// to come to.
+// dismiss tells the guard to end, and waits for that. After guardGrace it kills it.
 func (g *guard) dismiss() {
 	close(g.dismissed)
 	g.mu.Lock()
@@ -571,8 +569,8 @@ func (g *guard) dismiss() {
 	timer.Stop()
 }
 
-// runGuard is the guard itself. It returns when it was dismissed, or when nothing of
-// the run is left that can be killed.
+// runGuard is the process of the guard. It returns when it was dismissed, or when flowctl was
+// killed and nothing is left of the run that can be killed.
 func runGuard(run, flowctl, cgroup, enginePath string, in io.Reader) {
 	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE, syscall.SIGTSTP)
 	_ = os.WriteFile("/proc/self/comm", []byte(guardName), 0)
@@ -599,20 +597,21 @@ func runGuard(run, flowctl, cgroup, enginePath string, in io.Reader) {
 	}
 }
 
-// guardState is what the guard knows of its run. A process is known by its pid and by
-// when it began.
+// guardState is what the guard knows of its run. The maps are by pid; their values say when
+// the process began, which tells it from a later one with its pid.
 type guardState struct {
-	run     string
-	flowctl int    // its pid
-	begun   uint64 // when flowctl began: nothing of the run did before
-	leaders map[int]uint64
-	adopted map[int]uint64 // flowctl's children by adoption, which may have neither mark nor group
-	spared  map[int]bool   // children that flowctl had before it was flowctl
+	run     string         // its mark
+	flowctl int            // pid
+	begun   uint64         // when flowctl began: what began before is not of the run
+	leaders map[int]uint64 // of process groups, and the command after --
+	adopted map[int]uint64 // orphans of flowctl: they may have neither the mark nor a leader
+	spared  map[int]bool   // children that flowctl has inherited
 }
 
-// watch follows the run until flowctl dismisses the guard, which is true, or dies.
+// watch takes in what flowctl tells. It returns true when flowctl dismisses the guard, and
+// false when flowctl was killed.
 func (g *guardState) watch(lines <-chan string) bool {
-	step := scanStep // programs that make daemons do it when they start
+	step := scanStep // a program that makes a daemon does so when it starts
 	timer := time.NewTimer(step)
 	defer timer.Stop()
 	for {
@@ -646,10 +645,9 @@ func (g *guardState) watch(lines <-chan string) bool {
 	}
 }
 
-// dropProgram gives back the pages of the program that starting has touched, two thirds of
-// what the guard has resident: what is needed of them again is read from the file again. It
-// passes over mappings that have a page of the guard's own, written to before it was made
-// read-only.
+// dropProgram gives back the memory of the program itself, most of what the guard has resident
+// after its start: what is needed again is read from the file again. A mapping in which some
+// page has been written to, before it was made read-only, stays as it is.
 func dropProgram() {
 	smaps, _ := os.ReadFile("/proc/self/smaps")
 	var from, to uintptr
@@ -678,13 +676,12 @@ func dropProgram() {
 	}
 }
 
-// noteAdopted notes the children of flowctl's main thread: the kernel makes them
-// that thread's when it gives flowctl an orphan (find_new_reaper in kernel/exit.c).
-// What was seen once is kept until it ends, because a flowctl that is dying has no
-// children any more.
+// noteAdopted notes the children of flowctl's main thread, which is the one that gets the
+// orphans (find_new_reaper in the kernel's exit.c). They are noted until they end, because a
+// flowctl that is dying has no children any more.
 func (g *guardState) noteAdopted() {
 	if os.Getppid() != g.flowctl {
-		return // it is gone, and its number could be another's
+		return // flowctl has died, and its pid could be another process's
 	}
 	maps.DeleteFunc(g.adopted, func(pid int, begun uint64) bool {
 		p, ok := readProcess(pid)
@@ -699,8 +696,8 @@ func (g *guardState) noteAdopted() {
 	}
 }
 
-// killRun kills what belongs to the run until nothing is found any more, or the time for
-// that is over.
+// killRun kills what belongs to the run until nothing is found any more, for at most twice
+// killPatience, and removes its control group.
 func (g *guardState) killRun(cgroup string) {
 	deadline := time.Now().Add(2 * killPatience)
 	for quiet := 0; quiet < scanTries && time.Now().Before(deadline); {
@@ -722,12 +719,12 @@ func (g *guardState) killRun(cgroup string) {
 	}
 }
 
-// processes finds what belongs to the run: what has its mark, the leaders and their
-// groups, what flowctl adopted, and all that descends from those.
+// processes returns what belongs to the run: the leaders and their groups, what flowctl has
+// adopted, what has the mark, and all descendants of those.
 func (g *guardState) processes() []procInfo {
 	all := slices.DeleteFunc(processes(), func(p procInfo) bool { return p.begun < g.begun })
 	chosen := make(map[int]bool)
-	reused := make(map[int]bool) // was a leader's pid and is someone else's
+	reused := make(map[int]bool) // pids of leaders that are other processes now
 	for _, p := range all {
 		if begun, ok := g.leaders[p.pid]; ok && begun != p.begun {
 			reused[p.pid] = true
@@ -743,16 +740,16 @@ func (g *guardState) processes() []procInfo {
 	return slices.DeleteFunc(all, func(p procInfo) bool { return !chosen[p.pid] || p.pid == os.Getpid() })
 }
 
-// hasMark tells whether a process was started with run in its environment, or with
-// that of a flowctl that itself belongs to run.
+// hasMark tells whether a process has the mark of run in its environment, or that of a flowctl
+// which is a component of run.
 func hasMark(pid int, run string) bool {
 	env := environ(pid)
 	mark := "\x00" + runMark + "=" + run
 	return bytes.Contains(env, []byte(mark+"\x00")) || bytes.Contains(env, []byte(mark+"/"))
 }
 
-// removeContainersOf removes the containers of run, of which the engine may still be making
-// one for a command line that was killed.
+// removeContainersOf removes the containers of run. It looks again for a while, because the
+// engine may still be making one for a command line that was killed.
 func removeContainersOf(run, enginePath string) {
 	e, err := findEngine(enginePath)
 	if err != nil {

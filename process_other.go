@@ -2,6 +2,10 @@
 
 package main
 
+// What other systems lack of process_linux.go: without a subreaper and /proc, a process that
+// has left the group of its component is out of reach, and nothing ends the components of a
+// flowctl that was killed.
+
 import (
 	"io"
 	"log/slog"
@@ -11,10 +15,6 @@ import (
 	"time"
 	"unsafe"
 )
-
-// What this system's kernel lacks: no subreaper and no /proc, so a process that
-// left its component's process group is out of reach, and nothing ends the
-// components of a flowctl that was killed.
 
 type reaper struct{}
 
@@ -28,8 +28,8 @@ func (r *reaper) startLeader(cmd *exec.Cmd, _ string) error { return cmd.Start()
 func (r *reaper) leaderEnded(int)                           {}
 func (r *reaper) leaders() map[int]string                   { return nil }
 
-// awaitGroup returns when the output of the group is closed, or when it has been
-// killed: who is left in it cannot be known.
+// awaitGroup returns when the output of the group is closed, or when it was killed: who is left
+// in it cannot be known.
 func (c *child) awaitGroup() {
 	select {
 	case <-c.drained:
@@ -37,8 +37,8 @@ func (c *child) awaitGroup() {
 	}
 }
 
-// awaitExit returns when the process p, a child, has ended, and leaves it a zombie: so its
-// id, which is its group's too, stays taken until it is waited for. It holds a thread.
+// awaitExit returns when the child p has ended, and leaves it a zombie: its pid, which is its
+// group's id, is nobody else's until it is waited for. It holds a thread.
 func awaitExit(p *os.Process) {
 	const idTypePID = 1 // P_PID of waitid(2)
 	var info [128]byte  // siginfo_t, which some kernels insist on
