@@ -63,7 +63,7 @@ type outputs struct {
 	files   *logFiles   // nil for none
 }
 
-// runReport is what is said last of a run that failed, in each of its forms.
+// runReport is the report of a run that failed, in each of its forms.
 type runReport struct {
 	text, json []byte // whole lines
 	journal    []journalEntry
@@ -72,17 +72,14 @@ type runReport struct {
 // openOutputs opens all but the log files. The caller has to close it.
 func openOutputs(c outputConfig) *outputs {
 	o := &outputs{format: c.format}
-	write := blockingFile{os.Stdout}.Write
 	if c.footer && c.format == formatText {
-		var shared bool
-		if o.screen, shared = openScreen(); shared {
-			write = o.screen.lines.writeWaiting
-		}
+		o.screen = openScreen()
 	}
-	if o.screen != nil {
-		o.stderr = o.screen.lines
-	} else {
+	write := blockingFile{os.Stdout}.Write
+	if o.screen == nil {
 		o.stderr = newLogWriter(blockingFile{os.Stderr}, c.format, nil, nil)
+	} else if o.stderr = o.screen.lines; o.screen.shared {
+		write = o.stderr.writeWaiting
 	}
 	o.log = newLogger(o.stderr, c.format, c.level)
 	if c.format == formatJournal {
@@ -104,14 +101,15 @@ func (o *outputs) close() {
 	o.screen.close()
 }
 
-// openFiles has the lines of each component kept in dir as well.
+// openFiles has the lines of each of the components ids kept in a file in dir. It has to
+// be called before the first of them is started.
 func (o *outputs) openFiles(dir string, ids []string) (err error) {
 	o.files, err = openLogFiles(dir, ids, o.log)
 	return err
 }
 
-// add makes components known that were not so when it was opened. After an error,
-// which is that of a log file, the console and the journal do not know them.
+// add makes the components ids known, by a reload. Its error is that of a log file; the
+// console and the journal do not know them then.
 func (o *outputs) add(ids []string) error {
 	if o.files != nil {
 		for _, id := range ids {
@@ -149,7 +147,8 @@ func (o *outputs) flush() {
 	}
 }
 
-// brokenErr is why standard output cannot be written, nil while it can.
+// brokenErr is why standard output cannot be written. It is for when broken is closed:
+// before that it may wait for a write.
 func (o *outputs) brokenErr() error {
 	o.console.mu.Lock()
 	defer o.console.mu.Unlock()
@@ -164,7 +163,7 @@ func (o *outputs) logFile(id string) string {
 	return o.files.path(id)
 }
 
-// report says what has failed, last of all.
+// report writes the report of a run that failed.
 func (o *outputs) report(r runReport) {
 	switch {
 	case o.journal != nil:
@@ -176,12 +175,12 @@ func (o *outputs) report(r runReport) {
 	}
 }
 
-// showsFooter tells whether there is a footer that can be read. A flowctl in the
-// background has none: the terminal is another's.
+// showsFooter tells whether a footer can be seen. A flowctl in the background shows none,
+// because the terminal is another's.
 func (o *outputs) showsFooter() bool { return o.screen != nil && o.screen.shows() }
 
-// updateFooter shows the rows of a footer, unless the last are younger than footerTime:
-// then footerDue says when it is to be called again.
+// updateFooter shows rows as the footer, unless the last are younger than footerTime. In
+// that case footerDue says when to call it again.
 func (o *outputs) updateFooter(now time.Time, rows func() []string) {
 	if s := o.screen; s != nil {
 		if s.overdue = now.Sub(s.updated) < footerTime; !s.overdue {
@@ -191,8 +190,8 @@ func (o *outputs) updateFooter(now time.Time, rows func() []string) {
 	}
 }
 
-// footerDue gets the time when updateFooter is to be called although nothing happens. It
-// is nil without a footer.
+// footerDue returns a channel that gets the time when updateFooter is to be called although
+// nothing has happened. It is nil without a footer.
 func (o *outputs) footerDue() <-chan time.Time {
 	if o.screen == nil {
 		return nil
@@ -228,8 +227,8 @@ func newLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, options))
 }
 
-// resolveFormat turns auto into what it stands for here, and fails for a journal that
-// is not there. With auto, the journal is one that standard error leads to.
+// resolveFormat returns the format that auto stands for here: the journal's, if standard
+// error leads to the journal, else text. It fails for a journal that is not there.
 func resolveFormat(format string) (string, error) {
 	switch {
 	case format == formatAuto && stderrIsJournal():
@@ -242,8 +241,8 @@ func resolveFormat(format string) (string, error) {
 	return format, nil
 }
 
-// printAnswer prints what a command was asked for. That it cannot be written is an error
-// of the command.
+// printAnswer writes to standard output what a command was asked for. Its error is that
+// of the command: an answer that is not read is no success.
 func printAnswer(text string) error {
 	_, err := io.WriteString(os.Stdout, text)
 	return err
@@ -564,27 +563,26 @@ type screen struct {
 	typed         int    // bytes that nobody had read then
 }
 
-// openScreen returns the screen on standard error, and whether standard output is it,
-// too. It is nil where standard error is no terminal that can have a footer, or
-// standard output is another one, or a pipe.
-func openScreen() (s *screen, shared bool) {
+// openScreen returns the screen on standard error. It is nil where standard error is no
+// terminal that can have a footer, or standard output is another terminal, or a pipe.
+func openScreen() *screen {
 	out, outErr := os.Stdout.Stat()
 	stderr, stderrErr := os.Stderr.Stat()
 	if outErr != nil || stderrErr != nil || !isTerminal(os.Stderr) || os.Getenv("TERM") == "dumb" {
-		return nil, false
+		return nil
 	}
-	shared = isTerminal(os.Stdout)
+	shared := isTerminal(os.Stdout)
 	maybeHere := out.Mode()&(os.ModeNamedPipe|os.ModeSocket) != 0 // of tee, say: what it gets can come to this terminal
 	if maybeHere || shared && !os.SameFile(out, stderr) {
-		return nil, false
+		return nil
 	}
-	s = &screen{f: os.Stderr, shared: shared, signals: make(chan os.Signal, 4)}
+	s := &screen{f: os.Stderr, shared: shared, signals: make(chan os.Signal, 4)}
 	signal.Notify(s.signals, syscall.SIGWINCH, syscall.SIGCONT)
 	if canBeSuspended() {
 		signal.Notify(s.signals, syscall.SIGTSTP)
 	}
 	s.lines = newLogWriter(s, formatText, s.signals, s.signalled)
-	return s, shared
+	return s
 }
 
 func (s *screen) close() {
@@ -758,7 +756,7 @@ type logFile struct {
 	size   int64
 	most   int64 // the size at which it is to be rotated
 	buf    []byte
-	broken bool // the last write failed, which has been said
+	broken bool // the last write failed, and that was logged
 	closed bool
 
 	missing int // lines that could not be written

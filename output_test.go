@@ -28,7 +28,7 @@ import (
 )
 
 // What a component writes comes out as it is, line by line.
-func TestRunOutput(t *testing.T) {
+func TestOutput_BytesArePassedAsTheyAre(t *testing.T) {
 	t.Parallel()
 	const pieces = 160 << 10 // 2.5 MiB
 	out := "plain\n\n  indented\t\ncarriage return\r\nin\rside\nnul \x00 invalid \xff\xfe\xc3( ansi \x1b[31mred\x1b[0m\n"
@@ -64,7 +64,7 @@ func TestRunOutput(t *testing.T) {
 	}
 }
 
-func TestRunOutputComplete(t *testing.T) {
+func TestOutput_OfSeveralIsComplete(t *testing.T) {
 	t.Parallel()
 	const count = 50_000
 	var parts []Component
@@ -90,7 +90,7 @@ func TestRunOutputComplete(t *testing.T) {
 	}
 }
 
-func TestRunOutputJSON(t *testing.T) {
+func TestOutput_JSON(t *testing.T) {
 	t.Parallel()
 	p := launch(t, writePipeline(t, actor("a", role{Dialect: "legacy", Out: []byte("to <out> & \"on\"\r\n"), Err: []byte("to err \xff"), OnUSR1: "exit", Code: 5})), "-log-format", "json")
 	p.waitErr(`"msg":"pipeline ready"`)
@@ -137,7 +137,7 @@ func TestRunOutputJSON(t *testing.T) {
 
 // Where nobody reads the output any more, as after "flowctl | head", the pipeline
 // is stopped, and well.
-func TestRunOutputClosed(t *testing.T) {
+func TestOutput_ClosedPipeStopsTheRun(t *testing.T) {
 	t.Parallel()
 	journal := filepath.Join(t.TempDir(), "journal")
 	r, w, err := os.Pipe()
@@ -164,9 +164,9 @@ func TestRunOutputClosed(t *testing.T) {
 	inOrder(t, readJournal(t, journal), "term b", "stop b")
 }
 
-// TestStopDoesNotWaitForTheLog stops a flowctl whose standard error is a pipe that
+// TestStop_DoesNotWaitForTheLog stops a flowctl whose standard error is a pipe that
 // is full and that nobody reads.
-func TestStopDoesNotWaitForTheLog(t *testing.T) {
+func TestStop_DoesNotWaitForTheLog(t *testing.T) {
 	t.Parallel()
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -340,7 +340,7 @@ func fingerprint(tb testing.TB, file string) (lines, size int, sum string) {
 }
 
 // 100 MB of each of two components at the moment of their end are all there.
-func TestBurstAtExitIsComplete(t *testing.T) {
+func TestOutput_BurstAtExitIsComplete(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	a := numbered(t, filepath.Join(dir, "a"), "a", 100_000, 1000)
@@ -354,7 +354,7 @@ func TestBurstAtExitIsComplete(t *testing.T) {
 }
 
 // Lines around the longest that is passed on whole, and bytes that are no text.
-func TestOddLinesAreComplete(t *testing.T) {
+func TestOutput_OddLinesAreComplete(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	random := rand.New(rand.NewPCG(1, 2))
@@ -414,7 +414,7 @@ func TestOddLinesAreComplete(t *testing.T) {
 
 // A process that left the component keeps the pipe open: the run goes on at once, and
 // what it says until its component ends is heard.
-func TestOpenPipeHoldsNothingUp(t *testing.T) {
+func TestOutput_OpenPipeHoldsNothingUp(t *testing.T) {
 	t.Parallel()
 	h := newHerd()
 	c := shell("a", h.script(`setsid sh -c 'echo from afar; sleep T' & sleep 0.2; echo last words; exit 4`))
@@ -430,7 +430,7 @@ func TestOpenPipeHoldsNothingUp(t *testing.T) {
 
 // Where nobody reads, components wait and flowctl does not grow; when somebody does
 // again, however late, all is there.
-func TestSlowReaderLosesNothing(t *testing.T) {
+func TestOutput_SlowReaderLosesNothing(t *testing.T) {
 	t.Parallel()
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -469,7 +469,7 @@ func TestSlowReaderLosesNothing(t *testing.T) {
 }
 
 // 500 MB wait in two components while the reader takes 20 MB, and then they are stopped.
-func TestFloodWaitsForTheReader(t *testing.T) {
+func TestOutput_FloodWaitsForTheReader(t *testing.T) {
 	t.Parallel()
 	for _, reads := range []bool{true, false} {
 		t.Run(map[bool]string{true: "reads", false: "hangs"}[reads], func(t *testing.T) {
@@ -515,7 +515,7 @@ func TestFloodWaitsForTheReader(t *testing.T) {
 }
 
 // What the pipe of an ended component holds is read, however large that has made it.
-func TestFullPipeOfAnEndedComponentIsRead(t *testing.T) {
+func TestOutput_FullPipeOfAnEndedComponentIsRead(t *testing.T) {
 	t.Parallel()
 	const size = 900 << 10
 	r, w, err := os.Pipe()
@@ -547,7 +547,7 @@ func TestFullPipeOfAnEndedComponentIsRead(t *testing.T) {
 }
 
 // A reader that goes away, as head does, ends a run of components that flood.
-func TestClosedOutputEndsAFlood(t *testing.T) {
+func TestOutput_ClosedPipeEndsAFlood(t *testing.T) {
 	t.Parallel()
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -628,7 +628,7 @@ func counted(tb testing.TB, lines []string, from, to int) {
 }
 
 // What is on the terminal is in the file, at that moment and after SIGKILL.
-func TestLogFileHasWhatIsShown(t *testing.T) {
+func TestLogFile_HasWhatIsShown(t *testing.T) {
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "made", "by", "flowctl")
 	h := newHerd()
@@ -645,7 +645,7 @@ func TestLogFileHasWhatIsShown(t *testing.T) {
 	}
 }
 
-func TestLogFileIsRotated(t *testing.T) {
+func TestLogFile_IsRotated(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	logs := filepath.Join(dir, "logs")
@@ -682,7 +682,7 @@ func TestLogFileIsRotated(t *testing.T) {
 }
 
 // A log file that cannot be rotated has everything and says so seldom.
-func TestLogFileThatCannotBeRotated(t *testing.T) {
+func TestLogFile_ThatCannotBeRotatedHasAll(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	const lines = 40_000
@@ -701,7 +701,7 @@ func TestLogFileThatCannotBeRotated(t *testing.T) {
 }
 
 // A full disk stops nothing, is told, and leaves no part of a line.
-func TestLogFileOnAFullDisk(t *testing.T) {
+func TestLogFile_FullDiskStopsNothing(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	disk := filepath.Join(dir, "disk")
@@ -742,7 +742,7 @@ func TestLogFileOnAFullDisk(t *testing.T) {
 	}
 }
 
-func TestLogDirThatCannotBe(t *testing.T) {
+func TestLogDir_ThatCannotBeMade(t *testing.T) {
 	t.Parallel()
 	plainFile := writeFile(t, filepath.Join(t.TempDir(), "file"), "")
 	public := publicDir(t)
@@ -787,7 +787,7 @@ func TestLogDirThatCannotBe(t *testing.T) {
 	}
 }
 
-func TestLogDirOfSystemd(t *testing.T) {
+func TestLogDir_OfSystemd(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		name string
@@ -823,7 +823,7 @@ func TestLogDirOfSystemd(t *testing.T) {
 
 // Another program that shares the terminal, as ssh does, may make it non-blocking:
 // that is no end of standard output.
-func TestNonBlockingOutputIsComplete(t *testing.T) {
+func TestOutput_NonBlockingIsComplete(t *testing.T) {
 	t.Parallel()
 	r, w, err := os.Pipe()
 	if err != nil {

@@ -50,9 +50,9 @@ type Spec struct {
 	Sinks       []Component `json:"sinks,omitempty"`
 }
 
-// Component is one program of a pipeline. A zero value is a field that the file
-// does not give: it can give neither a zero duration nor an empty string where
-// those could be taken for a value.
+// Component is one program of a pipeline. It is as large as the file format: each field of
+// the file is one of it. A field that the file does not give is zero; the file cannot give
+// a zero duration, nor an empty string where that would mean something.
 type Component struct {
 	ID               string            `json:"id" check:"name"`
 	Type             string            `json:"type,omitempty"`
@@ -131,8 +131,9 @@ var (
 
 func (c *Component) registers() bool { return c.Register == nil || *c.Register }
 
-// readyOnceRunning is for a container of which nothing else tells: its engine may take
-// long to start it, or fail to, while the engine's command line already runs.
+// readyOnceRunning tells whether c is ready once its container runs, because it neither
+// registers nor has a check. That its engine's command line runs does not tell it: the
+// engine may take long to start the container, or fail.
 func (c *Component) readyOnceRunning() bool {
 	return c.Image != "" && !c.registers() && c.HealthCheck == ""
 }
@@ -200,6 +201,78 @@ func (p *Pipeline) ids() []string {
 		ids = append(ids, c.ID)
 	}
 	return ids
+}
+
+// images returns the images of p, each once.
+func (p *Pipeline) images() []string {
+	var images []string
+	for _, c := range p.components() {
+		if c.Image != "" && !slices.Contains(images, c.Image) {
+			images = append(images, c.Image)
+		}
+	}
+	return images
+}
+
+// usersOf returns the ids of the components that have the image.
+func (p *Pipeline) usersOf(image string) []string {
+	var ids []string
+	for _, c := range p.components() {
+		if c.Image == image {
+			ids = append(ids, c.ID)
+		}
+	}
+	return ids
+}
+
+// speakTLS returns the ids of the components whose tls is yes.
+func (p *Pipeline) speakTLS(yes bool) []string {
+	var ids []string
+	for _, c := range p.components() {
+		if c.TLS == yes {
+			ids = append(ids, c.ID)
+		}
+	}
+	return ids
+}
+
+// unheardEvents returns the event types that c reads and none of its inputs puts out. There
+// are none where an input does not say what it puts out.
+func (p *Pipeline) unheardEvents(c *Component) []string {
+	heard := make(map[string]bool)
+	for _, in := range p.components() {
+		if !slices.Contains(c.Inputs, in.ID) {
+			continue
+		}
+		if len(in.OutputEventTypes) == 0 {
+			return nil
+		}
+		for _, event := range in.OutputEventTypes {
+			heard[event] = true
+		}
+	}
+	if len(c.Inputs) == 0 {
+		return nil
+	}
+	return slices.DeleteFunc(slices.Clone(c.InputEventTypes), func(event string) bool { return heard[event] })
+}
+
+// volumeHost splits a volume into the part of the host and the rest. The part is a path
+// where it has a slash or begins with a dot, else the name of a volume of the engine.
+func volumeHost(volume string) (host, rest string, isPath bool) {
+	host, rest, _ = strings.Cut(volume, ":")
+	return host, rest, strings.HasPrefix(host, ".") || strings.Contains(host, "/")
+}
+
+// publishedPort returns what an entry of ports takes of the host, such as 127.0.0.1:8080
+// or 5353/udp.
+func publishedPort(entry string) string {
+	entry, protocol, _ := strings.Cut(entry, "/")
+	port := entry[:strings.LastIndexByte(entry, ':')] // checkPort has found it right
+	if protocol != "" && protocol != "tcp" {
+		port += "/" + protocol
+	}
+	return port
 }
 
 // A stopEdge names a component that must have stopped before another one is told to.
@@ -273,8 +346,8 @@ func (b *bitset) minus(c *bitset) iter.Seq[int] {
 	}
 }
 
-// rules are what the text of a field must keep to. Their errors end a sentence
-// that begins with the field's path.
+// rules check the text of a field; its tag check names one. An error goes on with the
+// sentence that the path of the field begins.
 var rules = map[string]func(text string) error{
 	"version": oneOf("flowctl/v1"),
 	"kind":    oneOf("Pipeline"),
@@ -339,7 +412,8 @@ func checkPath(text string) error {
 	return checkFilled(text)
 }
 
-// checkImage refuses what the engine's command line would take for something else.
+// checkImage refuses what the engine's command line would take for a flag, or for more than
+// one argument.
 func checkImage(text string) error {
 	if strings.HasPrefix(text, "-") || strings.ContainsAny(text, " \t\r\n") {
 		return fmt.Errorf("must be the name of an image such as redis:7, not %s", quote(text))
@@ -373,7 +447,8 @@ func checkPort(text string) error {
 
 const healthForms = "http://, https://, tcp://, grpc:// or exec:"
 
-// healthPortName is what stands in a health_check for the component's HEALTH_PORT.
+// healthPortName matches the variable of a health_check that stands for the component's
+// HEALTH_PORT.
 var healthPortName = regexp.MustCompile(`\$(HEALTH_PORT\b|\{HEALTH_PORT\})`)
 
 func checkHealth(text string) error {
@@ -440,13 +515,13 @@ func words(line string) ([]string, error) {
 	return out, nil
 }
 
-// findings takes in what the rules find wrong with a pipeline, and tells them what its file
-// gives. A field is a pointer to one of the model, or to a Component. Of what is not in
-// the file, or is wrong already, nothing is reported.
+// findings tells the rules what a pipeline file gives, and takes in what is wrong with it. A
+// field is a pointer into the model: to a field, or to a Component as a whole. wrong and
+// wrongEntry ignore what is not in the file, or has an error already.
 type findings interface {
 	given(field any) bool // it is in the file
 	sound(field any) bool // it is in the file, and nothing is wrong with it
-	line(field any) int   // of the file, where the field is given
+	line(field any) int   // on which it is given
 	wrong(field any, format string, args ...any)
 	wrongEntry(list any, i int, format string, args ...any)
 	wrongKey(object any, key, format string, args ...any)
@@ -551,6 +626,7 @@ func (c *Component) checkVariables(f findings) {
 
 var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 
+// notVariable says that key is no name for a variable, and what would be one.
 func notVariable(key string) string {
 	msg := quote(key) + " is no name for a variable: use letters, digits and _, with no digit first"
 	if better := strings.NewReplacer("-", "_", ".", "_").Replace(key); len(key) <= maxQuoted && variableName.MatchString(better) {
@@ -652,76 +728,4 @@ func checkCycles(f findings, all []*Component, edges [][]waitEdge) {
 			visit(i)
 		}
 	}
-}
-
-// images are those that p names, each once.
-func (p *Pipeline) images() []string {
-	var images []string
-	for _, c := range p.components() {
-		if c.Image != "" && !slices.Contains(images, c.Image) {
-			images = append(images, c.Image)
-		}
-	}
-	return images
-}
-
-func (p *Pipeline) usersOf(image string) []string {
-	var ids []string
-	for _, c := range p.components() {
-		if c.Image == image {
-			ids = append(ids, c.ID)
-		}
-	}
-	return ids
-}
-
-// volumeHost splits the host's part off a volume, which names a path or, without a
-// slash and a dot at its beginning, a volume of the engine.
-func volumeHost(volume string) (host, rest string, isPath bool) {
-	host, rest, _ = strings.Cut(volume, ":")
-	return host, rest, strings.HasPrefix(host, ".") || strings.Contains(host, "/")
-}
-
-// speakTLS returns the ids of the components that have "tls": true, or of those that
-// have not.
-func (p *Pipeline) speakTLS(yes bool) []string {
-	var ids []string
-	for _, c := range p.components() {
-		if c.TLS == yes {
-			ids = append(ids, c.ID)
-		}
-	}
-	return ids
-}
-
-// unheardEvents returns the event types that c reads and none of its inputs puts out. There
-// are none where an input does not say what it puts out.
-func (p *Pipeline) unheardEvents(c *Component) []string {
-	heard := make(map[string]bool)
-	for _, in := range p.components() {
-		if !slices.Contains(c.Inputs, in.ID) {
-			continue
-		}
-		if len(in.OutputEventTypes) == 0 {
-			return nil
-		}
-		for _, event := range in.OutputEventTypes {
-			heard[event] = true
-		}
-	}
-	if len(c.Inputs) == 0 {
-		return nil
-	}
-	return slices.DeleteFunc(slices.Clone(c.InputEventTypes), func(event string) bool { return heard[event] })
-}
-
-// publishedPort returns what an entry of ports takes of the host, such as 127.0.0.1:8080
-// or 5353/udp.
-func publishedPort(entry string) string {
-	entry, protocol, _ := strings.Cut(entry, "/")
-	port := entry[:strings.LastIndexByte(entry, ':')] // checkPort has found it right
-	if protocol != "" && protocol != "tcp" {
-		port += "/" + protocol
-	}
-	return port
 }

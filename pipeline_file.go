@@ -30,6 +30,39 @@ const (
 	maxShown    = 100
 )
 
+// A fileError is one thing that is wrong in a pipeline file.
+type fileError struct {
+	offset int
+
+	Line    int    `json:"line,omitempty"`   // from 1; 0 where the file could not be read
+	Column  int    `json:"column,omitempty"` // from 1, in characters
+	Path    string `json:"path,omitempty"`   // such as spec.sources[0].id; "" for the file as a whole
+	Message string `json:"message"`
+}
+
+// fileErrors is all that is wrong with a pipeline file, in the order of the file.
+// Its text has a line for each error.
+type fileErrors struct {
+	name string
+	list []fileError
+	more int // errors that are not in the list
+}
+
+func (e *fileErrors) Error() string {
+	var lines []string
+	for _, err := range e.list {
+		line := fmt.Sprintf("%s:%d:%d: ", e.name, err.Line, err.Column)
+		if err.Path != "" {
+			line += err.Path + ": "
+		}
+		lines = append(lines, line+err.Message)
+	}
+	if e.more > 0 {
+		lines = append(lines, fmt.Sprintf("%s: and %d more errors", e.name, e.more))
+	}
+	return strings.Join(lines, "\n")
+}
+
 // readPipeline reads the pipeline file at path; env is asked for the variables
 // that the file refers to. Relative paths in the file become absolute, from the
 // folder that path is in, or from the working directory when path is no file on a
@@ -58,42 +91,14 @@ func readPipeline(path string, env func(string) (string, bool)) (*Pipeline, erro
 	return p, nil
 }
 
+// yamlCommand returns the shell command that turns a YAML file into JSON.
 func yamlCommand(from, to string) string {
 	return "python3 -c 'import json, sys, yaml; json.dump(yaml.safe_load(sys.stdin.buffer), sys.stdout, indent=2, default=str)' < " +
 		shellWord(from) + " > " + shellWord(to)
 }
 
-// pipelineFiles returns those of the first files in a folder that are JSON and say that
-// they are pipelines.
-func pipelineFiles(folder string) []string {
-	const (
-		mostEntries = 1000
-		mostFiles   = 20
-		mostBytes   = 256 << 10
-	)
-	dir, err := os.Open(folder)
-	if err != nil {
-		return nil
-	}
-	defer dir.Close()
-	entries, _ := dir.ReadDir(mostEntries) // what could be read will do
-	slices.SortFunc(entries, func(a, b os.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
-	entries = slices.DeleteFunc(entries, func(e os.DirEntry) bool { return filepath.Ext(e.Name()) != ".json" || !e.Type().IsRegular() })
-	var out []string
-	for _, e := range entries[:min(len(entries), mostFiles)] {
-		var head struct{ Kind string }
-		if info, err := e.Info(); err != nil || info.Size() > mostBytes {
-			continue
-		}
-		data, err := os.ReadFile(filepath.Join(folder, e.Name()))
-		if err == nil && json.Unmarshal(data, &head) == nil && head.Kind == "Pipeline" {
-			out = append(out, printable(e.Name()))
-		}
-	}
-	return out
-}
-
-// readFile reads one byte more than a pipeline file may have, at most.
+// readFile reads at most one byte more than maxFileSize, by which parsePipeline sees that
+// there is more. regular is false for a pipe or a device.
 func readFile(path string) (data []byte, regular bool, err error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -145,57 +150,51 @@ func (p *Pipeline) resolve(folder string) {
 	}
 }
 
-// parsePipeline reads a pipeline from the content of a file. The name is for the
-// errors, which are all returned at once as a *fileErrors; paths stay as written.
-func parsePipeline(data []byte, name string, env func(string) (string, bool)) (*Pipeline, error) {
-	r := &reader{data: data, env: env, nodes: make(map[any]*node)}
-	r.errs.name = name
-	p := new(Pipeline)
-	if r.checkSyntax() {
-		r.dec = json.NewDecoder(bytes.NewReader(data))
-		r.dec.UseNumber()
-		if root := new(node); r.tree(root, 0) && r.checkSize(root) {
-			r.bind(root, p)
-			p.check(r)
+// pipelineFiles returns the names of the pipelines among the first small JSON files of a
+// folder.
+func pipelineFiles(folder string) []string {
+	const (
+		mostEntries = 1000
+		mostFiles   = 20
+		mostBytes   = 256 << 10
+	)
+	dir, err := os.Open(folder)
+	if err != nil {
+		return nil
+	}
+	defer dir.Close()
+	entries, _ := dir.ReadDir(mostEntries) // what could be read will do
+	slices.SortFunc(entries, func(a, b os.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
+	entries = slices.DeleteFunc(entries, func(e os.DirEntry) bool { return filepath.Ext(e.Name()) != ".json" || !e.Type().IsRegular() })
+	var out []string
+	for _, e := range entries[:min(len(entries), mostFiles)] {
+		var head struct{ Kind string }
+		if info, err := e.Info(); err != nil || info.Size() > mostBytes {
+			continue
+		}
+		data, err := os.ReadFile(filepath.Join(folder, e.Name()))
+		if err == nil && json.Unmarshal(data, &head) == nil && head.Kind == "Pipeline" {
+			out = append(out, printable(e.Name()))
 		}
 	}
-	if len(r.errs.list) > 0 {
-		return nil, r.sortedErrors()
-	}
-	return p, nil
+	return out
 }
 
-// A fileError is one thing that is wrong in a pipeline file.
-type fileError struct {
-	offset int
-
-	Line    int    `json:"line,omitempty"`   // from 1; 0 where the file could not be read
-	Column  int    `json:"column,omitempty"` // from 1, in characters
-	Path    string `json:"path,omitempty"`   // such as spec.sources[0].id; "" for the file as a whole
-	Message string `json:"message"`
+// fromStandardInput tells whether the pipeline file cannot be read a second time.
+func fromStandardInput(file string) bool {
+	info, err := os.Stat(file)
+	return err == nil && !info.Mode().IsRegular()
 }
 
-// fileErrors is all that is wrong with a pipeline file, in the order of the file.
-// Its text has a line for each error.
-type fileErrors struct {
-	name string
-	list []fileError
-	more int // errors that are not in the list
-}
-
-func (e *fileErrors) Error() string {
-	var lines []string
-	for _, err := range e.list {
-		line := fmt.Sprintf("%s:%d:%d: ", e.name, err.Line, err.Column)
-		if err.Path != "" {
-			line += err.Path + ": "
-		}
-		lines = append(lines, line+err.Message)
-	}
-	if e.more > 0 {
-		lines = append(lines, fmt.Sprintf("%s: and %d more errors", e.name, e.more))
-	}
-	return strings.Join(lines, "\n")
+// A reader turns one file into a Pipeline: syntax, then a tree of nodes, then the model.
+// The rules of the model report to it.
+type reader struct {
+	data  []byte
+	env   func(string) (string, bool)
+	dec   *json.Decoder
+	nodes map[any]*node // by pointer into the model
+	added int           // bytes that the environment has added
+	errs  fileErrors
 }
 
 // A node is a value of the file with its place. Its text is the string, with the
@@ -207,9 +206,9 @@ type node struct {
 	parent *node
 	key    string // in an object
 	index  int    // in a list
-	offset int    // of the value, and of the key in an object
-	keyAt  int
-	bad    bool // an error names it: nothing more need be said
+	offset int    // of the value
+	keyAt  int    // offset of the key, in an object
+	bad    bool   // an error names it already
 }
 
 // A kind of value, as errors name it.
@@ -234,6 +233,7 @@ func (n *node) child(name string) *node {
 	return nil
 }
 
+// path returns the JSON path of n, "" for the root.
 func (n *node) path() string {
 	switch {
 	case n.parent == nil:
@@ -246,92 +246,24 @@ func (n *node) path() string {
 	return strings.TrimPrefix(n.parent.path()+"."+n.key, ".")
 }
 
-// A reader turns one file into a Pipeline: syntax, then a tree of nodes, then the model.
-// The rules of the model report to it.
-type reader struct {
-	data  []byte
-	env   func(string) (string, bool)
-	dec   *json.Decoder
-	nodes map[any]*node // by pointer into the model
-	added int           // bytes that the environment has added
-	errs  fileErrors
-}
-
-func (r *reader) errorf(n *node, format string, args ...any) {
-	n.bad = true
-	if r.full() {
-		r.errs.more++
-		return
+// parsePipeline reads a pipeline from the content of a file. The name is for the
+// errors, which are all returned at once as a *fileErrors; paths stay as written.
+func parsePipeline(data []byte, name string, env func(string) (string, bool)) (*Pipeline, error) {
+	r := &reader{data: data, env: env, nodes: make(map[any]*node)}
+	r.errs.name = name
+	p := new(Pipeline)
+	if r.checkSyntax() {
+		r.dec = json.NewDecoder(bytes.NewReader(data))
+		r.dec.UseNumber()
+		if root := new(node); r.tree(root, 0) && r.checkSize(root) {
+			r.bind(root, p)
+			p.check(r)
+		}
 	}
-	r.errorAt(n.offset, n.path(), format, args...)
-}
-
-func (r *reader) missingField(n *node, name, format string, args ...any) {
-	r.errorAt(n.offset, (&node{parent: n, key: name}).path(), format, args...)
-}
-
-func (r *reader) errorAt(offset int, path, format string, args ...any) {
-	if r.full() {
-		r.errs.more++
-		return
+	if len(r.errs.list) > 0 {
+		return nil, r.sortedErrors()
 	}
-	r.errs.list = append(r.errs.list, fileError{offset: offset, Path: path, Message: fmt.Sprintf(format, args...)})
-}
-
-func (r *reader) full() bool { return len(r.errs.list) >= maxErrors }
-
-func (r *reader) sortedErrors() *fileErrors {
-	e := &r.errs
-	slices.SortStableFunc(e.list, func(a, b fileError) int { return cmp.Compare(a.offset, b.offset) })
-	if n := len(e.list) - maxShown; n > 0 {
-		e.list, e.more = e.list[:maxShown], e.more+n
-	}
-	for i := range e.list {
-		before := r.data[:e.list[i].offset]
-		e.list[i].Line = bytes.Count(before, []byte("\n")) + 1
-		e.list[i].Column = utf8.RuneCount(before[bytes.LastIndexByte(before, '\n')+1:]) + 1
-	}
-	return e
-}
-
-func (r *reader) lineOf(offset int) int {
-	if r.full() {
-		return 0 // nobody sees it
-	}
-	return bytes.Count(r.data[:offset], []byte("\n")) + 1
-}
-
-// What follows is findings, as the rules see a file.
-
-func (r *reader) given(field any) bool { return r.nodes[field] != nil }
-
-func (r *reader) sound(field any) bool { return r.given(field) && !r.nodes[field].bad }
-
-func (r *reader) line(field any) int { return r.lineOf(r.nodes[field].offset) }
-
-func (r *reader) wrong(field any, format string, args ...any) {
-	if r.sound(field) {
-		r.errorf(r.nodes[field], format, args...)
-	}
-}
-
-func (r *reader) wrongEntry(list any, i int, format string, args ...any) {
-	if kid := r.nodes[list].kids[i]; !kid.bad {
-		r.errorf(kid, format, args...)
-	}
-}
-
-func (r *reader) wrongKey(object any, key, format string, args ...any) {
-	if r.full() {
-		r.errs.more++ // to find the key takes time
-		return
-	}
-	kid := r.nodes[object].child(key)
-	r.errorAt(kid.keyAt, kid.path(), format, args...)
-}
-
-func (r *reader) missing(object any, name string) {
-	r.missingField(r.nodes[object], name, "is missing")
+	return p, nil
 }
 
 // checkSyntax leaves to encoding/json what JSON is.
@@ -464,6 +396,116 @@ func (r *reader) checkSize(root *node) bool {
 	return count <= maxComponents
 }
 
+// A level is an object of the file that has fields.
+type level struct {
+	name   string
+	model  reflect.Type
+	fields []string // by index in the struct, where what JSON does not know comes last
+}
+
+var levels = []level{
+	newLevel[Pipeline]("at the top level"),
+	newLevel[Metadata]("in metadata"),
+	newLevel[Spec]("in spec"),
+	newLevel[Component]("in a component"),
+}
+
+func newLevel[T any](name string) level {
+	l := level{name: name, model: reflect.TypeFor[T]()}
+	for i := range l.model.NumField() {
+		if field, _, _ := strings.Cut(l.model.Field(i).Tag.Get("json"), ","); field != "-" {
+			l.fields = append(l.fields, field)
+		}
+	}
+	return l
+}
+
+// object binds the fields of a struct and applies the rules in its tags.
+func (r *reader) object(n *node, v reflect.Value) {
+	if !r.want(n, kindObject) {
+		return
+	}
+	l := &levels[slices.IndexFunc(levels, func(l level) bool { return l.model == v.Type() })]
+	for _, kid := range n.kids {
+		i := slices.Index(l.fields, kid.key)
+		if i < 0 {
+			if right := r.unknownField(n, kid, l); right >= 0 {
+				r.nodes[v.Field(right).Addr().Interface()] = kid
+			}
+			continue
+		}
+		r.bind(kid, v.Field(i).Addr().Interface())
+		if rule := rules[l.model.Field(i).Tag.Get("check")]; rule != nil {
+			r.apply(rule, kid)
+		}
+	}
+	for i, name := range l.fields {
+		tag := l.model.Field(i).Tag
+		if strings.HasSuffix(tag.Get("json"), ",omitempty") || n.child(name) != nil {
+			continue
+		}
+		if rule := rules[tag.Get("check")]; rule != nil {
+			r.missingField(n, name, "is missing, it %v", rule(""))
+		} else {
+			r.missingField(n, name, "is missing")
+		}
+	}
+}
+
+// unknownField reports kid. Where n lacks the field that it seems to stand for, kid gets
+// its name, so that it is not reported as missing too; the result is its index, else -1.
+func (r *reader) unknownField(n, kid *node, l *level) int {
+	kid.bad = true
+	if r.full() {
+		r.errs.more++
+		return -1
+	}
+	right, place := suggest(kid.key, l)
+	hint := ""
+	if right != "" {
+		hint = fmt.Sprintf(", did you mean %q?", right)
+	} else if place != "" {
+		hint = ", it belongs " + place
+	}
+	r.errorAt(kid.keyAt, kid.path(), "unknown field %s%s", quote(kid.key), hint)
+	if right == "" || n.child(right) != nil {
+		return -1
+	}
+	kid.key = right
+	return slices.Index(l.fields, right)
+}
+
+// suggest returns the field of l that name stands for, or where a field of that
+// name belongs, or nothing.
+func suggest(name string, l *level) (right, place string) {
+	if name == "name" && l.model == reflect.TypeFor[Component]() {
+		return "id", ""
+	}
+	var places []string
+	for _, other := range levels {
+		if slices.Contains(other.fields, name) {
+			places = append(places, other.name)
+		}
+	}
+	if places != nil {
+		return "", strings.Join(places, " or ")
+	}
+	return nearest(name, l.fields), ""
+}
+
+func (r *reader) apply(rule func(string) error, n *node) {
+	if n.bad {
+		return
+	}
+	if n.kind == kindList || n.kind == kindObject {
+		for _, kid := range n.kids {
+			r.apply(rule, kid)
+		}
+	} else if err := rule(n.text); err != nil {
+		r.errorf(n, "%v", err)
+	}
+}
+
 // bind sets what target points to, and reports what does not fit. Empty lists and
 // maps stay nil, as if they were not in the file.
 func (r *reader) bind(n *node, target any) {
@@ -501,6 +543,16 @@ func (r *reader) bind(n *node, target any) {
 		bindMap(r, n, t, r.configVariable)
 	default:
 		r.object(n, reflect.ValueOf(target).Elem())
+	}
+}
+
+func bindMap[T any](r *reader, n *node, target *map[string]T, value func(*node) T) {
+	if !r.want(n, kindObject) || len(n.kids) == 0 {
+		return
+	}
+	*target = make(map[string]T, len(n.kids))
+	for _, kid := range n.kids {
+		(*target)[kid.key] = value(kid)
 	}
 }
 
@@ -597,74 +649,6 @@ func (r *reader) config(n *node) any {
 	return nil
 }
 
-// object binds the fields of a struct and applies the rules in its tags.
-func (r *reader) object(n *node, v reflect.Value) {
-	if !r.want(n, kindObject) {
-		return
-	}
-	l := &levels[slices.IndexFunc(levels, func(l level) bool { return l.model == v.Type() })]
-	for _, kid := range n.kids {
-		i := slices.Index(l.fields, kid.key)
-		if i < 0 {
-			if right := r.unknownField(n, kid, l); right >= 0 {
-				r.nodes[v.Field(right).Addr().Interface()] = kid
-			}
-			continue
-		}
-		r.bind(kid, v.Field(i).Addr().Interface())
-		if rule := rules[l.model.Field(i).Tag.Get("check")]; rule != nil {
-			r.apply(rule, kid)
-		}
-	}
-	for i, name := range l.fields {
-		tag := l.model.Field(i).Tag
-		if strings.HasSuffix(tag.Get("json"), ",omitempty") || n.child(name) != nil {
-			continue
-		}
-		if rule := rules[tag.Get("check")]; rule != nil {
-			r.missingField(n, name, "is missing, it %v", rule(""))
-		} else {
-			r.missingField(n, name, "is missing")
-		}
-	}
-}
-
-func (r *reader) apply(rule func(string) error, n *node) {
-	if n.bad {
-		return
-	}
-	if n.kind == kindList || n.kind == kindObject {
-		for _, kid := range n.kids {
-			r.apply(rule, kid)
-		}
-	} else if err := rule(n.text); err != nil {
-		r.errorf(n, "%v", err)
-	}
-}
-
-// unknownField reports kid. Where n lacks the field that it seems to stand for, kid gets
-// its name, so that it is not reported as missing too; the result is its index, else -1.
-func (r *reader) unknownField(n, kid *node, l *level) int {
-	kid.bad = true
-	if r.full() {
-		r.errs.more++
-		return -1
-	}
-	right, place := suggest(kid.key, l)
-	hint := ""
-	if right != "" {
-		hint = fmt.Sprintf(", did you mean %q?", right)
-	} else if place != "" {
-		hint = ", it belongs " + place
-	}
-	r.errorAt(kid.keyAt, kid.path(), "unknown field %s%s", quote(kid.key), hint)
-	if right == "" || n.child(right) != nil {
-		return -1
-	}
-	kid.key = right
-	return slices.Index(l.fields, right)
-}
-
 // text returns the string of n with ${NAME}, ${NAME:-default} and ${NAME:?message}
 // filled in and $$ made $. Any other $ stays, so that a shell command can be
 // written as it is. The default and the message are literal up to the next }.
@@ -707,6 +691,8 @@ func (r *reader) text(n *node) string {
 	return n.text
 }
 
+var reference = regexp.MustCompile(`(?s)^([A-Za-z_][A-Za-z0-9_]*)(?:(:-|:\?)(.*))?$`)
+
 func (r *reader) lookup(n *node, ref string) string {
 	m := reference.FindStringSubmatch(ref)
 	if m == nil || strings.Contains(m[3], "${") {
@@ -739,59 +725,86 @@ func (r *reader) lookup(n *node, ref string) string {
 	return value
 }
 
-func bindMap[T any](r *reader, n *node, target *map[string]T, value func(*node) T) {
-	if !r.want(n, kindObject) || len(n.kids) == 0 {
+// The methods from given to missing are the findings of the rules.
+
+func (r *reader) given(field any) bool { return r.nodes[field] != nil }
+
+func (r *reader) sound(field any) bool { return r.given(field) && !r.nodes[field].bad }
+
+func (r *reader) line(field any) int { return r.lineOf(r.nodes[field].offset) }
+
+func (r *reader) wrong(field any, format string, args ...any) {
+	if r.sound(field) {
+		r.errorf(r.nodes[field], format, args...)
+	}
+}
+
+func (r *reader) wrongEntry(list any, i int, format string, args ...any) {
+	if kid := r.nodes[list].kids[i]; !kid.bad {
+		r.errorf(kid, format, args...)
+	}
+}
+
+func (r *reader) wrongKey(object any, key, format string, args ...any) {
+	if r.full() {
+		r.errs.more++ // to find the key takes time
 		return
 	}
-	*target = make(map[string]T, len(n.kids))
-	for _, kid := range n.kids {
-		(*target)[kid.key] = value(kid)
-	}
+	kid := r.nodes[object].child(key)
+	r.errorAt(kid.keyAt, kid.path(), format, args...)
 }
 
-// A level is an object of the file that has fields.
-type level struct {
-	name   string
-	model  reflect.Type
-	fields []string // by index in the struct, where what JSON does not know comes last
+func (r *reader) missing(object any, name string) {
+	r.missingField(r.nodes[object], name, "is missing")
 }
 
-var levels = []level{
-	newLevel[Pipeline]("at the top level"),
-	newLevel[Metadata]("in metadata"),
-	newLevel[Spec]("in spec"),
-	newLevel[Component]("in a component"),
+// errorf reports an error at the value n, and marks n as bad.
+func (r *reader) errorf(n *node, format string, args ...any) {
+	n.bad = true
+	if r.full() {
+		r.errs.more++
+		return
+	}
+	r.errorAt(n.offset, n.path(), format, args...)
 }
 
-func newLevel[T any](name string) level {
-	l := level{name: name, model: reflect.TypeFor[T]()}
-	for i := range l.model.NumField() {
-		if field, _, _ := strings.Cut(l.model.Field(i).Tag.Get("json"), ","); field != "-" {
-			l.fields = append(l.fields, field)
-		}
-	}
-	return l
+// missingField reports an error for the field name that the object n lacks.
+func (r *reader) missingField(n *node, name, format string, args ...any) {
+	r.errorAt(n.offset, (&node{parent: n, key: name}).path(), format, args...)
 }
 
-// suggest returns the field of l that name stands for, or where a field of that
-// name belongs, or nothing.
-func suggest(name string, l *level) (right, place string) {
-	if name == "name" && l.model == reflect.TypeFor[Component]() {
-		return "id", ""
+// errorAt adds an error, or counts it where there are many already.
+func (r *reader) errorAt(offset int, path, format string, args ...any) {
+	if r.full() {
+		r.errs.more++
+		return
 	}
-	var places []string
-	for _, other := range levels {
-		if slices.Contains(other.fields, name) {
-			places = append(places, other.name)
-		}
-	}
-	if places != nil {
-		return "", strings.Join(places, " or ")
-	}
-	return nearest(name, l.fields), ""
+	r.errs.list = append(r.errs.list, fileError{offset: offset, Path: path, Message: fmt.Sprintf(format, args...)})
 }
 
-var reference = regexp.MustCompile(`(?s)^([A-Za-z_][A-Za-z0-9_]*)(?:(:-|:\?)(.*))?$`)
+func (r *reader) full() bool { return len(r.errs.list) >= maxErrors }
+
+func (r *reader) lineOf(offset int) int {
+	if r.full() {
+		return 0 // nobody sees it
+	}
+	return bytes.Count(r.data[:offset], []byte("\n")) + 1
+}
+
+// sortedErrors returns the errors in the order of the file, with lines and columns.
+func (r *reader) sortedErrors() *fileErrors {
+	e := &r.errs
+	slices.SortStableFunc(e.list, func(a, b fileError) int { return cmp.Compare(a.offset, b.offset) })
+	if n := len(e.list) - maxShown; n > 0 {
+		e.list, e.more = e.list[:maxShown], e.more+n
+	}
+	for i := range e.list {
+		before := r.data[:e.list[i].offset]
+		e.list[i].Line = bytes.Count(before, []byte("\n")) + 1
+		e.list[i].Column = utf8.RuneCount(before[bytes.LastIndexByte(before, '\n')+1:]) + 1
+	}
+	return e
+}
 
 // pipelineSchema is the JSON Schema (draft 2020-12) of a pipeline file, made from the
 // model. It allows all that reading does, and more: the range of a duration or of a port,
@@ -891,10 +904,4 @@ func textSchema(rule string) map[string]any {
 		out["minLength"] = 1
 	}
 	return out
-}
-
-// fromStandardInput tells whether the pipeline file cannot be read a second time.
-func fromStandardInput(file string) bool {
-	info, err := os.Stat(file)
-	return err == nil && !info.Mode().IsRegular()
 }

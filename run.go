@@ -215,7 +215,7 @@ func (r *run) open(p *Pipeline, file *runFile, children *reaper, opened *cleanup
 	return nil
 }
 
-// openProcesses makes what starts, watches and identifies the processes of the run.
+// openProcesses makes the launcher, the supervisor, the checks and the identifier.
 func (r *run) openProcesses(p *Pipeline, launch launchConfig) (*identifier, error) {
 	if err := launch.checkReach(p); err != nil {
 		return nil, &exitError{code: exitUsage, err: err}
@@ -472,7 +472,8 @@ func (r *run) expireUnhealthy(now time.Time) {
 	}
 }
 
-// exited takes in the end of a process, after what the process did before it ended.
+// exited takes in the end of a process. What the process did before that, such as registering,
+// is taken in first.
 func (r *run) exited(e childEnd, now time.Time) {
 	p := r.sup.byID[e.child.component.ID]
 	if p.component.readyOnceRunning() && e.status.Exited() && e.status.ExitStatus() == 0 {
@@ -598,7 +599,7 @@ func (r *run) expireCommand(now time.Time) {
 	}
 }
 
-// checkReady tells the world when all components are ready.
+// checkReady tells systemd and people when all components are ready, and starts the command.
 func (r *run) checkReady(now time.Time) {
 	if o := r.overview(); o.ready < o.total {
 		return
@@ -622,7 +623,8 @@ func (r *run) checkReady(now time.Time) {
 	}
 }
 
-// commands are those that a person may want while the pipeline runs, as attributes.
+// commands returns, as attributes of the log, the commands that a person may want while the
+// pipeline runs.
 func (r *run) commands() []any {
 	with := ""
 	if r.config.tls.cert != "" {
@@ -709,7 +711,7 @@ func (r *run) footerRows(now time.Time) []string {
 	return f.rows(now)
 }
 
-// processOf is what the registry passes on of the process of p.
+// processOf returns what the registry shows of the process of p.
 func processOf(p *proc) processReport {
 	out := processReport{state: p.state.String(), restarts: p.restarts}
 	if p.child != nil {
@@ -727,7 +729,8 @@ func (r *run) syncMembers(now time.Time) {
 	r.plane.registry.setMembers(r.members(), now)
 }
 
-// reload begins what request brings, or says why that cannot be; then everything is as it was.
+// reload begins to turn what runs into the pipeline of request. On an error everything is as it
+// was.
 func (r *run) reload(request reloadRequest) (out reloadResult, err error) {
 	if r.sup.stopping {
 		return out, errStopping
@@ -751,8 +754,8 @@ func (r *run) reload(request reloadRequest) (out reloadResult, err error) {
 	return out, nil
 }
 
-// makeRoom gets what the new components of p need: ports and places for their lines. If it
-// fails nothing of that is kept.
+// makeRoom reserves ports for the components of p that are new and opens what their lines go
+// to. On an error the ports are given back.
 func (r *run) makeRoom(p *Pipeline) error {
 	err := r.reservePorts(p)
 	if err == nil {
@@ -768,7 +771,7 @@ func (r *run) makeRoom(p *Pipeline) error {
 	return err
 }
 
-// members is what the control plane is to know of the components.
+// members returns what the control plane has to know of the components.
 func (r *run) members() []member {
 	var out []member
 	for _, p := range r.sup.procs {
@@ -785,7 +788,7 @@ func (r *run) members() []member {
 	return out
 }
 
-// end says what has failed, last of all, and returns an *exitError unless nothing has.
+// end prints the failure report, if something failed, and then returns an *exitError.
 func (r *run) end() error {
 	r.out.removeFooter()
 	if len(r.sup.failures()) > 0 && r.code == exitOK {
@@ -798,7 +801,7 @@ func (r *run) end() error {
 	return &exitError{code: r.code}
 }
 
-// report is what there is to say of a run that has ended, now that all are over.
+// report returns the failure report of a run that has ended.
 func (r *run) report() report {
 	out := report{Time: time.Now(), Level: "ERROR", Msg: reportMsg, ExitCode: r.code, Pipeline: r.info.name}
 	for _, p := range r.sup.procs {
@@ -812,7 +815,7 @@ func (r *run) report() report {
 	return out
 }
 
-// describe says what has to be said of p, which failed.
+// describe returns what the failure report says about p, which failed.
 func (r *run) describe(p *proc) failedComponent {
 	f := p.failure
 	out := failedComponent{

@@ -194,7 +194,7 @@ func footerOf(ids ...string) []string {
 	return rows
 }
 
-func TestFooter(t *testing.T) {
+func TestFooter_FollowsTheRun(t *testing.T) {
 	t.Parallel()
 	b := shell("b", "exec sleep 300")
 	b.Inputs, b.HealthCheck, b.HealthInterval = []string{"a"}, "exec:test -e go", Duration(20*time.Millisecond)
@@ -231,7 +231,7 @@ func TestFooter(t *testing.T) {
 }
 
 // What a component shows of itself is in the footer too, and cannot leave its row.
-func TestFooterShowsMetrics(t *testing.T) {
+func TestFooter_ShowsMetrics(t *testing.T) {
 	t.Parallel()
 	c := openTerminal(t, 120, 24, []Component{actor("a", role{Dialect: "legacy"})}, "-log-level", "warn", "-heartbeat-ttl", "1s")
 	c.run()
@@ -239,7 +239,7 @@ func TestFooterShowsMetrics(t *testing.T) {
 }
 
 // The footer stands below lines of any width.
-func TestFooterBelowAnyText(t *testing.T) {
+func TestFooter_BelowAnyText(t *testing.T) {
 	t.Parallel()
 	exact := strings.Repeat("x", 80-13)
 	long := strings.Repeat("0123456789", 20)
@@ -264,7 +264,7 @@ func TestFooterBelowAnyText(t *testing.T) {
 }
 
 // What a component prints to rule a terminal changes nothing but its own line.
-func TestFooterBelowEscapeCodes(t *testing.T) {
+func TestFooter_BelowEscapeCodes(t *testing.T) {
 	t.Parallel()
 	codes := []string{
 		"\x1b[31;44mleft on", "plain", "\x1b[2J\x1b[Hcleared", "\x1b[5A\x1b[10Bmoved", "\x1b]0;title\x07titled", "\x1b]2;unterminated",
@@ -290,7 +290,7 @@ func TestFooterBelowEscapeCodes(t *testing.T) {
 	c.restored()
 }
 
-func TestFooterAfterResize(t *testing.T) {
+func TestFooter_SurvivesResize(t *testing.T) {
 	t.Parallel()
 	c := openTerminal(t, 80, 16, []Component{onGo("a", "seq 20", "echo more"), shell("b", "exec sleep 300")}, "-log-level", "warn")
 	log := []string{"$ ./run"}
@@ -324,7 +324,7 @@ func TestFooterAfterResize(t *testing.T) {
 	c.shows(slices.Concat(log, footerOf("a", "b"))...)
 }
 
-func TestFooterOfManyIsFolded(t *testing.T) {
+func TestFooter_OfManyIsFolded(t *testing.T) {
 	t.Parallel()
 	var many []Component
 	for i := range 30 {
@@ -339,7 +339,7 @@ func TestFooterOfManyIsFolded(t *testing.T) {
 
 // Ctrl-Z stops flowctl, which leaves the terminal to the shell, and what components
 // did meanwhile is not held against them: TTL and janitor's interval pass.
-func TestFooterIsSuspended(t *testing.T) {
+func TestFooter_CtrlZLeavesTheTerminalToTheShell(t *testing.T) {
 	t.Parallel()
 	c := openTerminal(t, 80, 24, []Component{actor("a", role{Dialect: "v1"}), onGo("b", "", "echo more")}, "-log-level", "warn", "-heartbeat-ttl", "1s", "-janitor-interval", "200ms")
 	c.run()
@@ -367,7 +367,7 @@ func TestFooterIsSuspended(t *testing.T) {
 }
 
 // What the user types is no part of the log.
-func TestFooterAndKeys(t *testing.T) {
+func TestFooter_KeysAreNoLines(t *testing.T) {
 	t.Parallel()
 	c := openTerminal(t, 80, 24, []Component{onGo("a", "echo up", "echo more")}, "-log-level", "warn")
 	c.run()
@@ -385,7 +385,7 @@ func TestFooterAndKeys(t *testing.T) {
 
 // However flowctl ends, the terminal is as before, and the footer is not on it: only
 // SIGKILL leaves its rows, below the prompt.
-func TestFooterAtTheEnd(t *testing.T) {
+func TestFooter_IsGoneAtTheEnd(t *testing.T) {
 	t.Parallel()
 	deaf := shell("a", `trap "" TERM; echo up; while :; do sleep 0.05; done`)
 	fails := onGo("a", "echo up", `printf 'boom \033[31m\033[?25l'; exit 3`)
@@ -433,7 +433,7 @@ func TestFooterAtTheEnd(t *testing.T) {
 }
 
 // The command after -- has the terminal for itself.
-func TestFooterIsGoneForACommand(t *testing.T) {
+func TestFooter_IsGoneForACommand(t *testing.T) {
 	t.Parallel()
 	c := openTerminal(t, 80, 24, []Component{onGo("a", "echo up", "echo more")}, "-log-level", "warn", "--", "sh", "-c", "until [ -e shown ]; do sleep 0.02; done; stty -g >modes; printf Name:; read name; echo $name; exec sleep 1.2")
 	c.run()
@@ -452,7 +452,7 @@ func TestFooterIsGoneForACommand(t *testing.T) {
 
 // The footer changes four times a second at most, whatever happens, and is written
 // over and not erased when it does.
-func TestFooterIsCalm(t *testing.T) {
+func TestFooter_ChangesFourTimesASecond(t *testing.T) {
 	t.Parallel()
 	var many []Component
 	for i := range 8 {
@@ -544,7 +544,7 @@ func (c *counter) Write(p []byte) (int, error) {
 }
 
 // In a flood no line is lost or torn, and the footer is there at its end.
-func TestFooterBelowAFlood(t *testing.T) {
+func TestFooter_BelowAFlood(t *testing.T) {
 	t.Parallel()
 	const lines = 100_000
 	c := openTerminal(t, 80, 24, []Component{shell("a", fmt.Sprintf("seq %d; exec sleep 300", lines))}, "-log-level", "warn")
@@ -560,7 +560,7 @@ func TestFooterBelowAFlood(t *testing.T) {
 }
 
 // A standard output that is a file gets the lines as they are, and the terminal the rest.
-func TestFooterWithoutStandardOutput(t *testing.T) {
+func TestFooter_StandardOutputElsewhere(t *testing.T) {
 	t.Parallel()
 	c := openTerminal(t, 80, 24, []Component{shell("a", `printf 'red \033[31m\033[2J\n'; exec sleep 300`)}, "-log-level", "warn")
 	c.keys("./run >out", "Enter")
@@ -589,7 +589,7 @@ func (w *heldWriter) Write(p []byte) (int, error) {
 
 // A terminal that is held gets all that components printed, however long it is held,
 // and what they print takes no room from flowctl's own log.
-func TestHeldTerminal(t *testing.T) {
+func TestLogWriter_HeldTerminalGetsAll(t *testing.T) {
 	t.Parallel()
 	w := &heldWriter{began: make(chan struct{}, 1), let: make(chan struct{})}
 	l := newLogWriter(w, formatText, nil, nil)
@@ -614,7 +614,7 @@ func TestHeldTerminal(t *testing.T) {
 }
 
 // Where there is no footer the status is in the log.
-func TestNoFooter(t *testing.T) {
+func TestFooter_StatusIsLoggedWithoutOne(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		name, command string
@@ -646,7 +646,7 @@ func TestNoFooter(t *testing.T) {
 
 // What a component prints keeps its text and its colours on a terminal with a footer, and
 // nothing else.
-func TestSanitize(t *testing.T) {
+func TestSanitize_KeepsOnlyColours(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ in, want string }{
 		{"plain\n", "plain\n"},

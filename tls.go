@@ -24,8 +24,8 @@ import (
 )
 
 const (
-	maxPEMFile = 4 << 20     // bytes; all the CAs of a system take far less
-	hintTime   = time.Second // for all that hint asks of an endpoint
+	maxPEMFile = 4 << 20         // bytes; all the CAs of a system take far less
+	hintTime   = 2 * time.Second // for all that hint asks of an endpoint
 )
 
 // tlsFlags are the values of -tls-cert, -tls-key and -tls-ca-cert: the names of PEM files.
