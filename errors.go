@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// The exit codes that README promises.
+// The exit codes, as docs/commands.md lists them.
 const (
 	exitOK       = 0
 	exitFailed   = 1 // a component failed

@@ -836,7 +836,7 @@ func printOverview(w io.Writer) {
 		}
 	}
 	fmt.Fprintf(w, "\nExamples:\n%s%s", strings.TrimPrefix(commands()[0].examples, "\n"), strings.TrimPrefix(commands()[1].examples, "\n"))
-	fmt.Fprint(w, "\nflowctl help run lists the flags. The pipeline file is explained in README.md.\n")
+	fmt.Fprint(w, "\nflowctl help run lists the flags; docs/pipeline-file.md explains the file.\n")
 }
 
 // Widths of help, in columns.

@@ -52,7 +52,7 @@ Examples:
   flowctl check pipeline.json
   flowctl check -schema                      a JSON Schema, for an editor
 
-flowctl help run lists the flags. The pipeline file is explained in README.md.
+flowctl help run lists the flags; docs/pipeline-file.md explains the file.
 `
 	const list = `list: show what is registered, and how it is
 
@@ -159,9 +159,15 @@ func TestServer_TellsChangesAndSystemd(t *testing.T) {
 	p.wait(p.notified, "STOPPING=1", 1)
 }
 
-func TestCheck_Warnings(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
+// warningRow is a pipeline, and what check warns of in it.
+type warningRow struct {
+	name       string
+	components []Component
+	want       []string // the warnings without the file's name
+}
+
+// warningRows returns rows whose files are in dir.
+func warningRows(t *testing.T, dir string) []warningRow {
 	text := writeFile(t, filepath.Join(dir, "notes"), "not a program\n")
 	fifo := filepath.Join(dir, "fifo")
 	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
@@ -177,11 +183,7 @@ func TestCheck_Warnings(t *testing.T) {
 	script := program("script", "#!/no/such/interpreter -x\n")
 	crlf, crlfArg, plain := program("crlf", "#!/bin/sh\r\n"), program("crlf-arg", "#!/usr/bin/env sh\r\necho\r\n"), program("plain", "echo hello\n")
 	reads := Component{ID: "reads", Command: []string{"sh"}, Inputs: []string{"a"}, InputEventTypes: []string{"x", "y"}}
-	for _, tt := range []struct {
-		name       string
-		components []Component
-		want       []string // the warnings without the file's name
-	}{
+	return []warningRow{
 		{"nothing", []Component{shell("a", "true")}, nil},
 		{"no such program", []Component{{ID: "a", Command: []string{"no-such-program"}}}, []string{
 			`component a: command: cannot run "no-such-program": it is not found in PATH`}},
@@ -226,7 +228,12 @@ func TestCheck_Warnings(t *testing.T) {
 		{"a FIFO for a secret", []Component{{ID: "a", Command: []string{"sh"}, EnvFiles: map[string]string{"KEY": fifo, "NONE": "/dev/null"}}}, []string{
 			`component a: env_files.KEY: ` + fifo + ` is no plain file, and could keep flowctl waiting`}},
 		{"an input that does not say what it puts out", []Component{shell("a", "true"), reads}, nil},
-	} {
+	}
+}
+
+func TestCheck_Warnings(t *testing.T) {
+	t.Parallel()
+	for _, tt := range warningRows(t, t.TempDir()) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			file := writePipeline(t, tt.components...)
