@@ -366,6 +366,18 @@ func TestFooter_CtrlZLeavesTheTerminalToTheShell(t *testing.T) {
 	c.until("the shell is back", func(text string) bool { return strings.HasSuffix(text, "./run\n$") })
 }
 
+// Where no shell could continue it, Ctrl-Z does not stop flowctl.
+func TestFooter_CtrlZWithoutAShellStopsNothing(t *testing.T) {
+	t.Parallel()
+	c := openTerminal(t, 80, 24, []Component{onGo("a", "echo up", "echo more")}, "-log-level", "warn")
+	c.keys("exec ./run", "Enter") // in the place of the shell
+	log := []string{"$ exec ./run", "15:04:05 a | up"}
+	c.shows(slices.Concat(log, footerOf("a"))...)
+	c.keys("C-z")
+	c.let()
+	c.shows(slices.Concat(log, []string{"15:04:05 a | more"}, footerOf("a"))...)
+}
+
 // What the user types is no part of the log.
 func TestFooter_KeysAreNoLines(t *testing.T) {
 	t.Parallel()
