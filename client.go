@@ -537,7 +537,7 @@ func listChanges(clients []*listClient, o listOptions) error {
 		streams.Go(func() { c.send(ctx, o, v.onScreen, arrivals) })
 	}
 	defer v.end()
-	suspends := make(chan os.Signal, 1)
+	suspends := make(chan os.Signal, 2)
 	if v.onScreen && canBeSuspended() {
 		signal.Notify(suspends, syscall.SIGTSTP, syscall.SIGCONT)
 	}
@@ -572,7 +572,7 @@ func listChanges(clients []*listClient, o listOptions) error {
 	}
 }
 
-// send sends what c is told, and why that ended, to arrivals until ctx ends.
+// send sends each message of the stream of c, and why it ended, to arrivals until ctx ends.
 func (c *listClient) send(ctx context.Context, o listOptions, heartbeats bool, arrivals chan<- arrival) {
 	send := func(a arrival) {
 		select {

@@ -130,6 +130,11 @@ func TestList_RefusalIsNoSilence(t *testing.T) {
 	one := func() (*operatorv1.Pipeline, error) {
 		return &operatorv1.Pipeline{Name: "p", Status: "fine", Components: []*operatorv1.Component{{Record: 1, Id: "ledgers", Health: "healthy"}}}, nil
 	}
+	half := func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse)) error {
+		p, _ := one()
+		send(&operatorv1.WatchResponse{Reset_: true, Pipeline: p, Components: p.GetComponents()})
+		return status.Error(codes.Internal, "a bug")
+	}
 	many := func() (*operatorv1.Pipeline, error) { return nil, status.Error(codes.ResourceExhausted, "too many") }
 	for _, tt := range []struct {
 		name     string
@@ -140,6 +145,7 @@ func TestList_RefusalIsNoSilence(t *testing.T) {
 	}{
 		{"denied", fakePlane{watch: refuse(codes.PermissionDenied, "not\x1b[31m you")}, "", exitPlane, "", "refuses: not\ufffd[31m you"},
 		{"broken", fakePlane{watch: refuse(codes.Internal, "a bug")}, "-json", exitPlane, "", "refuses: a bug"},
+		{"broken in the middle", fakePlane{watch: half}, "-json", exitPlane, "", "refuses: a bug"},
 		{"full", fakePlane{watch: full, get: one}, "", exitOK, "p: fine (pid 0, )\nID ", ""},
 		{"full, in JSON", fakePlane{watch: full, get: one}, "-json", exitOK, `"id": "ledgers"`, ""},
 		{"full of many", fakePlane{watch: full, get: many}, "", exitPlane, "", "refuses: no stream is left"},
@@ -208,12 +214,12 @@ func TestList_EmptyArgumentIsRefused(t *testing.T) {
 // a terminal.
 func TestList_JSONCannotControlATerminal(t *testing.T) {
 	t.Parallel()
-	const wild = "a\x7f\u009b2J\u202e\U000e0001\x1b\u2028é🚀"
+	const hostile = "a\x7f\u009b2J\u202e\U000e0001\x1b\u2028é🚀"
 	never := &timestamppb.Timestamp{Seconds: 1 << 40}
 	endpoint := fakePlane{watch: func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse)) error {
-		send(&operatorv1.WatchResponse{Reset_: true, Pipeline: &operatorv1.Pipeline{Name: wild, Status: wild, Started: never}, Complete: true, Components: []*operatorv1.Component{{
-			Id: wild, Metadata: map[string]string{wild: wild}, RegisteredAt: never, LastSeen: never, Metrics: map[string]float64{"x": math.NaN()},
-			Process: &operatorv1.Process{Started: never}, History: []*operatorv1.Change{{Time: never, Cause: wild}},
+		send(&operatorv1.WatchResponse{Reset_: true, Pipeline: &operatorv1.Pipeline{Name: hostile, Status: hostile, Started: never}, Complete: true, Components: []*operatorv1.Component{{
+			Id: hostile, Metadata: map[string]string{hostile: hostile}, RegisteredAt: never, LastSeen: never, Metrics: map[string]float64{"x": math.NaN()},
+			Process: &operatorv1.Process{Started: never}, History: []*operatorv1.Change{{Time: never, Cause: hostile}},
 		}}})
 		return nil
 	}}.serve(t)
@@ -221,14 +227,14 @@ func TestList_JSONCannotControlATerminal(t *testing.T) {
 	watch.waitOut(`"component":`)
 	watch.stop()
 	_, whole, _ := call(t, "list", "-e", endpoint, "-json")
-	_, one, _ := call(t, "list", "-e", endpoint, "-json", wild)
+	_, one, _ := call(t, "list", "-e", endpoint, "-json", hostile)
 	for what, text := range map[string]string{"whole": whole, "one": one, "watch": watch.stdout.String()} {
 		if !utf8.ValidString(text) || strings.ContainsFunc(text, func(r rune) bool { return r != '\n' && (unicode.IsControl(r) || unicode.Is(unicode.Cf, r)) }) {
 			t.Errorf("%s: %q", what, text)
 		}
 		for dec := json.NewDecoder(strings.NewReader(text)); dec.More(); {
 			var got any
-			if err := dec.Decode(&got); err != nil || strings.Contains(fmt.Sprint(got), "e0001") || !strings.Contains(fmt.Sprint(got), wild) {
+			if err := dec.Decode(&got); err != nil || strings.Contains(fmt.Sprint(got), "e0001") || !strings.Contains(fmt.Sprint(got), hostile) {
 				t.Errorf("%s: %v\n%s", what, err, text)
 				break
 			}
