@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -67,7 +68,7 @@ func hammer(t *testing.T, ctx context.Context, c planeClient, r *registry, i int
 		case 2:
 			r.finished(component, "exit status 1", time.Now())
 		case 3:
-			r.admit(component, time.Now())
+			r.markReady(component, time.Now())
 		case 4:
 			r.checked(component, "", time.Now())
 		}
@@ -121,7 +122,7 @@ func serveFloor() (server *grpc.Server, endpoint string, err error) {
 	if err != nil {
 		return nil, "", err
 	}
-	server = grpc.NewServer(planeOptions(insecure.NewCredentials())...)
+	server = grpc.NewServer(planeOptions(insecure.NewCredentials(), newTraffic(slog.New(slog.DiscardHandler)))...)
 	flowctlpb.RegisterControlPlaneServer(server, floorServer{})
 	flowctlv1.RegisterControlPlaneServiceServer(server, floorV1Server{})
 	go server.Serve(lis)
@@ -796,13 +797,13 @@ func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 func BenchmarkHeartbeatGrowth(b *testing.B) {
 	now := time.Now()
 	few, many, followed := silentRegistry(b, 100, time.Hour, now), silentRegistry(b, 100_000, time.Hour, now), silentRegistry(b, 100, time.Hour, now)
+	o := newOperatorServer(followed, nil, nil)
 	for range 100 {
-		w := &follower{registry: followed, follows: true, send: func(*operatorv1.WatchResponse) error { return nil }}
-		_ = w.join()
-		if err := w.snapshot(); err != nil {
+		w, err := o.join(func(*operatorv1.WatchResponse) error { return nil }, true)
+		if err != nil {
 			b.Fatal(err)
 		}
-		if _, err := w.catchUp(); err != nil {
+		if err := cmp.Or(w.snapshot(), w.catchUp()); err != nil {
 			b.Fatal(err)
 		}
 		defer w.leave()

@@ -99,8 +99,6 @@ type peerConn struct {
 
 	mu    sync.Mutex // held while it is looked up
 	found atomic.Pointer[origin]
-
-	begun atomic.Int32 // calls whose requests are not whole, and those that were no messages
 }
 
 // peerConnOf returns the connection that the call of ctx came by, nil if it came by none.

@@ -1,62 +1,32 @@
 package main
 
+// The operator service: all that flowctl knows of a pipeline, streams of its changes, and
+// requests to the run.
+
 import (
 	"context"
 	"errors"
-	"iter"
 	"os"
-	"runtime"
 	"slices"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/experimental"
-	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 )
 
-// after returns some of the services that have changed since w was last told, the
-// first to change first, and the records that were removed; w is then told. It is
-// false where removals have been forgotten.
-func (f *feed) after(w *follower) (changed []*service, removed []int64, ok bool) {
-	if w.revision < f.lost {
-		return nil, nil, false
-	}
-	told, last := w.revision, &w.mark
-	for s := f.recent.next(&w.mark); s != nil && len(changed) < batch; s = f.recent.next(s) {
-		if s.record != followerMark {
-			changed = append(changed, s)
-			w.revision = s.revision
-		}
-		last = s
-	}
-	if last == f.recent.back() {
-		w.revision = f.revision
-	}
-	if last != &w.mark {
-		f.recent.insert(&w.mark, last)
-	}
-	for i := len(f.removed) - 1; i >= 0 && f.removed[i].revision > told; i-- {
-		if f.removed[i].revision <= w.revision {
-			removed = append(removed, int64(f.removed[i].record))
-		}
-	}
-	return changed, removed, true
-}
+// Many services are told of in no hurry: all at once, it would take the processors from the
+// heartbeats for seconds, here and where it is read.
+const (
+	toldAtOnce = 1024 // services before the first pause
+	toldPause  = 3 * time.Millisecond
+)
 
-// operatorServer speaks flowctl.operator.v1.
-type operatorServer struct {
-	operatorv1.UnimplementedOperatorServer
-	*registry
-	ended    <-chan struct{} // closed when the control plane stops
-	requests runRequests     // nil for a control plane alone
-}
+// heartbeatPeriod is how often a stream that wants to hear of heartbeats does.
+const heartbeatPeriod = time.Second
 
 // runRequests is what the operator service may ask of the run.
 type runRequests interface {
@@ -73,18 +43,54 @@ type reloadResult struct {
 
 var errStopping = errors.New("the pipeline is stopping")
 
-func (o operatorServer) GetPipeline(ctx context.Context, _ *operatorv1.GetPipelineRequest) (*operatorv1.Pipeline, error) {
-	o.mu.Lock()
-	out := o.pipelineLocked()
-	o.mu.Unlock()
-	err := o.list(ctx, func(s *service, now time.Time) bool {
-		out.Components = append(out.Components, o.componentLocked(s, now))
+// operatorServer speaks flowctl.operator.v1.
+type operatorServer struct {
+	operatorv1.UnimplementedOperatorServer
+	registry *registry
+	ended    <-chan struct{} // closed when the control plane stops
+	requests runRequests     // nil for a control plane alone
+
+	// registry.mu guards the fields below.
+	streams              map[*changeStream]struct{}
+	followers, snapshots int // streams that go on after the first snapshot, and that do not
+}
+
+// newOperatorServer returns a server whose streams hear of the changes of r.
+func newOperatorServer(r *registry, ended <-chan struct{}, requests runRequests) *operatorServer {
+	o := &operatorServer{registry: r, ended: ended, requests: requests, streams: make(map[*changeStream]struct{})}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.publish = o.publishLocked
+	return o
+}
+
+// publishLocked has every stream tell of the service seq, or by 0 of the pipeline as a whole.
+func (o *operatorServer) publishLocked(seq int64) {
+	for w := range o.streams {
+		if w.dirty[seq] = struct{}{}; len(w.dirty) > maxDirty {
+			w.behind = true
+			clear(w.dirty)
+		}
+		select {
+		case w.wake <- struct{}{}:
+		default:
+		}
+	}
+}
+
+func (o *operatorServer) GetPipeline(ctx context.Context, _ *operatorv1.GetPipelineRequest) (*operatorv1.Pipeline, error) {
+	r := o.registry
+	r.mu.Lock()
+	out := r.pipelineLocked()
+	r.mu.Unlock()
+	err := r.list(ctx, func(s *service, now time.Time) bool {
+		out.Components = append(out.Components, r.componentLocked(s, now))
 		return true
 	})
 	return out, err
 }
 
-func (o operatorServer) Reload(ctx context.Context, _ *operatorv1.ReloadRequest) (*operatorv1.ReloadResponse, error) {
+func (o *operatorServer) Reload(ctx context.Context, _ *operatorv1.ReloadRequest) (*operatorv1.ReloadResponse, error) {
 	if o.requests == nil {
 		return nil, status.Error(codes.Unimplemented, "a control plane alone has no pipeline file")
 	}
@@ -99,90 +105,67 @@ func (o operatorServer) Reload(ctx context.Context, _ *operatorv1.ReloadRequest)
 }
 
 func (r *registry) pipelineLocked() *operatorv1.Pipeline {
-	a := &r.feed.info
+	p := &r.pipeline
 	out := &operatorv1.Pipeline{
-		Name: a.name, Version: a.version, Pid: int64(os.Getpid()), Started: timestamppb.New(a.started),
-		Endpoint: r.endpoint, Status: a.status, Ready: a.ready, StateFile: r.stateFile,
+		Name: p.name, Version: p.version, Pid: int64(os.Getpid()), Started: timestamppb.New(p.started),
+		Endpoint: r.endpoint, Status: p.status, Ready: p.ready, StateFile: r.stateFile,
 	}
-	if r.journal.broken != nil {
-		out.NotDurable = r.journal.broken.Error()
+	if r.persistence.err != nil {
+		out.NotDurable = r.persistence.err.Error()
 	}
 	return out
 }
 
-// own is the pipeline with its own components.
-func (r *registry) own(now time.Time) *operatorv1.Pipeline {
-	r.mu.Lock()
+// memberSnapshot is the pipeline with its own components.
+func (r *registry) memberSnapshot(now time.Time) *operatorv1.Pipeline {
+	now = r.lockAt(now)
+	defer r.mu.Unlock()
 	out := r.pipelineLocked()
-	members := slices.Clone(r.all[:r.members])
-	r.mu.Unlock()
-	for components := range r.components(members, time.Time{}, now) {
-		out.Components = append(out.Components, components...)
+	for _, s := range r.members {
+		out.Components = append(out.Components, r.componentLocked(s, now))
 	}
 	return out
 }
 
-// components gives what those of all have to show that were heard of after since, in
-// parts that fit a message, and without those that are gone.
-func (r *registry) components(all []*service, since, now time.Time) iter.Seq[[]*operatorv1.Component] {
-	return func(yield func([]*operatorv1.Component) bool) {
-		for len(all) > 0 {
-			var part []*operatorv1.Component
-			for size := 0; len(all) > 0 && len(part) < batch && size < maxPart; {
-				now, n := r.lockAt(now), 0
-				for ; n < min(batch, len(all)) && len(part) < batch && size < maxPart; n++ {
-					if s := all[n]; (s.registered || s.member != nil) && (since.IsZero() || s.lastSeen.After(since)) {
-						part = append(part, r.componentLocked(s, now))
-						size += int(s.size)
-					}
-				}
-				r.mu.Unlock()
-				all = all[n:]
-			}
-			if len(part) > 0 && !yield(part) {
-				return
-			}
-		}
-	}
-}
-
+// componentLocked is all that there is to show of s. It shares lists and maps with s, which
+// are never changed.
 func (r *registry) componentLocked(s *service, now time.Time) *operatorv1.Component {
-	c, cause := r.conditionLocked(s, now)
-	w := s.details()
+	h, said := r.healthLocked(s, now), &s.said
 	out := &operatorv1.Component{
-		Record: int64(s.record), Id: s.key(), InPipeline: s.member != nil, Type: typeName(s.kind),
-		Name: w.name, Description: w.description, Version: w.version,
-		InputEventTypes: w.inputEvents, OutputEventTypes: w.outputEvents,
-		Endpoint: w.endpoint, Metadata: w.labels.toMap(),
-		Health: c.String(), Cause: cause, Declared: statusName(s.declared),
+		Record: s.seq, Id: s.key(), InPipeline: s.member != nil, Type: typeName(said.kind),
+		Name: said.name, Description: said.description, Version: said.version,
+		InputEventTypes: said.inputEvents, OutputEventTypes: said.outputEvents,
+		Endpoint: said.endpoint, Metadata: said.metadata,
+		Health: h.condition.String(), Cause: r.cause(h, now), Declared: statusName(s.declared),
 	}
-	if w.id != out.Id {
-		out.ServiceId = w.id
+	if said.id != out.Id {
+		out.ServiceId = said.id
 	}
 	if s.registered {
-		out.RegisteredAt, out.LastSeen = timestamppb.New(s.since), timestamppb.New(s.lastSeen)
+		out.RegisteredAt, out.LastSeen = timestamppb.New(s.registeredAt), timestamppb.New(s.lastSeen)
 	}
-	if s.member != nil {
-		out.TypeInFile, out.Labels = s.member.kind, s.member.labels
-	}
-	for name, m := range s.metrics.all() {
+	for i := range s.metrics {
+		m := &s.metrics[i]
 		if f, ok := m.float(); ok {
 			if out.Metrics == nil {
 				out.Metrics = make(map[string]float64)
 			}
-			out.Metrics[name] = f
+			out.Metrics[m.name] = f
 			continue
 		}
 		if out.TextMetrics == nil {
 			out.TextMetrics = make(map[string]string)
 		}
-		out.TextMetrics[name] = m.text
+		out.TextMetrics[m.name] = m.text
 	}
-	for h := range s.history() {
-		out.History = append(out.History, &operatorv1.Change{Time: timestamppb.New(h.at), Health: h.now.String(), Cause: h.cause})
+	for _, h := range s.history {
+		out.History = append(out.History, &operatorv1.Change{Time: timestamppb.New(h.at), Health: h.condition.String(), Cause: h.cause})
 	}
-	if s.member != nil && s.member.process != nil {
-		p := s.member.process
+	if s.member == nil {
+		return out
+	}
+	out.TypeInFile, out.Labels = s.member.kind, s.member.labels
+	if p := s.member.process; p != (processReport{}) {
 		out.Process = &operatorv1.Process{State: p.state, Pid: int64(p.pid), Restarts: int64(p.restarts)}
 		if !p.started.IsZero() {
 			out.Process.Started = timestamppb.New(p.started)
@@ -191,11 +174,30 @@ func (r *registry) componentLocked(s *service, now time.Time) *operatorv1.Compon
 	return out
 }
 
-// Watch holds at most one message for each stream, and what a slow reader misses is
-// not kept: it gets the services that have changed as they are when it gets to them.
-func (o operatorServer) Watch(in *operatorv1.WatchRequest, stream grpc.ServerStreamingServer[operatorv1.WatchResponse]) error {
-	w := &follower{registry: o.registry, send: stream.Send, pause: toldPause, follows: in.GetFollow()}
-	if err := w.join(); err != nil {
+// partSize is about how many bytes of a message componentLocked makes of s.
+func (s *service) partSize() int {
+	return s.bytes + recordSize*(1+len(s.history)) + 8*(len(s.metrics)+len(s.said.metadata))
+}
+
+// changeStream is one stream of changes. It holds at most one message, and of what has changed
+// only which services those are: what a slow reader misses is not kept, it gets the services
+// as they are when it gets to them.
+type changeStream struct {
+	operator *operatorServer
+	send     func(*operatorv1.WatchResponse) error
+	pause    time.Duration // between messages, where there are many
+	follows  bool          // after the first snapshot
+	beat     time.Time     // when heartbeats were told of last
+	wake     chan struct{} // gets a token when something is dirty
+
+	// registry.mu guards the fields below.
+	dirty  map[int64]struct{} // services that have changed since they were told of, by seq; 0 is the pipeline as a whole
+	behind bool               // more has changed than dirty may hold
+}
+
+func (o *operatorServer) Watch(in *operatorv1.WatchRequest, stream grpc.ServerStreamingServer[operatorv1.WatchResponse]) error {
+	w, err := o.join(stream.Send, in.GetFollow())
+	if err != nil {
 		return err
 	}
 	defer w.leave()
@@ -204,85 +206,67 @@ func (o operatorServer) Watch(in *operatorv1.WatchRequest, stream grpc.ServerStr
 	}
 	var beat <-chan time.Time
 	if in.GetHeartbeats() {
-		ticker := time.NewTicker(time.Second)
+		ticker := time.NewTicker(heartbeatPeriod)
 		defer ticker.Stop()
 		beat = ticker.C
 	}
 	for {
-		news, err := w.catchUp()
-		if err != nil {
-			return err
-		}
 		select {
-		case <-news:
+		case <-w.wake:
+			err = w.catchUp()
 		case now := <-beat:
-			if err := w.heard(now); err != nil {
-				return err
-			}
+			err = w.tellHeartbeats(now)
 		case <-o.ended:
 			return nil
 		case <-stream.Context().Done():
 			return nil
 		}
+		if err != nil {
+			return err
+		}
 	}
 }
 
-// followerMark is the record of what is no service but a follower's mark.
-const followerMark = -1
-
-// follower is one stream of changes.
-type follower struct {
-	*registry
-	send     func(*operatorv1.WatchResponse) error
-	pause    time.Duration // between messages, where there are many
-	follows  bool          // after the first snapshot
-	revision uint64        // what it has told of
-	mark     service       // stands in feed.recent behind that, and for no service
-	beat     time.Time     // when heartbeats were told last
-}
-
-// join fails with RESOURCE_EXHAUSTED where there are as many as there can be. Those who
-// want no more than a snapshot are not kept out by others who go on.
-func (w *follower) join() error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	count := &w.feed.snapshots
-	if w.follows {
-		count = &w.feed.followers
-	}
+// join adds a stream. Errors: RESOURCE_EXHAUSTED where there are as many as there can be.
+// Those that want no more than a snapshot are not kept out by others that go on.
+func (o *operatorServer) join(send func(*operatorv1.WatchResponse) error, follows bool) (*changeStream, error) {
+	o.registry.mu.Lock()
+	defer o.registry.mu.Unlock()
+	w := &changeStream{operator: o, send: send, follows: follows, pause: toldPause, wake: make(chan struct{}, 1), dirty: make(map[int64]struct{})}
+	count := w.count()
 	if *count >= maxFollowers {
-		return status.Errorf(codes.ResourceExhausted, "%d streams are open, the most that there can be", maxFollowers)
+		return nil, status.Errorf(codes.ResourceExhausted, "%d streams are open, the most that there can be", maxFollowers)
 	}
 	*count++
-	return nil
+	o.streams[w] = struct{}{}
+	return w, nil
 }
 
-// leave ends the part of w in the feed.
-func (w *follower) leave() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
+// count is the number of streams like w.
+func (w *changeStream) count() *int {
 	if w.follows {
-		w.feed.followers--
-	} else {
-		w.feed.snapshots--
+		return &w.operator.followers
 	}
-	w.feed.recent.remove(&w.mark)
-	w.table.drop(&w.mark)
+	return &w.operator.snapshots
+}
+
+func (w *changeStream) leave() {
+	w.operator.registry.mu.Lock()
+	defer w.operator.registry.mu.Unlock()
+	*w.count()--
+	delete(w.operator.streams, w)
 }
 
 // snapshot sends everything.
-func (w *follower) snapshot() error {
-	w.mu.Lock()
-	w.revision, w.beat = w.feed.revision, w.observed
-	if w.mark.slot == 0 {
-		w.mark.record = followerMark
-		w.table.add(&w.mark)
-	}
-	w.feed.recent.moveToBack(&w.mark)
-	out := &operatorv1.WatchResponse{Pipeline: w.pipelineLocked(), Reset_: true}
-	all := slices.Clone(w.all)
-	w.mu.Unlock()
-	out, err := w.tell(out, all)
+func (w *changeStream) snapshot() error {
+	r := w.operator.registry
+	r.mu.Lock()
+	clear(w.dirty)
+	w.behind, w.beat = false, r.lastNow
+	out := &operatorv1.WatchResponse{Pipeline: r.pipelineLocked(), Reset_: true}
+	seqs := r.seqsLocked(time.Time{})
+	r.mu.Unlock()
+	out, err := w.tell(out, seqs)
 	if err != nil {
 		return err
 	}
@@ -290,12 +274,64 @@ func (w *follower) snapshot() error {
 	return w.send(out)
 }
 
-// tell sends all, the first of them in out, and returns the message that is to be sent
-// next: out, if there were none.
-func (w *follower) tell(out *operatorv1.WatchResponse, all []*service) (*operatorv1.WatchResponse, error) {
+// seqsLocked returns which services there are that were heard of after since.
+func (r *registry) seqsLocked(since time.Time) []int64 {
+	var seqs []int64
+	for _, all := range [][]*service{r.members, r.others} {
+		for _, s := range all {
+			if !s.gone() && (since.IsZero() || s.lastSeen.After(since)) {
+				seqs = append(seqs, s.seq)
+			}
+		}
+	}
+	return seqs
+}
+
+// catchUp sends what has changed until nothing has.
+func (w *changeStream) catchUp() error {
+	for {
+		seqs, behind := w.take()
+		switch {
+		case behind:
+			w.pause = 0 // more changes meanwhile than dirty may hold: with pauses it might never be up to date
+			if err := w.snapshot(); err != nil {
+				return err
+			}
+		case len(seqs) == 0:
+			return nil
+		default:
+			out, err := w.tell(&operatorv1.WatchResponse{}, seqs)
+			if err == nil && (out.Pipeline != nil || len(out.Components)+len(out.Removed) > 0) {
+				err = w.send(out)
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// take returns what has changed, in the order of seq.
+func (w *changeStream) take() (seqs []int64, behind bool) {
+	w.operator.registry.mu.Lock()
+	defer w.operator.registry.mu.Unlock()
+	for seq := range w.dirty {
+		seqs = append(seqs, seq)
+	}
+	clear(w.dirty)
+	slices.Sort(seqs)
+	return seqs, w.behind
+}
+
+// tell sends the services seqs as they are now, beginning in out. It returns the message
+// that is to be sent next, which may be empty.
+func (w *changeStream) tell(out *operatorv1.WatchResponse, seqs []int64) (*operatorv1.WatchResponse, error) {
 	told := 0
-	for out.Components = range w.components(all, time.Time{}, time.Now()) {
-		told += len(out.Components)
+	for {
+		seqs = w.fill(out, seqs)
+		if told += len(out.Components); len(seqs) == 0 {
+			return out, nil
+		}
 		if err := w.send(out); err != nil {
 			return nil, err
 		}
@@ -304,174 +340,55 @@ func (w *follower) tell(out *operatorv1.WatchResponse, all []*service) (*operato
 			time.Sleep(w.pause) // a stream that ends meanwhile fails the next send
 		}
 	}
-	return out, nil
 }
 
-// catchUp sends what has changed, and returns what is closed at the next change.
-func (w *follower) catchUp() (<-chan struct{}, error) {
-	for {
-		w.mu.Lock()
-		if w.revision == w.feed.revision {
-			defer w.mu.Unlock()
-			return w.feed.wait(), nil
-		}
-		told := w.revision
-		changed, removed, ok := w.feed.after(w)
-		out := &operatorv1.WatchResponse{Removed: removed}
-		if w.feed.stirred > told {
-			out.Pipeline = w.pipelineLocked()
-		}
-		w.mu.Unlock()
-		if !ok {
-			w.pause = 0 // more is removed meanwhile than is remembered: with pauses it might never be up to date
-			if err := w.snapshot(); err != nil {
-				return nil, err
+// fill puts services into out, as many as fit a message, and returns the others.
+func (w *changeStream) fill(out *operatorv1.WatchResponse, seqs []int64) []int64 {
+	r := w.operator.registry
+	now := r.lockAt(time.Now())
+	defer r.mu.Unlock()
+	size := 0
+	for i, seq := range seqs {
+		s := r.bySeq[seq]
+		switch {
+		case i == batch:
+			return seqs[i:]
+		case seq == 0:
+			out.Pipeline = r.pipelineLocked()
+		case s == nil:
+			out.Removed = append(out.Removed, seq)
+		default:
+			if size += s.partSize(); size > maxPart && len(out.Components) > 0 {
+				return seqs[i:]
 			}
-			continue
-		}
-		out, err := w.tell(out, changed)
-		if err != nil {
-			return nil, err
-		}
-		if out.Pipeline != nil || len(out.Removed) > 0 {
-			if err := w.send(out); err != nil {
-				return nil, err
-			}
+			out.Components = append(out.Components, r.componentLocked(s, now))
 		}
 	}
+	return nil
 }
 
-// heard sends the services that were heard of since it last did.
-func (w *follower) heard(now time.Time) error {
-	w.mu.Lock()
-	since, all := w.beat, slices.Clone(w.all)
+// tellHeartbeats sends the services that were heard of since it last did. Changes do not
+// wait for it.
+func (w *changeStream) tellHeartbeats(now time.Time) error {
+	r := w.operator.registry
+	r.mu.Lock()
+	seqs := r.seqsLocked(w.beat)
+	r.mu.Unlock()
 	w.beat = now
-	w.mu.Unlock()
-	told := 0
-	for part := range w.components(all, since, now) {
-		if err := w.send(&operatorv1.WatchResponse{Components: part}); err != nil {
+	for some := range slices.Chunk(seqs, batch) {
+		out, err := w.tell(&operatorv1.WatchResponse{}, some)
+		if err == nil && len(out.Components)+len(out.Removed) > 0 {
+			err = w.send(out)
+		}
+		if err == nil {
+			err = w.catchUp()
+		}
+		if err != nil {
 			return err
 		}
-		if _, err := w.catchUp(); err != nil { // changes do not wait for heartbeats
-			return err
-		}
-		if told += len(part); told > toldAtOnce {
+		if len(seqs) > toldAtOnce {
 			time.Sleep(w.pause)
 		}
 	}
 	return nil
 }
-
-const (
-	maxAnswer      = 64 << 20        // bytes of an answer that lists services
-	maxUnread      = 64 << 20        // bytes of answers that may wait to be read
-	answerPatience = 5 * time.Second // for others to be read
-)
-
-// What a connection can make the control plane hold.
-const (
-	maxMessage = 1 << 20 // bytes
-	maxCalls   = 128     // at a time
-)
-
-// bufferPool has the memory of messages, in buffers of at most twice their size: of
-// grpc's own sizes the one after 32 KiB is 1 MiB, and a follower that does not read holds
-// several. It counts the buffers beyond maxMessage, which are of answers: grpc takes one
-// whole, and keeps it until its reader's window lets it go, or the connection ends.
-type bufferPool struct {
-	mem.BufferPool
-	large atomic.Int64 // bytes that are in use, or have not been collected since
-
-	mu        sync.Mutex    // guards the fields below
-	freed     chan struct{} // closed and replaced when some have been
-	collected time.Time     // when await had them collected last
-}
-
-func (p *bufferPool) Get(length int) *[]byte {
-	if length <= maxMessage {
-		return p.BufferPool.Get(length)
-	}
-	buf := new(make([]byte, length))
-	p.large.Add(int64(length))
-	runtime.AddCleanup(buf, func(length int) {
-		p.large.Add(int64(-length))
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		close(p.freed)
-		p.freed = make(chan struct{})
-	}, length)
-	return buf
-}
-
-func (p *bufferPool) Put(buf *[]byte) {
-	if cap(*buf) <= maxMessage { // grpc does not put back what it has when a connection ends
-		p.BufferPool.Put(buf)
-	}
-}
-
-// full tells whether there is no room for another answer.
-func (p *bufferPool) full() bool { return p.large.Load() > maxUnread }
-
-// await returns when there may be room for another answer, or when ctx ends.
-func (p *bufferPool) await(ctx context.Context) {
-	p.mu.Lock()
-	freed, collect := p.freed, time.Since(p.collected) > time.Second
-	if collect {
-		p.collected = time.Now()
-	}
-	p.mu.Unlock()
-	if collect {
-		runtime.GC() // what has been read is only to be collected
-	}
-	if p.full() {
-		select {
-		case <-freed:
-		case <-ctx.Done():
-		}
-	}
-}
-
-// messages is grpc's default pool: messages are encoded into that one alone, whatever the
-// options of a server are, and it may be set by init only.
-var messages = &bufferPool{
-	BufferPool: mem.NewTieredBufferPool(256, 4<<10, 16<<10, 32<<10, 64<<10, 128<<10, 256<<10, 512<<10, maxMessage),
-	freed:      make(chan struct{}),
-}
-
-func init() { experimental.SetDefaultBufferPool(messages) }
-
-// list makes an answer that lists services: f puts those in that are to be in it, and
-// tells which. It fails with RESOURCE_EXHAUSTED where that would be too large, or for
-// answerPatience too much of earlier answers has not been read.
-func (r *registry) list(ctx context.Context, f func(s *service, now time.Time) bool) error {
-	within, cancel := context.WithTimeout(ctx, answerPatience)
-	defer cancel()
-	for r.listing.Lock(); messages.full() && r.isLarge(); r.listing.Lock() {
-		r.listing.Unlock()
-		if messages.await(within); within.Err() != nil {
-			return status.Errorf(codes.ResourceExhausted, "%d bytes of earlier answers have not been read, at most %d may be", messages.large.Load(), maxUnread)
-		}
-	}
-	defer r.listing.Unlock()
-	size := 0
-	r.each(time.Now(), func(s *service, now time.Time) bool {
-		if f(s, now) {
-			size += int(s.size) + recordSize
-		}
-		return size <= maxAnswer
-	})
-	if size > maxAnswer {
-		return status.Errorf(codes.ResourceExhausted, "the services are too many for one message of at most %d bytes: call flowctl.operator.v1.Operator/Watch", maxAnswer)
-	}
-	return nil
-}
-
-// isLarge tells whether all services may be too much for a small message.
-func (r *registry) isLarge() bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.bytes+len(r.all)*recordSize > maxMessage
-}
-
-// recordSize is what a service takes in an answer besides what it weighs, about.
-const recordSize = 64

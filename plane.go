@@ -1,5 +1,7 @@
 package main
 
+// The gRPC server of the control plane with both dialects, and its listeners.
+
 import (
 	"cmp"
 	"context"
@@ -23,10 +25,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/reflection"
-	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
-	reflectionalphapb "google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
 	"google.golang.org/grpc/status"
-	"google.golang.org/grpc/tap"
 	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -35,53 +34,206 @@ import (
 	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 )
 
-// A request that is never whole holds what has come of it. maxBegun of a connection may
-// take their time, any further call ends after maxCallTime.
-const (
-	maxBegun    = 16
-	maxCallTime = 30 * time.Second
-)
+// durableService is the name under which grpc.health.v1 tells whether the state file is up to
+// date. That it is not does not make the control plane less fit to serve.
+const durableService = "flowctl.durable"
+
+// planeConfig is what a control plane is made of.
+type planeConfig struct {
+	listener          net.Listener
+	endpoint          string       // where listener is reached
+	componentListener net.Listener // without TLS, for components that do not speak it; nil for none
+	ttl               time.Duration
+	interval          time.Duration // the janitor's, and that of writes of the state file
+	members           []member      // the components of the pipeline, nil for a control plane alone
+	pipeline          pipelineInfo
+	store             *store                                       // open; nil to keep the registry in memory alone
+	certs             *certificates                                // nil without TLS
+	peer              func(conn net.Conn, claimedID string) origin // nil: nobody is asked who calls
+	requests          runRequests                                  // nil for a control plane alone
+	log               *slog.Logger
+}
+
+// plane serves a registry over gRPC. It owns the goroutines that do, the janitor and the one
+// that writes the state file.
+type plane struct {
+	registry *registry
+	server   *grpc.Server
+	health   *health.Server
+	ended    chan struct{}      // closed when stop begins
+	cancel   context.CancelFunc // ends the janitor and the writing of the state file
+	done     sync.WaitGroup
+}
+
+// newPlane makes the registry, restores it from the state file, and starts to answer on the
+// listeners; stop ends what it began. It fails for a state file that cannot be read, and then
+// leaves listeners and store to the caller.
+func newPlane(c planeConfig) (*plane, error) {
+	r := newRegistry(c.ttl, c.interval, c.endpoint, c.members)
+	if c.store != nil {
+		if err := c.store.restore(r, c.log); err != nil {
+			return nil, err
+		}
+	}
+	r.publishPipeline(c.pipeline)
+	return servePlane(r, c), nil
+}
+
+// servePlane starts to answer for r.
+func servePlane(r *registry, c planeConfig) *plane {
+	traffic := newTraffic(c.log)
+	p := &plane{registry: r, health: health.NewServer(), ended: make(chan struct{})}
+	p.server = grpc.NewServer(planeOptions(peerCredentials{c.certs.credentials(), c.peer, c.log}, traffic)...)
+	services := registrar{p.server, traffic}
+	flowctlpb.RegisterControlPlaneServer(services, legacyServer{registry: r})
+	flowctlv1.RegisterControlPlaneServiceServer(services, v1Server{registry: r})
+	operatorv1.RegisterOperatorServer(services, newOperatorServer(r, p.ended, c.requests))
+	healthpb.RegisterHealthServer(services, healthServer{p.health})
+	for name := range p.server.GetServiceInfo() {
+		p.health.SetServingStatus(name, healthpb.HealthCheckResponse_SERVING)
+	}
+	reflection.Register(services)
+
+	var ctx context.Context
+	ctx, p.cancel = context.WithCancel(context.Background())
+	p.done.Go(func() { r.runJanitor(ctx) })
+	if c.store != nil {
+		p.tellDurable(true)
+		persister := &persister{registry: r, store: c.store, told: p.tellDurable}
+		p.done.Go(func() { persister.run(ctx) })
+	}
+	p.serve(traffic.limit(c.listener), c.log)
+	if c.componentListener != nil {
+		p.serve(componentListener{traffic.limit(c.componentListener)}, c.log)
+	}
+	return p
+}
+
+// planeOptions are the options of a control plane's gRPC server.
+func planeOptions(creds credentials.TransportCredentials, t *traffic) []grpc.ServerOption {
+	return append(t.options(),
+		grpc.Creds(creds),
+		// Ten thousand idle connections must not cost a gigabyte.
+		grpc.ReadBufferSize(4<<10),
+		grpc.WriteBufferSize(4<<10),
+		// Windows of a fixed size: to let them grow, grpc sends a ping for each message,
+		// which costs more than a heartbeat, and a caller could have them grow to 16 MiB.
+		grpc.StaticStreamWindowSize(64<<10),
+		grpc.StaticConnWindowSize(1<<20),
+		grpc.ConnectionTimeout(10*time.Second),
+		// A client that pings more often than this is cut off, so it is low: a
+		// storm of pings costs less than a component that loses its connection.
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
+	)
+}
+
+// serve answers on lis until stop.
+func (p *plane) serve(lis net.Listener, log *slog.Logger) {
+	p.done.Go(func() {
+		if err := p.server.Serve(lis); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+			log.Error("control plane ended", "err", err)
+		}
+	})
+}
+
+// tellDurable has grpc.health.v1 tell whether the state file is up to date.
+func (p *plane) tellDurable(durable bool) {
+	status := healthpb.HealthCheckResponse_NOT_SERVING
+	if durable {
+		status = healthpb.HealthCheckResponse_SERVING
+	}
+	p.health.SetServingStatus(durableService, status)
+}
+
+// stop answers what is being asked and then ends, within a second: a health watch or an idle
+// client would keep it forever. A disk that hangs has the time of one write for the last of
+// the state.
+func (p *plane) stop() {
+	close(p.ended)
+	p.health.Shutdown()
+	hurry := time.AfterFunc(time.Second, p.server.Stop)
+	p.server.GracefulStop()
+	hurry.Stop()
+	p.cancel()
+	over := make(chan struct{})
+	go func() {
+		p.done.Wait()
+		close(over)
+	}()
+	select {
+	case <-over:
+	case <-time.After(maxWrite + time.Second): // when it has been said that it hangs
+	}
+}
+
+// healthServer is grpc.health.v1 for names of a bounded length, as a name that is watched is kept.
+type healthServer struct{ *health.Server }
+
+func (h healthServer) Watch(in *healthpb.HealthCheckRequest, stream healthpb.Health_WatchServer) error {
+	if err := checkLength("the name of a service", in.GetService(), maxID); err != nil {
+		return err
+	}
+	return h.Server.Watch(in, stream)
+}
 
 // legacyServer speaks flowctl.ControlPlane.
 type legacyServer struct {
 	flowctlpb.UnimplementedControlPlaneServer
-	*registry
+	registry *registry
 }
 
 func (l legacyServer) Register(ctx context.Context, in *flowctlpb.ServiceInfo) (*flowctlpb.RegistrationAck, error) {
-	out := &flowctlpb.RegistrationAck{}
-	change, err := l.register(registration{
+	from := originOf(ctx, cmp.Or(in.GetComponentId(), in.GetServiceId()))
+	ack, change, err := l.registry.register(registration{
 		id: in.GetServiceId(), componentID: in.GetComponentId(), kind: in.GetServiceType(),
 		inputEvents: in.GetInputEventTypes(), outputEvents: in.GetOutputEventTypes(),
 		endpoint: in.GetHealthEndpoint(), maxInflight: in.GetMaxInflight(), metadata: in.GetMetadata(),
-	}, originOf(ctx, cmp.Or(in.GetComponentId(), in.GetServiceId())), time.Now(), func(id string, topics []string, info map[string]string) {
-		out.ServiceId, out.TopicNames, out.ConnectionInfo = id, topics, info
-	})
+	}, from, time.Now())
 	if err != nil {
 		return nil, err
 	}
-	return out, l.durable(ctx, change)
+	out := &flowctlpb.RegistrationAck{ServiceId: ack.id, TopicNames: ack.topics, ConnectionInfo: ack.connectionInfo}
+	return out, l.registry.durable(ctx, change)
 }
 
 func (l legacyServer) Heartbeat(ctx context.Context, in *flowctlpb.ServiceHeartbeat) (*emptypb.Empty, error) {
-	change, err := l.heartbeat(in.GetServiceId(), originOf(ctx, in.GetServiceId()), flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, time.Now(), func(s *service, full error) error {
-		return takeMetrics(s, in.GetMetrics(), func(number float64) metric { return metric{number: number} }, full)
-	})
-	if change > 0 && err == nil {
-		err = l.durable(ctx, change)
+	metrics, err := metricsOf(in.GetMetrics(), func(name string, number float64) metric { return metric{name: name, number: number} })
+	return heartbeat(ctx, l.registry, in.GetServiceId(), flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, metrics, err)
+}
+
+// metricsOf returns the metrics of a heartbeat, none of so many that it would take long to
+// look at them.
+func metricsOf[V any](in map[string]V, as func(name string, value V) metric) ([]metric, error) {
+	if len(in) > maxHeartbeat {
+		return nil, status.Errorf(codes.ResourceExhausted, "a heartbeat with %d metrics: at most %d are allowed, and a service has at most %d", len(in), maxHeartbeat, maxEntries)
+	}
+	metrics := make([]metric, 0, len(in))
+	for name, value := range in {
+		metrics = append(metrics, as(name, value))
+	}
+	return metrics, nil
+}
+
+// heartbeat is that of both dialects. It counts, and then fails, where failed says why metrics
+// were not taken.
+func heartbeat(ctx context.Context, r *registry, id string, declared flowctlv1.HealthStatus, metrics []metric, failed error) (*emptypb.Empty, error) {
+	change, err := r.heartbeat(id, originOf(ctx, id), declared, metrics, time.Now())
+	if err = cmp.Or(err, failed); err == nil && change > 0 {
+		err = r.durable(ctx, change)
 	}
 	return &emptypb.Empty{}, err
 }
 
 func (l legacyServer) GetServiceStatus(_ context.Context, in *flowctlpb.ServiceInfo) (*flowctlpb.ServiceStatus, error) {
 	var out *flowctlpb.ServiceStatus
-	err := l.view(in.GetServiceId(), time.Now(), func(s *service, now time.Time) { out = l.statusLocked(s, now) })
+	err := l.registry.view(in.GetServiceId(), time.Now(), func(s *service, now time.Time) { out = l.statusLocked(s, now) })
 	return out, err
 }
 
 func (l legacyServer) ListServices(ctx context.Context, _ *emptypb.Empty) (*flowctlpb.ServiceList, error) {
 	out := &flowctlpb.ServiceList{}
-	err := l.list(ctx, func(s *service, now time.Time) bool {
+	err := l.registry.list(ctx, func(s *service, now time.Time) bool {
 		if s.registered {
 			out.Services = append(out.Services, l.statusLocked(s, now))
 		}
@@ -91,17 +243,16 @@ func (l legacyServer) ListServices(ctx context.Context, _ *emptypb.Empty) (*flow
 }
 
 func (l legacyServer) statusLocked(s *service, now time.Time) *flowctlpb.ServiceStatus {
-	c, _ := l.conditionLocked(s, now)
 	out := &flowctlpb.ServiceStatus{
-		ServiceId: s.id(), ComponentId: s.component(), ServiceType: s.kind,
-		IsHealthy: c.ok(), LastHeartbeat: timestamppb.New(s.lastSeen),
+		ServiceId: s.said.id, ComponentId: s.component(), ServiceType: s.said.kind,
+		IsHealthy: l.registry.healthLocked(s, now).condition.ok(), LastHeartbeat: timestamppb.New(s.lastSeen),
 	}
-	for name, m := range s.metrics.all() {
-		if f, ok := m.float(); ok {
+	for i := range s.metrics {
+		if f, ok := s.metrics[i].float(); ok {
 			if out.Metrics == nil {
 				out.Metrics = make(map[string]float64)
 			}
-			out.Metrics[name] = f
+			out.Metrics[s.metrics[i].name] = f
 		}
 	}
 	return out
@@ -110,7 +261,7 @@ func (l legacyServer) statusLocked(s *service, now time.Time) *flowctlpb.Service
 // v1Server speaks flowctl.v1.ControlPlaneService.
 type v1Server struct {
 	flowctlv1.UnimplementedControlPlaneServiceServer
-	*registry
+	registry *registry
 }
 
 func (v v1Server) RegisterComponent(ctx context.Context, in *flowctlv1.RegisterRequest) (*flowctlv1.RegisterResponse, error) {
@@ -118,35 +269,41 @@ func (v v1Server) RegisterComponent(ctx context.Context, in *flowctlv1.RegisterR
 	if c == nil {
 		return nil, status.Error(codes.InvalidArgument, "component is missing")
 	}
-	out := &flowctlv1.RegisterResponse{}
-	change, err := v.register(registration{
+	from := originOf(ctx, cmp.Or(in.GetComponentId(), c.GetId()))
+	ack, change, err := v.registry.register(registration{
 		id: c.GetId(), componentID: in.GetComponentId(), kind: legacyType(c.GetType()),
 		name: c.GetName(), description: c.GetDescription(), version: c.GetVersion(),
 		inputEvents: c.GetInputEventTypes(), outputEvents: c.GetOutputEventTypes(),
 		endpoint: c.GetEndpoint(), metadata: c.GetMetadata(),
-	}, originOf(ctx, cmp.Or(in.GetComponentId(), c.GetId())), time.Now(), func(id string, topics []string, info map[string]string) {
-		out.ServiceId, out.AssignedTopics, out.ConnectionInfo = id, topics, info
-	})
+	}, from, time.Now())
 	if err != nil {
 		return nil, err
 	}
-	return out, v.durable(ctx, change)
+	out := &flowctlv1.RegisterResponse{ServiceId: ack.id, AssignedTopics: ack.topics, ConnectionInfo: ack.connectionInfo}
+	return out, v.registry.durable(ctx, change)
 }
 
 func (v v1Server) UnregisterComponent(ctx context.Context, in *flowctlv1.UnregisterRequest) (*emptypb.Empty, error) {
-	change, err := v.unregister(in.GetServiceId(), originOf(ctx, in.GetServiceId()), time.Now())
+	change, err := v.registry.unregister(in.GetServiceId(), originOf(ctx, in.GetServiceId()), time.Now())
 	if err != nil {
 		return nil, err
 	}
-	return &emptypb.Empty{}, v.durable(ctx, change)
+	return &emptypb.Empty{}, v.registry.durable(ctx, change)
 }
 
-// DiscoverComponents returns what matches, in whatever health: who wants to know
-// more asks ListComponents.
+// DiscoverComponents returns what matches, in whatever health: who wants to know more asks
+// ListComponents. Errors: RESOURCE_EXHAUSTED past a bound.
 func (v v1Server) DiscoverComponents(ctx context.Context, in *flowctlv1.DiscoveryRequest) (*flowctlv1.DiscoveryResponse, error) {
+	if n := max(len(in.GetEventTypes()), len(in.GetMetadataFilters())); n > maxEntries {
+		return nil, status.Errorf(codes.ResourceExhausted, "a list or map of %d entries: at most %d are allowed", n, maxEntries)
+	}
+	events := make(map[string]bool)
+	for _, event := range in.GetEventTypes() {
+		events[event] = true
+	}
 	out := &flowctlv1.DiscoveryResponse{}
-	err := v.list(ctx, func(s *service, _ time.Time) bool {
-		if !s.registered || !s.matches(in) {
+	err := v.registry.list(ctx, func(s *service, _ time.Time) bool {
+		if !s.registered || !s.isOf(in.GetType()) || !s.matches(events, in.GetMetadataFilters()) {
 			return false
 		}
 		out.Components = append(out.Components, s.info())
@@ -155,44 +312,37 @@ func (v v1Server) DiscoverComponents(ctx context.Context, in *flowctlv1.Discover
 	return out, err
 }
 
-func (s *service) matches(in *flowctlv1.DiscoveryRequest) bool {
-	if in.GetType() != flowctlv1.ComponentType_COMPONENT_TYPE_UNSPECIFIED && in.GetType() != s.v1Type() {
-		return false
-	}
-	w := s.details()
-	for key, value := range in.GetMetadataFilters() {
-		if !w.labels.has(key, value) {
+// isOf reports whether s is of a type; all are of UNSPECIFIED.
+func (s *service) isOf(t flowctlv1.ComponentType) bool {
+	return t == flowctlv1.ComponentType_COMPONENT_TYPE_UNSPECIFIED || t == s.v1Type()
+}
+
+// matches reports whether s has all of the metadata, and one of the events, if there are any.
+func (s *service) matches(events map[string]bool, metadata map[string]string) bool {
+	for key, value := range metadata {
+		if has, ok := s.said.metadata[key]; !ok || has != value {
 			return false
 		}
 	}
-	return len(in.GetEventTypes()) == 0 || slices.ContainsFunc(in.GetEventTypes(), func(event string) bool {
-		return slices.Contains(w.inputEvents, event) || slices.Contains(w.outputEvents, event)
-	})
+	listed := func(event string) bool { return events[event] }
+	return len(events) == 0 || slices.ContainsFunc(s.said.inputEvents, listed) || slices.ContainsFunc(s.said.outputEvents, listed)
 }
 
 func (v v1Server) Heartbeat(ctx context.Context, in *flowctlv1.HeartbeatRequest) (*emptypb.Empty, error) {
-	change, err := v.heartbeat(in.GetServiceId(), originOf(ctx, in.GetServiceId()), in.GetStatus(), time.Now(), func(s *service, full error) error {
-		return takeMetrics(s, in.GetMetrics(), func(text string) metric { return metric{text: text, isText: true} }, full)
-	})
-	if change > 0 && err == nil {
-		err = v.durable(ctx, change)
-	}
-	return &emptypb.Empty{}, err
+	metrics, err := metricsOf(in.GetMetrics(), func(name, text string) metric { return metric{name: name, text: text, isText: true} })
+	return heartbeat(ctx, v.registry, in.GetServiceId(), in.GetStatus(), metrics, err)
 }
 
 func (v v1Server) GetComponentStatus(_ context.Context, in *flowctlv1.ComponentStatusRequest) (*flowctlv1.ComponentStatusResponse, error) {
 	var out *flowctlv1.ComponentStatusResponse
-	err := v.view(in.GetServiceId(), time.Now(), func(s *service, now time.Time) { out = v.statusLocked(s, now) })
+	err := v.registry.view(in.GetServiceId(), time.Now(), func(s *service, now time.Time) { out = v.statusLocked(s, now) })
 	return out, err
 }
 
 func (v v1Server) ListComponents(ctx context.Context, in *flowctlv1.ListComponentsRequest) (*flowctlv1.ListComponentsResponse, error) {
 	out := &flowctlv1.ListComponentsResponse{}
-	err := v.list(ctx, func(s *service, now time.Time) bool {
-		if !s.registered || in.GetTypeFilter() != flowctlv1.ComponentType_COMPONENT_TYPE_UNSPECIFIED && in.GetTypeFilter() != s.v1Type() {
-			return false
-		}
-		if c, _ := v.conditionLocked(s, now); !c.ok() && !in.GetIncludeUnhealthy() {
+	err := v.registry.list(ctx, func(s *service, now time.Time) bool {
+		if !s.registered || !s.isOf(in.GetTypeFilter()) || !in.GetIncludeUnhealthy() && !v.registry.healthLocked(s, now).condition.ok() {
 			return false
 		}
 		out.Components = append(out.Components, v.statusLocked(s, now))
@@ -211,38 +361,38 @@ func legacyType(t flowctlv1.ComponentType) flowctlpb.ServiceType {
 
 // v1Type is the type in the v1 dialect, which has no PIPELINE.
 func (s *service) v1Type() flowctlv1.ComponentType {
-	if s.kind == flowctlpb.ServiceType_SERVICE_TYPE_PIPELINE {
+	if s.said.kind == flowctlpb.ServiceType_SERVICE_TYPE_PIPELINE {
 		return flowctlv1.ComponentType_COMPONENT_TYPE_UNSPECIFIED
 	}
-	return flowctlv1.ComponentType(s.kind)
+	return flowctlv1.ComponentType(s.said.kind)
 }
 
+// info is what s said of itself. It shares lists and maps with s, which are never changed.
 func (s *service) info() *flowctlv1.ComponentInfo {
-	w := s.details()
+	said := &s.said
 	return &flowctlv1.ComponentInfo{
-		Id: w.id, Name: w.name, Description: w.description, Version: w.version, Type: s.v1Type(),
-		InputEventTypes: w.inputEvents, OutputEventTypes: w.outputEvents,
-		Endpoint: w.endpoint, Metadata: w.labels.toMap(),
+		Id: said.id, Name: said.name, Description: said.description, Version: said.version, Type: s.v1Type(),
+		InputEventTypes: said.inputEvents, OutputEventTypes: said.outputEvents,
+		Endpoint: said.endpoint, Metadata: said.metadata,
 	}
 }
 
 func (v v1Server) statusLocked(s *service, now time.Time) *flowctlv1.ComponentStatusResponse {
-	c, _ := v.conditionLocked(s, now)
 	out := &flowctlv1.ComponentStatusResponse{
-		Component: s.info(), Status: s.v1Status(c),
-		LastHeartbeat: timestamppb.New(s.lastSeen), RegisteredAt: timestamppb.New(s.since),
+		Component: s.info(), Status: s.v1Status(v.registry.healthLocked(s, now).condition),
+		LastHeartbeat: timestamppb.New(s.lastSeen), RegisteredAt: timestamppb.New(s.registeredAt),
 	}
 	if len(s.metrics) > 0 {
 		out.Metrics = make(map[string]string)
 	}
-	for name, m := range s.metrics.all() {
-		out.Metrics[name] = m.String()
+	for i := range s.metrics {
+		out.Metrics[s.metrics[i].name] = s.metrics[i].String()
 	}
 	return out
 }
 
-// v1Status is the condition c in the words of the v1 dialect, which keeps what the
-// service itself declared where that does not contradict.
+// v1Status is the condition c in the words of the v1 dialect. What the service itself declared
+// is kept where that does not contradict.
 func (s *service) v1Status(c condition) flowctlv1.HealthStatus {
 	switch c {
 	case degraded:
@@ -321,176 +471,6 @@ func listenUnix(path string) (net.Listener, string, error) {
 		return nil, "", err
 	}
 	return lis, "unix://" + path, nil
-}
-
-// plane serves a registry over gRPC and runs its janitor.
-type plane struct {
-	registry *registry
-	server   *grpc.Server
-	health   *health.Server
-	ended    chan struct{}      // closed when stop begins
-	janitor  context.CancelFunc // ends the janitor and the keeper
-	done     sync.WaitGroup
-}
-
-// durableService is the name under which grpc.health.v1 tells whether the state file
-// is up to date. That it is not does not make the control plane less fit to serve.
-const durableService = "flowctl.durable"
-
-// planeConfig is what a control plane is made of.
-type planeConfig struct {
-	listener          net.Listener
-	endpoint          string       // where listener is reached
-	componentListener net.Listener // without TLS, for components that do not speak it; nil for none
-	ttl               time.Duration
-	interval          time.Duration // the janitor's, and that of writes of the state file
-	members           []member      // the components of the pipeline, nil for a control plane alone
-	pipeline          pipelineInfo
-	store             *store                                       // open; nil to keep the registry in memory alone
-	certs             *certificates                                // nil without TLS
-	peer              func(conn net.Conn, claimedID string) origin // nil: nobody is asked who calls
-	requests          runRequests                                  // nil for a control plane alone
-	log               *slog.Logger
-}
-
-// limitCall gives a call its maxCallTime, if its connection has many whose requests are
-// not whole. Those that go on by nature are not meant.
-func limitCall(ctx context.Context, call *tap.Info) (context.Context, error) {
-	switch call.FullMethodName {
-	case operatorv1.Operator_Watch_FullMethodName, healthpb.Health_Watch_FullMethodName,
-		reflectionpb.ServerReflection_ServerReflectionInfo_FullMethodName, reflectionalphapb.ServerReflection_ServerReflectionInfo_FullMethodName:
-		return ctx, nil
-	}
-	if caller := peerConnOf(ctx); caller == nil || caller.begun.Add(1) <= maxBegun {
-		return ctx, nil // a timer is a tenth of what a heartbeat allocates
-	}
-	ctx, cancel := context.WithTimeout(ctx, maxCallTime)
-	_ = cancel // grpc ends what ctx is made from with the call
-	return ctx, nil
-}
-
-// wholeCall takes note that the request of a call is whole.
-func wholeCall(ctx context.Context, request any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	if caller := peerConnOf(ctx); caller != nil {
-		caller.begun.Add(-1)
-	}
-	return handler(ctx, request)
-}
-
-// healthServer is grpc.health.v1 for names that a service can have: one that is watched
-// is kept, whatever it is.
-type healthServer struct{ *health.Server }
-
-func (h healthServer) Watch(in *healthpb.HealthCheckRequest, stream healthpb.Health_WatchServer) error {
-	if err := checkLength("the name of a service", in.GetService(), maxID); err != nil {
-		return err
-	}
-	return h.Server.Watch(in, stream)
-}
-
-// planeOptions are the options of a control plane's gRPC server.
-func planeOptions(creds credentials.TransportCredentials) []grpc.ServerOption {
-	return []grpc.ServerOption{
-		grpc.Creds(creds),
-		grpc.MaxRecvMsgSize(maxMessage),
-		grpc.MaxHeaderListSize(16 << 10), // grpc's 16 MiB are 10 GB for two hundred calls
-		grpc.InTapHandle(limitCall),
-		grpc.UnaryInterceptor(wholeCall),
-		// Ten thousand idle connections must not cost a gigabyte.
-		grpc.ReadBufferSize(4 << 10),
-		grpc.WriteBufferSize(4 << 10),
-		grpc.MaxConcurrentStreams(maxCalls),
-		// Windows of a fixed size: to let them grow, grpc sends a ping for each message,
-		// which is more than a heartbeat costs, and a stranger could have them grow to 16 MiB.
-		grpc.StaticStreamWindowSize(64 << 10),
-		grpc.StaticConnWindowSize(1 << 20),
-		// Goroutines that are there already have the stack that a call needs: to grow
-		// one for each took 8 % of the time under load, when all of a few were busy.
-		grpc.NumStreamWorkers(64),
-		grpc.ConnectionTimeout(10 * time.Second),
-		// A client that pings more often than this is cut off, so it is low: a
-		// storm of pings costs less than a component that loses its connection.
-		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: time.Minute, Timeout: 20 * time.Second}),
-	}
-}
-
-// newPlane makes the registry, restores it from the state file, and starts to answer on
-// the listeners; stop ends what it began. It fails for a state file that cannot be read,
-// and then leaves listeners and store to the caller.
-func newPlane(c planeConfig) (*plane, error) {
-	r := newRegistry(c.ttl, c.interval, c.endpoint, c.members)
-	if c.store != nil {
-		if err := c.store.restore(r, c.log); err != nil {
-			return nil, err
-		}
-	}
-	r.report(c.pipeline)
-	return servePlane(r, c), nil
-}
-
-// servePlane starts to answer for r.
-func servePlane(r *registry, c planeConfig) *plane {
-	creds := peerCredentials{c.certs.credentials(), c.peer, c.log}
-	p := &plane{registry: r, health: health.NewServer(), ended: make(chan struct{}), server: grpc.NewServer(planeOptions(creds)...)}
-	flowctlpb.RegisterControlPlaneServer(p.server, legacyServer{registry: r})
-	flowctlv1.RegisterControlPlaneServiceServer(p.server, v1Server{registry: r})
-	operatorv1.RegisterOperatorServer(p.server, operatorServer{registry: r, ended: p.ended, requests: c.requests})
-	healthpb.RegisterHealthServer(p.server, healthServer{p.health})
-	for name := range p.server.GetServiceInfo() {
-		p.health.SetServingStatus(name, healthpb.HealthCheckResponse_SERVING)
-	}
-	reflection.Register(p.server)
-
-	var ctx context.Context
-	ctx, p.janitor = context.WithCancel(context.Background())
-	p.done.Go(func() { r.runJanitor(ctx) })
-	if c.store != nil {
-		durable := func(is bool) {
-			status := healthpb.HealthCheckResponse_NOT_SERVING
-			if is {
-				status = healthpb.HealthCheckResponse_SERVING
-			}
-			p.health.SetServingStatus(durableService, status)
-		}
-		durable(true)
-		p.done.Go(func() { r.keep(ctx, c.store, durable) })
-	}
-	p.serve(c.listener, c.log)
-	if c.componentListener != nil {
-		p.serve(componentListener{c.componentListener}, c.log)
-	}
-	return p
-}
-
-// serve answers on lis, too, until stop.
-func (p *plane) serve(lis net.Listener, log *slog.Logger) {
-	p.done.Go(func() {
-		if err := p.server.Serve(lis); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
-			log.Error("control plane ended", "err", err)
-		}
-	})
-}
-
-// stop answers what is being asked and then ends, within a second: a health watch
-// or an idle client would keep it forever. A disk that hangs has the time of one write
-// for the last of the state.
-func (p *plane) stop() {
-	close(p.ended)
-	p.health.Shutdown()
-	hurry := time.AfterFunc(time.Second, p.server.Stop)
-	p.server.GracefulStop()
-	hurry.Stop()
-	p.janitor()
-	over := make(chan struct{})
-	go func() {
-		p.done.Wait()
-		close(over)
-	}()
-	select {
-	case <-over:
-	case <-time.After(maxWrite + time.Second): // when it has been said that it hangs
-	}
 }
 
 // listenConfig says where the control plane listens.

@@ -414,7 +414,7 @@ func (r *run) start(p *proc) {
 		}
 		r.checks.start(c, p.child)
 	case !c.registers():
-		registry.admit(c.ID, time.Now())
+		registry.markReady(c.ID, time.Now())
 	}
 }
 
@@ -425,7 +425,7 @@ func (r *run) checked(result checkResult, now time.Time) {
 		return // it is of a process that has ended
 	}
 	if !p.component.registers() && p.state == procStarting && result.failing == "" {
-		r.plane.registry.admit(p.id(), now)
+		r.plane.registry.markReady(p.id(), now)
 	}
 	r.plane.registry.checked(p.id(), result.failing, now)
 }
@@ -498,7 +498,7 @@ func (r *run) failed(failures []*failure, now time.Time) {
 		if f.kind == failNotReady {
 			c, cause := r.plane.registry.condition(f.component.ID, now)
 			f.reason += ": " + cause
-			if others := r.plane.registry.strangers(now); c == unregistered && f.component.registers() && len(others) > 0 {
+			if others := r.plane.registry.unmatchedServices(now); c == unregistered && f.component.registers() && len(others) > 0 {
 				f.reason += "; registered, and none of the pipeline's: " + enumerate(others)
 			}
 		}
@@ -664,7 +664,7 @@ func (r *run) overview() overview {
 // showStatus tells people and systemd how the run is, if that has changed.
 func (r *run) showStatus() {
 	for _, p := range r.sup.procs {
-		r.plane.registry.reportProcess(p.id(), processOf(p))
+		r.plane.registry.publishProcess(p.id(), processOf(p))
 	}
 	o := r.overview()
 	status := o.String()
@@ -672,7 +672,7 @@ func (r *run) showStatus() {
 		return
 	}
 	r.info.status = status
-	r.plane.registry.report(r.info)
+	r.plane.registry.publishPipeline(r.info)
 	if r.config.showStatus && !r.out.showsFooter() {
 		r.log.Info("status", o.attrs()...)
 	}
@@ -688,7 +688,7 @@ func (r *run) footerRows(now time.Time) []string {
 	registry := r.plane.registry
 	f := footer{pipeline: r.info.name, endpoint: registry.endpoint, status: r.info.status}
 	seen := make(map[string]*operatorv1.Component)
-	for _, c := range registry.own(now).GetComponents() {
+	for _, c := range registry.memberSnapshot(now).GetComponents() {
 		seen[c.GetId()] = c
 	}
 	for _, p := range r.sup.procs {

@@ -128,7 +128,7 @@ func TestRun_StoppedFlowctlPutsOffNoTimeoutThatBeginsAfterwards(t *testing.T) {
 	r := &run{sup: m.supervisor, log: m.log, plane: &plane{registry: registry}}
 	registry.starting("a", m.now)
 	m.startAll()
-	registry.admit("a", m.now)
+	registry.markReady("a", m.now)
 	r.takeChanges(m.now)
 	m.want("a", procReady)
 	m.now = m.now.Add(time.Hour)

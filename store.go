@@ -1,7 +1,10 @@
 package main
 
+// The state file of the registry: its format, its lock, and the goroutine that writes it.
+
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -17,9 +20,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 	"unicode/utf8"
@@ -30,23 +31,25 @@ import (
 	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 )
 
-// stateFormat is the first field of a state file. Another number is for a change
-// that this version could not read.
+// stateFormat is the first field of a state file. Another number is for a change that this
+// version could not read.
 const stateFormat = "flowctl-registry/1"
 
-// maxWrite is how long a disk may take nothing of the state file before the registry goes
-// on without it. Clients wait as long, of which some give up a heartbeat after 2 s.
+// maxWrite is how long a disk may take nothing of the state file before the registry goes on
+// without it. Clients wait as long, of which some give up a heartbeat after 2 s.
 const maxWrite = 1500 * time.Millisecond
 
-// batchPause is how long a write for which nobody waits rests after each batch.
+// batchPause is how long a write for which nobody waits rests after each batch: without, it
+// would take a processor from the heartbeats for a second.
 const batchPause = 3 * time.Millisecond
 
 // durable returns when so many changes are on disk, or cannot be brought there.
-func (r *registry) durable(ctx context.Context, count uint64) error {
+func (r *registry) durable(ctx context.Context, changes uint64) error {
 	for {
 		r.mu.Lock()
-		over := !r.journal.on || r.journal.broken != nil || r.journal.done >= count
-		written := r.journal.written
+		p := &r.persistence
+		over := !p.on || p.err != nil || p.onDisk >= changes
+		written := p.written
 		r.mu.Unlock()
 		if over {
 			return nil
@@ -59,32 +62,32 @@ func (r *registry) durable(ctx context.Context, count uint64) error {
 	}
 }
 
-// settle takes the outcome of a write of all changes up to count, lets out what
-// waited for it and tells whether the registry has become durable, or ceased to be.
-func (r *registry) settle(count uint64, err error) (turned bool) {
+// finishWrite takes the outcome of a write that has the first changes in it, and tells of
+// what waited for it. It reports whether the registry has become durable, or ceased to be.
+func (r *registry) finishWrite(changes uint64, err error) (turned bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	j := &r.journal
-	turned = (err == nil) != (j.broken == nil)
-	j.broken = err
+	p := &r.persistence
+	turned = (err == nil) != (p.err == nil)
+	p.err = err
 	if err == nil {
-		j.done = max(j.done, count)
+		p.onDisk = max(p.onDisk, changes)
 	}
 	if turned {
-		r.feed.stir()
+		r.publish(0)
 	}
-	held := j.held
-	j.held = nil
-	close(j.written)
-	j.written = make(chan struct{})
-	for some := range slices.Chunk(held, batch) {
+	pending := p.pending
+	p.pending = nil
+	close(p.written)
+	p.written = make(chan struct{})
+	for some := range slices.Chunk(pending, batch) {
 		for _, s := range some {
-			if err == nil && s.durable > j.done {
-				j.held = append(j.held, s)
+			if err == nil && s.changeNumber > p.onDisk {
+				p.pending = append(p.pending, s)
 				continue
 			}
-			s.held = false
-			r.tellLocked(s)
+			s.isPending = false
+			r.notifyLocked(s)
 		}
 		r.mu.Unlock() // there may be a hundred thousand
 		r.mu.Lock()
@@ -92,84 +95,102 @@ func (r *registry) settle(count uint64, err error) (turned bool) {
 	return turned
 }
 
-// keep writes the registry to st whenever it has changed, and every interval for the
-// sake of what was seen last, until ctx ends, and then a last time. Changes that come
-// while it writes share the next write. told hears whether the registry is durable,
-// when that has changed.
-func (r *registry) keep(ctx context.Context, st *store, told func(durable bool)) {
-	ticker := time.NewTicker(r.interval)
+// isBehind reports whether the state file lacks something, though nobody waits for it.
+func (r *registry) isBehind() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	p := &r.persistence
+	return p.heard || p.err != nil || p.onDisk < p.changes
+}
+
+// persister writes a registry to its state file.
+type persister struct {
+	registry *registry
+	store    *store
+	told     func(durable bool) // hears whether the registry is durable, when that changes
+}
+
+// run writes whenever the registry has changed, and every interval for the sake of what was
+// heard of last, until ctx ends, and then a last time. Changes that come while it writes
+// share the next write.
+func (p *persister) run(ctx context.Context) {
+	ticker := time.NewTicker(p.registry.interval)
 	defer ticker.Stop()
-	settle := func(count uint64, err error) {
-		if !r.settle(count, err) {
-			return
-		}
-		if told(err == nil); err != nil {
-			st.log.Error("the registry's state is not durable, flowctl goes on without", "err", err)
-		} else {
-			st.log.Info("the registry's state is durable again", "file", st.path)
-		}
-	}
 	for last := false; !last; {
 		urgent := true // somebody waits for it
 		select {
 		case <-ctx.Done():
 			last = true
-		case <-r.journal.dirty:
+		case <-p.registry.persistence.dirty:
 		case <-ticker.C:
-			if !r.toWrite() {
+			if !p.registry.isBehind() {
 				continue
 			}
 			urgent = false
 		}
-		var count uint64
-		var mu sync.Mutex // guards over
-		over := false
-		slow := time.AfterFunc(maxWrite, func() {
-			mu.Lock()
-			defer mu.Unlock()
-			if !over {
-				settle(0, fmt.Errorf("%s: the disk takes nothing for %s", st.path, maxWrite))
-			}
-		})
-		more := false // has changed while it was written, and may not be in it
-		pause := func() {
-			slow.Reset(maxWrite)
-			if urgent {
-				runtime.Gosched() // heartbeats first
-				return
-			}
-			// What was seen last is written in no hurry: all at once, it would take a
-			// processor from the heartbeats for a second.
-			timer := time.NewTimer(batchPause)
-			defer timer.Stop()
-			select {
-			case <-timer.C:
-			case <-r.journal.dirty:
-				urgent, more = true, true
-			case <-ctx.Done():
-				urgent = true
-			}
+		p.write(ctx, urgent)
+	}
+}
+
+// write writes once. It says that the disk hangs while it does, and returns when it no longer does.
+func (p *persister) write(ctx context.Context, urgent bool) {
+	var changes uint64
+	done, goesOn := make(chan error, 1), make(chan struct{}, 1)
+	rest := func() {
+		select {
+		case goesOn <- struct{}{}:
+		default:
 		}
-		err := st.write(func(w io.Writer) (err error) {
-			count, err = r.save(w, st.pipeline, pause)
+		if !urgent {
+			urgent = p.rest(ctx)
+		}
+		runtime.Gosched() // heartbeats first
+	}
+	go func() {
+		done <- p.store.write(func(w io.Writer) (err error) {
+			changes, err = p.registry.save(w, p.store.pipeline, rest)
 			return err
 		})
-		slow.Stop()
-		mu.Lock()
-		over = true
-		mu.Unlock()
-		settle(count, err)
-		if more {
-			r.journal.wake()
+	}()
+	hangs := time.NewTimer(maxWrite)
+	defer hangs.Stop()
+	for {
+		select {
+		case err := <-done:
+			p.finish(changes, err)
+			return
+		case <-goesOn:
+			hangs.Reset(maxWrite)
+		case <-hangs.C:
+			p.finish(0, fmt.Errorf("%s: the disk takes nothing for %s", p.store.path, maxWrite))
 		}
 	}
 }
 
-// toWrite tells whether the state file is behind, though nobody waits for it.
-func (r *registry) toWrite() bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.journal.heard || r.journal.broken != nil || r.journal.done < r.journal.count
+// rest waits for batchPause. It returns true at once where somebody waits for the next write.
+func (p *persister) rest(ctx context.Context) (urgent bool) {
+	timer := time.NewTimer(batchPause)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return false
+	case <-p.registry.persistence.dirty:
+		p.registry.persistence.wake() // what has changed meanwhile may not be in this write
+	case <-ctx.Done():
+	}
+	return true
+}
+
+// finish takes the outcome of a write, and says when the registry is no longer durable, or is again.
+func (p *persister) finish(changes uint64, err error) {
+	if !p.registry.finishWrite(changes, err) {
+		return
+	}
+	if p.told(err == nil); err != nil {
+		p.store.log.Error("the registry's state is not durable, flowctl goes on without", "err", err)
+	} else {
+		p.store.log.Info("the registry's state is durable again", "file", p.store.path)
+	}
 }
 
 // savedService is a service in the state file: one line of it.
@@ -189,8 +210,8 @@ type savedService struct {
 	Registered   time.Time         `json:"registered_at,omitzero"` // zero: it is not
 	LastSeen     time.Time         `json:"last_seen,omitzero"`
 	Declared     string            `json:"declared,omitempty"`
-	Metrics      map[string]any    `json:"metrics,omitempty"` // float64 or string
-	Health       string            `json:"health"`            // of a condition
+	Metrics      savedMetrics      `json:"metrics,omitempty"`
+	Health       string            `json:"health"` // of a condition
 	History      []savedChange     `json:"history,omitempty"`
 }
 
@@ -198,6 +219,49 @@ type savedChange struct {
 	Time   time.Time `json:"time"`
 	Health string    `json:"health"`
 	Cause  string    `json:"cause,omitempty"`
+}
+
+// savedMetrics are an object of numbers and texts. An infinite number is a text, of which
+// both dialects make the same.
+type savedMetrics []metric
+
+func (s savedMetrics) MarshalJSON() ([]byte, error) {
+	out := []byte{'{'}
+	for i := range s {
+		if i > 0 {
+			out = append(out, ',')
+		}
+		var value any = s[i].number
+		if s[i].isText || math.IsInf(s[i].number, 0) || math.IsNaN(s[i].number) {
+			value = s[i].String()
+		}
+		name, err := json.Marshal(s[i].name)
+		text, valueErr := json.Marshal(value)
+		if err := cmp.Or(err, valueErr); err != nil {
+			return nil, err
+		}
+		out = append(append(append(out, name...), ':'), text...)
+	}
+	return append(out, '}'), nil
+}
+
+func (s *savedMetrics) UnmarshalJSON(text []byte) error {
+	var in map[string]any
+	if err := json.Unmarshal(text, &in); err != nil {
+		return err
+	}
+	*s = nil
+	for _, name := range slices.Sorted(maps.Keys(in)) {
+		switch value := in[name].(type) {
+		case float64:
+			*s = append(*s, metric{name: name, number: value})
+		case string:
+			*s = append(*s, metric{name: name, text: value, isText: true})
+		default:
+			return fmt.Errorf("metric %q: it must be a number or a text", clip(name))
+		}
+	}
+	return nil
 }
 
 // conditionNamed is the condition that String calls so, unregistered for another name.
@@ -208,20 +272,6 @@ func conditionNamed(name string) condition {
 		}
 	}
 	return unregistered
-}
-
-// savedMetrics is the reverse of jsonLine.metrics. An infinite number comes back as a
-// text, of which both dialects make the same.
-func savedMetrics(in map[string]any) (out metrics) {
-	for _, name := range slices.Sorted(maps.Keys(in)) {
-		switch v := in[name].(type) {
-		case float64:
-			out = out.append(name, metric{number: v})
-		case string:
-			out = out.append(name, metric{text: v, isText: true}.compact())
-		}
-	}
-	return slices.Clip(out)
 }
 
 // check fails for what no flowctl has written.
@@ -238,13 +288,6 @@ func (in *savedService) check() error {
 	for _, health := range healths {
 		if health != "" && conditionNamed(health).String() != health {
 			return fmt.Errorf("service %q: health %q: it must be unregistered, healthy, degraded or unhealthy", clip(in.ID), clip(health))
-		}
-	}
-	for name, value := range in.Metrics {
-		switch value.(type) {
-		case float64, string:
-		default:
-			return fmt.Errorf("service %q: metric %q: it must be a number or a text", clip(in.ID), clip(name))
 		}
 	}
 	return nil
@@ -274,228 +317,99 @@ func lowered(names map[int32]string, prefix string) map[int32]string {
 	return out
 }
 
-// A jsonLine is an object of the state file, to which members are appended. All
-// services are written every interval: by way of a savedService, encoding/json and its
-// maps, that was more than half of all that a busy plane allocated, and the garbage
-// collector's work is what its heartbeats wait for.
-type jsonLine []byte
-
-// next begins another element or member.
-func (l *jsonLine) next() {
-	if last := (*l)[len(*l)-1]; last != '{' && last != '[' {
-		*l = append(*l, ',')
+// set makes out the record of s, in the room that it has.
+func (out *savedService) set(s *service) {
+	metrics, history := append(out.Metrics[:0], s.metrics...), out.History[:0]
+	for _, h := range s.history {
+		history = append(history, savedChange{h.at.UTC(), h.condition.String(), h.cause})
 	}
-}
-
-func (l *jsonLine) key(name string) {
-	l.next()
-	l.quote(name)
-	*l = append(*l, ':')
-}
-
-func (l *jsonLine) open(name string, bracket byte) {
-	l.key(name)
-	*l = append(*l, bracket)
-}
-
-func (l *jsonLine) close(bracket byte) { *l = append(*l, bracket) }
-
-// quote appends a text as encoding/json does.
-func (l *jsonLine) quote(text string) {
-	for i := range len(text) {
-		if c := text[i]; c < ' ' || c > '~' || c == '"' || c == '\\' {
-			quoted, _ := json.Marshal(text) // which fails for no text
-			*l = append(*l, quoted...)
-			return
-		}
+	said := &s.said
+	*out = savedService{
+		ID: said.id, Component: s.component(), Names: s.names, Type: typeName(said.kind),
+		Name: said.name, Description: said.description, Version: said.version,
+		InputEvents: said.inputEvents, OutputEvents: said.outputEvents,
+		Endpoint: said.endpoint, MaxInflight: said.maxInflight, Metadata: said.metadata,
+		LastSeen: s.lastSeen.UTC(), Declared: statusName(s.declared), Metrics: metrics,
+		Health: s.noted.condition.String(), History: history,
 	}
-	*l = append(append(append(*l, '"'), text...), '"')
-}
-
-// text appends a member, unless it is empty. So do the methods that follow.
-func (l *jsonLine) text(name, text string) {
-	if text != "" {
-		l.key(name)
-		l.quote(text)
-	}
-}
-
-func (l *jsonLine) time(name string, t time.Time) {
-	if !t.IsZero() {
-		l.key(name)
-		*l = append(t.UTC().AppendFormat(append(*l, '"'), time.RFC3339Nano), '"')
-	}
-}
-
-func (l *jsonLine) texts(name string, texts iter.Seq[string]) {
-	some := false
-	for text := range texts {
-		if !some {
-			l.open(name, '[')
-			some = true
-		}
-		l.next()
-		l.quote(text)
-	}
-	if some {
-		l.close(']')
-	}
-}
-
-func (l *jsonLine) labels(name string, labels labels) {
-	if len(labels) == 0 {
-		return
-	}
-	l.open(name, '{')
-	for _, label := range labels {
-		l.key(label.name)
-		l.quote(label.value)
-	}
-	l.close('}')
-}
-
-// metrics has a number where JSON has it, else a text.
-func (l *jsonLine) metrics(name string, metrics metrics) {
-	if len(metrics) == 0 {
-		return
-	}
-	l.open(name, '{')
-	for name, m := range metrics.all() {
-		l.key(name)
-		if m.isText || math.IsInf(m.number, 0) || math.IsNaN(m.number) {
-			l.quote(m.String())
-		} else {
-			*l = strconv.AppendFloat(*l, m.number, 'g', -1, 64)
-		}
-	}
-	l.close('}')
-}
-
-func (l *jsonLine) history(name string, s *service) {
-	if !s.hasHistory() {
-		return
-	}
-	l.open(name, '[')
-	for h := range s.history() {
-		l.next()
-		*l = append(*l, '{')
-		l.time("time", h.at)
-		l.text("health", h.now.String())
-		l.text("cause", h.cause)
-		l.close('}')
-	}
-	l.close(']')
-}
-
-// copyTo makes out what appendSaved needs of s, in the room that it has.
-func (s *service) copyTo(out *service) {
-	metrics, earlier := out.metrics[:0], out.earlier[:0]
-	*out = *s
-	out.metrics, out.earlier = append(metrics, s.metrics...), append(earlier, s.earlier...)
-}
-
-// appendSaved appends s as the state file has it, to be read as a savedService. w is room
-// for its details.
-func (s *service) appendSaved(b []byte, w *details) []byte {
-	s.said.unpack(w)
-	l := jsonLine(append(b, '{'))
-	l.key("id")
-	l.quote(w.id)
-	l.text("component", s.component())
-	l.texts("names", s.names.all())
-	l.text("type", typeName(s.kind))
-	l.text("name", w.name)
-	l.text("description", w.description)
-	l.text("version", w.version)
-	l.texts("input_event_types", slices.Values(w.inputEvents))
-	l.texts("output_event_types", slices.Values(w.outputEvents))
-	l.text("endpoint", w.endpoint)
-	if w.maxInflight != 0 {
-		l.key("max_inflight")
-		l = strconv.AppendInt(l, int64(w.maxInflight), 10)
-	}
-	l.labels("metadata", w.labels)
 	if s.registered {
-		l.time("registered_at", s.since)
+		out.Registered = s.registeredAt.UTC()
 	}
-	l.time("last_seen", s.lastSeen)
-	l.text("declared", statusName(s.declared))
-	l.metrics("metrics", s.metrics)
-	l.text("health", s.latest.now.String())
-	l.history("history", s)
-	return append(l, '}')
 }
 
-// save writes the state file's text, of a registry whose pipeline has that name, and
-// returns how many changes are in it. It calls pause after each batch of services.
-func (r *registry) save(w io.Writer, pipeline string, pause func()) (uint64, error) {
+// save writes the text of the state file of a pipeline, and returns how many changes are in
+// it. It calls rest after each batch of services. The registry is locked only while a batch
+// is copied.
+func (r *registry) save(w io.Writer, pipeline string, rest func()) (uint64, error) {
 	r.mu.Lock()
-	count := r.journal.count
-	r.journal.heard = false
-	all := slices.Clone(r.all)
+	changes := r.persistence.changes
+	r.persistence.heard = false
+	all := slices.Concat(r.members, r.others)
 	r.mu.Unlock()
-	head := jsonLine("{")
-	head.text("format", stateFormat)
-	head.key("pipeline")
-	head.quote(pipeline)
-	head.open("services", '[')
-	if _, err := w.Write(head); err != nil {
+	owner, err := json.Marshal(pipeline)
+	if err == nil {
+		_, err = fmt.Fprintf(w, `{"format":%q,"pipeline":%s,"services":[`, stateFormat, owner)
+	}
+	if err != nil {
 		return 0, err
 	}
-	var text []byte
-	var room details
-	copies, separator := make([]service, batch), "\n"
-	for len(all) > 0 {
-		n, taken, weight := 0, 0, 0
+	var text bytes.Buffer
+	encoder := json.NewEncoder(&text)
+	records, separator := make([]savedService, batch), "\n"
+	for some := range slices.Chunk(all, batch) {
+		n := 0
 		r.mu.Lock()
-		for ; n < min(batch, len(all)) && weight < maxPart; n++ {
-			if s := all[n]; s.registered || s.member != nil && s.hasHistory() {
-				s.copyTo(&copies[taken]) // to make text of it takes longer
-				taken++
-				weight += int(s.size)
+		for _, s := range some {
+			if s.registered || s.member != nil && len(s.history) > 0 {
+				records[n].set(s)
+				n++
 			}
 		}
 		r.mu.Unlock()
-		all, text = all[n:], text[:0]
-		for i := range copies[:taken] {
-			text = copies[i].appendSaved(append(text, separator...), &room)
+		text.Reset()
+		for i := range records[:n] {
+			text.WriteString(separator)
+			if err := encoder.Encode(&records[i]); err != nil {
+				return 0, err
+			}
+			text.Truncate(text.Len() - 1) // the newline
 			separator = ",\n"
 		}
-		pause()
-		if _, err := w.Write(text); err != nil {
+		rest()
+		if _, err := w.Write(text.Bytes()); err != nil {
 			return 0, err
 		}
 	}
-	_, err := io.WriteString(w, "\n]}\n")
-	return count, err
+	_, err = io.WriteString(w, "\n]}\n")
+	return changes, err
 }
 
-// restore takes in what an earlier flowctl knew, and from now on holds changes back
-// until they are on disk. Everyone gets one TTL to be heard of again. Of a pipeline's
-// run only the history goes on: what registered with an earlier one does not count. It
-// returns how many services are known again, and of how many that is not so. Where state
-// fails, so does it, and the registry is of no use.
+// restore takes in what an earlier flowctl knew, and from now on lets changes wait until they
+// are on disk. Everyone gets one TTL to be heard of again. Of a pipeline's run only the
+// history goes on: what registered with an earlier one does not count. It returns how many
+// services are known again, and of how many that is not so. Where state fails, so does it,
+// and the registry is of no use.
 func (r *registry) restore(state iter.Seq2[savedService, error], now time.Time) (restored, dropped int, err error) {
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
-	r.journal.on, r.journal.dirty = true, make(chan struct{}, 1)
-	r.journal.dirty <- struct{}{} // whether the disk takes it is to be known early
-	r.grace = now
+	r.persistence.on = true
+	r.persistence.wake() // whether the disk takes it is to be known early
+	r.graceFrom = now
 	var back []*service
 	for in, err := range state {
 		if err != nil {
 			return 0, 0, err
 		}
-		member := r.service(in.Component)
-		switch {
-		case in.Component != "" && member != nil && member.member != nil:
-			if changes := in.changes(); len(changes) > 0 {
-				member.setHistory(changes, changes[len(changes)-1].now)
+		switch member := r.memberLocked(in.Component); {
+		case member != nil:
+			if member.history = in.history(); len(member.history) > 0 {
+				member.noted.condition = member.history[len(member.history)-1].condition
 			}
-			r.weighLocked(member)
-			r.noteLocked(member, now)
+			if r.noteLocked(member, now) {
+				r.changedLocked(member)
+			}
 			restored++
-		case r.members > 0:
+		case len(r.members) > 0:
 			dropped++
 		case !in.Registered.IsZero():
 			if s := r.restoreLocked(in, now); s != nil {
@@ -506,17 +420,27 @@ func (r *registry) restore(state iter.Seq2[savedService, error], now time.Time) 
 	}
 	slices.SortStableFunc(back, func(a, b *service) int { return a.lastSeen.Compare(b.lastSeen) })
 	for _, s := range back {
-		if s.latest.now.ok() || s.lastSeen.Add(r.ttl).After(now) {
-			r.live.moveToBack(s)
-		} else {
-			r.stale.moveToBack(s)
-		}
-		r.noteLocked(s, now)
+		r.requeueLocked(s, now)
 	}
 	return restored, dropped, nil
 }
 
-func (in *savedService) changes() []healthChange {
+// requeueLocked puts a restored service among the live or the stale ones. It is not told of
+// where it is as it was.
+func (r *registry) requeueLocked(s *service, now time.Time) {
+	if s.noted.condition.ok() || s.lastSeen.Add(r.ttl).After(now) {
+		s.live = r.live.PushBack(s)
+	} else {
+		s.stale = r.stale.PushBack(s)
+	}
+	s.notified = s.noted.condition
+	if r.noteLocked(s, now) {
+		r.changedLocked(s)
+	}
+}
+
+// history is how the health of a saved service has changed.
+func (in *savedService) history() []healthChange {
 	var out []healthChange
 	for _, h := range in.History[max(0, len(in.History)-maxHistory):] {
 		out = append(out, healthChange{h.Time, conditionNamed(h.Health), h.Cause})
@@ -524,52 +448,50 @@ func (in *savedService) changes() []healthChange {
 	return out
 }
 
-// restoreLocked makes a record of what was saved, nil if no id leads to it. Its place
-// among the live or the stale is for the caller to find.
+// restoreLocked makes a record of what was saved, nil if no id leads to it.
 func (r *registry) restoreLocked(in savedService, now time.Time) *service {
 	if !slices.Contains(in.Names, in.ID) {
 		in.Names = append(in.Names, in.ID) // of a component, or where there are none
 	}
 	var names []string
-	for _, name := range in.Names[max(0, len(in.Names)-maxIDs):] {
-		if r.service(name) == nil && name != "" {
+	for _, name := range in.Names[max(0, len(in.Names)-maxNames):] {
+		if r.byID[name] == nil && name != "" && !slices.Contains(names, name) {
 			names = append(names, name)
 		}
 	}
 	if len(names) == 0 {
 		return nil
 	}
-	if in.LastSeen.IsZero() {
-		in.LastSeen = in.Registered
+	s := r.addOtherLocked()
+	s.names = names
+	for _, name := range names {
+		r.byID[name] = s
 	}
-	if in.LastSeen.After(now) {
-		in.LastSeen = now // the clock was set back: it would not be stale for long
-	}
-	s := r.newServiceLocked()
-	reg := registration{
+	s.describe(registration{
 		id: in.ID, kind: flowctlpb.ServiceType(flowctlpb.ServiceType_value["SERVICE_TYPE_"+strings.ToUpper(in.Type)]),
 		name: in.Name, description: in.Description, version: in.Version,
 		inputEvents: in.InputEvents, outputEvents: in.OutputEvents,
 		endpoint: in.Endpoint, maxInflight: in.MaxInflight, metadata: in.Metadata,
+	})
+	if r.byID[in.ID] != s {
+		s.said.id = s.key()
 	}
-	s.describeLocked(reg)
-	for _, name := range names {
-		if r.service(name) == nil {
-			r.services[name] = s.slot
-			s.names = s.names.with(name)
-		}
+	s.registered, s.registeredAt = true, in.Registered
+	// The age counts, not the time: that is of a clock that may be set back, and then nobody
+	// would be stale for long. A time to come is one before it was.
+	seen := in.LastSeen
+	if seen.IsZero() {
+		seen = in.Registered
 	}
-	if r.service(in.ID) != s {
-		s.rename(s.key())
-	}
-	s.registered, s.since, s.lastSeen = true, in.Registered, in.LastSeen
+	s.lastSeen = now.Add(-max(0, now.Sub(seen)))
 	s.declared = flowctlv1.HealthStatus(flowctlv1.HealthStatus_value["HEALTH_STATUS_"+strings.ToUpper(in.Declared)])
-	s.metrics = savedMetrics(in.Metrics)
-	s.setHistory(in.changes(), conditionNamed(in.Health))
-	s.told = s.latest.now
-	r.weighLocked(s)
-	r.count++
-	r.feed.touch(s)
+	for _, m := range in.Metrics {
+		s.bytes += m.size()
+	}
+	s.metrics = slices.Clone(in.Metrics)
+	s.history = in.history()
+	s.noted.condition = conditionNamed(in.Health)
+	r.publish(s.seq)
 	return s
 }
 
@@ -747,7 +669,7 @@ func readState(f io.Reader, path, pipeline string, take func(savedService) bool)
 	if start, err := dec.Token(); err != nil || start != json.Delim('{') {
 		return damaged(cmp.Or(err, errors.New("it must be an object")))
 	}
-	format := ""
+	format, owner := "", ""
 	for dec.More() {
 		key, err := dec.Token()
 		if err != nil {
@@ -762,9 +684,10 @@ func readState(f io.Reader, path, pipeline string, take func(savedService) bool)
 				}
 			}
 		case "pipeline":
-			var owner string
-			if err = dec.Decode(&owner); err == nil && owner != pipeline {
-				return fmt.Errorf("state file %s is that of %s and kept as it is: choose another with -db-path", path, ownerName(owner))
+			if err = dec.Decode(&owner); err == nil {
+				if err := checkOwner(path, owner, pipeline); err != nil {
+					return err
+				}
 			}
 		case "services":
 			if format == "" {
@@ -785,7 +708,16 @@ func readState(f io.Reader, path, pipeline string, take func(savedService) bool)
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return damaged(errors.New("something follows the object"))
 	}
-	return checkFormat(path, format)
+	return cmp.Or(checkFormat(path, format), checkOwner(path, owner, pipeline))
+}
+
+// checkOwner fails for a state file that is another pipeline's, or a control plane's alone,
+// of which the name is "". Those of the first version do not say it.
+func checkOwner(path, owner, pipeline string) error {
+	if owner != pipeline {
+		return fmt.Errorf("state file %s is that of %s and kept as it is: choose another with -db-path", path, ownerName(owner))
+	}
+	return nil
 }
 
 func ownerName(pipeline string) string {

@@ -84,14 +84,12 @@ func restored(t testing.TB, text []byte, now time.Time) *registry {
 // shown is all that r has to show of its services.
 func shown(r *registry, now time.Time) map[string]*operatorv1.Component {
 	r.mu.Lock()
-	all := slices.Clone(r.all)
-	r.mu.Unlock()
+	defer r.mu.Unlock()
 	out := make(map[string]*operatorv1.Component)
-	for part := range r.components(all, time.Time{}, now) {
-		for _, c := range part {
-			c.Record = 0
-			out[c.GetId()] = c
-		}
+	for _, s := range r.bySeq {
+		c := r.componentLocked(s, now)
+		c.Record = 0
+		out[c.GetId()] = c
 	}
 	return out
 }
@@ -133,18 +131,12 @@ func TestRestoreIsWhatWasSaved(t *testing.T) {
 	mustRegister(t, r, registration{id: "old"}, at(time.Second))
 	mustRegister(t, r, registration{id: "new", componentID: "old"}, at(2*time.Second)) // takes the name of old
 	mustRegister(t, r, registration{id: "stale"}, at(3*time.Second))
-	for i := range maxIDs + 2 {
+	for i := range maxNames + 2 {
 		mustRegister(t, r, registration{id: "names", componentID: fmt.Sprint("name-", i)}, at(4*time.Second))
 	}
 	for id, declared := range map[string]flowctlv1.HealthStatus{"component": flowctlv1.HealthStatus_HEALTH_STATUS_DEGRADED, "new": flowctlv1.HealthStatus_HEALTH_STATUS_STOPPING, "names": flowctlv1.HealthStatus_HEALTH_STATUS_STARTING} {
-		if _, err := r.heartbeat(id, origin{}, declared, at(40*time.Second), func(s *service, full error) error {
-			for name, m := range map[string]metric{"n": {number: 1e21}, "inf": {text: "+Inf", isText: true}, "text": {text: "x", isText: true}, "number": {text: "1.50", isText: true}} {
-				if err := setMetric(s, name, m, full); err != nil {
-					return err
-				}
-			}
-			return nil
-		}); err != nil {
+		metrics := []metric{{name: "n", number: 1e21}, {name: "inf", text: "+Inf", isText: true}, {name: "text", text: "x", isText: true}, {name: "number", text: "1.50", isText: true}}
+		if _, err := r.heartbeat(id, origin{}, declared, metrics, at(40*time.Second)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -159,13 +151,13 @@ func TestRestoreIsWhatWasSaved(t *testing.T) {
 	if got, want := listedIDs(t, again), listedIDs(t, r); !slices.Equal(got, want) {
 		t.Errorf("listed as %q, before as %q", got, want)
 	}
-	for id := range r.services {
+	for id := range r.byID {
 		if err := beat(again, id, now); err != nil {
 			t.Errorf("heartbeat as %s: %v", id, err)
 		}
 	}
 	wantChanges(t, again, now) // all that heartbeats have healed is held until it is on disk
-	again.settle(again.journal.count, nil)
+	again.finishWrite(again.persistence.changes, nil)
 	wantChanges(t, again, now, "stale: unhealthy > healthy")
 }
 
@@ -184,14 +176,14 @@ func TestRestoreGivesOneTTL(t *testing.T) {
 		t.Run(after.String(), func(t *testing.T) {
 			now := testEpoch.Add(testTTL + time.Nanosecond).Add(after)
 			r := restored(t, text, now)
-			r.settle(r.journal.count, nil)
+			r.finishWrite(r.persistence.changes, nil)
 			checkRegistry(t, r, now)
 			walked := now
 			health := func(at time.Duration, want string) {
 				t.Helper()
 				walk(r, walked, now.Add(at))
 				walked = now.Add(at)
-				r.settle(r.journal.count, nil)
+				r.finishWrite(r.persistence.changes, nil)
 				if got := shown(r, now.Add(at)); fmt.Sprint(got["healthy"].GetHealth(), " ", got["stale"].GetHealth()) != want {
 					t.Errorf("after %s: %v, want %s", at, got, want)
 				}
@@ -245,15 +237,17 @@ func TestOldStateFileIsRead(t *testing.T) {
 	}
 	now := time.Date(2026, 1, 2, 4, 0, 10, 0, time.UTC)
 	r := restored(t, text, now)
-	r.settle(r.journal.count, nil)
+	r.finishWrite(r.persistence.changes, nil)
 	checkRegistry(t, r, now)
 	var got []string
 	for _, l := range []string{"stellar-source", "silent", "leaving", "pipeline-1", "bare"} {
 		if err := r.view(l, now, func(s *service, _ time.Time) {
-			c, cause := r.conditionLocked(s, now)
-			w, names, history := s.details(), slices.Collect(s.names.all()), slices.Collect(s.history())
-			got = append(got, fmt.Sprintf("%s %q %s %q %q %q %q %q %q %d %v %s %s %s %v %s (%s) %d", s.id(), names, typeName(s.kind), w.name, w.description, w.version, w.inputEvents,
-				w.outputEvents, w.endpoint, w.maxInflight, w.labels.toMap(), s.since.Format(time.RFC3339Nano), s.lastSeen.Format(time.RFC3339), statusName(s.declared), maps.Collect(s.metrics.all()), c, cause, len(history)))
+			h, w, metrics := r.healthLocked(s, now), &s.said, make(map[string]string)
+			for i := range s.metrics {
+				metrics[s.metrics[i].name] = s.metrics[i].String()
+			}
+			got = append(got, fmt.Sprintf("%s %q %s %q %q %q %q %q %q %d %v %s %s %s %v %s (%s) %d", w.id, s.names, typeName(w.kind), w.name, w.description, w.version, w.inputEvents,
+				w.outputEvents, w.endpoint, w.maxInflight, w.metadata, s.registeredAt.Format(time.RFC3339Nano), s.lastSeen.Format(time.RFC3339), statusName(s.declared), metrics, h.condition, r.cause(h, now), len(s.history)))
 		}); err != nil {
 			t.Error(err)
 		}
@@ -274,8 +268,8 @@ func TestOldStateFileIsRead(t *testing.T) {
 		t.Errorf("listed: %q", got)
 	}
 	wantChanges(t, r, now, "bare: unregistered > healthy")
-	last := slices.Collect(r.service("stellar-source").history())[1]
-	if last.cause != "it declared itself DEGRADED" || last.now != degraded || !last.at.Equal(time.Date(2026, 1, 2, 3, 30, 0, 0, time.UTC)) {
+	last := r.byID["stellar-source"].history[1]
+	if last.cause != "it declared itself DEGRADED" || last.condition != degraded || !last.at.Equal(time.Date(2026, 1, 2, 3, 30, 0, 0, time.UTC)) {
 		t.Errorf("history: %v", last)
 	}
 	for _, id := range []string{"old-name", "ledgers", "stellar-source", "store-alias"} {
@@ -727,33 +721,27 @@ func TestIdleServerWritesNothing(t *testing.T) {
 	p.stop()
 }
 
-// To write services that are large holds nobody up, nor does it take many times their size.
-func TestLargeServicesAreWritten(t *testing.T) {
+// To write services that are large holds nobody up, nor does it take a multiple of their size
+// in the file.
+func TestPersist_LargeServices(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "state.json")
 	p, endpoint := startAlone(t, []string{"-db-path", file, "-janitor-interval", "200ms"}, withBinary(plainFlowctl()))
-	c := dialPlane(t, endpoint)
-	for i := range 12 {
-		reg := large(fmt.Sprint("large-", i), 1<<20-1<<15)
-		for key := range reg.metadata {
-			reg.metadata[key] = strings.Repeat("\x01", 4000) // six bytes each in JSON
-		}
-		c.mustRegister(t, "v1", reg)
-	}
+	registerLarge(t, endpoint, 1000, "\x01") // six bytes each in JSON
 	check := neighbour(t, endpoint)
-	written := func() time.Time {
+	written := func() os.FileInfo {
 		info, err := os.Stat(file)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return info.ModTime()
+		return info
 	}
 	for range 3 {
-		before := written()
-		eventually(t, "another write", func() bool { return written().After(before) })
+		before := written().ModTime()
+		eventually(t, "another write", func() bool { return written().ModTime().After(before) })
 	}
 	check()
-	memoryGrew(t, p, 0, 120)
+	memoryGrew(t, p, 0, 2*2*mib(int(written().Size())))
 	p.stop()
 }
 
@@ -953,7 +941,8 @@ func TestChangesWaitForTheDisk(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		var turns []bool
 		var keeping sync.WaitGroup
-		keeping.Go(func() { r.keep(ctx, st, func(durable bool) { turns = append(turns, durable) }) })
+		writer := &persister{registry: r, store: st, told: func(durable bool) { turns = append(turns, durable) }}
+		keeping.Go(func() { writer.run(ctx) })
 		synctest.Wait()
 		wantChanges(t, r, time.Now(), "a: unregistered > healthy")
 
@@ -963,9 +952,14 @@ func TestChangesWaitForTheDisk(t *testing.T) {
 			if err != nil || len(services) != 1 {
 				t.Fatal(services, err)
 			}
-			return services[0].Metrics["lag"]
+			for _, m := range services[0].Metrics {
+				if m.name == "lag" {
+					return m.number
+				}
+			}
+			return nil
 		}
-		if change, err := r.heartbeat("a", origin{}, 0, time.Now(), func(s *service, full error) error { return setMetric(s, "lag", metric{number: 7}, full) }); change != 0 || err != nil {
+		if change, err := r.heartbeat("a", origin{}, 0, []metric{{name: "lag", number: 7}}, time.Now()); change != 0 || err != nil {
 			t.Fatal(change, err)
 		}
 		synctest.Wait()
@@ -982,7 +976,7 @@ func TestChangesWaitForTheDisk(t *testing.T) {
 		if err := os.RemoveAll(dir); err != nil {
 			t.Fatal(err)
 		}
-		change, err := r.heartbeat("a", origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, time.Now(), func(*service, error) error { return nil })
+		change, err := r.heartbeat("a", origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, nil, time.Now())
 		if change == 0 || err != nil {
 			t.Fatal(change, err)
 		}
