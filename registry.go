@@ -447,21 +447,21 @@ func (r *registry) healthLocked(s *service, now time.Time) serviceHealth {
 	}
 	switch {
 	case ended != "":
-		return serviceHealth{condition: unhealthy, reason: ended}
+		return serviceHealth{condition: unhealthy, why: whyEnded, reason: ended}
 	case !s.registered && failing != "":
-		return serviceHealth{reason: failing}
+		return serviceHealth{why: whyCheck, reason: failing}
 	case !s.registered:
 		return notRegistered
 	case s.declared == flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY:
-		return serviceHealth{condition: unhealthy, reason: "it declared itself UNHEALTHY"}
+		return serviceHealth{condition: unhealthy, why: whyDeclared, reason: "it declared itself UNHEALTHY"}
 	case s.declared == flowctlv1.HealthStatus_HEALTH_STATUS_STOPPING:
-		return serviceHealth{condition: unhealthy, reason: "it declared itself STOPPING"}
+		return serviceHealth{condition: unhealthy, why: whyDeclared, reason: "it declared itself STOPPING"}
 	case failing != "":
-		return serviceHealth{condition: unhealthy, reason: failing}
+		return serviceHealth{condition: unhealthy, why: whyCheck, reason: failing}
 	case !s.noTTL && now.After(r.expiryLocked(s)):
-		return serviceHealth{condition: unhealthy, silent: s.lastSeen}
+		return serviceHealth{condition: unhealthy, why: whySilent, silent: s.lastSeen}
 	case s.declared == flowctlv1.HealthStatus_HEALTH_STATUS_DEGRADED:
-		return serviceHealth{condition: degraded, reason: "it declared itself DEGRADED"}
+		return serviceHealth{condition: degraded, why: whyDeclared, reason: "it declared itself DEGRADED"}
 	}
 	return serviceHealth{condition: healthy}
 }
@@ -569,14 +569,14 @@ func (r *registry) changes(now time.Time) []change {
 }
 
 // condition judges the service id at the time now, and says why it is not healthy.
-func (r *registry) condition(id string, now time.Time) (condition, string) {
+func (r *registry) condition(id string, now time.Time) (condition, why, string) {
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
 	h := notRegistered
 	if s := r.byID[id]; s != nil {
 		h = r.healthLocked(s, now)
 	}
-	return h.condition, r.cause(h, now)
+	return h.condition, h.why, r.cause(h, now)
 }
 
 // unmatchedServices returns the ids of what is registered and is not of the pipeline.

@@ -693,7 +693,7 @@ func TestHealthIsJudgedWhenAsked(t *testing.T) {
 			oneV1, _ := v1.GetComponentStatus(t.Context(), &flowctlv1.ComponentStatusRequest{ServiceId: "store"})
 			healthyV1, _ := v1.ListComponents(t.Context(), nil)
 			allV1, _ := v1.ListComponents(t.Context(), &flowctlv1.ListComponentsRequest{IncludeUnhealthy: true})
-			condition, cause := r.condition("store", time.Now())
+			condition, _, cause := r.condition("store", time.Now())
 			want := flowctlv1.HealthStatus_HEALTH_STATUS_HEALTHY
 			if !test.want {
 				want = flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY
@@ -742,12 +742,12 @@ func TestCauseNamesWhatHappened(t *testing.T) {
 				test.do(r, testEpoch)
 			}
 			pass(r, testEpoch.Add(min(test.after, testTTL)))
-			if got, cause := r.condition("store", testEpoch.Add(test.after)); got != test.want || cause != test.cause {
+			if got, _, cause := r.condition("store", testEpoch.Add(test.after)); got != test.want || cause != test.cause {
 				t.Errorf("got %v, %q, want %v, %q", got, cause, test.want, test.cause)
 			}
 		})
 	}
-	if got, _ := testRegistry().condition("nobody", testEpoch); got != unregistered {
+	if got, _, _ := testRegistry().condition("nobody", testEpoch); got != unregistered {
 		t.Errorf("a component that does not exist: got %v, want %v", got, unregistered)
 	}
 }
@@ -1333,7 +1333,7 @@ func TestRegister_HealthPortThatTellsNothing(t *testing.T) {
 		"http://localhost:9002/health": "c", "http://[::1]:9002/health": "c", "host.docker.internal:9002": "c",
 	} {
 		mustRegister(t, r, registration{id: "x", endpoint: endpoint}, testEpoch)
-		if _, taken := r.condition("c", testEpoch); (taken == "") != (want == "c") {
+		if _, _, taken := r.condition("c", testEpoch); (taken == "") != (want == "c") {
 			t.Errorf("%s: c is %q", endpoint, taken)
 		}
 		r.starting("c", testEpoch)

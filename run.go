@@ -461,13 +461,18 @@ func healthOf(c condition, cause string) healthInfo {
 	return healthInfo{ok: c.ok(), registered: c != unregistered, cause: cause}
 }
 
+// hints are what may help where the registry says why a component is not healthy.
+var hints = map[why]hint{whyUnregistered: hintRegister, whyCheck: hintCheck, whyDeclared: hintDeclared, whySilent: hintHeartbeat}
+
 // expireUnhealthy fails the components that have been unhealthy for too long and, asked now,
 // still are.
 func (r *run) expireUnhealthy(now time.Time) {
 	for _, p := range r.sup.overdue(now) {
-		r.sup.tell(p, healthOf(r.plane.registry.condition(p.id(), now)), now)
+		c, why, cause := r.plane.registry.condition(p.id(), now)
+		r.sup.tell(p, healthOf(c, cause), now)
 		if !p.health.ok {
 			r.sup.failUnhealthy(p, now)
+			p.failure.hint = hints[why]
 		}
 	}
 }
@@ -496,10 +501,11 @@ func (r *run) exited(e childEnd, now time.Time) {
 func (r *run) failed(failures []*failure, now time.Time) {
 	for _, f := range failures {
 		if f.kind == failNotReady {
-			c, cause := r.plane.registry.condition(f.component.ID, now)
-			f.reason += ": " + cause
+			c, why, cause := r.plane.registry.condition(f.component.ID, now)
+			f.reason, f.hint = f.reason+": "+cause, hints[why]
 			if others := r.plane.registry.unmatchedServices(now); c == unregistered && f.component.registers() && len(others) > 0 {
 				f.reason += "; registered, and none of the pipeline's: " + enumerate(others)
+				f.hint = hintUnmatched
 			}
 		}
 	}
@@ -817,10 +823,13 @@ func (r *run) report() report {
 
 // describe returns what the failure report says about p, which failed.
 func (r *run) describe(p *proc) failedComponent {
-	f := p.failure
+	f, file := p.failure, r.config.file
+	if fromStandardInput(file) {
+		file = ""
+	}
 	out := failedComponent{
 		Component: f.component.ID, Kind: f.kind, Reason: f.reason, PID: f.pid, Registered: f.registered, Restarts: p.restarts,
-		LastLines: []string{}, expected: f.component.registers(), Try: f.try(r.config.file),
+		LastLines: []string{}, expected: f.component.registers(), Try: f.try(file),
 	}
 	if f.pid != 0 {
 		out.Lived = f.lived.Round(time.Millisecond).String()

@@ -45,11 +45,24 @@ func (c condition) ok() bool { return c == healthy || c == degraded }
 // reason to tell anyone of a change.
 type serviceHealth struct {
 	condition condition
-	reason    string    // why it is not healthy; "" for one that is stale
+	why       why
+	reason    string    // why it is not healthy, in words; "" for one that is stale
 	silent    time.Time // when a stale one was heard of last, else zero
 }
 
-var notRegistered = serviceHealth{reason: "not registered"}
+// why is what a condition that is not healthy comes from.
+type why uint8
+
+const (
+	whyNone         why = iota
+	whyUnregistered     // it has not registered
+	whyEnded            // its process has ended
+	whyDeclared         // it has declared itself so
+	whyCheck            // its health check does not pass
+	whySilent           // its heartbeats have stopped
+)
+
+var notRegistered = serviceHealth{why: whyUnregistered, reason: "not registered"}
 
 // member is what the registry knows beforehand of a component of the pipeline.
 type member struct {

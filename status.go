@@ -253,42 +253,45 @@ func (r report) forms() runReport {
 	return out
 }
 
-// symptoms are texts by which the reason of a failure, or a component's last lines,
-// show what to try. The first that fits is taken; %s is the component's id.
-var symptoms = []struct {
-	inLines bool
-	text    string // in lower case
-	try     string
-}{
-	{false, "limit of open files", "raise the limit of open files: ulimit -n 65536, or LimitNOFILE= of a unit"},
-	{false, "limit of processes", "raise the limit of processes: ulimit -u unlimited, or TasksMax= of a unit"},
-	{true, "address already in use", "a port that %s wants is taken: ss -ltnp shows who has it; a free one is in its $HEALTH_PORT"},
-	{true, "too many open files", "raise the limit of open files: ulimit -n 65536, or LimitNOFILE= of a unit"},
-	{true, "no space left on device", "make room: df -h shows which disk is full"},
-	{false, "none of the pipeline's", "if one of these is %s, have it register by the id that is in its $FLOWCTL_COMPONENT_ID"},
-	{false, "(-unhealthy-timeout): health_check", "ask by hand what its health_check asks, while %s runs; if it is only slow, give it a longer \"health_timeout\" or more \"health_retries\", or run with a longer -unhealthy-timeout"},
-	{false, "health_check", "ask by hand what its health_check asks, while %s runs; if it is only slow, give it a longer \"start_timeout\" or \"health_timeout\""},
-	{false, "not registered", "if %s does not speak to flowctl, give it \"register\": false; if it does, it has to dial $FLOWCTL_ENDPOINT; if it is only slow, give it a longer \"start_timeout\""},
-	{false, "no heartbeat for", "see what %s did for so long; if it is to be silent that long, run with a longer -heartbeat-ttl"},
-	{false, "declared itself", "it is %s that says so: look for the reason in its lines, or give it longer with -unhealthy-timeout"},
+// hintTexts say what may help against a failure. %s is the id of the component.
+var hintTexts = map[hint]string{
+	hintOpenFiles: "raise the limit of open files: ulimit -n 65536, or LimitNOFILE= of a unit",
+	hintProcesses: "raise the limit of processes: ulimit -u unlimited, or TasksMax= of a unit",
+	hintRegister:  "if %s does not speak to flowctl, give it \"register\": false; if it does, it has to dial $FLOWCTL_ENDPOINT; if it is only slow, give it a longer \"start_timeout\"",
+	hintUnmatched: "if one of these is %s, have it register by the id that is in its $FLOWCTL_COMPONENT_ID",
+	hintCheck:     "ask by hand what its health_check asks, while %s runs; if it is only slow, give it a longer ",
+	hintHeartbeat: "see what %s did for so long; if it is to be silent that long, run with a longer -heartbeat-ttl",
+	hintDeclared:  "it is %s that says so: look for the reason in its lines, or give it longer with -unhealthy-timeout",
 }
 
-// try is what may help against f, "" where its last lines are all there is.
+// lastWords are errors of the kernel that end programs of many kinds. They print them in
+// their own lines, in lower case or not, and that is the only way to learn of them.
+var lastWords = []struct{ text, try string }{
+	{"address already in use", "a port that %s wants is taken: ss -ltnp shows who has it; a free one is in its $HEALTH_PORT"},
+	{"too many open files", hintTexts[hintOpenFiles]},
+	{"no space left on device", "make room: df -h shows which disk is full"},
+}
+
+// try is what may help against f, "" where there is only to read its last lines. file is
+// the pipeline file, "" for one that cannot be read again.
 func (f *failure) try(file string) string {
-	c, lines := f.component, strings.ToLower(strings.Join(f.tail[max(0, len(f.tail)-3):], "\n")) // what came before may have been mended
-	for _, s := range symptoms {
-		in := f.reason
-		if s.inLines {
-			in = lines
-		}
-		if strings.Contains(in, s.text) {
-			return strings.ReplaceAll(s.try, "%s", c.ID)
+	text := hintTexts[f.hint]
+	if f.hint == hintCheck && f.kind == failUnhealthy {
+		text += "\"health_timeout\" or more \"health_retries\", or run with a longer -unhealthy-timeout"
+	} else if f.hint == hintCheck {
+		text += "\"start_timeout\" or \"health_timeout\""
+	}
+	lines := strings.ToLower(strings.Join(f.tail[max(0, len(f.tail)-3):], "\n")) // what came before may have been mended
+	for _, w := range lastWords {
+		if strings.Contains(lines, w.text) {
+			text = w.try
+			break
 		}
 	}
 	switch {
-	case f.kind == failStart && fromStandardInput(file):
-		return ""
-	case f.kind == failStart:
+	case text != "":
+		return strings.ReplaceAll(text, "%s", f.component.ID)
+	case f.kind == failStart && file != "":
 		return "flowctl check " + shellWord(file) + " shows all programs, folders and files that are missing"
 	case f.kind == failStuck:
 		return "only a process that hangs in the kernel outlives SIGKILL, mostly by a disk or a network file system: see dmesg"
