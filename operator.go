@@ -116,13 +116,31 @@ func (r *registry) pipelineLocked() *operatorv1.Pipeline {
 	return out
 }
 
-// memberSnapshot is the pipeline with its own components.
-func (r *registry) memberSnapshot(now time.Time) *operatorv1.Pipeline {
+// memberSnapshot is how a component of the pipeline is, for the footer.
+type memberSnapshot struct {
+	health   string
+	lastSeen time.Time      // zero while it has not registered
+	metrics  map[string]any // float64 or string
+}
+
+// memberSnapshots returns one for each component of the pipeline, by its id.
+func (r *registry) memberSnapshots(now time.Time) map[string]memberSnapshot {
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
-	out := r.pipelineLocked()
+	out := make(map[string]memberSnapshot, len(r.members))
 	for _, s := range r.members {
-		out.Components = append(out.Components, r.componentLocked(s, now))
+		m := memberSnapshot{health: r.healthLocked(s, now).condition.String(), metrics: make(map[string]any, len(s.metrics))}
+		if s.registered {
+			m.lastSeen = s.lastSeen
+		}
+		for i := range s.metrics {
+			if f, ok := s.metrics[i].float(); ok {
+				m.metrics[s.metrics[i].name] = f
+			} else {
+				m.metrics[s.metrics[i].name] = s.metrics[i].text
+			}
+		}
+		out[s.key()] = m
 	}
 	return out
 }

@@ -18,7 +18,6 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
-	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 )
 
 // repeatTime is how long after a signal the same one is taken for the same request.
@@ -693,22 +692,10 @@ func (r *run) showStatus() {
 func (r *run) footerRows(now time.Time) []string {
 	registry := r.plane.registry
 	f := footer{pipeline: r.info.name, endpoint: registry.endpoint, status: r.info.status}
-	seen := make(map[string]*operatorv1.Component)
-	for _, c := range registry.memberSnapshot(now).GetComponents() {
-		seen[c.GetId()] = c
-	}
+	snapshots := registry.memberSnapshots(now)
 	for _, p := range r.sup.procs {
-		c := seen[p.id()]
-		row := footerComponent{id: p.id(), state: p.state.String(), health: c.GetHealth(), restarts: p.restarts, metrics: make(map[string]any)}
-		for name, value := range c.GetMetrics() {
-			row.metrics[name] = value
-		}
-		for name, value := range c.GetTextMetrics() {
-			row.metrics[name] = value
-		}
-		if c.GetLastSeen().IsValid() {
-			row.lastSeen = c.GetLastSeen().AsTime()
-		}
+		s := snapshots[p.id()]
+		row := footerComponent{id: p.id(), state: p.state.String(), health: s.health, lastSeen: s.lastSeen, restarts: p.restarts, metrics: s.metrics}
 		if p.child != nil {
 			row.pid, row.started = p.child.pid, p.started
 		}
