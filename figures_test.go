@@ -525,13 +525,8 @@ func BenchmarkThroughput(b *testing.B) {
 	}
 }
 
-// scaleVar makes the tests of bounds run at their size and hold their bounds. noisy is
-// how often the time may be taken that a server takes which does nothing, where that is
-// more than the bound: machines are shared.
-const (
-	scaleVar = "FLOWCTL_SCALE"
-	noisy    = 2
-)
+// scaleVar makes the tests of bounds run at their size and hold their bounds.
+const scaleVar = "FLOWCTL_SCALE"
 
 // latencies are how long calls took.
 type latencies struct {
@@ -723,11 +718,11 @@ func TestScale(t *testing.T) {
 		}
 	}
 	if full && p99 > bound {
-		t.Errorf("p99 of a heartbeat is %v, more than %v", p99, bound)
+		t.Errorf("p99 of a heartbeat is %v, more than %v, which is %d times that of a server that does nothing", p99, bound, mostFloors)
 	}
 	rss, peak := memory(t, pid, "VmRSS"), memory(t, pid, "VmHWM")
 	t.Logf("VmRSS %.0f MiB, VmHWM %.0f MiB, processor %v", mib(rss), mib(peak), processorTime(t, pid))
-	if most := 250.0; full && mib(peak) > most {
+	if most := 400.0; full && mib(peak) > most {
 		t.Errorf("VmHWM is %.0f MiB, more than %.0f", mib(peak), most)
 	}
 	p.stop()
@@ -739,8 +734,7 @@ func TestScale(t *testing.T) {
 // beatAndList has services heartbeat three times so long, and lists them all in the second
 // of these. Between, the same load goes to the floor, a server that does nothing: this
 // machine may be shared, and what others do to the one they do to the other. It returns
-// the p99 of a heartbeat and its bound: mostLate, or where the floor has taken so long
-// that this cannot be, noisy times its p99.
+// the p99 of a heartbeat and its bound, mostFloors times that of the floor.
 func beatAndList(t *testing.T, p *process, endpoint string, plane, floor *load, length time.Duration) (p99, bound time.Duration) {
 	t.Helper()
 	var phase, total, idle latencies
@@ -772,11 +766,11 @@ func beatAndList(t *testing.T, p *process, endpoint string, plane, floor *load, 
 	}
 	p99, least := total.report(t, "all together"), idle.report(t, "heartbeats that nobody takes in")
 	t.Logf("p99 is %.1f times that of a server that does nothing", float64(p99)/float64(least))
-	return p99, max(mostLate, noisy*least)
+	return p99, mostFloors * least
 }
 
-// mostLate is the bound of a heartbeat's p99.
-const mostLate = 10 * time.Millisecond
+// mostFloors is the bound of a heartbeat's p99, as a multiple of the floor's in the same run.
+const mostFloors = 4
 
 func countSaved(tb testing.TB, file string) int {
 	tb.Helper()
@@ -842,14 +836,14 @@ func BenchmarkHeartbeatGrowth(b *testing.B) {
 // TestStaleOnTime has services fall silent at different moments and wants each told
 // of as soon as its time is up, by the subscriber and by a stream.
 func TestStaleOnTime(t *testing.T) {
-	services, late := 10_000, 10*time.Second // with other tests beside it
+	const ttl = 3 * time.Second
+	services, late := 10_000, 3*ttl // with other tests beside it
 	if raceEnabled() {
 		services = 2000
 	} else if os.Getenv(scaleVar) != "" {
 		late = 100 * time.Millisecond
 	}
 	t.Parallel()
-	const ttl = 3 * time.Second
 	r := newRegistry(ttl, 10*time.Second, "", nil)
 	c := startPlane(t, r)
 	stream, err := operatorv1.NewOperatorClient(c.conn).Watch(t.Context(), &operatorv1.WatchRequest{Follow: true})

@@ -322,3 +322,77 @@ func TestFollowerOfWhatIsNotOnDisk(t *testing.T) {
 		t.Errorf("still known: %v, %v", known, err)
 	}
 }
+
+// follow returns what a stream of changes of r tells at a call of tell, which is in the order of
+// the services. What was there before is not told.
+func follow(t *testing.T, r *registry) (tell func() (components []*operatorv1.Component, removed []int64)) {
+	t.Helper()
+	var components []*operatorv1.Component
+	var removed []int64
+	w, err := newOperatorServer(r, nil, nil).join(func(out *operatorv1.WatchResponse) error {
+		components, removed = append(components, out.GetComponents()...), append(removed, out.GetRemoved()...)
+		return nil
+	}, true)
+	if err == nil {
+		err = w.snapshot()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(w.leave)
+	return func() ([]*operatorv1.Component, []int64) {
+		components, removed = nil, nil
+		if err := w.catchUp(); err != nil {
+			t.Fatal(err)
+		}
+		return components, removed
+	}
+}
+
+// A stream hears of another cause of the same condition; the run does not.
+func TestWatch_ChangedCauseIsTold(t *testing.T) {
+	t.Parallel()
+	r, now := testRegistry(), testEpoch
+	mustRegister(t, r, registration{id: "store"}, now)
+	r.checked("store", "connection refused", now)
+	wantChanges(t, r, now, "store: unregistered > unhealthy")
+	tell := follow(t, r)
+	for _, step := range []struct {
+		do   func()
+		want string
+	}{
+		{func() { r.checked("store", "timeout", now) }, "timeout"},
+		{func() { _, _ = r.heartbeat("store", origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_STOPPING, nil, now) }, "it declared itself STOPPING"},
+		{func() { r.finished("store", "exit status 1", now) }, "exit status 1"},
+	} {
+		step.do()
+		if got, _ := tell(); len(got) != 1 || got[0].GetCause() != step.want || got[0].GetHealth() != "unhealthy" {
+			t.Errorf("told %v, want the cause %q", got, step.want)
+		}
+		wantChanges(t, r, now)
+	}
+	r.checked("store", "timeout", now) // which is not what it is unhealthy for any more
+	if got, _ := tell(); len(got) > 0 {
+		t.Errorf("told %v where nothing has changed", got)
+	}
+}
+
+// Where there is no state file each change is published once.
+func TestRegistry_EachChangeIsPublishedOnce(t *testing.T) {
+	t.Parallel()
+	r, now := testRegistry(), testEpoch
+	published := 0
+	r.publish = func(int64) { published++ }
+	if mustRegister(t, r, registration{id: "x"}, now); published != 1 {
+		t.Errorf("a registration is published %d times", published)
+	}
+	published = 0
+	if _, err := r.unregister("x", origin{}, now); err != nil || published != 1 {
+		t.Errorf("a removal is published %d times, %v", published, err)
+	}
+	mustRegister(t, r, registration{id: "store"}, now)
+	published = 0
+	if _, err := r.unregister("store", origin{}, now); err != nil || published != 1 {
+		t.Errorf("a component that unregisters is published %d times, %v", published, err)
+	}
+}

@@ -440,8 +440,9 @@ func tcpEndpoint(addr *net.TCPAddr, host string) string {
 	return net.JoinHostPort(host, strconv.Itoa(addr.Port))
 }
 
-// listenUnix listens on a socket file of mode 0600. A file that a dead process left
-// is replaced, a socket that answers is not.
+// listenUnix listens on a socket file of mode 0600. A file that a dead process left is
+// replaced, a socket that answers is not. The folder is locked meanwhile: of two that start at
+// the same time, one could take the new socket of the other for one that a dead process left.
 func listenUnix(path string) (net.Listener, string, error) {
 	path, err := filepath.Abs(path)
 	if err != nil {
@@ -451,6 +452,7 @@ func listenUnix(path string) (net.Listener, string, error) {
 	if len(path) > most {
 		return nil, "", fmt.Errorf("socket path %q has %d bytes: the kernel allows %d", path, len(path), most)
 	}
+	defer lockFolder(filepath.Dir(path))()
 	if info, err := os.Lstat(path); err == nil {
 		if info.Mode().Type() != os.ModeSocket {
 			return nil, "", fmt.Errorf("%q exists and is no socket", path)
@@ -471,6 +473,24 @@ func listenUnix(path string) (net.Listener, string, error) {
 		return nil, "", err
 	}
 	return lis, "unix://" + path, nil
+}
+
+// lockTimeout is how long a folder that somebody else has locked is waited for.
+const lockTimeout = time.Second
+
+// lockFolder locks a folder against others that do, until unlock is called. One that cannot be
+// locked in lockTimeout is left alone: anyone who may read a folder can lock it for as long as they like.
+func lockFolder(path string) (unlock func()) {
+	dir, err := os.Open(path)
+	if err != nil {
+		return func() {}
+	}
+	for deadline := time.Now().Add(lockTimeout); ; time.Sleep(time.Millisecond) {
+		err := syscall.Flock(int(dir.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if !errors.Is(err, syscall.EWOULDBLOCK) || time.Now().After(deadline) {
+			return func() { dir.Close() }
+		}
+	}
 }
 
 // listenConfig says where the control plane listens.

@@ -650,6 +650,41 @@ func TestUnixSocket(t *testing.T) {
 	})
 }
 
+// Of those that start at the same time where a dead process has left a socket, one listens,
+// and is reached there.
+func TestListenUnix_OneOfManyReplacesALeftSocket(t *testing.T) {
+	for range 20 {
+		path := filepath.Join(t.TempDir(), "s")
+		left, err := net.ListenUnix("unix", &net.UnixAddr{Name: path})
+		if err != nil {
+			t.Fatal(err)
+		}
+		left.SetUnlinkOnClose(false)
+		left.Close()
+		var starts sync.WaitGroup
+		listeners := make(chan net.Listener, 8)
+		for range cap(listeners) {
+			starts.Go(func() {
+				if lis, _, err := listenPlane("unix:"+path, 0); err == nil {
+					listeners <- lis
+				} else if !strings.Contains(err.Error(), "another's socket") {
+					t.Error(err)
+				}
+			})
+		}
+		starts.Wait()
+		if n := len(listeners); n != 1 {
+			t.Fatalf("%d listen, want 1", n)
+		}
+		conn, err := net.Dial("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn.Close()
+		(<-listeners).Close()
+	}
+}
+
 // fullSocket listens on path and never accepts, with a queue that has no room.
 func fullSocket(t *testing.T, path string) {
 	t.Helper()
@@ -748,8 +783,8 @@ func TestOneLookupForEachConnection(t *testing.T) {
 }
 
 // neighbour registers a service at endpoint that heartbeats on, every few
-// milliseconds, by a connection of its own. The function that it returns ends that,
-// and checks that none of it failed or took long.
+// milliseconds, by a connection of its own. The function that it returns ends that, and
+// checks that each was answered.
 func neighbour(t *testing.T, endpoint string) (check func()) {
 	t.Helper()
 	c := dialPlane(t, endpoint)
@@ -760,7 +795,9 @@ func neighbour(t *testing.T, endpoint string) (check func()) {
 	beats.Go(func() {
 		for ctx.Err() == nil {
 			begun := time.Now()
-			_, err := c.legacy.Heartbeat(t.Context(), &flowctlpb.ServiceHeartbeat{ServiceId: "neighbour", Metrics: map[string]float64{"n": 1}})
+			within, cancel := context.WithTimeout(t.Context(), patience)
+			_, err := c.legacy.Heartbeat(within, &flowctlpb.ServiceHeartbeat{ServiceId: "neighbour", Metrics: map[string]float64{"n": 1}})
+			cancel()
 			l.add(time.Since(begun), err)
 			time.Sleep(2 * time.Millisecond) // its interval
 		}
@@ -771,8 +808,8 @@ func neighbour(t *testing.T, endpoint string) (check func()) {
 		beats.Wait()
 		count, p50, p99, most, errs := l.take()
 		t.Logf("a neighbour's %d heartbeats: p50 %v, p99 %v, most %v", count, p50, p99, most)
-		if len(errs) > 0 || p99 > 2*time.Second {
-			t.Errorf("a neighbour's heartbeats: p99 %v, %v", p99, errs)
+		if len(errs) > 0 {
+			t.Errorf("a neighbour's heartbeats: %v", errs)
 		}
 	}
 }

@@ -661,6 +661,45 @@ func TestStateFileOfAnother(t *testing.T) {
 	}
 }
 
+// A state file of the first version does not say whose it is: a control plane's alone. A run
+// leaves it as it is.
+func TestStateFile_WithoutAPipelineIsNoRuns(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("testdata/registry-1.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{
+		"none": string(text), "after the services": `{"format": "flowctl-registry/1", "services": [], "pipeline": "another"}`, "null": `{"format": "flowctl-registry/1", "pipeline": null, "services": []}`,
+	} {
+		file := writeFile(t, filepath.Join(t.TempDir(), "state.json"), text)
+		p := launch(t, writePipeline(t, shell("a", "echo it runs")), "-db-path", file)
+		p.exit(exitPlane)
+		p.has(p.stderr, file, "kept as it is")
+		if after, err := os.ReadFile(file); err != nil || string(after) != text {
+			t.Errorf("%s: the file was changed: %v, %s", name, err, after)
+		}
+	}
+}
+
+// A restored service is judged by how long ago it was heard of, on the monotonic clock: that
+// the other clock is set back then does not make it live.
+func TestRestore_AgeIsOfTheMonotonicClock(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	r := newRegistry(testTTL, testInterval, "", nil)
+	seen := now.Add(-time.Hour).Round(0) // as a state file has it, without that clock
+	restoreAll(t, r, []savedService{{ID: "x", Registered: seen, LastSeen: seen, Health: "unhealthy"}}, now)
+	_ = r.view("x", now, func(s *service, _ time.Time) {
+		if !strings.Contains(s.lastSeen.String(), " m=") || now.Sub(s.lastSeen).Round(time.Second) != time.Hour {
+			t.Errorf("last seen at %v, which was an hour ago", s.lastSeen)
+		}
+	})
+	if c, _, _ := r.condition("x", now); c != unhealthy {
+		t.Errorf("it is %v", c)
+	}
+}
+
 // Where the usual folder cannot be made or entered, a control plane serves and says so.
 func TestServerWithoutAFolder(t *testing.T) {
 	t.Parallel()
