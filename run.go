@@ -742,7 +742,7 @@ func (r *run) reload(request reloadRequest) (out reloadResult, err error) {
 		return out, err
 	}
 	changed := r.sup.reload(request.pipeline)
-	out = reloadResult{added: changed.added, removed: changed.removed, restarted: changed.restarted, unchanged: changed.unchanged}
+	out = reloadResult(changed)
 	r.log.Info("reloaded", "file", r.config.file, "added", enumerate(out.added), "removed", enumerate(out.removed), "restarted", enumerate(out.restarted), "unchanged", out.unchanged)
 	return out, nil
 }
