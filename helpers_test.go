@@ -246,9 +246,9 @@ func (p *process) killLeft() {
 	}
 }
 
-// left returns what runs of the processes that flowctl started. One that was sent
+// left returns the processes that flowctl started and that still run. One that was sent
 // SIGKILL has a moment to go, and the guard of a flowctl that was killed looks for a
-// while longer; survive_test.go is the one to time that.
+// while longer; process_test.go times that.
 func (p *process) left() []string {
 	deadline := time.Now().Add(10 * time.Second)
 	for {
@@ -581,7 +581,8 @@ var killGrace = sync.OnceValue(func() time.Duration {
 	return 2 * time.Second
 })
 
-// A herd is the token of the processes of one test. It serves sleep(1) as a number.
+// herd marks the processes of one test: a number that only their command lines have, and
+// that sleep(1) takes for a time.
 type herd string
 
 var herds atomic.Int64
@@ -590,7 +591,7 @@ func newHerd() herd {
 	return herd(fmt.Sprintf("3600.%07d%05d", os.Getpid(), herds.Add(1)))
 }
 
-// script puts the token in the place of each T.
+// script puts the number in the place of each T.
 func (h herd) script(text string) string {
 	return regexp.MustCompile(`\bT\b`).ReplaceAllString(text, string(h))
 }
@@ -624,7 +625,7 @@ func (h herd) signal(pid int, sig syscall.Signal) {
 	}
 }
 
-// await waits until n processes of the herd live. Nobody tells us of those.
+// await polls until n processes of the herd live.
 func (h herd) await(p *process, n int) map[int]string {
 	p.tb.Helper()
 	for deadline := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
@@ -686,7 +687,7 @@ func (h herd) end(p *process, sig syscall.Signal) {
 	}
 }
 
-// eventually waits for something that nobody tells of.
+// eventually polls until done returns true: what it waits for sends no event.
 func eventually(tb testing.TB, what string, done func() bool) {
 	tb.Helper()
 	for deadline := time.Now().Add(patience); !done(); time.Sleep(2 * time.Millisecond) {

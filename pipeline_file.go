@@ -180,7 +180,7 @@ func pipelineFiles(folder string) []string {
 	return out
 }
 
-// fromStandardInput tells whether the pipeline file cannot be read a second time.
+// fromStandardInput tells whether file is no plain file, and cannot be read a second time.
 func fromStandardInput(file string) bool {
 	info, err := os.Stat(file)
 	return err == nil && !info.Mode().IsRegular()
@@ -266,7 +266,7 @@ func parsePipeline(data []byte, name string, env func(string) (string, bool)) (*
 	return p, nil
 }
 
-// checkSyntax leaves to encoding/json what JSON is.
+// checkSyntax reports what keeps the file from being JSON; encoding/json knows the syntax.
 func (r *reader) checkSyntax() bool {
 	switch {
 	case len(r.data) > maxFileSize:
@@ -378,7 +378,7 @@ func (r *reader) nextOffset() int {
 	return len(r.data) - len(bytes.TrimLeft(r.data[at:], " \t\r\n,:"))
 }
 
-// checkSize comes before the model is made, which costs more than the tree.
+// checkSize reports too many components, before a model of them takes memory.
 func (r *reader) checkSize(root *node) bool {
 	spec := root.child("spec")
 	if spec == nil {
@@ -807,8 +807,8 @@ func (r *reader) sortedErrors() *fileErrors {
 }
 
 // pipelineSchema is the JSON Schema (draft 2020-12) of a pipeline file, made from the
-// model. It allows all that reading does, and more: the range of a duration or of a port,
-// what a URL may hold, and what depends on other fields it does not say.
+// model. It allows everything that reading allows. It does not say the range of a duration
+// or of a port, what else is wrong in a URL, nor what depends on other fields.
 func pipelineSchema() map[string]any {
 	out := structSchema(reflect.TypeFor[Pipeline]())
 	out["$schema"] = "https://json-schema.org/draft/2020-12/schema"
