@@ -1,10 +1,5 @@
 package main
 
-// What callers can make the control plane hold, and what keeps it within that. A bound
-// for the whole control plane comes first, as a caller can open more connections. Where
-// such a bound is reached, the oldest makes room: who does not go on loses to who comes,
-// and a component always gets in. docs/architecture.md has the constants as a table.
-
 import (
 	"container/list"
 	"context"
@@ -15,6 +10,7 @@ import (
 	"syscall"
 	"time"
 
+	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/encoding"
@@ -23,14 +19,20 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
+// What callers can make the control plane hold, and what keeps it within that. A bound
+// for the whole control plane comes first, as a caller can open more connections. Where
+// such a bound is reached, the oldest makes room: who does not go on loses to who comes,
+// and a component always gets in. docs/architecture.md has the constants as a table.
+
 // For the whole control plane.
 const (
-	maxConnections = 16 << 10 // half of the descriptors that the process may open, where that is less
-	maxCalls       = 16 << 10 // at a time; another is refused
-	maxUnfinished  = 512      // requests of which a part is yet to come, of maxMessage each at most
-	maxUnread      = 64 << 20 // bytes of large answers that have not been sent, as they are not read
-	maxFollowers   = 256      // streams of changes, and as many of snapshots
-	maxServices    = 128 << 10
+	maxConnections  = 16 << 10 // half of the descriptors that the process may open, where that is less
+	maxCalls        = 16 << 10 // at a time; another is refused
+	maxUnfinished   = 512      // requests of which a part is yet to come, of maxMessage each at most
+	maxUnread       = 64 << 20 // bytes of large answers that have not been sent, as they are not read
+	maxFollowers    = 256      // streams of changes, and as many of snapshots; another is refused
+	maxOtherStreams = 256      // streams of grpc.health.v1 and of reflection
+	maxServices     = 128 << 10
 )
 
 // For one connection, message or answer.
@@ -40,6 +42,7 @@ const (
 	maxHeaders    = 16 << 10  // bytes of the headers of a call
 	maxAnswer     = 32 << 20  // bytes of an answer that lists services
 	smallAnswer   = 4 << 10   // bytes up to which an answer is not counted in maxUnread
+	leastUnread   = 64 << 10  // bytes for which any other is counted, so that they are not many either
 	maxPart       = 24 << 10  // bytes of a message of a stream of changes; grpc has buffers of 32 KiB and then of 1 MiB
 	maxDirty      = 8 << 10   // changes that wait for one stream; a stream that is further behind gets a new snapshot
 	unreadTimeout = time.Second
@@ -64,6 +67,7 @@ type traffic struct {
 	calls      atomic.Int64
 	unfinished crowd
 	unread     crowd         // by bytes
+	streams    crowd         // those of maxOtherStreams
 	listing    chan struct{} // holds a token while an answer that lists services is made: one at a time
 
 	mu             sync.Mutex // guards open
@@ -79,6 +83,7 @@ func newTraffic(log *slog.Logger) *traffic {
 	}
 	t.unfinished = crowd{most: maxUnfinished, full: func() { t.warn("unfinished requests", maxUnfinished) }}
 	t.unread = crowd{most: maxUnread, patience: unreadTimeout, full: func() { t.warn("bytes of answers that are not read", maxUnread) }}
+	t.streams = crowd{most: maxOtherStreams, full: func() { t.warn("streams of health and reflection", maxOtherStreams) }}
 	return t
 }
 
@@ -254,6 +259,9 @@ func (r registrar) RegisterService(desc *grpc.ServiceDesc, server any) {
 	counted.Methods, counted.Streams = nil, nil
 	for _, s := range desc.Streams {
 		handler := s.Handler
+		if desc.ServiceName != operatorv1.Operator_ServiceDesc.ServiceName { // which has a bound of its own
+			handler = r.traffic.bounded(handler)
+		}
 		s.Handler = func(server any, stream grpc.ServerStream) error { return r.traffic.serve(server, stream, handler) }
 		counted.Streams = append(counted.Streams, s)
 	}
@@ -274,6 +282,18 @@ func (t *traffic) serve(server any, stream grpc.ServerStream, handler grpc.Strea
 		return status.Errorf(codes.ResourceExhausted, "the control plane has %d calls at a time, the most that it takes", maxCalls)
 	}
 	return handler(server, countedStream{stream, t})
+}
+
+// bounded counts the calls of handler among the streams that nothing else bounds.
+func (t *traffic) bounded(handler grpc.StreamHandler) grpc.StreamHandler {
+	return func(server any, stream grpc.ServerStream) error {
+		e, err := t.streams.enter(stream.Context(), connOf(stream.Context()), 1)
+		if err != nil {
+			return err
+		}
+		defer t.streams.leave(e)
+		return handler(server, stream)
+	}
 }
 
 // countedStream counts its requests among the unfinished ones.
@@ -325,7 +345,7 @@ func (t *traffic) serveUnary(m grpc.MethodDesc, server any, stream grpc.ServerSt
 	if size <= smallAnswer {
 		return stream.SendMsg(answer)
 	}
-	e, err := t.unread.enter(ctx, connOf(ctx), size)
+	e, err := t.unread.enter(ctx, connOf(ctx), max(size, leastUnread))
 	if err != nil {
 		return err
 	}

@@ -129,6 +129,34 @@ func TestLimits_HoldForTheWholePlane(t *testing.T) {
 	}
 }
 
+// Streams that have no end of their own keep nobody out: the oldest of them make room.
+func TestLimits_EndlessStreamsMakeRoom(t *testing.T) {
+	t.Parallel()
+	_, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
+	check := neighbour(t, endpoint)
+	watch := func(c planeClient) grpc.ServerStreamingClient[healthpb.HealthCheckResponse] {
+		stream, err := healthpb.NewHealthClient(c.conn).Watch(t.Context(), &healthpb.HealthCheckRequest{})
+		if err == nil {
+			_, err = stream.Recv()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return stream
+	}
+	first := watch(dialPlane(t, endpoint))
+	for n := 0; n < maxOtherStreams; n += maxStreams / 2 {
+		c := dialPlane(t, endpoint)
+		for range maxStreams / 2 {
+			watch(c)
+		}
+	}
+	_, err := first.Recv()
+	wantCode(t, "the oldest", err, codes.Unavailable)
+	watch(dialPlane(t, endpoint))
+	check()
+}
+
 // A name of grpc.health.v1 that is watched is kept, so it has a bound.
 func TestHealthWatch_LongNameIsRefused(t *testing.T) {
 	t.Parallel()
@@ -248,7 +276,7 @@ func TestLimitsAreDocumented(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, value := range map[string]int{
-		"maxConnections": maxConnections, "maxCalls": maxCalls, "maxUnfinished": maxUnfinished, "maxUnread": maxUnread, "maxFollowers": maxFollowers, "maxServices": maxServices,
+		"maxConnections": maxConnections, "maxCalls": maxCalls, "maxUnfinished": maxUnfinished, "maxUnread": maxUnread, "maxFollowers": maxFollowers, "maxOtherStreams": maxOtherStreams, "maxServices": maxServices,
 		"maxStreams": maxStreams, "maxMessage": maxMessage, "maxHeaders": maxHeaders, "maxAnswer": maxAnswer, "maxPart": maxPart, "maxDirty": maxDirty, "maxHeartbeat": maxHeartbeat,
 		"maxServiceBytes": maxServiceBytes, "maxNames": maxNames, "maxEntries": maxEntries, "maxID": maxID, "maxText": maxText, "maxHistory": maxHistory,
 	} {

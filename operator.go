@@ -4,8 +4,10 @@ package main
 // requests to the run.
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"maps"
 	"os"
 	"slices"
 	"time"
@@ -68,8 +70,7 @@ func newOperatorServer(r *registry, ended <-chan struct{}, requests runRequests)
 func (o *operatorServer) publishLocked(seq int64) {
 	for w := range o.streams {
 		if w.dirty[seq] = struct{}{}; len(w.dirty) > maxDirty {
-			w.behind = true
-			clear(w.dirty)
+			w.behind, w.dirty = true, make(map[int64]struct{})
 		}
 		select {
 		case w.wake <- struct{}{}:
@@ -279,12 +280,11 @@ func (w *changeStream) leave() {
 func (w *changeStream) snapshot() error {
 	r := w.operator.registry
 	r.mu.Lock()
-	clear(w.dirty)
-	w.behind, w.beat = false, r.lastNow
+	w.behind, w.dirty, w.beat = false, make(map[int64]struct{}), r.lastNow
 	out := &operatorv1.WatchResponse{Pipeline: r.pipelineLocked(), Reset_: true}
-	seqs := r.seqsLocked(time.Time{})
+	all := slices.Concat(r.members, r.others)
 	r.mu.Unlock()
-	out, err := w.tell(out, seqs)
+	out, err := w.tell(out, seqsOf(all), time.Time{})
 	if err != nil {
 		return err
 	}
@@ -292,15 +292,11 @@ func (w *changeStream) snapshot() error {
 	return w.send(out)
 }
 
-// seqsLocked returns which services there are that were heard of after since.
-func (r *registry) seqsLocked(since time.Time) []int64 {
-	var seqs []int64
-	for _, all := range [][]*service{r.members, r.others} {
-		for _, s := range all {
-			if !s.gone() && (since.IsZero() || s.lastSeen.After(since)) {
-				seqs = append(seqs, s.seq)
-			}
-		}
+// seqsOf needs no lock, as a service keeps its seq.
+func seqsOf(services []*service) []int64 {
+	seqs := make([]int64, len(services))
+	for i, s := range services {
+		seqs[i] = s.seq
 	}
 	return seqs
 }
@@ -318,11 +314,7 @@ func (w *changeStream) catchUp() error {
 		case len(seqs) == 0:
 			return nil
 		default:
-			out, err := w.tell(&operatorv1.WatchResponse{}, seqs)
-			if err == nil && (out.Pipeline != nil || len(out.Components)+len(out.Removed) > 0) {
-				err = w.send(out)
-			}
-			if err != nil {
+			if err := w.tellAll(seqs, time.Time{}); err != nil {
 				return err
 			}
 		}
@@ -332,28 +324,36 @@ func (w *changeStream) catchUp() error {
 // take returns what has changed, in the order of seq.
 func (w *changeStream) take() (seqs []int64, behind bool) {
 	w.operator.registry.mu.Lock()
-	defer w.operator.registry.mu.Unlock()
-	for seq := range w.dirty {
-		seqs = append(seqs, seq)
-	}
-	clear(w.dirty)
-	slices.Sort(seqs)
-	return seqs, w.behind
+	dirty, behind := w.dirty, w.behind
+	w.dirty = make(map[int64]struct{})
+	w.operator.registry.mu.Unlock()
+	return slices.Sorted(maps.Keys(dirty)), behind
 }
 
-// tell sends the services seqs as they are now, beginning in out. It returns the message
-// that is to be sent next, which may be empty.
-func (w *changeStream) tell(out *operatorv1.WatchResponse, seqs []int64) (*operatorv1.WatchResponse, error) {
+// tellAll is tell with its last message.
+func (w *changeStream) tellAll(seqs []int64, since time.Time) error {
+	out, err := w.tell(&operatorv1.WatchResponse{}, seqs, since)
+	if err == nil && (out.Pipeline != nil || len(out.Components)+len(out.Removed) > 0) {
+		err = w.send(out)
+	}
+	return err
+}
+
+// tell sends those of the services seqs that were heard of after since as they are now,
+// beginning in out. It returns the message that is to be sent next, which may be empty.
+func (w *changeStream) tell(out *operatorv1.WatchResponse, seqs []int64, since time.Time) (*operatorv1.WatchResponse, error) {
 	told := 0
 	for {
-		seqs = w.fill(out, seqs)
+		seqs = w.fill(out, seqs, since)
 		if told += len(out.Components); len(seqs) == 0 {
 			return out, nil
 		}
-		if err := w.send(out); err != nil {
-			return nil, err
+		if out.Reset_ || len(out.Components)+len(out.Removed) > 0 {
+			if err := w.send(out); err != nil {
+				return nil, err
+			}
+			out = &operatorv1.WatchResponse{}
 		}
-		out = &operatorv1.WatchResponse{}
 		if told > toldAtOnce {
 			time.Sleep(w.pause) // a stream that ends meanwhile fails the next send
 		}
@@ -361,7 +361,7 @@ func (w *changeStream) tell(out *operatorv1.WatchResponse, seqs []int64) (*opera
 }
 
 // fill puts services into out, as many as fit a message, and returns the others.
-func (w *changeStream) fill(out *operatorv1.WatchResponse, seqs []int64) []int64 {
+func (w *changeStream) fill(out *operatorv1.WatchResponse, seqs []int64, since time.Time) []int64 {
 	r := w.operator.registry
 	now := r.lockAt(time.Now())
 	defer r.mu.Unlock()
@@ -375,6 +375,7 @@ func (w *changeStream) fill(out *operatorv1.WatchResponse, seqs []int64) []int64
 			out.Pipeline = r.pipelineLocked()
 		case s == nil:
 			out.Removed = append(out.Removed, seq)
+		case !s.lastSeen.After(since) && !since.IsZero():
 		default:
 			if size += s.partSize(); size > maxPart && len(out.Components) > 0 {
 				return seqs[i:]
@@ -390,21 +391,15 @@ func (w *changeStream) fill(out *operatorv1.WatchResponse, seqs []int64) []int64
 func (w *changeStream) tellHeartbeats(now time.Time) error {
 	r := w.operator.registry
 	r.mu.Lock()
-	seqs := r.seqsLocked(w.beat)
+	all := slices.Concat(r.members, r.others)
 	r.mu.Unlock()
+	since := w.beat
 	w.beat = now
-	for some := range slices.Chunk(seqs, batch) {
-		out, err := w.tell(&operatorv1.WatchResponse{}, some)
-		if err == nil && len(out.Components)+len(out.Removed) > 0 {
-			err = w.send(out)
-		}
-		if err == nil {
-			err = w.catchUp()
-		}
-		if err != nil {
+	for some := range slices.Chunk(seqsOf(all), toldAtOnce) {
+		if err := cmp.Or(w.tellAll(some, since), w.catchUp()); err != nil {
 			return err
 		}
-		if len(seqs) > toldAtOnce {
+		if len(all) > toldAtOnce {
 			time.Sleep(w.pause)
 		}
 	}
