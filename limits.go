@@ -1,6 +1,12 @@
 package main
 
+// What callers can make the control plane hold, and what keeps it within that. A bound
+// for the whole control plane comes first, as a caller can open more connections. Where
+// such a bound is reached, the oldest makes room: who does not go on loses to who comes,
+// and a component of the pipeline to nobody. docs/architecture.md has the constants as a table.
+
 import (
+	"cmp"
 	"container/list"
 	"context"
 	"log/slog"
@@ -18,11 +24,6 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 )
-
-// What callers can make the control plane hold, and what keeps it within that. A bound
-// for the whole control plane comes first, as a caller can open more connections. Where
-// such a bound is reached, the oldest makes room: who does not go on loses to who comes,
-// and a component always gets in. docs/architecture.md has the constants as a table.
 
 // For the whole control plane.
 const (
@@ -108,10 +109,17 @@ type countedConn struct {
 	net.Conn
 	traffic *traffic
 	heard   atomic.Int64 // when something was read last, in Unix nanoseconds
+	rank    atomic.Int32 // rankSilent, rankCaller or rankComponent
 }
 
-// Accept closes the connection that has said nothing for the longest time where there are
-// too many.
+// What speaks against closing a connection to make room for another, the least first.
+const (
+	rankSilent    = iota // no call has come by it
+	rankCaller           // it has been used for a call
+	rankComponent        // the kernel says that a component of the pipeline is at its other end
+)
+
+// Accept closes the connection that has to make room where there are too many.
 func (l countedListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if err != nil {
@@ -119,27 +127,56 @@ func (l countedListener) Accept() (net.Conn, error) {
 	}
 	c := &countedConn{Conn: conn, traffic: l.traffic}
 	c.heard.Store(time.Now().UnixNano())
-	if silent := l.traffic.add(c); silent != nil {
+	if other := l.traffic.add(c); other != nil {
 		l.traffic.warn("connections", l.traffic.maxConnections)
-		silent.Close()
+		other.Close()
 	}
 	return c, nil
 }
 
-// add counts c, and returns the connection that has to make room for it, if one has.
-func (t *traffic) add(c *countedConn) (silent *countedConn) {
+// add counts c, and returns the connection that has to make room for it, if one has: of
+// those with the lowest rank the one that has said nothing for the longest time.
+func (t *traffic) add(c *countedConn) (first *countedConn) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if len(t.open) >= t.maxConnections {
 		for other := range t.open {
-			if silent == nil || other.heard.Load() < silent.heard.Load() {
-				silent = other
+			if first == nil || other.before(first) {
+				first = other
 			}
 		}
-		delete(t.open, silent)
+		delete(t.open, first)
 	}
 	t.open[c] = struct{}{}
-	return silent
+	return first
+}
+
+// before tells whether c makes room before other does.
+func (c *countedConn) before(other *countedConn) bool {
+	return cmp.Or(cmp.Compare(c.rank.Load(), other.rank.Load()), cmp.Compare(c.heard.Load(), other.heard.Load())) < 0
+}
+
+// called notes that a call has come by the connection of ctx, and from whom if that is known.
+func called(ctx context.Context) {
+	p := peerConnOf(ctx)
+	if p == nil {
+		return
+	}
+	rank := int32(rankCaller)
+	if found := p.found.Load(); found != nil && found.component != "" {
+		rank = rankComponent
+	}
+	for conn := p.conn; ; {
+		switch c := conn.(type) {
+		case *countedConn:
+			c.rank.Store(rank)
+			return
+		case interface{ NetConn() net.Conn }:
+			conn = c.NetConn()
+		default:
+			return
+		}
+	}
 }
 
 func (c *countedConn) Read(b []byte) (int, error) {
@@ -277,6 +314,7 @@ func (r registrar) RegisterService(desc *grpc.ServiceDesc, server any) {
 
 // serve serves a call, whose request need not be there yet.
 func (t *traffic) serve(server any, stream grpc.ServerStream, handler grpc.StreamHandler) error {
+	defer called(stream.Context())
 	defer t.calls.Add(-1)
 	if t.calls.Add(1) > maxCalls {
 		return status.Errorf(codes.ResourceExhausted, "the control plane has %d calls at a time, the most that it takes", maxCalls)

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"regexp"
@@ -18,6 +19,7 @@ import (
 	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/protobuf/types/known/emptypb"
 
@@ -200,12 +202,14 @@ func TestList_AnswerPastItsBoundIsRefused(t *testing.T) {
 }
 
 // Strangers that hold all connections that there can be keep nobody out: the one of them
-// that has been silent for the longest time makes room.
+// that has been silent for the longest time makes room, and no connection that is in use.
 func TestConnections_TheSilentMakeRoom(t *testing.T) {
 	t.Parallel()
 	const most = 150
 	p, endpoint := startAlone(t, []string{"-no-persistence"}, limited(fmt.Sprint("-n ", 2*most)))
 	check := neighbour(t, endpoint)
+	used := dialPlane(t, endpoint)
+	used.mustRegister(t, "v1", registration{id: "used"}) // and then says nothing for longer than all strangers
 	var strangers []net.Conn
 	for range 2 * most {
 		conn, err := dialRaw(endpoint, preface)
@@ -221,7 +225,35 @@ func TestConnections_TheSilentMakeRoom(t *testing.T) {
 	if closed(strangers[2*most-1]) {
 		t.Error("the last stranger is cut off, too")
 	}
+	if state := used.conn.GetState(); state != connectivity.Ready {
+		t.Errorf("a connection that was in use is %s", state)
+	}
 	p.waitErr(`msg="the control plane is at a bound, the oldest makes room" bound=connections at_most=150`)
+}
+
+// A connection with a lower rank makes room first, and of a rank the one that has been
+// silent for longer.
+func TestConnections_ComponentsStay(t *testing.T) {
+	t.Parallel()
+	all := newTraffic(slog.New(slog.DiscardHandler))
+	all.maxConnections = 0
+	conn := func(rank int32, heard int64) *countedConn {
+		c := &countedConn{traffic: all}
+		c.rank.Store(rank)
+		c.heard.Store(heard)
+		return c
+	}
+	component, caller, former, silent := conn(rankComponent, 1), conn(rankCaller, 3), conn(rankCaller, 2), conn(rankSilent, 4)
+	for _, c := range []*countedConn{component, caller, former, silent} {
+		all.open[c] = struct{}{}
+	}
+	for i, want := range []*countedConn{silent, former, caller, component} {
+		all.maxConnections = len(all.open)
+		newcomer := conn(rankComponent, 5)
+		if got := all.add(newcomer); got != want {
+			t.Errorf("%d. to make room is %v, want %v", i, got, want)
+		}
+	}
 }
 
 // closed reports whether the other end has closed conn.
