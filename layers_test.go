@@ -11,6 +11,7 @@ import (
 	"go/token"
 	"go/types"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -55,9 +56,7 @@ func roomOf(file string) string {
 // TestLayers fails for a reference from a file of this package to one below it in the table
 // of docs/architecture.md, or from one wing to the other, and where table and files differ.
 func TestLayers(t *testing.T) {
-	if os.Getenv("FLOWCTL_LAYERS") == "" {
-		t.Skip("the rooms are being redrawn: set FLOWCTL_LAYERS=1 to see what is left")
-	}
+	t.Parallel()
 	rooms := rooms(t)
 	seen := make(map[string]bool)
 	files, err := filepath.Glob("*.go")
@@ -95,13 +94,7 @@ func TestLayers(t *testing.T) {
 		}
 		wrong[fmt.Sprintf("%s:%d: refers to %s of %s, %s", filepath.Base(from.Filename), from.Line, object.Name(), filepath.Base(to.Filename), why)] = true
 	}
-	for _, text := range slices.Sorted(func(yield func(string) bool) {
-		for text := range wrong {
-			if !yield(text) {
-				return
-			}
-		}
-	}) {
+	for _, text := range slices.Sorted(maps.Keys(wrong)) {
 		t.Error(text)
 	}
 }
@@ -133,4 +126,50 @@ func typeCheck(t *testing.T) (map[*ast.Ident]types.Object, *token.FileSet) {
 		t.Fatal(err)
 	}
 	return info.Uses, fset
+}
+
+// What fits a screen, and a sitting. Beyond that a comment has to say why: "It is long
+// because ...".
+const (
+	mostFuncLines = 70
+	mostFields    = 25
+	mostFileLines = 1000
+	longBecause   = "It is long because"
+)
+
+// TestSizes fails for a function, a struct or a file that is too long and does not say why.
+func TestSizes(t *testing.T) {
+	t.Parallel()
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	fset := token.NewFileSet()
+	for _, name := range files {
+		f, err := parser.ParseFile(fset, name, nil, parser.ParseComments|parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		long := func(what string, n, most int, doc ...*ast.CommentGroup) {
+			said := slices.ContainsFunc(doc, func(c *ast.CommentGroup) bool { return strings.Contains(c.Text(), longBecause) })
+			if n > most && !said {
+				t.Errorf("%s: %s has %d, which is more than %d, and no comment %q", name, what, n, most, longBecause)
+			}
+		}
+		long("the file, in lines,", fset.File(f.Pos()).LineCount(), mostFileLines, f.Comments...)
+		for _, d := range f.Decls {
+			switch d := d.(type) {
+			case *ast.FuncDecl:
+				long("func "+d.Name.Name+", in lines,", fset.Position(d.End()).Line-fset.Position(d.Pos()).Line+1, mostFuncLines, d.Doc)
+			case *ast.GenDecl:
+				for _, spec := range d.Specs {
+					if s, ok := spec.(*ast.TypeSpec); ok {
+						if fields, ok := s.Type.(*ast.StructType); ok {
+							long("type "+s.Name.Name+", in fields,", fields.Fields.NumFields(), mostFields, d.Doc, s.Doc)
+						}
+					}
+				}
+			}
+		}
+	}
 }

@@ -3,14 +3,19 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"os"
+	"path/filepath"
 	"regexp"
+	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -20,7 +25,11 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
@@ -314,6 +323,538 @@ func TestLimitsAreDocumented(t *testing.T) {
 	} {
 		if !regexp.MustCompile(fmt.Sprintf("(?m)^\\| `%s` \\| %d\\b", name, value)).Match(text) {
 			t.Errorf("docs/architecture.md does not say that %s is %d", name, value)
+		}
+	}
+}
+
+// neighbour registers a service at endpoint that heartbeats on, every few
+// milliseconds, by a connection of its own. The function that it returns ends that, and
+// checks that each was answered.
+func neighbour(t *testing.T, endpoint string) (check func()) {
+	t.Helper()
+	c := dialPlane(t, endpoint)
+	c.mustRegister(t, "legacy", registration{id: "neighbour"})
+	var l latencies
+	var beats sync.WaitGroup
+	ctx, cancel := context.WithCancel(t.Context())
+	beats.Go(func() {
+		for ctx.Err() == nil {
+			begun := time.Now()
+			within, cancel := context.WithTimeout(t.Context(), patience)
+			_, err := c.legacy.Heartbeat(within, &flowctlpb.ServiceHeartbeat{ServiceId: "neighbour", Metrics: map[string]float64{"n": 1}})
+			cancel()
+			l.add(time.Since(begun), err)
+			time.Sleep(2 * time.Millisecond) // its interval
+		}
+	})
+	return func() {
+		t.Helper()
+		cancel()
+		beats.Wait()
+		count, p50, p99, most, errs := l.take()
+		t.Logf("a neighbour's %d heartbeats: p50 %v, p99 %v, most %v", count, p50, p99, most)
+		if len(errs) > 0 {
+			t.Errorf("a neighbour's heartbeats: %v", errs)
+		}
+	}
+}
+
+// preface is how an HTTP/2 connection begins, with empty SETTINGS.
+const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + "\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+
+// dialRaw connects and says hello. It waits for an answer where there is to be one.
+func dialRaw(endpoint, hello string) (net.Conn, error) {
+	conn, err := net.Dial("tcp", endpoint)
+	if err != nil || hello == "" {
+		return conn, err
+	}
+	_ = conn.SetDeadline(time.Now().Add(patience))
+	if _, err = io.WriteString(conn, hello); err == nil {
+		_, err = conn.Read(make([]byte, 9))
+	}
+	if err != nil {
+		conn.Close()
+	}
+	_ = conn.SetDeadline(time.Time{})
+	return conn, err
+}
+
+func TestIdleConnections(t *testing.T) {
+	count := 1000
+	if os.Getenv(scaleVar) != "" {
+		count = 10_000
+	} else {
+		t.Parallel()
+	}
+	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
+	check := neighbour(t, endpoint)
+	before := memory(t, p.cmd.Process.Pid, "VmRSS")
+	begun := time.Now()
+	var dials sync.WaitGroup
+	for range 50 {
+		dials.Go(func() {
+			for range count / 50 {
+				conn, err := dialRaw(endpoint, preface)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				t.Cleanup(func() { conn.Close() })
+			}
+		})
+	}
+	dials.Wait()
+	t.Logf("%d connections in %v, %.1f KiB each", count, time.Since(begun), float64(memory(t, p.cmd.Process.Pid, "VmRSS")-before)/1024/float64(count))
+	dialPlane(t, endpoint).mustRegister(t, "v1", registration{id: "late"})
+	check()
+	memoryGrew(t, p, before, float64(count)*0.4)
+}
+
+// What never says anything is not kept for long.
+func TestHalfOpenConnections(t *testing.T) {
+	t.Parallel()
+	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
+	check := neighbour(t, endpoint)
+	before := memory(t, p.cmd.Process.Pid, "VmRSS")
+	var ends sync.WaitGroup
+	for i := range 200 {
+		hello := []string{"", "PRI * HTTP", "GET / HTTP/1.1\r\nHost: x\r\n\r\n", preface[:24]}[i%4]
+		conn, err := net.Dial("tcp", endpoint)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		if _, err := io.WriteString(conn, hello); err != nil {
+			t.Fatal(err)
+		}
+		ends.Go(func() {
+			_ = conn.SetReadDeadline(time.Now().Add(2 * patience))
+			if _, err := io.Copy(io.Discard, conn); errors.Is(err, os.ErrDeadlineExceeded) {
+				t.Errorf("a connection that said %q is still open", hello)
+			}
+		})
+	}
+	ends.Wait()
+	check()
+	memoryGrew(t, p, before, 200)
+}
+
+func TestConnectionStorm(t *testing.T) {
+	t.Parallel()
+	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
+	check := neighbour(t, endpoint)
+	before := memory(t, p.cmd.Process.Pid, "VmRSS")
+	var storm sync.WaitGroup
+	for i := range 16 {
+		storm.Go(func() {
+			for n := range 200 {
+				conn, err := dialRaw(endpoint, []string{"", preface}[(i+n)%2])
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				_ = conn.(*net.TCPConn).SetLinger(0) // no port is left waiting
+				conn.Close()
+			}
+		})
+	}
+	storm.Wait()
+	check()
+	memoryGrew(t, p, before, 320)
+}
+
+// rawCodec sends and takes messages as they are on the wire.
+type rawCodec struct{}
+
+func (rawCodec) Name() string { return "proto" }
+
+func (rawCodec) Marshal(v any) ([]byte, error) { return *v.(*[]byte), nil }
+
+func (rawCodec) Unmarshal(data []byte, v any) error {
+	*v.(*[]byte) = slices.Clone(data)
+	return nil
+}
+
+func TestOversizedAndMalformedMessages(t *testing.T) {
+	t.Parallel()
+	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
+	check := neighbour(t, endpoint)
+	before := memory(t, p.cmd.Process.Pid, "VmRSS")
+	const legacy, v1 = "/flowctl.ControlPlane/", "/flowctl.v1.ControlPlaneService/"
+	field := func(number byte, text string) []byte { // a string, or a message
+		n := len(text)
+		return append([]byte{number<<3 | 2, byte(n) | 0x80, byte(n>>7) | 0x80, byte(n >> 14)}, text...)
+	}
+	nearly := strings.Repeat("x", maxMessage-64)
+	for _, test := range []struct {
+		name, method string
+		in           []byte
+		want         codes.Code
+	}{
+		{"above the bound", legacy + "Register", make([]byte, maxMessage+1), codes.ResourceExhausted},
+		{"far above the bound", v1 + "Heartbeat", make([]byte, 64*maxMessage), codes.ResourceExhausted},
+		{"id of a mebibyte", legacy + "Register", field(1, nearly), codes.ResourceExhausted},
+		{"id of a mebibyte", v1 + "RegisterComponent", field(1, string(field(1, nearly[64:]))), codes.ResourceExhausted},
+		{"id of a mebibyte", legacy + "Heartbeat", field(1, nearly), codes.NotFound},
+		{"id of a mebibyte", v1 + "UnregisterComponent", field(1, nearly), codes.NotFound},
+		{"id that is not UTF-8", legacy + "Register", field(1, "\xff\xfe"), codes.Internal},
+		{"id that is not UTF-8", legacy + "Heartbeat", field(1, "neighbour\xc0"), codes.Internal},
+		{"id that is not UTF-8", v1 + "RegisterComponent", field(1, string(field(1, "\xed\xa0\x80"))), codes.Internal},
+		{"cut off", legacy + "Register", []byte{1<<3 | 2, 100, 'x'}, codes.Internal},
+		{"endless number", v1 + "Heartbeat", []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, codes.Internal},
+		{"unknown method", legacy + "Nothing", nil, codes.Unimplemented},
+	} {
+		t.Run(test.name+" "+filepath.Base(test.method), func(t *testing.T) {
+			c := dialPlane(t, endpoint)
+			for range 10 {
+				err := c.conn.Invoke(t.Context(), test.method, &test.in, new([]byte), grpc.ForceCodec(rawCodec{}), grpc.MaxCallSendMsgSize(1<<30))
+				wantCode(t, test.method, err, test.want)
+				if message := status.Convert(err).Message(); len(message) > 4096 {
+					t.Errorf("the error has %d bytes", len(message))
+				}
+			}
+		})
+	}
+	check()
+	memoryGrew(t, p, before, 640)
+}
+
+// closedWindow is an HTTP/2 connection over which calls are made whose answers the client
+// lets nothing come of: its window is closed (RFC 9113 section 6.9.2).
+type closedWindow struct {
+	conn   net.Conn
+	stream uint32
+}
+
+func dialClosed(t *testing.T, endpoint string) *closedWindow {
+	t.Helper()
+	conn, err := net.Dial("tcp", endpoint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	u := &closedWindow{conn: conn, stream: 1}
+	u.write("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, "\x00\x04\x00\x00\x00\x00"))
+	go io.Copy(io.Discard, conn) // what is said beside the answers
+	return u
+}
+
+// write may fail: a server may end the connection of who does such things.
+func (u *closedWindow) write(frames string) { _, _ = io.WriteString(u.conn, frames) }
+
+// call begins a call with a message, of which more bytes are announced than come.
+func (u *closedWindow) call(method string, in proto.Message, more int, headers ...string) {
+	message, _ := proto.Marshal(in)
+	text := func(s string) string { return string(byte(len(s))) + s } // below 127 bytes
+	block := "\x83\x86\x04" + text(method) + "\x01" + text("x") + "\x0f\x10" + text("application/grpc") + "\x00" + text("te") + text("trailers")
+	const flagEnd, flagEndHeaders, most = 1, 4, 16 << 10
+	kind := byte(1) // HEADERS, then CONTINUATION
+	for rest := block + strings.Join(headers, ""); ; kind = 9 {
+		if len(rest) <= most {
+			u.write(frame(kind, flagEndHeaders, u.stream, rest))
+			break
+		}
+		u.write(frame(kind, 0, u.stream, rest[:most]))
+		rest = rest[most:]
+	}
+	rest := string(binary32([]byte{0}, uint32(len(message)+more))) + string(message)
+	for ; len(rest) > most; rest = rest[most:] {
+		u.write(frame(0, 0, u.stream, rest[:most]))
+	}
+	flags := byte(flagEnd)
+	if more > 0 {
+		flags = 0
+	}
+	u.write(frame(0, flags, u.stream, rest))
+	u.stream += 2
+}
+
+func frame(kind, flags byte, stream uint32, payload string) string {
+	head := []byte{byte(len(payload) >> 16), byte(len(payload) >> 8), byte(len(payload)), kind, flags}
+	return string(binary32(head, stream)) + payload
+}
+
+func binary32(b []byte, n uint32) []byte {
+	return append(b, byte(n>>24), byte(n>>16), byte(n>>8), byte(n))
+}
+
+// wireMethods are what FuzzWire calls, the last of which there is not.
+var wireMethods = []string{
+	"flowctl.ControlPlane/Register", "flowctl.ControlPlane/Heartbeat", "flowctl.ControlPlane/GetServiceStatus", "flowctl.ControlPlane/ListServices",
+	"flowctl.v1.ControlPlaneService/RegisterComponent", "flowctl.v1.ControlPlaneService/UnregisterComponent", "flowctl.v1.ControlPlaneService/DiscoverComponents",
+	"flowctl.v1.ControlPlaneService/Heartbeat", "flowctl.v1.ControlPlaneService/GetComponentStatus", "flowctl.v1.ControlPlaneService/ListComponents",
+	"flowctl.operator.v1.Operator/GetPipeline", "flowctl.operator.v1.Operator/Watch", "grpc.health.v1.Health/Check", "flowctl.ControlPlane/Nothing",
+}
+
+// wireMessage makes a message of the kind that wireMethods[method] takes.
+func wireMessage(method int, a, b byte, text string) proto.Message {
+	ids := []string{"ledgers", "transfers", "store", "x", "y", "z", "", strings.Repeat("l", maxID+1)}
+	id, other := ids[a%8], ids[b%8]
+	texts := map[string]string{text: other, metadataComponentID: other}
+	switch method {
+	case 0, 2:
+		return &flowctlpb.ServiceInfo{ServiceId: id, ComponentId: other, ServiceType: flowctlpb.ServiceType(int8(a)), HealthEndpoint: text, MaxInflight: int32(b), Metadata: texts, InputEventTypes: []string{text}, OutputEventTypes: []string{text}}
+	case 1:
+		return &flowctlpb.ServiceHeartbeat{ServiceId: id, Metrics: map[string]float64{text: float64(a), other: math.Inf(int(b) - 128)}}
+	case 4:
+		return &flowctlv1.RegisterRequest{ComponentId: other, Component: &flowctlv1.ComponentInfo{Id: id, Name: text, Type: flowctlv1.ComponentType(int8(a)), Endpoint: text, Metadata: texts}}
+	case 5:
+		return &flowctlv1.UnregisterRequest{ServiceId: id}
+	case 6:
+		return &flowctlv1.DiscoveryRequest{Type: flowctlv1.ComponentType(b % 5), EventTypes: []string{text}}
+	case 7:
+		return &flowctlv1.HeartbeatRequest{ServiceId: id, Status: flowctlv1.HealthStatus(int8(b) % 8), Metrics: texts}
+	case 8:
+		return &flowctlv1.ComponentStatusRequest{ServiceId: id}
+	case 9:
+		return &flowctlv1.ListComponentsRequest{TypeFilter: flowctlv1.ComponentType(a % 5), IncludeUnhealthy: b%2 == 0}
+	case 11:
+		return &operatorv1.WatchRequest{Follow: a%2 == 0, Heartbeats: b%2 == 0}
+	}
+	return &emptypb.Empty{}
+}
+
+// FuzzWire makes calls of its input, with messages that are what they should be and
+// with any bytes.
+func FuzzWire(f *testing.F) {
+	for i := range wireMethods {
+		f.Add([]byte{byte(i), 0, 0, 3, 0, byte(i), 1, 3, 4, 't', 'e', 'x', 't', byte(i), 2, 0, 0, 3, 0x0a, 1, 'x'})
+	}
+	f.Add([]byte{0, 1, 3, 3, 0, 7, 1, 3, 3, 1, 'm', 11, 1, 0, 0, 0, 5, 1, 3, 0, 0, 9, 1, 0, 0, 0})
+	f.Add([]byte{4, 2, 0, 0, 4, 0x0a, 2, 0x0a, 0xff, 4, 2, 0, 0, 3, 0x12, 1, 0x80, 1, 2, 0, 0, 2, 0xff, 0xff})
+	f.Fuzz(func(t *testing.T, in []byte) {
+		r := testRegistry()
+		lis := bufconn.Listen(64 << 10)
+		p := servePlane(r, planeConfig{listener: lis, log: slog.New(slog.DiscardHandler)})
+		defer p.stop()
+		conn, err := grpc.NewClient("passthrough:///wire", grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.DialContext(ctx) }))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		for n := 0; len(in) >= 5 && n < 50 && !t.Failed(); n++ {
+			method, raw, a, b := int(in[0])%len(wireMethods), in[1]%3 == 2, in[2], in[3]
+			length := min(int(in[4]), len(in)-5)
+			data := in[5 : 5+length]
+			in = in[5+length:]
+			if !raw {
+				if data, err = proto.Marshal(wireMessage(method, a, b, string(data))); err != nil {
+					continue // a text that is not UTF-8
+				}
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
+			if path := "/" + wireMethods[method]; strings.HasSuffix(path, "/Watch") {
+				err = watchRaw(ctx, conn, path, data)
+			} else {
+				err = conn.Invoke(ctx, path, &data, new([]byte), grpc.ForceCodec(rawCodec{}))
+			}
+			cancel()
+			switch code := status.Code(err); code {
+			case codes.OK, codes.InvalidArgument, codes.NotFound, codes.ResourceExhausted:
+			case codes.Internal:
+				if !raw {
+					t.Errorf("%s(%q): %v", wireMethods[method], data, err)
+				}
+			case codes.Unimplemented:
+				if method != len(wireMethods)-1 {
+					t.Errorf("%s: %v", wireMethods[method], err)
+				}
+			default:
+				t.Errorf("%s(%q): %v", wireMethods[method], data, err)
+			}
+		}
+		checkRegistry(t, r, time.Now())
+	})
+}
+
+// While file descriptors have run out, open connections go on. New ones get in once there is
+// room.
+func TestServer_RecoversFromNoDescriptors(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "state.json")
+	p, endpoint := startAlone(t, []string{"-db-path", file, "-janitor-interval", "100ms"}, limited("-n 64"))
+	check := neighbour(t, endpoint)
+	old := dialPlane(t, endpoint)
+	old.mustRegister(t, "legacy", registration{id: "before"})
+	var conns []net.Conn
+	for range 200 {
+		conn, err := net.Dial("tcp", endpoint)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		conns = append(conns, conn)
+	}
+	old.mustRegister(t, "v1", registration{id: "while"})
+	for _, conn := range conns {
+		conn.Close()
+	}
+	dialPlane(t, endpoint).mustRegister(t, "v1", registration{id: "after"})
+	check()
+	p.stop()
+	p.hasNot(p.stderr, "control plane ended")
+	if got := countSaved(t, file); got != 4 {
+		t.Errorf("%d services are saved, want 4", got)
+	}
+}
+
+// silentRegistry holds services that were heard of at the time now, none since.
+func silentRegistry(tb testing.TB, services int, ttl time.Duration, now time.Time) *registry {
+	tb.Helper()
+	r := newRegistry(ttl, time.Hour, "127.0.0.1:8080", nil)
+	for i := range services {
+		id := fmt.Sprint("service-", i)
+		mustRegister(tb, r, registration{id: id, endpoint: "http://host:8080/health", outputEvents: []string{"ledger"}, metadata: map[string]string{"index": id}}, now)
+		_, err := r.heartbeat(id, origin{}, 0, []metric{{name: "events", number: 1}, {name: "lag", number: 2}}, now)
+		if err != nil {
+			tb.Fatal(err)
+		}
+	}
+	return r
+}
+
+// longest returns the longest time between two calls of the function that it gives
+// to f.
+func longest(f func(step func())) (most time.Duration) {
+	last := time.Now()
+	f(func() {
+		now := time.Now()
+		most = max(most, now.Sub(last))
+		last = now
+	})
+	return most
+}
+
+// TestNoPause has all services of a large registry go stale at once, with everything
+// that then goes through all of them, and measures for how long each holds the
+// registry's lock: a bounded number of services. It prints the time. It is long because it
+// is one list of all that takes the lock.
+func TestNoPause(t *testing.T) {
+	services, rounds, full := 5000, 1, os.Getenv(scaleVar) != ""
+	if full {
+		services, rounds = 100_000, 3
+	} else {
+		t.Parallel()
+	}
+	// few checks how many services were gone through in one go.
+	few := func(what string, n int) {
+		if n > batch {
+			t.Errorf("%s: %d services in one go, more than %d", what, n, batch)
+		}
+	}
+	const ttl = time.Minute
+	best := make(map[string]time.Duration)
+	measure := func(what string, f func(step func())) {
+		if d := longest(f); best[what] == 0 || d < best[what] {
+			best[what] = d
+		}
+	}
+	for range rounds {
+		now := time.Now()
+		r := silentRegistry(t, services, ttl, now)
+		runtime.GC()
+		send := func(step func()) func(*operatorv1.WatchResponse) error {
+			return func(out *operatorv1.WatchResponse) error {
+				few("a stream", len(out.GetComponents()))
+				step()
+				return nil
+			}
+		}
+		o := newOperatorServer(r, nil, nil)
+		w, err := o.join(nil, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.pause = 0
+		measure("snapshot", func(step func()) { w.send = send(step); _ = w.snapshot() })
+		pass(r, now.Add(ttl))
+		later := now.Add(ttl + 1)
+		measure("sweep", func(step func()) {
+			for next := later; !next.After(later); step() {
+				next = r.sweep(later)
+			}
+		})
+		told := 0
+		measure("changes", func(step func()) {
+			for len(r.wake) > 0 {
+				<-r.wake
+				n := len(r.changes(later))
+				few("changes", n)
+				told += n
+				step()
+			}
+		})
+		measure("follow", func(step func()) { w.send = send(step); _ = w.catchUp() })
+		measure("save", func(step func()) {
+			_, _ = r.save(writerFunc(func(p []byte) (int, error) {
+				few("a write of the state", bytes.Count(p, []byte(`"id":`)))
+				step()
+				return len(p), nil
+			}), "", runtime.Gosched)
+		})
+		n := 0
+		measure("list", func(step func()) {
+			_ = r.each(t.Context(), later, func(*service, time.Time) bool {
+				if n++; n%batch == 0 {
+					step()
+				}
+				return true
+			})
+		})
+		if told != services || n != services {
+			t.Errorf("%d services are told stale and %d listed, want %d", told, n, services)
+		}
+		w.leave()
+		checkedOften(t, o, services, now.Add(ttl+2), best)
+	}
+	for what, d := range best {
+		t.Logf("%s: %v at most", what, d)
+	}
+}
+
+// checkedOften has heartbeats come in while everyone is swept, saved and followed.
+func checkedOften(t *testing.T, o *operatorServer, services int, now time.Time, best map[string]time.Duration) {
+	t.Helper()
+	r := o.registry
+	var l latencies
+	for i := range services {
+		_ = beat(r, fmt.Sprint("service-", i), now)
+	}
+	pass(r, now.Add(r.ttl))
+	later := now.Add(r.ttl + 1)
+	w, err := o.join(func(*operatorv1.WatchResponse) error { return nil }, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.pause = 0
+	defer w.leave()
+	var work sync.WaitGroup
+	work.Go(func() {
+		for next := later; !next.After(later); {
+			next = r.sweep(later)
+		}
+	})
+	work.Go(func() { _, _ = r.save(io.Discard, "", runtime.Gosched) })
+	work.Go(func() {
+		_ = w.snapshot()
+		_ = w.catchUp()
+	})
+	done := make(chan struct{})
+	go func() { work.Wait(); close(done) }()
+	for i := 0; ; i++ {
+		select {
+		case <-done:
+			count, p50, p99, most, errs := l.take()
+			t.Logf("%d heartbeats meanwhile: p50 %v, p99 %v, most %v %v", count, p50, p99, most, errs)
+			if best["a heartbeat's p99 meanwhile"] == 0 || p99 < best["a heartbeat's p99 meanwhile"] {
+				best["a heartbeat's p99 meanwhile"] = p99
+			}
+			return
+		default:
+			begun := time.Now()
+			err := beat(r, fmt.Sprint("service-", i%services), later)
+			l.add(time.Since(begun), err)
 		}
 	}
 }

@@ -50,8 +50,8 @@ type Spec struct {
 	Sinks       []Component `json:"sinks,omitempty"`
 }
 
-// Component is one program of a pipeline. It is as large as the file format: each field of
-// the file is one of it. A field that the file does not give is zero; the file cannot give
+// Component is one program of a pipeline. It is long because each field of the file is one
+// of it. A field that the file does not give is zero; the file cannot give
 // a zero duration, nor an empty string where that would mean something.
 type Component struct {
 	ID               string            `json:"id" check:"name"`

@@ -391,7 +391,8 @@ func TestReadmeLinks(t *testing.T) {
 	}
 }
 
-// A job of CI fails when the tests do, or a component, and leaves its logs.
+// A job of CI fails when the tests do, or a component, and leaves its logs. It is long because
+// it is a table, and the program that it runs.
 func TestReadmeCI(t *testing.T) {
 	t.Parallel()
 	var lines, steps, short []string
