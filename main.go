@@ -39,11 +39,6 @@ type command struct {
 	run                           func(fs *flag.FlagSet, args []string) error
 }
 
-// aloneGCPercent is GOGC of a control plane alone, where nothing else is chosen: it may
-// hold a hundred thousand services, and while they are gone through for what is garbage,
-// heartbeats wait. It comes to that less often than by default, for a quarter more memory.
-const aloneGCPercent = 150
-
 // commands returns them in the order of help. It is a function because help, one
 // of them, needs them all.
 func commands() []command {
@@ -466,9 +461,6 @@ func serverCommand(fs *flag.FlagSet, args []string) error {
 		log.Warn("list cannot find this control plane by itself", "err", err)
 	}
 	defer file.release()
-	if os.Getenv("GOGC") == "" {
-		debug.SetGCPercent(aloneGCPercent)
-	}
 	state, err := o.state("registry", true)
 	var st *store
 	if err == nil {

@@ -20,6 +20,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -226,23 +227,30 @@ type savedChange struct {
 type savedMetrics []metric
 
 func (s savedMetrics) MarshalJSON() ([]byte, error) {
-	out := []byte{'{'}
+	out := append(make([]byte, 0, 32*len(s)+2), '{')
 	for i := range s {
 		if i > 0 {
 			out = append(out, ',')
 		}
-		var value any = s[i].number
+		out = append(appendQuoted(out, s[i].name), ':')
 		if s[i].isText || math.IsInf(s[i].number, 0) || math.IsNaN(s[i].number) {
-			value = s[i].String()
+			out = appendQuoted(out, s[i].String())
+		} else {
+			out = strconv.AppendFloat(out, s[i].number, 'g', -1, 64)
 		}
-		name, err := json.Marshal(s[i].name)
-		text, valueErr := json.Marshal(value)
-		if err := cmp.Or(err, valueErr); err != nil {
-			return nil, err
-		}
-		out = append(append(append(out, name...), ':'), text...)
 	}
 	return append(out, '}'), nil
+}
+
+// appendQuoted appends a text as JSON has it.
+func appendQuoted(out []byte, text string) []byte {
+	for i := range len(text) {
+		if c := text[i]; c < ' ' || c > '~' || c == '"' || c == '\\' {
+			quoted, _ := json.Marshal(text) // which fails for no text
+			return append(out, quoted...)
+		}
+	}
+	return append(append(append(out, '"'), text...), '"')
 }
 
 func (s *savedMetrics) UnmarshalJSON(text []byte) error {
