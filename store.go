@@ -40,6 +40,10 @@ const stateFormat = "flowctl-registry/1"
 // without it. Clients wait as long, of which some give up a heartbeat after 2 s.
 const maxWrite = 1500 * time.Millisecond
 
+// maxGather is the longest that a write waits for changes to share it. After one that took
+// long many come at once: those that have waited for it.
+const maxGather = 100 * time.Millisecond
+
 // batchPause is how long a write for which nobody waits rests after each batch: without, it
 // would take a processor from the heartbeats for a second.
 const batchPause = 3 * time.Millisecond
@@ -109,6 +113,7 @@ type persister struct {
 	registry *registry
 	store    *store
 	told     func(durable bool) // hears whether the registry is durable, when that changes
+	took     time.Duration      // the last write for which somebody waited
 }
 
 // run writes whenever the registry has changed, and every interval for the sake of what was
@@ -123,13 +128,27 @@ func (p *persister) run(ctx context.Context) {
 		case <-ctx.Done():
 			last = true
 		case <-p.registry.persistence.dirty:
+			p.gather(ctx)
 		case <-ticker.C:
 			if !p.registry.isBehind() {
 				continue
 			}
 			urgent = false
 		}
-		p.write(ctx, urgent)
+		begun := time.Now()
+		if p.write(ctx, urgent); urgent {
+			p.took = time.Since(begun)
+		}
+	}
+}
+
+// gather waits for a part of what the last write took.
+func (p *persister) gather(ctx context.Context) {
+	timer := time.NewTimer(min(p.took/4, maxGather))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
 	}
 }
 
@@ -196,30 +215,44 @@ func (p *persister) finish(changes uint64, err error) {
 
 // savedService is a service in the state file: one line of it.
 type savedService struct {
-	ID           string            `json:"id"`
-	Component    string            `json:"component,omitempty"` // of the pipeline
-	Names        []string          `json:"names,omitempty"`
-	Type         string            `json:"type,omitempty"`
-	Name         string            `json:"name,omitempty"`
-	Description  string            `json:"description,omitempty"`
-	Version      string            `json:"version,omitempty"`
-	InputEvents  []string          `json:"input_event_types,omitempty"`
-	OutputEvents []string          `json:"output_event_types,omitempty"`
-	Endpoint     string            `json:"endpoint,omitempty"`
-	MaxInflight  int32             `json:"max_inflight,omitempty"`
-	Metadata     map[string]string `json:"metadata,omitempty"`
-	Registered   time.Time         `json:"registered_at,omitzero"` // zero: it is not
-	LastSeen     time.Time         `json:"last_seen,omitzero"`
-	Declared     string            `json:"declared,omitempty"`
-	Metrics      savedMetrics      `json:"metrics,omitempty"`
-	Health       string            `json:"health"` // of a condition
-	History      []savedChange     `json:"history,omitempty"`
+	ID           string        `json:"id"`
+	Component    string        `json:"component,omitempty"` // of the pipeline
+	Names        []string      `json:"names,omitempty"`
+	Type         string        `json:"type,omitempty"`
+	Name         string        `json:"name,omitempty"`
+	Description  string        `json:"description,omitempty"`
+	Version      string        `json:"version,omitempty"`
+	InputEvents  []string      `json:"input_event_types,omitempty"`
+	OutputEvents []string      `json:"output_event_types,omitempty"`
+	Endpoint     string        `json:"endpoint,omitempty"`
+	MaxInflight  int32         `json:"max_inflight,omitempty"`
+	Metadata     savedTexts    `json:"metadata,omitempty"`
+	Registered   time.Time     `json:"registered_at,omitzero"` // zero: it is not
+	LastSeen     time.Time     `json:"last_seen,omitzero"`
+	Declared     string        `json:"declared,omitempty"`
+	Metrics      savedMetrics  `json:"metrics,omitempty"`
+	Health       string        `json:"health"` // of a condition
+	History      []savedChange `json:"history,omitempty"`
 }
 
 type savedChange struct {
 	Time   time.Time `json:"time"`
 	Health string    `json:"health"`
 	Cause  string    `json:"cause,omitempty"`
+}
+
+// savedTexts are written without reflection, which takes several times as long.
+type savedTexts map[string]string
+
+func (s savedTexts) MarshalJSON() ([]byte, error) {
+	out := append(make([]byte, 0, 64*len(s)+2), '{')
+	for i, name := range slices.Sorted(maps.Keys(s)) {
+		if i > 0 {
+			out = append(out, ',')
+		}
+		out = appendQuoted(append(appendQuoted(out, name), ':'), s[name])
+	}
+	return append(out, '}'), nil
 }
 
 // savedMetrics are an object of numbers and texts. An infinite number is a text, of which
