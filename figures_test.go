@@ -705,7 +705,7 @@ func TestScale(t *testing.T) {
 		t.Parallel()
 	}
 	file := filepath.Join(t.TempDir(), "state.json")
-	p, endpoint := startAlone(t, []string{"-db-path", file}, withBinary(plainFlowctl()))
+	p, endpoint := startAlone(t, []string{"-db-path", file, "-heartbeat-ttl", "5m"}, withBinary(plainFlowctl())) // no heartbeat comes before all have registered
 	pid := p.cmd.Process.Pid
 	begun := time.Now()
 	registerAll(t, endpoint, services, 100)
