@@ -792,6 +792,9 @@ func TestRun_SaysThatOpenFilesRunOut(t *testing.T) {
 			p.exit(exitFailed)
 			h.gone(p, 0)
 			p.has(p.stderr, "component c", tt.want)
+			if tt.port != "" {
+				p.has(p.stderr, "try: raise the limit of open files")
+			}
 		})
 	}
 }
@@ -810,5 +813,5 @@ func TestRun_SaysThatProcessesRunOut(t *testing.T) {
 	p := start(t, runArgs(publicPipeline(t, components...)), withBinary(plainFlowctl()), limited("-u 80 2>/dev/null || ulimit -p 80"), asNobody(uid))
 	p.exit(exitFailed)
 	h.gone(p, 0)
-	p.has(p.stderr, "flowctl: component c", ` failed: cannot run "sleep": the limit of processes is reached (ulimit -u, or TasksMax= of a unit)`)
+	p.has(p.stderr, "flowctl: component c", ` failed: cannot run "sleep": the limit of processes is reached (ulimit -u, or TasksMax= of a unit)`, "try: raise the limit of processes")
 }

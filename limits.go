@@ -64,7 +64,7 @@ const (
 // called from any goroutine.
 type traffic struct {
 	log        *slog.Logger
-	warned     atomic.Int64 // when it was last logged that a bound is reached, in Unix seconds
+	warned     sync.Map // by bound: when it was last logged that it is reached, in Unix seconds
 	calls      atomic.Int64
 	unfinished crowd
 	unread     crowd         // by bytes
@@ -88,10 +88,11 @@ func newTraffic(log *slog.Logger) *traffic {
 	return t
 }
 
-// warn logs that the bound of what is reached, once a minute at most.
+// warn logs that the bound of what is reached, once a minute at most of each.
 func (t *traffic) warn(what string, most int) {
-	now, last := time.Now().Unix(), t.warned.Load()
-	if now-last >= 60 && t.warned.CompareAndSwap(last, now) {
+	now := time.Now().Unix()
+	last, _ := t.warned.LoadOrStore(what, int64(0))
+	if now-last.(int64) >= 60 && t.warned.CompareAndSwap(what, last, now) {
 		t.log.Warn("the control plane is at a bound, the oldest makes room", "bound", what, "at_most", most)
 	}
 }
@@ -314,6 +315,7 @@ func (r registrar) RegisterService(desc *grpc.ServiceDesc, server any) {
 
 // serve serves a call, whose request need not be there yet.
 func (t *traffic) serve(server any, stream grpc.ServerStream, handler grpc.StreamHandler) error {
+	called(stream.Context()) // a stream may go on for ever
 	defer called(stream.Context())
 	defer t.calls.Add(-1)
 	if t.calls.Add(1) > maxCalls {

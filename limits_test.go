@@ -219,6 +219,14 @@ func TestConnections_TheSilentMakeRoom(t *testing.T) {
 	check := neighbour(t, endpoint)
 	used := dialPlane(t, endpoint)
 	used.mustRegister(t, "v1", registration{id: "used"}) // and then says nothing for longer than all strangers
+	watching := dialPlane(t, endpoint)
+	stream, err := operatorv1.NewOperatorClient(watching.conn).Watch(t.Context(), &operatorv1.WatchRequest{Follow: true})
+	if err == nil {
+		_, err = stream.Recv()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 	var strangers []net.Conn
 	for range 2 * most {
 		conn, err := dialRaw(endpoint, preface)
@@ -234,8 +242,10 @@ func TestConnections_TheSilentMakeRoom(t *testing.T) {
 	if closed(strangers[2*most-1]) {
 		t.Error("the last stranger is cut off, too")
 	}
-	if state := used.conn.GetState(); state != connectivity.Ready {
-		t.Errorf("a connection that was in use is %s", state)
+	for what, c := range map[string]planeClient{"was in use": used, "has a stream": watching} {
+		if state := c.conn.GetState(); state != connectivity.Ready {
+			t.Errorf("a connection that %s is %s", what, state)
+		}
 	}
 	p.waitErr(`msg="the control plane is at a bound, the oldest makes room" bound=connections at_most=150`)
 }

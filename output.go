@@ -260,12 +260,14 @@ type console struct {
 	colours bool
 	broken  chan struct{} // closed after the first error
 
-	mu     sync.Mutex        // guards the fields below; held during write, so that a slow reader slows components
+	mu     sync.Mutex        // guards heads and colour; never held during write, so that add does not wait for a reader
 	heads  map[string]string // by id: what stands between the time and the line
 	colour map[string]string // by id: the escape code, empty without colours
-	width  int               // of the longest id
-	buf    []byte
-	err    error
+	width  int               // of the longest id that was known at first
+
+	writing sync.Mutex // guards the fields below; held during write, so that a slow reader slows components
+	buf     []byte
+	err     error
 }
 
 func newConsole(write func([]byte) (int, error), format string, colours bool, ids []string) *console {
@@ -295,8 +297,8 @@ func (c *console) add(id string) {
 
 // lines writes lines of a component.
 func (c *console) lines(id, stream string, lines []byte) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.writing.Lock()
+	defer c.writing.Unlock()
 	if c.err != nil {
 		return
 	}
@@ -317,7 +319,9 @@ func (c *console) lines(id, stream string, lines []byte) {
 
 func (c *console) appendText(id string, lines []byte, now time.Time) {
 	stamp := now.AppendFormat(make([]byte, 0, len(time.TimeOnly)), time.TimeOnly)
+	c.mu.Lock()
 	head, colour := c.heads[id], c.colour[id]
+	c.mu.Unlock()
 	for len(lines) > 0 {
 		var line []byte
 		line, lines = cutLine(lines)

@@ -893,3 +893,30 @@ func TestAnswers_UnwritableOutputIsAnError(t *testing.T) {
 	}
 	run.stop()
 }
+
+// The loop of a run makes components known while nobody reads the output.
+func TestConsole_AddDoesNotWaitForTheReader(t *testing.T) {
+	t.Parallel()
+	writing, read := make(chan struct{}), make(chan struct{})
+	c := newConsole(func(b []byte) (int, error) {
+		close(writing)
+		<-read
+		return len(b), nil
+	}, formatText, false, []string{"a"})
+	var flood sync.WaitGroup
+	flood.Go(func() { c.lines("a", "stdout", []byte("held\n")) })
+	<-writing
+	added := make(chan struct{})
+	go func() {
+		c.add("b")
+		close(added)
+	}()
+	select {
+	case <-added:
+	case <-time.After(patience):
+		t.Error("add waits for the reader")
+	}
+	close(read)
+	flood.Wait()
+	<-added
+}

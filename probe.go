@@ -146,10 +146,11 @@ func describeFailing(c *Component, ch *child, failures int) string {
 	if c.readyOnceRunning() {
 		return "its container does not run yet"
 	}
-	return fmt.Sprintf("health_check %s %s", withoutPassword(ch.fill(c.HealthCheck)), howOften(failures))
+	return fmt.Sprintf("health_check %s %s", withoutPassword(ch.fill(c.HealthCheck)), howOften(min(failures, c.healthRetries())))
 }
 
-// howOften says how often in a row a check has failed. 0 is for failures that do not count.
+// howOften says how often in a row a check has failed, up to the number that makes its
+// component unhealthy: after that the cause stays the same. 0 is for failures that do not count.
 func howOften(failures int) string {
 	switch failures {
 	case 0:

@@ -473,3 +473,13 @@ while :; do sleep 0.05; done`, psql, dbPort, cli, cachePort, cli, queuePort, cli
 	p.has(p.stderr, "msg=ended component=store ", "msg=stopping component=db ", "signal=interrupt", "all components have ended")
 	p.hasNot(p.stderr, "sending SIGKILL", "left its process group")
 }
+
+// A check that goes on failing is one cause, and not another at each failure.
+func TestHealthCheck_CauseOfFailuresStaysTheSame(t *testing.T) {
+	t.Parallel()
+	c := &Component{ID: "a", HealthCheck: "tcp://localhost:1", HealthRetries: 2}
+	at, later := describeFailing(c, &child{}, 2), describeFailing(c, &child{}, 9)
+	if want := "health_check tcp://localhost:1 failed 2 times running"; at != want || later != want {
+		t.Errorf("%q, then %q; want %q both times", at, later, want)
+	}
+}

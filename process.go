@@ -442,7 +442,7 @@ func (l *launcher) healthPort(c *Component) (string, error) {
 	for {
 		port, err := bindPort()
 		if err != nil {
-			return "", fmt.Errorf("cannot find a free port for its HEALTH_PORT: %v", err)
+			return "", fmt.Errorf("cannot find a free port for its HEALTH_PORT: %w", err)
 		}
 		if !taken[port.number] {
 			l.ports[c.ID] = port
@@ -838,8 +838,18 @@ func describeProgram(program, dir string, err error) error {
 	case errors.Is(err, syscall.ENOEXEC):
 		why = noProgram
 	}
-	return fmt.Errorf("cannot run %q: %s", program, why)
+	return &startError{fmt.Sprintf("cannot run %q: %s", program, why), err}
 }
+
+// startError is why a process could not be started: in words for who reads it, and the
+// error of the system call.
+type startError struct {
+	text string
+	err  error
+}
+
+func (e *startError) Error() string { return e.text }
+func (e *startError) Unwrap() error { return e.err }
 
 // Faults of scripts.
 const (

@@ -442,12 +442,17 @@ func startGuard(run, cgroup, enginePath string, r *reaper, log *slog.Logger) (*g
 	return g, nil
 }
 
+var errDismissed = errors.New("the guard is dismissed")
+
 // start starts the process. It has a session of its own, where no terminal reaches it, and no
 // mark in its environment, so that it belongs to no run: neither to this one nor to that of
 // an outer flowctl.
 func (g *guard) start() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if g.isDismissed(0) {
+		return errDismissed
+	}
 	theirs, ours, err := os.Pipe()
 	if err != nil {
 		return err
@@ -494,6 +499,9 @@ func (g *guard) keep() {
 			pause = min(max(2*pause, minGuardPause), maxGuardPause)
 			g.in.Close()
 			err := g.start()
+			if err == errDismissed {
+				return
+			}
 			if err == nil {
 				break
 			}

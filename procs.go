@@ -20,6 +20,9 @@ const (
 	minBackoff   = time.Second      // before the first restart
 	maxBackoff   = 30 * time.Second // the longest pause before a restart, without its jitter
 	healthyReset = time.Minute      // a component that was ready this long starts over with minBackoff
+
+	noticedLate = 100 * time.Millisecond // a timeout that is noticed later than this may be one in which flowctl did not run
+	secondLook  = time.Second            // until such a timeout is judged
 )
 
 // starter starts the processes of components and signals them. Its methods do not wait
@@ -115,6 +118,7 @@ type proc struct {
 
 	health         healthInfo
 	unhealthySince time.Time // zero unless the state is procReady and health is not ok
+	lookedAgain    bool      // at its start or unhealthy timeout, see lookAgain
 
 	attempts int // restarts since it was last ready for healthyReset
 	restarts int
@@ -245,7 +249,7 @@ func (s *supervisor) tell(p *proc, h healthInfo, now time.Time) {
 	case h.ok:
 		p.unhealthySince = time.Time{}
 	case p.unhealthySince.IsZero():
-		p.unhealthySince = now
+		p.unhealthySince, p.lookedAgain = now, false
 	}
 }
 
@@ -393,6 +397,11 @@ func (s *supervisor) expire(now time.Time) {
 		}
 		switch p.state {
 		case procStarting:
+			if p.lookAgain(p.deadline, now) {
+				p.readyBy = now.Add(secondLook)
+				p.deadline = p.readyBy
+				continue
+			}
 			s.failNotReady(p, now)
 			p.deadline = time.Time{}
 		case procBackoff:
@@ -414,6 +423,18 @@ func (s *supervisor) expire(now time.Time) {
 	}
 }
 
+// lookAgain tells whether p, whose timeout was over at the time at, is to be judged a moment
+// later. Where that is noticed late flowctl may not have run, and what p did meanwhile has
+// yet to be heard. It is true once for each timeout, so that a busy machine puts none off
+// again and again.
+func (p *proc) lookAgain(at, now time.Time) bool {
+	if p.lookedAgain || now.Sub(at) <= noticedLate {
+		return false
+	}
+	p.lookedAgain = true
+	return true
+}
+
 // describeStuck says that the process pid has outlived SIGKILL by d.
 func describeStuck(pid int, d time.Duration) string {
 	return fmt.Sprintf("pid %d is still running %s after SIGKILL", pid, d)
@@ -423,7 +444,12 @@ func describeStuck(pid int, d time.Duration) string {
 func (s *supervisor) overdue(now time.Time) []*proc {
 	var out []*proc
 	for _, p := range s.procs {
-		if !s.stopping && !p.unhealthySince.IsZero() && now.Sub(p.unhealthySince) >= s.times.unhealthy {
+		at := p.unhealthySince.Add(s.times.unhealthy)
+		switch {
+		case s.stopping || p.unhealthySince.IsZero() || now.Before(at):
+		case p.lookAgain(at, now):
+			p.unhealthySince = now.Add(secondLook - s.times.unhealthy)
+		default:
 			out = append(out, p)
 		}
 	}
@@ -690,7 +716,7 @@ func (s *supervisor) finishRetiring() (gone []string) {
 // transition is the one place that changes a component's state.
 func (s *supervisor) transition(p *proc, to procState, deadline time.Time) {
 	p.log.Debug("state", "from", p.state, "to", to)
-	p.state, p.deadline = to, deadline
+	p.state, p.deadline, p.lookedAgain = to, deadline, false
 	if to != procReady {
 		p.unhealthySince = time.Time{}
 	}

@@ -546,14 +546,17 @@ func (r *run) signalled(sig os.Signal, now time.Time) {
 
 // heededSignal is the last signal that the run heeded before its stop.
 type heededSignal struct {
-	sig os.Signal // nil for none
+	sig os.Signal // nil for none, or for whichever may have ended the command
 	at  time.Time
 }
 
 // isRepeated tells whether sig is the request that was heeded, come by another way: a shell
-// and the kernel both tell of a terminal that is closed, and timeout(1) tells the group and
-// its child.
+// and the kernel both tell of a terminal that is closed, timeout(1) tells the group and its
+// child, and a terminal tells flowctl and the command that ends by it.
 func (h heededSignal) isRepeated(sig os.Signal, now time.Time) bool {
+	if h.sig == nil {
+		return !h.at.IsZero() && now.Sub(h.at) < repeatTime
+	}
 	if sig == syscall.SIGHUP {
 		return h.sig != nil && h.sig != syscall.SIGINT
 	}
@@ -584,9 +587,12 @@ func (r *run) commandEnded(status syscall.WaitStatus, now time.Time) {
 	code, err := r.wrapped.exited(status)
 	r.log.Info("command ended", "reason", describeExit(status))
 	if r.sup.stopping { // it was asked to end
-		r.code = cmp.Or(r.code, code)
+		if r.code == exitOK {
+			r.code, r.err = code, err
+		}
 		return
 	}
+	r.heeded = heededSignal{at: now} // one that ended the command may be about to arrive here too
 	r.stopBy(code, err, now)
 }
 

@@ -19,18 +19,22 @@ func TestHeededSignal_IsRepeated(t *testing.T) {
 		after        time.Duration
 		want         bool
 	}{
-		{nil, syscall.SIGTERM, 0, false},
+		{nil, syscall.SIGTERM, repeatTime - 1, true}, // the command has just ended, maybe by the same
+		{nil, syscall.SIGTERM, repeatTime, false},
 		{syscall.SIGTERM, syscall.SIGTERM, repeatTime - 1, true},
 		{syscall.SIGTERM, syscall.SIGTERM, repeatTime, false},
 		{syscall.SIGTERM, syscall.SIGINT, 0, false},
 		{syscall.SIGHUP, syscall.SIGHUP, time.Hour, true}, // a shell may tell of it much later than the kernel
 		{syscall.SIGTERM, syscall.SIGHUP, time.Hour, true},
 		{syscall.SIGINT, syscall.SIGHUP, 0, false},
-		{nil, syscall.SIGHUP, 0, false},
+		{nil, syscall.SIGHUP, repeatTime, false},
 	} {
 		if got := (heededSignal{tt.heeded, now}).isRepeated(tt.next, now.Add(tt.after)); got != tt.want {
 			t.Errorf("%v, and after %s %v: repeated is %t, want %t", tt.heeded, tt.after, tt.next, got, tt.want)
 		}
+	}
+	if (heededSignal{}).isRepeated(syscall.SIGTERM, now) {
+		t.Error("the first signal counts as repeated")
 	}
 }
 
@@ -51,8 +55,31 @@ func TestRun_LateWakeUpsPutNoStartTimeoutOff(t *testing.T) {
 	for m.byID["a"].failure == nil && m.now.Sub(begun) < time.Minute {
 		look(time.Second/2 + 150*time.Millisecond)
 	}
-	if got := m.now.Sub(begun); got < 30*time.Second || got > 31*time.Second {
-		t.Errorf("failed after %s, want 30s or at the look after that", got)
+	if got := m.now.Sub(begun); got < 30*time.Second || got > 30*time.Second+secondLook+2*time.Second {
+		t.Errorf("failed after %s, want 30s, a second look, and what each is late", got)
+	}
+}
+
+// A timeout that was over while flowctl itself did not run is judged when there was time to
+// hear of what has happened meanwhile.
+func TestRun_TimeoutNoticedLateIsLookedAtAgain(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", nil), comp("b", nil)}, nil)
+	m.startAll()
+	m.tell(m.byID["b"], healthInfo{ok: true}, m.now)
+	m.tell(m.byID["b"], healthInfo{}, m.now)
+	m.now = m.now.Add(33 * time.Second)
+	m.expire(m.now)
+	if got := m.overdue(m.now); len(got) > 0 || m.byID["a"].failure != nil {
+		t.Fatalf("judged at once: %v, %v", got, m.byID["a"].failure)
+	}
+	if got, want := m.next(m.now), m.now.Add(secondLook); !got.Equal(want) {
+		t.Errorf("looked at again in %s, want %s", got.Sub(m.now), secondLook)
+	}
+	m.now = m.now.Add(secondLook + time.Second)
+	m.expire(m.now)
+	if got := m.overdue(m.now); len(got) != 1 || m.byID["a"].failure == nil {
+		t.Errorf("not judged by the second look: %v, %v", got, m.byID["a"].failure)
 	}
 }
 
