@@ -123,7 +123,7 @@ func metricTexts(metrics map[string]any) []string {
 	return parts
 }
 
-// report says what has failed, to a person or as a JSON object of README.
+// report says what has failed, to a person or as a JSON object of docs/commands.md.
 type report struct {
 	Time     time.Time         `json:"time"`
 	Level    string            `json:"level"`
@@ -356,7 +356,7 @@ func trySignal(sig syscall.Signal) string {
 	return "flowctl did not send it: something else on this machine has ended it"
 }
 
-// listedPipeline is a control plane in what list prints. README documents the JSON.
+// listedPipeline is a control plane in what list prints. docs/commands.md documents the JSON.
 type listedPipeline struct {
 	Pipeline   string             `json:"pipeline"` // "" for a control plane alone
 	Endpoint   string             `json:"endpoint"`
