@@ -1,5 +1,5 @@
-// The commands that ask a running flowctl: list, list -watch and reload. They find it by
-// its run file or are given its endpoint, and speak gRPC to it.
+// How a running flowctl is found, by its run file or its endpoint, and asked by gRPC: list and
+// list -watch. ask.go has the other commands.
 
 package main
 
@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -26,14 +27,16 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
 	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 )
 
 const (
+	wholeTime  = 20 * time.Second       // for all of a list that is not to go on
+	maxHeld    = 256 << 20              // bytes that a list may take here, twice what a registry lets others say in it
+	maxMore    = 1 << 20                // bytes of one message of it, which have maxPart or one component
 	answerTime = 2 * time.Second        // for an answer, and for a pipeline that is just starting
 	reloadTime = 30 * time.Second       // for the answer to a reload: flowctl reads a file, so more is a disk that hangs
 	redrawTime = 250 * time.Millisecond // between two redraws of list -watch, at least
@@ -42,9 +45,10 @@ const (
 	leaveScreen = "\x1b[?25h\x1b[?1049l"
 )
 
-// listOptions are the flags of list and reload, and the argument of list.
+// listOptions are the flags of the commands that ask a running flowctl, and the argument of list.
 type listOptions struct {
 	endpoint string // "" for those of the pipelines that run here
+	pipeline string // the name of one of those, "" for the only one, or for list all
 	json     bool
 	watch    bool
 	wait     bool
@@ -52,11 +56,17 @@ type listOptions struct {
 	id       string // of the one component to show, "" for all
 }
 
-// listRuns shows what is registered at the control planes that o names, once or, with
-// o.watch, until a signal. It returns an *exitError where something is not healthy, or a
-// control plane does not answer.
+// listRuns shows what is registered at the control planes that o names, once or with o.watch. It
+// returns an *exitError where something is not healthy, or a control plane does not answer.
 func listRuns(o listOptions) error {
-	runs, starting, err := o.runs(false)
+	var runs []runInfo
+	var starting []error
+	var err error
+	if o.pipeline != "" {
+		runs, err = o.chosen()
+	} else {
+		runs, starting, err = o.runs(false)
+	}
 	if err != nil {
 		return &exitError{code: exitPlane, err: err}
 	}
@@ -74,45 +84,60 @@ func listRuns(o listOptions) error {
 		return listOnce(clients, unasked, o)
 	}
 	for _, err := range unasked {
-		fmt.Fprintln(os.Stderr, markErrors("flowctl: "+printable(err.Error())))
+		complain(err)
 	}
 	return listChanges(clients, o)
 }
 
-// reloadRun has a running pipeline read its file again: the one at o.endpoint, or the
-// one called name, or the only one.
-func reloadRun(o listOptions, name string) error {
+// complain tells of an error with which the command goes on.
+func complain(err error) { fmt.Fprintln(os.Stderr, markErrors("flowctl: "+printable(err.Error()))) }
+
+// one returns a client of the pipeline that o names, or of the only one, or else an *exitError. The
+// caller has to close its connection.
+func (o *listOptions) one() (*listClient, error) {
 	o.wait = true
-	runs, _, err := o.runs(true)
-	if err == nil && o.endpoint == "" {
-		runs, err = choosePipeline(runs, name)
-	}
+	runs, err := o.chosen()
 	if err != nil {
-		return &exitError{code: exitPlane, err: err}
+		return nil, &exitError{code: exitPlane, err: err}
 	}
 	clients, errs := o.connect(runs)
 	if len(errs) > 0 {
-		return &exitError{code: exitPlane, err: errors.Join(errs...)}
+		return nil, &exitError{code: exitPlane, err: errors.Join(errs...)}
 	}
-	client := clients[0]
-	defer client.conn.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), reloadTime)
-	defer cancel()
-	out, err := operatorv1.NewOperatorClient(client.conn).Reload(ctx, &operatorv1.ReloadRequest{}, grpc.WaitForReady(false))
-	switch status.Code(err) {
-	case codes.OK:
-		return printAnswer(reloadText(out) + "\n")
-	case codes.FailedPrecondition:
-		return &exitError{code: exitUsage, err: errors.New(printableLines(status.Convert(err).Message()))}
-	case codes.Unimplemented:
-		return &exitError{code: exitPlane, err: fmt.Errorf("the control plane at %s has no pipeline to reload", client.endpoint)}
-	}
-	return &exitError{code: exitPlane, err: o.noAnswer(client.endpoint, err)}
+	return clients[0], nil
 }
 
-// choosePipeline returns the one of runs that is the pipeline of that name. Without a
-// name that is, in ExecReload= of a unit, its main process (systemd.exec(5)), else the
-// only one.
+// chosen returns the one control plane to ask.
+func (o *listOptions) chosen() ([]runInfo, error) {
+	runs, starting, err := o.runs(true)
+	if err != nil || o.endpoint != "" {
+		return runs, err
+	}
+	if runs, err = choosePipeline(runs, o.pipeline); err != nil {
+		return nil, errors.Join(append([]error{err}, starting...)...)
+	}
+	return runs, nil
+}
+
+// refused is the *exitError for err, with which the control plane at endpoint has answered a command
+// for operators, or has not.
+func (o *listOptions) refused(endpoint, command string, err error) error {
+	said := errors.New(printableLines(status.Convert(err).Message()))
+	switch status.Code(err) {
+	case codes.FailedPrecondition, codes.NotFound, codes.InvalidArgument:
+		return &exitError{code: exitUsage, err: said}
+	case codes.Aborted:
+		return &exitError{code: exitFailed, err: said}
+	case codes.Unimplemented:
+		return &exitError{code: exitPlane, err: fmt.Errorf("the control plane at %s has no pipeline to %s", endpoint, command)}
+	case codes.PermissionDenied:
+		return &exitError{code: exitPlane, err: said}
+	}
+	return &exitError{code: exitPlane, err: o.noAnswer(endpoint, err)}
+}
+
+// choosePipeline returns the one of runs that is the pipeline of that name. Without a name that is, in
+// ExecReload= of a unit, its main process (systemd.exec(5)), else the only one.
 func choosePipeline(runs []runInfo, name string) ([]runInfo, error) {
 	runs = slices.DeleteFunc(runs, func(r runInfo) bool { return r.Pipeline == "" })
 	main, _ := strconv.Atoi(os.Getenv("MAINPID"))
@@ -153,8 +178,7 @@ func reloadText(out *operatorv1.ReloadResponse) string {
 	return fmt.Sprintf("reloaded: %s; %d unchanged", strings.Join(parts, ", "), out.GetUnchanged())
 }
 
-// dialable tells whether endpoint is host:port or unix:PATH. The other schemes of grpc
-// are refused.
+// dialable tells whether endpoint is host:port or unix:PATH, not another scheme of grpc.
 func dialable(endpoint string) bool {
 	if path, ok := strings.CutPrefix(endpoint, "unix:"); ok {
 		return strings.Trim(path, "/") != ""
@@ -164,15 +188,23 @@ func dialable(endpoint string) bool {
 	return err == nil && portErr == nil
 }
 
-// runs returns the control planes to ask, and an error for each that does not listen
-// yet. With o.wait those are waited for where nothing else runs, or with all.
+// runs returns the control planes to ask, and an error for each that does not listen yet. With o.wait
+// those are waited for where nothing else runs, or with all.
 func (o *listOptions) runs(all bool) ([]runInfo, []error, error) {
 	if o.endpoint != "" {
-		return []runInfo{{Endpoint: o.endpoint, TLS: o.tls != (tlsFlags{})}}, nil, nil
+		run := runInfo{Endpoint: o.endpoint, TLS: o.tls != (tlsFlags{})}
+		if known, _, err := findRuns(); err == nil && o.tls == (tlsFlags{}) {
+			for _, here := range known {
+				if here.Endpoint == o.endpoint && !here.ofAnother() { // who may have named it for the calls to come there
+					run.path = here.path
+				}
+			}
+		}
+		return []runInfo{run}, nil, nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), answerTime)
 	defer cancel()
-	return awaitRuns(ctx, o.wait, all)
+	return awaitRuns(ctx, o.wait, all, complain)
 }
 
 // connect returns a client for each of runs, or an error. It does not dial yet.
@@ -182,43 +214,94 @@ func (o *listOptions) connect(runs []runInfo) (clients []*listClient, errs []err
 		return nil, []error{err}
 	}
 	for _, run := range runs {
-		with := creds
-		if !run.TLS {
-			with = insecure.NewCredentials()
+		err := error(nil)
+		var conn *grpc.ClientConn
+		if o.tls != (tlsFlags{}) && !run.TLS {
+			err = errors.New("it has no TLS, which -tls-cert, -tls-key and -tls-ca-cert ask for")
+		} else {
+			conn, err = run.connect(creds, o.wait, o.tls != (tlsFlags{}))
 		}
-		conn, err := newConn(run.Endpoint, with, o.wait)
 		if err != nil {
 			errs = append(errs, fmt.Errorf("endpoint %q: %v", run.Endpoint, err))
 			continue
 		}
 		clients = append(clients, &listClient{
-			endpoint: run.Endpoint, conn: conn, records: make(map[int64]*listedComponent),
+			endpoint: run.Endpoint, run: run, conn: conn, records: make(map[int64]*listedComponent), weights: make(map[int64]int),
 			pipeline: listedPipeline{Pipeline: run.Pipeline, Endpoint: run.Endpoint},
 		})
 	}
 	return clients, errs
 }
 
-// newConn returns a connection to the control plane at endpoint. With wait its calls go
-// on trying to connect until their context ends.
-func newConn(endpoint string, creds credentials.TransportCredentials, wait bool) (*grpc.ClientConn, error) {
-	return grpc.NewClient(endpoint,
+// awaitReady returns when the pipeline of run is ready. It fails where that has ended or does not answer.
+func awaitReady(run runInfo, tls tlsFlags) error {
+	o := listOptions{wait: true, tls: tls}
+	clients, errs := o.connect([]runInfo{run})
+	if len(errs) > 0 {
+		return errs[0]
+	}
+	defer clients[0].conn.Close()
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	stream, err := operatorv1.NewOperatorClient(clients[0].conn).Watch(ctx, &operatorv1.WatchRequest{Follow: true})
+	for told := false; err == nil; {
+		var out *operatorv1.WatchResponse
+		if out, err = stream.Recv(); err != nil {
+			break
+		}
+		switch p := out.GetPipeline(); {
+		case p.GetReady():
+			return nil
+		case p != nil && !told:
+			told = true
+			complain(fmt.Errorf("waiting for the services of %s, pid %d: %s", run.Pipeline, run.PID, p.GetStatus()))
+		}
+	}
+	return fmt.Errorf("the sandbox %s, pid %d, is not ready: %s", run.Pipeline, run.PID, status.Convert(err).Message())
+}
+
+// connect returns a connection to the control plane of run: by its operators' socket where
+// this user may use that, else to its endpoint, as always with byTLS. With wait its calls go on
+// trying to connect until their context ends.
+func (run *runInfo) connect(creds credentials.TransportCredentials, wait, byTLS bool) (*grpc.ClientConn, error) {
+	socket, ok := run.socket()
+	ok = ok && run.ofAnother() // who could have put a link there
+
+	operators := !byTLS && run.path != "" && syscall.Access(socketOf(run.path), 2) == nil // W_OK
+	if operators {
+		socket, ok = socketOf(run.path), true
+	}
+	if operators || !run.TLS {
+		creds = insecure.NewCredentials()
+	}
+	if !ok {
+		return newConn(run.Endpoint, creds, wait)
+	}
+	dial := func(ctx context.Context, _ string) (net.Conn, error) { return dialSocket(ctx, socket) }
+	return newConn("passthrough:///localhost", creds, wait, grpc.WithContextDialer(dial))
+}
+
+// newConn returns a connection to the control plane at endpoint, as connect does.
+func newConn(endpoint string, creds credentials.TransportCredentials, wait bool, more ...grpc.DialOption) (*grpc.ClientConn, error) {
+	return grpc.NewClient(endpoint, append(more,
 		grpc.WithTransportCredentials(creds),
 		grpc.WithNoProxy(),
 		// A stream may have nothing to send for hours: this notices a machine that is gone.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second}),
-		grpc.WithDefaultCallOptions(grpc.WaitForReady(wait), grpc.MaxCallRecvMsgSize(1<<30)),
-		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second, Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond}}))
+		grpc.WithDefaultCallOptions(grpc.WaitForReady(wait)),
+		grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second, Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond}}))...)
 }
 
-// listOnce asks all clients at once and prints their answers. unasked are errors of
-// control planes that have no client.
+// listOnce asks all clients at once and prints their answers. unasked are errors without a client.
 func listOnce(clients []*listClient, unasked []error, o listOptions) error {
 	errs := make([]error, len(clients))
 	var asked sync.WaitGroup
 	for i, c := range clients {
 		asked.Go(func() {
-			errs[i] = c.follow(context.Background(), &operatorv1.WatchRequest{}, func(out *operatorv1.WatchResponse) { c.take(out) })
+			err := c.follow(context.Background(), &operatorv1.WatchRequest{}, func(out *operatorv1.WatchResponse) { c.take(out) })
+			if err != nil {
+				errs[i] = o.noAnswer(c.endpoint, err) // which may take its time, too
+			}
 		})
 	}
 	asked.Wait()
@@ -226,7 +309,7 @@ func listOnce(clients []*listClient, unasked []error, o listOptions) error {
 	failed := unasked
 	for i, c := range clients {
 		if errs[i] != nil {
-			failed = append(failed, o.noAnswer(c.endpoint, errs[i]))
+			failed = append(failed, errs[i])
 		} else if p, ok := c.listed(o.id); ok {
 			pipelines = append(pipelines, p)
 		}
@@ -240,8 +323,10 @@ func listOnce(clients []*listClient, unasked []error, o listOptions) error {
 	if err := o.print(os.Stdout, pipelines); err != nil {
 		return err
 	}
-	unhealthy := func(p listedPipeline) bool {
-		return slices.ContainsFunc(p.Components, func(l *listedComponent) bool { return !l.Healthy })
+	unhealthy := func(p listedPipeline) bool { // beside a pipeline, only what was asked for counts of what is not of it
+		return slices.ContainsFunc(p.Components, func(l *listedComponent) bool {
+			return !l.Healthy && (l.InPipeline || p.Pipeline == "" || o.id != "")
+		})
 	}
 	if len(failed) > 0 || slices.ContainsFunc(pipelines, unhealthy) {
 		return &exitError{code: exitFailed, err: errors.Join(failed...)}
@@ -271,22 +356,25 @@ func (o *listOptions) unknown(clients []*listClient) error {
 	return fmt.Errorf("no component %q is in what runs here: there is %s", clip(o.id), enumerate(ids))
 }
 
-// noAnswer is the error for a call that failed: nobody listens at endpoint, or who does
-// refuses.
+// noAnswer is the error for a call that failed: nobody answers at endpoint, or refuses.
 func (o *listOptions) noAnswer(endpoint string, err error) error {
+	if errors.Is(err, errTooMuch) {
+		return fmt.Errorf("the control plane at %s %v", endpoint, err)
+	}
 	answer := status.Convert(err)
 	switch answer.Code() {
 	case codes.Unavailable, codes.DeadlineExceeded, codes.Canceled: // a client's grpc makes these itself
 		return fmt.Errorf("no control plane answers at %s: %s%s", endpoint, dialReason(answer.Message()), o.tls.hint(endpoint))
+	case codes.Unimplemented:
+		return fmt.Errorf("the control plane at %s has no operator service, which list needs", endpoint)
 	}
 	return fmt.Errorf("the control plane at %s refuses: %s", endpoint, printable(answer.Message()))
 }
 
-// ended is the error for a stream of changes that has ended. With came it had sent
-// something.
+// ended is the error for a stream of changes that has ended. With came it had sent something.
 func (o *listOptions) ended(endpoint string, came bool, err error) error {
 	switch {
-	case errors.Is(err, errLegacy):
+	case status.Code(err) == codes.Unimplemented:
 		return fmt.Errorf("the control plane at %s has no operator service, which -watch needs", endpoint)
 	case err == nil:
 		return fmt.Errorf("the control plane at %s has stopped", endpoint)
@@ -296,8 +384,7 @@ func (o *listOptions) ended(endpoint string, came bool, err error) error {
 	return o.noAnswer(endpoint, err)
 }
 
-// dialReason leaves of grpc's message only the error of the kernel or of TLS. Their
-// errors are not wrapped by a status: its text is all that there is.
+// dialReason leaves of grpc's message only the error of the kernel or of TLS: there is only the text.
 func dialReason(text string) string {
 	if quoted, ok := strings.CutPrefix(text, "connection error: desc = "); ok {
 		if desc, err := strconv.Unquote(quoted); err == nil {
@@ -309,19 +396,24 @@ func dialReason(text string) string {
 }
 
 var (
-	errLegacy = errors.New("the control plane has no operator service")
-	errSilent = fmt.Errorf("nothing came within %s", answerTime)
+	errSilent  = fmt.Errorf("nothing came within %s", answerTime)
+	errEndless = fmt.Errorf("its list has not ended within %s", wholeTime)
+	errTooMuch = fmt.Errorf("lists more than a registry holds: %d services, %d MiB", maxServices, maxHeld>>20)
 )
 
 // listClient asks one control plane, and keeps what it has answered.
 type listClient struct {
 	endpoint string
+	run      runInfo // its path is "" where it has no run file here
 	conn     *grpc.ClientConn
 	pipeline listedPipeline             // without its components
 	records  map[int64]*listedComponent // by the number that the control plane gives a component
 	order    []int64                    // of records, as they came
 	missing  map[int64]bool             // of records, while a snapshot comes: not in it so far
 	complete bool                       // a snapshot has come whole
+	weights  map[int64]int              // bytes that each of records takes, about
+	weight   int                        // of all
+	full     atomic.Bool                // more than maxHeld, or than a registry can have
 }
 
 // follow passes each message of a stream of changes to take until the stream ends: that
@@ -332,16 +424,20 @@ func (c *listClient) follow(ctx context.Context, in *operatorv1.WatchRequest, ta
 	defer cancel(nil)
 	silence := time.AfterFunc(answerTime, func() { cancel(errSilent) })
 	defer silence.Stop()
+	if !in.GetFollow() {
+		defer time.AfterFunc(wholeTime, func() { cancel(errEndless) }).Stop()
+	}
 	err := c.receive(ctx, in, func(out *operatorv1.WatchResponse) {
 		if silence.Stop(); !in.GetFollow() {
 			silence.Reset(answerTime)
 		}
 		take(out)
 	})
-	if err == nil || context.Cause(ctx) != errSilent {
+	cut := context.Cause(ctx)
+	if err == nil || cut != errSilent && cut != errEndless {
 		return err
 	}
-	why := errSilent.Error()
+	why := cut.Error()
 	// Why no attempt to connect has succeeded, grpc says only in this text.
 	if _, latest, ok := strings.Cut(status.Convert(err).Message(), "latest balancer error: "); ok {
 		why += ": " + dialReason(latest)
@@ -349,25 +445,22 @@ func (c *listClient) follow(ctx context.Context, in *operatorv1.WatchRequest, ta
 	return status.Error(codes.DeadlineExceeded, why)
 }
 
-// receive is follow without a limit of time. A control plane without an operator service
-// is asked in the legacy dialect, and one that has no stream left for a single message.
+// receive is follow without a limit of time. Where no stream is left it asks for a single message.
 func (c *listClient) receive(ctx context.Context, in *operatorv1.WatchRequest, take func(*operatorv1.WatchResponse)) error {
 	operator := operatorv1.NewOperatorClient(c.conn)
-	stream, err := operator.Watch(ctx, in)
+	stream, err := operator.Watch(ctx, in, grpc.MaxCallRecvMsgSize(maxMore))
 	for err == nil {
 		var out *operatorv1.WatchResponse
 		if out, err = stream.Recv(); err == nil {
-			take(out)
+			if take(out); c.full.Load() {
+				err = errTooMuch
+			}
 		}
 	}
-	switch code := status.Code(err); {
+	switch {
 	case errors.Is(err, io.EOF):
 		return nil
-	case code == codes.Unimplemented && in.GetFollow():
-		return errLegacy
-	case code == codes.Unimplemented:
-		return c.fetchLegacy(ctx)
-	case code == codes.ResourceExhausted && !in.GetFollow():
+	case status.Code(err) == codes.ResourceExhausted && !in.GetFollow():
 		p, failed := operator.GetPipeline(ctx, &operatorv1.GetPipelineRequest{})
 		if failed != nil {
 			return err
@@ -403,7 +496,11 @@ func (c *listClient) take(out *operatorv1.WatchResponse) []listedEvent {
 	for _, in := range out.GetComponents() {
 		component := listComponent(in)
 		delete(c.missing, in.GetRecord())
-		c.put(in.GetRecord(), component)
+		if c.records[in.GetRecord()] == nil {
+			c.order = append(c.order, in.GetRecord())
+		}
+		c.records[in.GetRecord()] = component
+		c.weigh(in.GetRecord(), componentWeight(in))
 		event().Component = component
 	}
 	gone := slices.Clone(out.GetRemoved())
@@ -419,6 +516,8 @@ func (c *listClient) take(out *operatorv1.WatchResponse) []listedEvent {
 		if l, known := c.records[record]; known { // else it came and went between two messages
 			event().Removed = l.ID
 			delete(c.records, record)
+			c.weigh(record, 0)
+			delete(c.weights, record)
 		}
 	}
 	if len(gone) > 0 {
@@ -427,24 +526,34 @@ func (c *listClient) take(out *operatorv1.WatchResponse) []listedEvent {
 	return events
 }
 
-func (c *listClient) put(record int64, l *listedComponent) {
-	if _, known := c.records[record]; !known {
-		c.order = append(c.order, record)
+// weigh notes how many bytes a record takes now.
+func (c *listClient) weigh(record int64, bytes int) {
+	c.weight += bytes - c.weights[record]
+	c.weights[record] = bytes
+	if c.weight > maxHeld || len(c.records) > maxServices+maxComponents {
+		c.full.Store(true)
 	}
-	c.records[record] = l
 }
 
-// listed returns the pipeline with its components, those of the file first. With an id
-// it has only those of that id, and ok is false where there is none.
+// componentWeight is about what a component takes here: its texts, itself, and each entry in it.
+func componentWeight(c *operatorv1.Component) int {
+	entries := len(c.GetHistory()) + len(c.GetMetadata()) + len(c.GetLabels()) + len(c.GetMetrics()) + len(c.GetTextMetrics()) +
+		len(c.GetInputEventTypes()) + len(c.GetOutputEventTypes())
+	return proto.Size(c) + 512 + 100*entries
+}
+
+// listed returns the pipeline with its components, those of the file first, or with those of an id
+// alone. ok is false where there is none of that id.
 func (c *listClient) listed(id string) (p listedPipeline, ok bool) {
 	p = c.pipeline
 	p.Components = make([]*listedComponent, 0, len(c.records))
-	for _, record := range c.order {
-		if l := c.records[record]; id == "" || l.is(id) {
-			p.Components = append(p.Components, l)
+	for _, inPipeline := range []bool{true, false} {
+		for _, record := range c.order {
+			if l := c.records[record]; l.InPipeline == inPipeline && (id == "" || l.is(id)) {
+				p.Components = append(p.Components, l)
+			}
 		}
 	}
-	slices.SortStableFunc(p.Components, func(a, b *listedComponent) int { return a.rank() - b.rank() })
 	return p, id == "" || len(p.Components) > 0
 }
 
@@ -489,34 +598,6 @@ func listTime(t *timestamppb.Timestamp) *time.Time {
 	return new(t.AsTime())
 }
 
-// fetchLegacy asks a control plane that has no operator service.
-func (c *listClient) fetchLegacy(ctx context.Context) error {
-	services, err := flowctlpb.NewControlPlaneClient(c.conn).ListServices(ctx, &emptypb.Empty{})
-	if err != nil {
-		return err
-	}
-	c.pipeline = listedPipeline{Endpoint: c.endpoint}
-	for i, s := range services.GetServices() {
-		health := unhealthy
-		if s.GetIsHealthy() {
-			health = healthy
-		}
-		component := &listedComponent{
-			ID: s.GetServiceId(), InPipeline: s.GetComponentId() != "",
-			Type: typeName(s.GetServiceType()), Health: health.String(),
-			Healthy: s.GetIsHealthy(), LastSeen: listTime(s.GetLastHeartbeat()),
-		}
-		if id := s.GetComponentId(); id != "" && id != component.ID {
-			component.ID, component.ServiceID = id, component.ID
-		}
-		for name, f := range s.GetMetrics() {
-			component.setMetric(name, f)
-		}
-		c.put(int64(i), component)
-	}
-	return nil
-}
-
 // arrival is a message of one control plane, or the end of its stream.
 type arrival struct {
 	client *listClient
@@ -524,8 +605,7 @@ type arrival struct {
 	err    error                     // why it ended
 }
 
-// listChanges shows the changes of all clients until a signal comes, or until all
-// streams have ended, which is an *exitError.
+// listChanges shows the changes of all clients until a signal, or the end of all streams, an *exitError.
 func listChanges(clients []*listClient, o listOptions) error {
 	v := &watchView{clients: clients, options: o, out: os.Stdout, onScreen: !o.json && isTerminal(os.Stdout) && os.Getenv("TERM") != "dumb"}
 	ctx, stop := untilSignal(v.onScreen)
@@ -541,8 +621,7 @@ func listChanges(clients []*listClient, o listOptions) error {
 	if v.onScreen && canBeSuspended() {
 		signal.Notify(suspends, syscall.SIGTSTP, syscall.SIGCONT)
 	}
-	ticker := time.NewTicker(redrawTime)
-	defer ticker.Stop()
+	redraw := time.Tick(redrawTime)
 	var ends []error
 	for {
 		var err error
@@ -563,7 +642,7 @@ func listChanges(clients []*listClient, o listOptions) error {
 			if err = v.showEnd(a.client, a.err, last); last && err == nil {
 				return &exitError{code: exitPlane, err: errors.Join(ends...)}
 			}
-		case now := <-ticker.C:
+		case now := <-redraw:
 			err = v.draw(now)
 		}
 		if err != nil {
@@ -588,8 +667,8 @@ func (c *listClient) send(ctx context.Context, o listOptions, heartbeats bool, a
 	send(arrival{client: c, err: o.ended(c.endpoint, came, err)})
 }
 
-// untilSignal returns a context that ends by the first signal that asks for an end. The
-// second one ends flowctl at once, which a reader that does not read may hold up.
+// untilSignal returns a context that ends by the first signal that asks for an end. The second ends
+// flowctl at once, which a reader that does not read may hold up.
 func untilSignal(onScreen bool) (context.Context, context.CancelFunc) {
 	ends := []os.Signal{syscall.SIGINT, syscall.SIGTERM}
 	if !signal.Ignored(syscall.SIGHUP) {
@@ -604,8 +683,7 @@ func untilSignal(onScreen bool) (context.Context, context.CancelFunc) {
 	return ctx, stop
 }
 
-// watchView is what list -watch shows: on a terminal the tables, redrawn in place,
-// elsewhere each change.
+// watchView is what list -watch shows: tables on a terminal, redrawn in place, elsewhere each change.
 type watchView struct {
 	clients    []*listClient
 	options    listOptions
@@ -672,8 +750,7 @@ func (v *watchView) show(events []listedEvent) error {
 	return nil
 }
 
-// showEnd shows that the stream of c has ended. Of the last one the tables stay as they
-// are, because the error of list says the rest.
+// showEnd shows that the stream of c has ended. Of the last one the error of list tells.
 func (v *watchView) showEnd(c *listClient, err error, last bool) error {
 	e := listedEvent{Time: time.Now(), Pipeline: c.pipeline.Pipeline, Endpoint: c.pipeline.Endpoint, Ended: err.Error()}
 	switch {

@@ -22,16 +22,12 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
-
-	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
-
-	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 )
 
 // Nothing that a component says can do anything to a terminal.
@@ -49,8 +45,7 @@ func TestList_ShowsNothingRaw(t *testing.T) {
 		})
 	}
 	send := func(status flowctlv1.HealthStatus) {
-		_, err := c.v1.Heartbeat(t.Context(), &flowctlv1.HeartbeatRequest{ServiceId: evil + "1", Metrics: map[string]string{evil: evil}, Status: status})
-		wantCode(t, "heartbeat", err, codes.OK)
+		get(c.v1.Heartbeat(t.Context(), &flowctlv1.HeartbeatRequest{ServiceId: evil + "1", Metrics: map[string]string{evil: evil}, Status: status}))(t)
 	}
 	send(flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY)
 	send(flowctlv1.HealthStatus_HEALTH_STATUS_HEALTHY)
@@ -60,8 +55,7 @@ func TestList_ShowsNothingRaw(t *testing.T) {
 	_, table, tableErr := call(t, "list", "-e", endpoint)
 	_, details, detailsErr := call(t, "list", "-e", endpoint, evil+"1")
 	_, nobody, nobodyErr := call(t, "list", "-e", endpoint, "nobody"+evil)
-	_, err := c.v1.UnregisterComponent(t.Context(), &flowctlv1.UnregisterRequest{ServiceId: evil + "1"})
-	wantCode(t, "deregistration", err, codes.OK)
+	get(c.v1.UnregisterComponent(t.Context(), &flowctlv1.UnregisterRequest{ServiceId: evil + "1"}))(t)
 	watch.waitOut("removed")
 	watch.signal(syscall.SIGINT)
 	<-watch.done
@@ -85,12 +79,12 @@ func TestList_ShowsNothingRaw(t *testing.T) {
 // fakePlane answers as a test wants it to.
 type fakePlane struct {
 	operatorv1.UnimplementedOperatorServer
-	watch func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse)) error
+	watch func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse) error) error
 	get   func() (*operatorv1.Pipeline, error)
 }
 
 func (p fakePlane) Watch(in *operatorv1.WatchRequest, stream grpc.ServerStreamingServer[operatorv1.WatchResponse]) error {
-	err := p.watch(in, func(out *operatorv1.WatchResponse) { _ = stream.Send(out) }) // the stream's end tells the test
+	err := p.watch(in, stream.Send)
 	if err == nil && in.GetFollow() {
 		<-stream.Context().Done()
 	}
@@ -104,18 +98,11 @@ func (p fakePlane) GetPipeline(context.Context, *operatorv1.GetPipelineRequest) 
 // serve returns where p listens until the test is over.
 func (p fakePlane) serve(t *testing.T) string {
 	t.Helper()
-	lis, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	lis := get(net.Listen("tcp", "127.0.0.1:0"))(t)
 	server := grpc.NewServer()
 	operatorv1.RegisterOperatorServer(server, p)
-	served := make(chan error)
-	go func() { served <- server.Serve(lis) }()
-	t.Cleanup(func() {
-		server.Stop()
-		<-served
-	})
+	go server.Serve(lis)
+	t.Cleanup(server.Stop)
 	return lis.Addr().String()
 }
 
@@ -123,14 +110,16 @@ func (p fakePlane) serve(t *testing.T) string {
 // is one all the same.
 func TestList_RefusalIsNoSilence(t *testing.T) {
 	t.Parallel()
-	refuse := func(code codes.Code, why string) func(*operatorv1.WatchRequest, func(*operatorv1.WatchResponse)) error {
-		return func(*operatorv1.WatchRequest, func(*operatorv1.WatchResponse)) error { return status.Error(code, why) }
+	refuse := func(code codes.Code, why string) func(*operatorv1.WatchRequest, func(*operatorv1.WatchResponse) error) error {
+		return func(*operatorv1.WatchRequest, func(*operatorv1.WatchResponse) error) error {
+			return status.Error(code, why)
+		}
 	}
 	full := refuse(codes.ResourceExhausted, "no stream is left")
 	one := func() (*operatorv1.Pipeline, error) {
 		return &operatorv1.Pipeline{Name: "p", Status: "fine", Components: []*operatorv1.Component{{Record: 1, Id: "ledgers", Health: "healthy"}}}, nil
 	}
-	half := func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse)) error {
+	half := func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse) error) error {
 		p, _ := one()
 		send(&operatorv1.WatchResponse{Reset_: true, Pipeline: p, Components: p.GetComponents()})
 		return status.Error(codes.Internal, "a bug")
@@ -146,6 +135,8 @@ func TestList_RefusalIsNoSilence(t *testing.T) {
 		{"denied", fakePlane{watch: refuse(codes.PermissionDenied, "not\x1b[31m you")}, "", exitPlane, "", "refuses: not\ufffd[31m you"},
 		{"broken", fakePlane{watch: refuse(codes.Internal, "a bug")}, "-json", exitPlane, "", "refuses: a bug"},
 		{"broken in the middle", fakePlane{watch: half}, "-json", exitPlane, "", "refuses: a bug"},
+		{"another's", fakePlane{watch: refuse(codes.Unimplemented, "")}, "", exitPlane, "", "has no operator service, which list needs"},
+		{"watched, another's", fakePlane{watch: refuse(codes.Unimplemented, "")}, "-watch", exitPlane, "", "has no operator service, which -watch needs"},
 		{"full", fakePlane{watch: full, get: one}, "", exitOK, "p: fine (pid 0, )\nID ", ""},
 		{"full, in JSON", fakePlane{watch: full, get: one}, "-json", exitOK, `"id": "ledgers"`, ""},
 		{"full of many", fakePlane{watch: full, get: many}, "", exitPlane, "", "refuses: no stream is left"},
@@ -168,12 +159,10 @@ func TestList_RefusalIsNoSilence(t *testing.T) {
 
 // Where no control plane answers, list says so in a moment and why, whether it is to
 // go on or not.
-func TestList_SaysWhyNobodyAnswers(t *testing.T) {
-	t.Parallel()
+func TestList_SaysWhyNobodyAnswers(t *testing.T) { // not in parallel: another test must not hold it up
 	files := newFiles(t, issue(t, newCA(t), nil), newCA(t))
-	secure := start(t, append([]string{"server", "-no-persistence", "-control-plane-port", "0"}, files.mutual()...))
-	stopped := start(t, []string{"server", "-no-persistence", "-control-plane-port", "0"})
-	endpoint := stopped.endpoint()
+	_, secure := startAlone(t, append(files.mutual(), "-no-persistence"))
+	stopped, endpoint := startAlone(t, []string{"-no-persistence"})
 	stopped.signal(syscall.SIGSTOP)
 	for _, tt := range []struct {
 		name     string
@@ -184,15 +173,22 @@ func TestList_SaysWhyNobodyAnswers(t *testing.T) {
 		{"nobody", "127.0.0.1:1", nil, []string{"nothing came within 2s: dial tcp 127.0.0.1:1: connect: connection refused\n"}},
 		{"no file", "unix:/no/such", nil, []string{"nothing came within 2s: dial unix /no/such: connect: no such file or directory\n"}},
 		{"stopped", endpoint, nil, []string{"nothing came within 2s"}},
-		{"TLS", secure.endpoint(), nil, []string{"nothing came within 2s: error reading server preface", "\nflowctl: hint: it speaks TLS"}},
-		{"another CA", secure.endpoint(), files.mutual(), []string{"nothing came within 2s: authentication handshake failed: tls: failed to verify certificate"}},
-		{"another certificate", secure.endpoint(), append(files.flags(), "-tls-ca-cert", files.cert), []string{"nothing came within 2s: ", "\nflowctl: hint: it does not take the certificate of -tls-cert: tls: unknown certificate authority\n"}},
+		{"TLS", secure, nil, []string{"nothing came within 2s: error reading server preface", "\nflowctl: hint: it speaks TLS"}},
+		{"another CA", secure, files.mutual(), []string{"nothing came within 2s: authentication handshake failed: tls: failed to verify certificate"}},
+		{"another certificate", secure, append(files.flags(), "-tls-ca-cert", files.cert), []string{"nothing came within 2s: ", "\nflowctl: hint: it does not take the certificate of -tls-cert: tls: unknown certificate authority\n"}},
 	} {
-		for _, mode := range []string{"-json=false", "-watch", "-watch -json"} {
+		for _, mode := range []string{"", "-json", "-watch", "-watch -json"} {
 			t.Run(tt.name+" "+mode, func(t *testing.T) {
 				t.Parallel()
+				begun := time.Now()
 				p := start(t, slices.Concat([]string{"list", "-e", tt.endpoint}, strings.Fields(mode), tt.flags))
 				p.exit(exitPlane)
+				if took := time.Since(begun); took > 8*time.Second {
+					t.Errorf("it took %s", took)
+				}
+				if mode != "-watch -json" {
+					p.hasNot(p.stdout, "\n")
+				}
 				p.has(p.stderr, append([]string{"flowctl: no control plane answers at " + tt.endpoint + ": "}, tt.want...)...)
 			})
 		}
@@ -216,7 +212,7 @@ func TestList_JSONCannotControlATerminal(t *testing.T) {
 	t.Parallel()
 	const hostile = "a\x7f\u009b2J\u202e\U000e0001\x1b\u2028é🚀"
 	never := &timestamppb.Timestamp{Seconds: 1 << 40}
-	endpoint := fakePlane{watch: func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse)) error {
+	endpoint := fakePlane{watch: func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse) error) error {
 		send(&operatorv1.WatchResponse{Reset_: true, Pipeline: &operatorv1.Pipeline{Name: hostile, Status: hostile, Started: never}, Complete: true, Components: []*operatorv1.Component{{
 			Id: hostile, Metadata: map[string]string{hostile: hostile}, RegisteredAt: never, LastSeen: never, Metrics: map[string]float64{"x": math.NaN()},
 			Process: &operatorv1.Process{Started: never}, History: []*operatorv1.Change{{Time: never, Cause: hostile}},
@@ -266,7 +262,7 @@ func watchEvents(t *testing.T, text string) []string {
 // What is gone when a stream begins anew is told as removed.
 func TestWatch_SnapshotRemovesWhatIsGone(t *testing.T) {
 	t.Parallel()
-	endpoint := fakePlane{watch: func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse)) error {
+	endpoint := fakePlane{watch: func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse) error) error {
 		for _, ids := range []string{"abc", "cbd", "c"} {
 			out := &operatorv1.WatchResponse{Reset_: true}
 			for _, id := range ids {
@@ -283,15 +279,13 @@ func TestWatch_SnapshotRemovesWhatIsGone(t *testing.T) {
 	p := start(t, []string{"list", "-watch", "-json", "-e", endpoint})
 	p.waitOut(`"status":"end"`)
 	p.stop()
-	if got, want := watchEvents(t, p.stdout.String()), append(strings.Fields("a b c c b d a c b d"), "end false"); !slices.Equal(got, want) {
-		t.Errorf("got %q, want %q", got, want)
-	}
+	wantEqual(t, "events", watchEvents(t, p.stdout.String()), append(strings.Fields("a b c c b d a c b d"), "end false"))
 }
 
 // A state file that is not up to date is told when that changes.
 func TestWatch_TellsOfAStateFileThatIsNotWritten(t *testing.T) {
 	t.Parallel()
-	endpoint := fakePlane{watch: func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse)) error {
+	endpoint := fakePlane{watch: func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse) error) error {
 		send(&operatorv1.WatchResponse{Reset_: true, Complete: true, Pipeline: &operatorv1.Pipeline{Name: "p", Status: "one"}})
 		send(&operatorv1.WatchResponse{Pipeline: &operatorv1.Pipeline{Name: "p", Status: "two", Ready: true, NotDurable: "full"}})
 		send(&operatorv1.WatchResponse{Pipeline: &operatorv1.Pipeline{Name: "p", Status: "three", Ready: true, NotDurable: "full"}})
@@ -301,24 +295,27 @@ func TestWatch_TellsOfAStateFileThatIsNotWritten(t *testing.T) {
 	p := start(t, []string{"list", "-watch", "-json", "-e", endpoint})
 	p.waitOut(`"status":"four"`)
 	p.stop()
-	if got, want := watchEvents(t, p.stdout.String()), []string{"one false", "two true full", "three true full", "four false"}; !slices.Equal(got, want) {
-		t.Errorf("got %q, want %q", got, want)
-	}
+	wantEqual(t, "events", watchEvents(t, p.stdout.String()), []string{"one false", "two true full", "three true full", "four false"})
 	p = start(t, []string{"list", "-watch", "-e", endpoint})
 	p.waitOut("four")
 	p.stop()
 	p.has(p.stdout, " p | one\n", " p | two; what is registered would not survive a restart: full\n", " p | three\n", " p | four; what is registered would survive a restart again\n")
 }
 
+// runBesideServer starts a run and a control plane alone, which list finds in dir.
+func runBesideServer(t *testing.T) (dir string, run, server *process) {
+	dir = t.TempDir()
+	run = start(t, runArgs(sleeper(t)), runsIn(dir))
+	server, _ = startAlone(t, []string{"-no-persistence"}, runsIn(dir))
+	run.waitReady()
+	eventually(t, "two run files", func() bool { return len(runFiles(t, filepath.Join(dir, "flowctl"))) == 2 })
+	return dir, run, server
+}
+
 // That one of several has ended is shown where it happens, and the others go on.
 func TestWatch_OneOfSeveralEnds(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
-	run := start(t, runArgs(sleeper(t)), runsIn(dir))
-	server := start(t, []string{"server", "-no-persistence", "-control-plane-port", "0"}, runsIn(dir))
-	run.waitReady()
-	server.endpoint()
-	eventually(t, "two run files", func() bool { return len(runFiles(t, filepath.Join(dir, "flowctl"))) == 2 })
+	dir, run, server := runBesideServer(t)
 	text := start(t, []string{"list", "-watch"}, runsIn(dir))
 	inJSON := start(t, []string{"list", "-watch", "-json"}, runsIn(dir))
 	for _, p := range []*process{text, inJSON} {
@@ -354,15 +351,13 @@ func TestWatch_HangingPlaneIsNoticed(t *testing.T) {
 // A signal ends a watch, and the second one that waits for a reader.
 func TestWatch_SignalEndsItThoughNobodyReads(t *testing.T) {
 	t.Parallel()
-	endpoint := fakePlane{watch: func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse)) error {
-		send(&operatorv1.WatchResponse{Pipeline: &operatorv1.Pipeline{Status: strings.Repeat("x", 1<<20)}}) // more than a pipe holds
+	endpoint := fakePlane{watch: func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse) error) error {
+		send(&operatorv1.WatchResponse{Pipeline: &operatorv1.Pipeline{Status: strings.Repeat("x", 1<<19)}}) // more than a pipe holds
 		return nil
 	}}.serve(t)
 	for _, reads := range []bool{true, false} {
 		out, in, err := os.Pipe()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer out.Close()
 		p := start(t, []string{"list", "-watch", "-e", endpoint}, func(p *process) { p.cmd.Stdout = in })
 		in.Close()
@@ -392,7 +387,7 @@ func TestWatch_SignalEndsItThoughNobodyReads(t *testing.T) {
 func openList(t *testing.T, width, height int, args string) *terminal {
 	t.Helper()
 	c := openTerminal(t, width, height, nil)
-	writeFile(t, filepath.Join(c.dir, "run"), "#!/bin/sh\nexec "+flowctlProgram(t)+" list "+args+"\n")
+	writeFile(t, filepath.Join(c.dir, "run"), "#!/bin/sh\nexec "+flowctlProgram()+" list "+args+"\n")
 	return c
 }
 
@@ -400,7 +395,7 @@ func openList(t *testing.T, width, height int, args string) *terminal {
 // terminal as it was.
 func TestWatch_Screen(t *testing.T) {
 	t.Parallel()
-	endpoint := fakePlane{watch: func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse)) error {
+	endpoint := fakePlane{watch: func(in *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse) error) error {
 		send(&operatorv1.WatchResponse{Reset_: true, Complete: true, Pipeline: &operatorv1.Pipeline{Name: "p", Status: "fine"}, Components: []*operatorv1.Component{
 			{Record: 1, Id: "wide", Endpoint: strings.Repeat("宽", 60), Health: "healthy"}, {Record: 2, Id: "after", Health: "healthy"},
 		}})
@@ -445,12 +440,7 @@ func TestWatch_ScreenOfSeveral(t *testing.T) {
 	nobody.shows("$ ./run", "flowctl: no control plane answers at 127.0.0.1:8080: nothing came within 2s: dial tcp 127.0.0.1:8080: connect: connection refused", "$")
 	nobody.restored()
 
-	dir := t.TempDir()
-	run := start(t, runArgs(sleeper(t)), runsIn(dir))
-	server := start(t, []string{"server", "-no-persistence", "-control-plane-port", "0"}, runsIn(dir))
-	run.waitReady()
-	server.endpoint()
-	eventually(t, "two run files", func() bool { return len(runFiles(t, filepath.Join(dir, "flowctl"))) == 2 })
+	dir, run, server := runBesideServer(t)
 	c := openList(t, 100, 20, "-watch")
 	c.keys("XDG_RUNTIME_DIR="+dir+" ./run", "Enter")
 	c.until("both", func(text string) bool {
@@ -525,42 +515,9 @@ func TestList_TypeAndLabels(t *testing.T) {
 	}
 	var pipelines []listedPipeline
 	_, out, _ = call(t, "list", "-json", "-e", p.endpoint())
-	if err := json.Unmarshal([]byte(out), &pipelines); err != nil {
-		t.Fatal(err)
-	}
+	must(t, json.Unmarshal([]byte(out), &pipelines))
 	if a := pipelines[0].Components[0]; a.TypeInFile != c.Type || !maps.Equal(a.Labels, c.Labels) || strings.Count(out, `"labels"`) != 1 {
 		t.Errorf("list -json\n%s", out)
-	}
-	p.stop()
-}
-
-func TestList_NobodyAnswers(t *testing.T) {
-	t.Parallel()
-	address := "127.0.0.1:" + freePort(t)
-	for _, args := range [][]string{{"list", "-e", address, "-wait=false"}, {"list", "-e", address}, {"list", "-e", "unix:/no/such/socket", "-json"}} {
-		t.Run(strings.Join(args[3:], " "), func(t *testing.T) {
-			t.Parallel()
-			begun := time.Now()
-			p := start(t, args)
-			p.exit(exitPlane)
-			p.has(p.stderr, "flowctl: no control plane answers at "+args[2]+": ")
-			p.hasNot(p.stdout, "\n")
-			if took := time.Since(begun); took > 8*time.Second {
-				t.Errorf("it took %s", took)
-			}
-		})
-	}
-}
-
-func TestList_NothingIsRegistered(t *testing.T) {
-	t.Parallel()
-	p := start(t, []string{"server", "-control-plane-port", "0"})
-	endpoint := p.endpoint()
-	if code, out, stderr := call(t, "list", "-e", endpoint); code != exitOK || !strings.HasSuffix(out, "\nnothing is registered\n") || stderr != "" {
-		t.Errorf("list: exit %d\n%s%s", code, out, stderr)
-	}
-	if code, out, stderr := call(t, "list", "-e", endpoint, "-json"); code != exitOK || !strings.Contains(out, `"components": []`) || stderr != "" {
-		t.Errorf("list -json: exit %d\n%s%s", code, out, stderr)
 	}
 	p.stop()
 }
@@ -569,31 +526,19 @@ func TestList_NothingIsRegistered(t *testing.T) {
 // first, and cuts off the first attempt: so list has come too early.
 func TestList_WaitsForAPlaneThatStarts(t *testing.T) {
 	t.Parallel()
-	lis, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	lis := get(net.Listen("tcp", "127.0.0.1:0"))(t)
 	p := start(t, []string{"list", "-e", lis.Addr().String()})
-	conn, err := lis.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := get(lis.Accept())(t)
 	conn.Close()
 	server := grpc.NewServer()
 	defer server.Stop()
-	flowctlpb.RegisterControlPlaneServer(server, latePlane{})
+	operatorv1.RegisterOperatorServer(server, fakePlane{watch: func(_ *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse) error) error {
+		send(&operatorv1.WatchResponse{Components: []*operatorv1.Component{{Record: 1, Id: "late", Health: "healthy"}}, Reset_: true, Complete: true})
+		return nil
+	}})
 	go server.Serve(lis)
 	p.exit(exitOK)
 	p.has(p.stdout, "late", "healthy")
-}
-
-// latePlane knows only the legacy dialect.
-type latePlane struct {
-	flowctlpb.UnimplementedControlPlaneServer
-}
-
-func (latePlane) ListServices(context.Context, *emptypb.Empty) (*flowctlpb.ServiceList, error) {
-	return &flowctlpb.ServiceList{Services: []*flowctlpb.ServiceStatus{{ServiceId: "late", IsHealthy: true}}}, nil
 }
 
 // List takes but a few times as long as a program that only says its version.
@@ -615,6 +560,75 @@ func TestListTime(t *testing.T) {
 	t.Logf("list: %v, version: %v", list, floor)
 	if most := 10 * floor; list > most && os.Getenv(scaleVar) != "" {
 		t.Errorf("list takes %v, more than %v", list, most)
+	}
+	p.stop()
+}
+
+// A list that has no end, or that is more than a registry can be, is an error, and takes no more
+// memory than the largest list.
+func TestList_HasAnEnd(t *testing.T) { // not in parallel: another test must not hold it up
+	endless := func(pause time.Duration, text string, each int) fakePlane {
+		return fakePlane{watch: func(_ *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse) error) error {
+			send(&operatorv1.WatchResponse{Reset_: true, Pipeline: &operatorv1.Pipeline{Name: "p", Status: "fine"}})
+			for i := int64(0); i < 1<<20; {
+				out := &operatorv1.WatchResponse{}
+				for range each {
+					i++
+					out.Components = append(out.Components, &operatorv1.Component{Record: i, Id: "a", Description: text})
+				}
+				if send(out) != nil {
+					return nil // list has ended
+				}
+				time.Sleep(pause)
+			}
+			return nil
+		}, get: func() (*operatorv1.Pipeline, error) { return nil, status.Error(codes.ResourceExhausted, "too many") }}
+	}
+	for _, tt := range []struct {
+		name  string
+		plane fakePlane
+		flags string
+		want  string
+	}{
+		{"many", endless(0, "", 500), "", "the control plane at %s lists more than a registry holds: 131072 services, 256 MiB\n"},
+		{"many, watched", endless(0, "", 500), "-watch", "the control plane at %s lists more than a registry holds: 131072 services, 256 MiB\n"},
+		{"large", endless(0, strings.Repeat("x", 512<<10), 1), "-json", "the control plane at %s lists more than a registry holds: 131072 services, 256 MiB\n"},
+		{"a large part", endless(0, strings.Repeat("x", 2<<20), 1), "", "the control plane at %s refuses: grpc: received message larger than max (20"},
+		{"slow", endless(200*time.Millisecond, "", 1), "", "no control plane answers at %s: its list has not ended within 20s\n"},
+	} {
+		t.Run(tt.name, func(t *testing.T) { // one at a time: the others would slow it down
+			endpoint := tt.plane.serve(t)
+			p := start(t, append([]string{"list", "-e", endpoint}, strings.Fields(tt.flags)...), stdoutTo(io.Discard), withBinary(plainFlowctl()))
+			most := 0
+			for ended := false; !ended; {
+				select {
+				case <-p.done:
+					ended = true
+				case <-time.After(10 * time.Millisecond):
+					now, _ := memoryOf(p.cmd.Process.Pid, "VmHWM")
+					most = max(most, now)
+				}
+			}
+			p.exit(exitPlane)
+			p.has(p.stderr, "flowctl: "+fmt.Sprintf(tt.want, endpoint))
+			if t.Logf("%.0f MiB", mib(most)); most > 1<<30 {
+				t.Errorf("it took %.0f MiB", mib(most))
+			}
+		})
+	}
+}
+
+// Beside a pipeline, what others have registered does not make list fail: unless it is asked for.
+func TestList_StrangersDoNotCountBesideAPipeline(t *testing.T) {
+	t.Parallel()
+	p := launch(t, writePipeline(t, actor("a", role{Dialect: "v1"})), "-heartbeat-ttl", "3s")
+	p.waitReady()
+	dialPlane(t, p.endpoint()).mustRegister(t, "v1", registration{id: "stranger"})
+	p.waitErr("msg=unhealthy id=stranger ")
+	for args, want := range map[string]int{"": exitOK, " a": exitOK, " stranger": exitFailed} {
+		if code, out, stderr := call(t, strings.Fields("list -e "+p.endpoint()+args)...); code != want {
+			t.Errorf("list%s: exit %d, want %d\n%s%s", args, code, want, out, stderr)
+		}
 	}
 	p.stop()
 }

@@ -95,17 +95,9 @@ func findEngine(name string) (*engine, error) {
 	return nil, fmt.Errorf("-engine %q: cannot run it: %v", name, cause(err))
 }
 
-// usable tells whether the run may have containers.
-func (e *engine) usable() bool { return e != nil && e.missing == nil }
-
 // checkImages fails where p has images and there is no engine to run them.
 func (e *engine) checkImages(p *Pipeline) error {
-	var ids []string
-	for _, c := range p.components() {
-		if c.Image != "" {
-			ids = append(ids, c.ID)
-		}
-	}
+	ids := p.idsWhere(func(c *Component) bool { return c.Image != "" })
 	switch {
 	case len(ids) == 0:
 		return nil
@@ -130,13 +122,12 @@ func (e *engine) removeAbandoned(ctx context.Context) (names []string, err error
 	return names, err
 }
 
-// pullMissing pulls the images of p that the engine does not have, and says at once which
-// cannot be pulled. It calls progress for each image, first with "" and then with each line
-// that the engine prints.
+// pullMissing pulls the images of p that the engine does not have, and says at once which cannot be
+// pulled. It calls progress for each image, first with "" and then with each line of the engine.
 func (e *engine) pullMissing(ctx context.Context, p *Pipeline, progress func(image, said string)) error {
 	var problems []error
 	for _, image := range p.images() {
-		if e.findImage(ctx, image) == nil {
+		if _, err := e.ask(ctx, "image", "inspect", image); err == nil {
 			continue
 		}
 		if err := e.pull(ctx, image, progress); err != nil {
@@ -148,15 +139,15 @@ func (e *engine) pullMissing(ctx context.Context, p *Pipeline, progress func(ima
 
 // checkNew fails for images of p that the engine does not have, those in use excepted: a
 // pipeline that runs does not wait for a pull. It waits for the engine, at most engineTimeout.
-func (e *engine) checkNew(ctx context.Context, p *Pipeline, used map[string]bool) error {
+func (e *engine) checkNew(ctx context.Context, p *Pipeline, used []string) error {
 	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
 	defer cancel()
 	var problems []error
 	for _, image := range p.images() {
-		if used[image] {
+		if slices.Contains(used, image) {
 			continue
 		}
-		if err := e.findImage(ctx, image); err != nil {
+		if _, err := e.ask(ctx, "image", "inspect", image); err != nil {
 			problems = append(problems, fmt.Errorf("%s: image %q cannot be used: %v (try: %s pull %[2]s)", enumerate(p.usersOf(image)), image, err, e.name))
 		}
 	}
@@ -178,11 +169,13 @@ func containerEndpoint(addr net.Addr, endpoint string) string {
 	return endpoint
 }
 
-// container returns the command line that runs c with the environment env, and its container.
-// number is another for each start of the run.
+// runID returns the id of the run whose mark this is: what an outer flowctl has put before it is left
+// out. It is no secret; those of the components come after the mark.
+func runID(mark string) string { return mark[strings.LastIndexByte(mark, '/')+1:] }
+
+// container returns the command line that runs c, and its container. No two starts have one number.
 func (e *engine) container(c *Component, env []string, number int) (*exec.Cmd, *container) {
-	run := e.run[strings.LastIndexByte(e.run, '/')+1:]
-	name := fmt.Sprintf("flowctl-%s-%s-%d-%s", e.pipeline, c.ID, number, strings.ToLower(run))
+	name := fmt.Sprintf("flowctl-%s-%s-%d-%s", e.pipeline, c.ID, number, strings.ToLower(runID(e.run)))
 	// What is printed goes to flowctl alone, and a missing image is not fetched now.
 	args := []string{"run", "--rm", "--name=" + name, "--pull=never", "--log-driver=none"}
 	for _, label := range [][2]string{{labelPipeline, e.pipeline}, {labelComponent, c.ID}, {labelRun, e.run}, {labelOwner, e.ownerLabel}} {
@@ -192,7 +185,7 @@ func (e *engine) container(c *Component, env []string, number int) (*exec.Cmd, *
 	args = append(args, c.containerOptions(vars)...)
 	cmd := exec.Command(e.path)
 	cmd.Args[0] = e.name
-	cmd.Env = slices.Concat(e.env, []string{"FLOWCTL_COMPONENT_ID=" + c.ID})
+	cmd.Env = slices.Clone(e.env)
 	for _, name := range byName {
 		args = append(args, "--env="+name)
 		cmd.Env = append(cmd.Env, name+"="+vars[name])
@@ -200,6 +193,9 @@ func (e *engine) container(c *Component, env []string, number int) (*exec.Cmd, *
 	cmd.Args = slices.Concat(cmd.Args, args, []string{"--env-file=/dev/stdin", c.Image}, c.Args)
 	return cmd, &container{e, name, file}
 }
+
+// tlsVars are those of flowctl's own variables that a component with "tls": true alone has. They name files.
+var tlsVars = []string{"FLOWCTL_TLS_CA", "FLOWCTL_TLS_CERT", "FLOWCTL_TLS_KEY"}
 
 // containerOptions returns the options of ENGINE run that the pipeline file decides on. vars
 // is the environment: the files that flowctl names in it are mounted at the same place.
@@ -220,8 +216,8 @@ func (c *Component) containerOptions(vars map[string]string) []string {
 	if c.User != "" {
 		args = append(args, "--user="+c.User)
 	}
-	for _, name := range []string{"FLOWCTL_TLS_CA", "FLOWCTL_TLS_CERT", "FLOWCTL_TLS_KEY"} {
-		if path := vars[name]; path != "" {
+	for _, name := range tlsVars {
+		if path := vars[name]; c.TLS && path != "" {
 			args = append(args, "--volume="+path+":"+path+":ro")
 		}
 	}
@@ -231,18 +227,12 @@ func (c *Component) containerOptions(vars map[string]string) []string {
 	return args
 }
 
-// splitEnv returns the environment env as a map, and as a file for --env-file. Variables do
-// not go by the arguments of the command line, which all users can read, nor by its own
-// environment, where PATH or DOCKER_HOST would have an effect on the engine. byName are those
-// that the file cannot hold, such as a value with a line break: they have to go by the
-// environment of the command line after all.
+// splitEnv returns the environment env as a map, and as a file for --env-file: all users can read
+// arguments, and in the command line's own environment PATH or DOCKER_HOST would affect the engine.
+// byName are those that the file cannot hold, such as a line break: they go by the latter after all.
 func splitEnv(env []string) (vars map[string]string, file string, byName []string) {
 	const most = 32 << 10 // a line of 64 KiB is too long for docker (bufio.Scanner)
-	vars = make(map[string]string)
-	for _, entry := range env {
-		name, value, _ := strings.Cut(entry, "=")
-		vars[name] = value
-	}
+	vars = envMap(env)
 	var lines strings.Builder
 	for _, name := range slices.Sorted(maps.Keys(vars)) {
 		if value := vars[name]; strings.ContainsAny(value, "\r\n") || !utf8.ValidString(value) || len(value) > most {
@@ -252,6 +242,30 @@ func splitEnv(env []string) (vars map[string]string, file string, byName []strin
 		}
 	}
 	return vars, lines.String(), byName
+}
+
+// running returns the containers of the run that run now.
+func (e *engine) running() (out runningContainers, err error) {
+	names, err := e.ask(context.Background(), "ps", "--filter", "label="+labelRun+"="+e.run, "--format", "{{.Names}}")
+	if err != nil || names == "" {
+		return out, err
+	}
+	const format = `{{.State.Pid}} {{index .Config.Labels "` + labelComponent + `"}}{{range .NetworkSettings.Networks}} {{.IPAddress}}{{end}}`
+	lines, err := e.ask(context.Background(), slices.Concat([]string{"inspect", "--format", format}, strings.Fields(names))...)
+	out = runningContainers{byPID: make(map[int]string), byAddr: make(map[string]string)}
+	for line := range strings.Lines(lines) {
+		fields := strings.Fields(line)
+		if len(fields) < 2 {
+			continue
+		}
+		if pid, _ := strconv.Atoi(fields[0]); pid > 0 {
+			out.byPID[pid] = fields[1]
+		}
+		for _, addr := range fields[2:] {
+			out.byAddr[addr] = fields[1]
+		}
+	}
+	return out, err
 }
 
 // inside returns the command that runs argv in the container, or argv where ctr is nil.
@@ -330,14 +344,7 @@ func (e *engine) noAnswer(err error) error {
 	return fmt.Errorf("the container engine %s cannot be used: %v (%s)", e.name, err, advice)
 }
 
-// findImage fails where the engine does not have the image.
-func (e *engine) findImage(ctx context.Context, image string) error {
-	_, err := e.ask(ctx, "image", "inspect", image)
-	return err
-}
-
-// pull pulls an image, however long that takes. The last line that the engine prints is the
-// reason of a failure.
+// pull pulls an image, however long that takes. The engine's last line is the reason of a failure.
 func (e *engine) pull(ctx context.Context, image string, progress func(image, said string)) error {
 	progress(image, "")
 	r, w := io.Pipe()
@@ -389,8 +396,7 @@ func (e *engine) ask(ctx context.Context, args ...string) (string, error) {
 	return out.String(), err
 }
 
-// command returns a command of the engine. It leads a process group, so that Ctrl-C on a
-// terminal does not end it.
+// command returns a command of the engine, in a process group that Ctrl-C does not reach.
 func (e *engine) command(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, e.path, args...)
 	cmd.Args[0], cmd.Env = e.name, e.env

@@ -92,13 +92,10 @@ func openPodman(t *testing.T) *engineLab {
 	}
 	folder := engineFolder(t)
 	writeFile(t, folder+"/containers.conf", "[containers]\ndefault_ulimits = [\"nofile=1024:1024\", \"nproc=1024:1024\"]\n")
-	l.program = writeFile(t, folder+"/podman", fmt.Sprintf(`#!/bin/sh
+	l.program = writeProgram(t, folder+"/podman", fmt.Sprintf(`#!/bin/sh
 export CONTAINERS_CONF=%[1]s/containers.conf
 exec podman --root %[1]s/root --runroot %[1]s/run --tmpdir %[1]s/tmp --storage-driver vfs --cgroup-manager cgroupfs --events-backend file "$@"
 `, folder))
-	if err := os.Chmod(l.program, 0o755); err != nil {
-		t.Fatal(err)
-	}
 	l.load(t, "import", "-", boxImage)
 	return l
 }
@@ -239,16 +236,13 @@ func stubEngine(t *testing.T) (program, notes string) {
 	t.Helper()
 	folder := t.TempDir()
 	program, notes = filepath.Join(folder, "engine"), filepath.Join(folder, "notes")
-	writeFile(t, program, fmt.Sprintf(`#!/bin/sh
+	writeProgram(t, program, fmt.Sprintf(`#!/bin/sh
 cd %q
 case $1 in
 run) for arg; do echo "arg $arg" >>notes; done; sed 's/^/env /' >>notes; echo $$ >pid; echo up; exec sleep 300 ;;
 kill) echo "signal $3" >>notes; [ $(grep -c signal notes) -gt 2 ] && kill -s ${3#SIG} $(cat pid) ;;
 esac
 `, folder))
-	if err := os.Chmod(program, 0o755); err != nil {
-		t.Fatal(err)
-	}
 	return program, notes
 }
 
@@ -283,10 +277,7 @@ func TestContainer_WithPortsHasItsOwnNetwork(t *testing.T) {
 func TestContainer_EndsBeforeItIsSeen(t *testing.T) {
 	t.Parallel()
 	for status, want := range map[string]int{"0": exitOK, "127": exitFailed} {
-		engine := writeFile(t, filepath.Join(t.TempDir(), "engine"), "#!/bin/sh\ncase $1 in run) exit "+status+" ;; inspect) echo no such object >&2; exit 1 ;; esac\n")
-		if err := os.Chmod(engine, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		engine := writeProgram(t, filepath.Join(t.TempDir(), "engine"), "#!/bin/sh\ncase $1 in run) exit "+status+" ;; inspect) echo no such object >&2; exit 1 ;; esac\n")
 		p := (&engineLab{program: engine}).launch(t, "unseen", []Component{box("store", "live")}, "-until", "ready")
 		p.exit(want)
 		if ready := strings.Contains(p.stderr.String(), "msg=ready"); ready != (want == exitOK) {
@@ -315,10 +306,7 @@ func TestEngine_NoImageNeedsNone(t *testing.T) {
 	t.Parallel()
 	file := writePipeline(t, Component{ID: "ledgers", Command: []string{"/bin/sleep", "300"}, Register: new(false)})
 	missing := start(t, append(runArgs(file), "-orchestrator", "container"), withEnv("PATH="+t.TempDir()))
-	deaf := writeFile(t, filepath.Join(t.TempDir(), "engine"), "#!/bin/sh\nsleep 300\n")
-	if err := os.Chmod(deaf, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	deaf := writeProgram(t, filepath.Join(t.TempDir(), "engine"), "#!/bin/sh\nsleep 300\n")
 	silent := start(t, append(runArgs(file), "-orchestrator", "container", "-engine", deaf))
 	for _, p := range []*process{missing, silent} {
 		p.waitReady()
@@ -330,10 +318,7 @@ func TestEngine_NoImageNeedsNone(t *testing.T) {
 func TestEngine_RemoveWaitsBetweenTries(t *testing.T) {
 	t.Parallel()
 	folder := t.TempDir()
-	program := writeFile(t, filepath.Join(folder, "engine"), fmt.Sprintf("#!/bin/sh\necho $1 >>%s/notes\n[ $1 = ps ] && echo stuck\n[ $1 != rm ]\n", folder))
-	if err := os.Chmod(program, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	program := writeProgram(t, filepath.Join(folder, "engine"), fmt.Sprintf("#!/bin/sh\necho $1 >>%s/notes\n[ $1 = ps ] && echo stuck\n[ $1 != rm ]\n", folder))
 	e, err := findEngine(program)
 	if err != nil {
 		t.Fatal(err)
@@ -353,10 +338,7 @@ func TestEngine_RemoveWaitsBetweenTries(t *testing.T) {
 // open: here a process that has its standard input, and does not read it.
 func TestContainer_SignalDoesNotWait(t *testing.T) {
 	t.Parallel()
-	program := writeFile(t, filepath.Join(t.TempDir(), "engine"), "#!/bin/sh\n[ $1 = run ] || exit 0\nexec 3<&0\nsetsid sleep 300 <&3 >/dev/null 2>&1 &\n")
-	if err := os.Chmod(program, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	program := writeProgram(t, filepath.Join(t.TempDir(), "engine"), "#!/bin/sh\n[ $1 = run ] || exit 0\nexec 3<&0\nsetsid sleep 300 <&3 >/dev/null 2>&1 &\n")
 	e, err := findEngine(program)
 	if err != nil {
 		t.Fatal(err)
@@ -376,7 +358,6 @@ func TestContainer_SignalDoesNotWait(t *testing.T) {
 		case <-time.After(time.Millisecond):
 		}
 	}
-	l.endStrays("a")
 	if longest > outputGrace/2 {
 		t.Errorf("a signal took %s", longest)
 	}
@@ -385,10 +366,7 @@ func TestContainer_SignalDoesNotWait(t *testing.T) {
 // A pull that takes long ends by a signal, and nothing has started.
 func TestEngine_StopWhilePulling(t *testing.T) {
 	t.Parallel()
-	engine := writeFile(t, filepath.Join(t.TempDir(), "engine"), "#!/bin/sh\ncase $1 in image) exit 1 ;; pull) echo layers; exec sleep 300 ;; esac\n")
-	if err := os.Chmod(engine, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	engine := writeProgram(t, filepath.Join(t.TempDir(), "engine"), "#!/bin/sh\ncase $1 in image) exit 1 ;; pull) echo layers; exec sleep 300 ;; esac\n")
 	p := (&engineLab{program: engine}).launch(t, "pulls", []Component{box("store", "live")})
 	p.waitErr("msg=pulling image=" + boxImage + " said=layers")
 	p.stop()
@@ -557,8 +535,8 @@ func (l *engineLab) testEnvironment(t *testing.T) {
 	}
 	p := l.start(t, file, nil, withEnv("FROM_OUTSIDE=1"))
 	p.waitOut("up describe")
-	argv, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", p.pid("store")))
-	if strings.Contains(string(argv), "hush-hush") || !strings.Contains(string(argv), "--network=host") {
+	argv := procFile(p.pid("store"), "cmdline")
+	if strings.Contains(argv, "hush-hush") || !strings.Contains(argv, "--network=host") {
 		t.Errorf("the command line is %q", argv)
 	}
 	p.stop()
@@ -595,7 +573,7 @@ func (l *engineLab) testNoImage(t *testing.T) {
 	file := l.write(t, "no-image", shell("ledgers", "echo started"),
 		Component{ID: "a", Image: "127.0.0.1:1/none:1"}, Component{ID: "b", Image: "127.0.0.1:1/other:1"}, Component{ID: "c", Image: "127.0.0.1:1/none:1"})
 	p := l.start(t, file, nil)
-	p.exit(exitUsage)
+	p.exit(exitPlane) // it can pass by itself
 	p.has(p.stderr, "msg=pulling image=127.0.0.1:1/none:1", `a, c: image "127.0.0.1:1/none:1" is not here and cannot be pulled: `, `b: image "127.0.0.1:1/other:1" is not here and cannot be pulled: `)
 	p.hasNot(p.stderr, "msg=started", "msg=listening")
 }
@@ -665,7 +643,7 @@ func (l *engineLab) testRefusedSocket(t *testing.T) {
 		{func(p *process) { asNobody(65531)(p); p.cmd.SysProcAttr.Credential.Gid = 65531 }, "run flowctl as a user who may use that socket"},
 	} {
 		p := l.start(t, publicPipeline(t, box("store", "live")), nil, tt.option)
-		p.exit(exitUsage)
+		p.exit(exitPlane)
 		p.has(p.stderr, "flowctl: the container engine docker cannot be used: ", tt.want)
 		p.hasNot(p.stderr, "msg=started", "msg=listening")
 	}

@@ -26,7 +26,7 @@ import (
 
 func TestRun_StopsOnSignal(t *testing.T) {
 	t.Parallel()
-	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP} {
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT} {
 		t.Run(sig.String(), func(t *testing.T) {
 			t.Parallel()
 			p := launch(t, writePipeline(t, actor("ledgers", role{Dialect: "legacy"}), actor("store", role{Dialect: "v1"})))
@@ -89,22 +89,195 @@ func TestRun_UntilReady(t *testing.T) {
 	inOrder(t, readJournal(t, journal), "start ledgers", "start store", "stop ledgers", "stop store")
 }
 
-func TestRun_FailsWhenAComponentEndsUnasked(t *testing.T) {
+// A program that dies as it starts is never ready, also where nothing tells of it but that it runs.
+func TestRun_DyingProgramIsNotReady(t *testing.T) {
 	t.Parallel()
-	p := launch(t, writePipeline(t, actor("ledgers", role{Dialect: "legacy"}), actor("store", role{Dialect: "v1", OnUSR1: "exit", Code: 7})))
-	p.waitReady()
-	p.tell("store", syscall.SIGUSR1)
-	p.exit(exitFailed)
-	p.has(p.stderr, "flowctl: component store failed: exit status 7 (pid ", ", registered)\n", "flowctl: the last lines of store:\n  registered\n")
+	for _, script := range []string{"exit 3", "sleep 0.3; exit 3"} {
+		for _, end := range [][]string{{"-until", "ready"}, {"--", "echo", "it went on"}} {
+			t.Run(script+" "+end[0], func(t *testing.T) {
+				t.Parallel()
+				waits := shell("waits", "exec sleep 300")
+				waits.DependsOn = []string{"dies"}
+				p := launch(t, writePipeline(t, shell("dies", script), waits), end...)
+				p.exit(exitFailed)
+				p.has(p.stderr, "flowctl: component dies failed: exit status 3")
+				p.hasNot(p.stdout, "it went on")
+			})
+		}
+	}
+	p := launch(t, writePipeline(t, shell("ends", "exit 0"), shell("stays", "exec sleep 300")), "-until", "ready")
+	p.exit(exitOK)
+	p.has(p.stderr, "msg=ended component=ends ", `msg="pipeline ready"`)
 }
 
-func TestRun_FailsWhenAComponentIsKilled(t *testing.T) {
+// A signal before what -until waits for is no success.
+func TestRun_SignalBeforeWhatItWaitsFor(t *testing.T) {
 	t.Parallel()
-	p := launch(t, writePipeline(t, actor("ledgers", role{Dialect: "legacy"})))
+	for _, tt := range []struct {
+		args string
+		sig  syscall.Signal
+		gate bool // it is not ready when the signal comes
+		code int
+	}{
+		{"-until ready", syscall.SIGTERM, true, 143},
+		{"-until ready", syscall.SIGINT, true, 130},
+		{"-until done", syscall.SIGHUP, false, 129},
+		{"-until done", syscall.SIGINT, true, 130},
+		{"-until stopped", syscall.SIGTERM, true, exitOK},
+	} {
+		t.Run(tt.args+" "+tt.sig.String(), func(t *testing.T) {
+			t.Parallel()
+			p := launch(t, writePipeline(t, actor("a", role{Dialect: "v1", Gate: tt.gate})), strings.Fields(tt.args)...)
+			if tt.gate {
+				p.waitOut("a | waiting\n")
+			} else {
+				p.waitReady()
+			}
+			p.signal(tt.sig)
+			p.exit(tt.code)
+			if tt.code != exitOK {
+				p.has(p.stderr, fmt.Sprintf("flowctl: %s was not reached: signal %d (%s) came first\n", tt.args, tt.sig, tt.sig))
+			}
+		})
+	}
+}
+
+// A signal that is sent to flowctl and to its components is a stop, in any order. systemd does that with
+// KillMode=control-group.
+func TestRun_SignalToAllIsAStop(t *testing.T) {
+	t.Parallel()
+	for _, ahead := range []time.Duration{-10 * time.Millisecond, 0, 10 * time.Millisecond, 100 * time.Millisecond} { // of the components
+		t.Run(ahead.String(), func(t *testing.T) {
+			t.Parallel()
+			uses := shell("uses", "trap 'sleep 1; exit 0' TERM; echo up; while :; do sleep 0.02; done")
+			uses.DependsOn = []string{"dies", "tells"}
+			p := launch(t, writePipeline(t, uses, shell("dies", "exec sleep 300"), shell("tells", "trap 'exit 7' TERM; echo up; while :; do sleep 0.02; done")))
+			p.waitOut("uses  | up\n")
+			p.waitOut("tells | up\n")
+			if ahead < 0 {
+				p.signal(syscall.SIGTERM)
+				time.Sleep(-ahead)
+			}
+			p.tell("dies", syscall.SIGTERM)
+			p.tell("tells", syscall.SIGTERM)
+			if ahead >= 0 {
+				time.Sleep(ahead)
+				p.signal(syscall.SIGTERM)
+			}
+			p.exit(exitOK)
+			p.has(p.stderr, "msg=ended component=dies ")
+			p.has(p.stderr, "msg=ended component=tells ", `reason="exit status 7"`)
+		})
+	}
+}
+
+func TestRun_EndWhileOthersStopFails(t *testing.T) {
+	t.Parallel()
+	uses := shell("uses", "trap 'sleep 3; exit 0' TERM; echo up; while :; do sleep 0.02; done")
+	uses.DependsOn = []string{"used"}
+	p := launch(t, writePipeline(t, uses, shell("used", "trap 'exit 5' USR1; echo up; while :; do sleep 0.02; done")))
 	p.waitReady()
-	p.tell("ledgers", syscall.SIGKILL)
+	p.signal(syscall.SIGTERM)
+	p.waitErr("msg=stopping component=uses ")
+	time.Sleep(2 * signalWindow) // after which nobody takes it for an answer to the same signal
+	p.tell("used", syscall.SIGUSR1)
 	p.exit(exitFailed)
-	p.has(p.stderr, "flowctl: component ledgers failed: killed by signal 9 (killed) (pid ")
+	p.has(p.stderr, "flowctl: component used failed: exit status 5")
+}
+
+// serviceOf returns a program that serves until it is told to stop, and says when it does.
+func serviceOf(id string) Component {
+	c := shell(id, "trap 'echo stops; exit 0' TERM; echo up; while :; do sleep 0.02; done")
+	c.Role, c.Register = roleService, nil
+	return c
+}
+
+func TestServices_AreLeanedOn(t *testing.T) {
+	t.Parallel()
+	schema := shell("schema", "sleep 0.2; echo made")
+	schema.Role, schema.Register, schema.Oneshot, schema.DependsOn = roleService, nil, true, []string{"db"}
+	a, b := shell("a", "echo reads; sleep 0.5; echo is done"), shell("b", "echo prints")
+	b.Inputs = []string{"a"}
+	p := launch(t, writePipeline(t, serviceOf("db"), schema, a, b))
+	p.exit(exitOK)
+	p.has(p.stdout, "schema | made\n", "a      | reads\n", "a      | is done\n", "db     | stops\n")
+	p.has(p.stderr, "all components have completed, stopping the services", "msg=ended component=db ")
+	p.hasNot(p.stderr, "failed")
+
+	p = launch(t, writePipeline(t, serviceOf("db"), shell("a", "trap 'echo stops; exit 0' TERM; echo up; while :; do sleep 0.02; done")))
+	p.waitReady()
+	if list, _ := listed(t, p.endpoint()); list["db"].Type != "service" || list["db"].Health != "healthy" {
+		t.Errorf("listed: %+v", list["db"])
+	}
+	p.stop()
+	p.has(p.stdout, "a  | stops\n", "db | stops\n")
+
+	dies := serviceOf("dies")
+	dies.Command = []string{"/bin/sh", "-c", "exit 4"}
+	p = launch(t, writePipeline(t, dies, shell("a", "exec sleep 300")))
+	p.exit(exitFailed)
+	p.has(p.stderr, "flowctl: component dies failed: exit status 4")
+}
+
+// Services that a sandbox runs are used by a run of the same pipeline.
+func TestSandbox(t *testing.T) {
+	t.Parallel()
+	here := runsIn(t.TempDir())
+	db := serviceOf("db")
+	a := shell("a", "echo runs; exec sleep 300")
+	a.DependsOn = []string{"db"}
+	file := writePipeline(t, db, a)
+	box := start(t, []string{"sandbox", file, "-control-plane-port", "0"}, here)
+	box.waitErr("msg=started component=db ") // and is not ready yet
+	early := start(t, append(runArgs(file), "-until", "ready"), here)
+	early.exit(exitOK)
+	early.has(early.stderr, fmt.Sprintf("flowctl: waiting for the services of test-sandbox, pid %d: ", box.cmd.Process.Pid), `msg="the services are those of the sandbox that runs"`)
+	box.waitReady()
+	box.waitErr("msg=service component=db health_port=")
+	p := start(t, runArgs(file), here)
+	p.waitErr(fmt.Sprintf(`msg="the services are those of the sandbox that runs" pid=%d`, box.cmd.Process.Pid))
+	p.waitReady()
+	p.hasNot(p.stdout, "db")
+	p.stop()
+	box.stop()
+	box.hasNot(box.stdout, "runs")
+
+	p = start(t, runArgs(file), here)
+	p.waitReady()
+	p.has(p.stdout, "db | up\n", "a  | runs\n")
+	p.stop()
+	p = start(t, []string{"sandbox", writePipeline(t, shell("a", "exec sleep 300")), "-control-plane-port", "0"}, here)
+	p.exit(exitUsage)
+	p.has(p.stderr, "has no services that a sandbox could run\n")
+}
+
+func TestRun_Oneshot(t *testing.T) {
+	t.Parallel()
+	schema, app := shell("schema", "echo making; sleep 0.3; echo made"), shell("app", "echo up; exec sleep 300")
+	schema.Oneshot, schema.Register, app.DependsOn = true, nil, []string{"schema"}
+	file := writePipeline(t, schema, app)
+	p := launch(t, file)
+	p.waitOut("making")
+	if list, _ := listed(t, p.endpoint()); list["schema"].Healthy || list["schema"].Cause != "it has not ended yet, and is ready once it has" {
+		t.Errorf("while it runs: %+v", list["schema"])
+	}
+	p.waitReady()
+	p.has(p.stdout, "schema | made\n", "app    | up\n")
+	list, _ := listed(t, p.endpoint())
+	if got := list["schema"]; !got.Healthy || got.State != procCompleted.String() {
+		t.Errorf("when it has ended: %+v", got)
+	}
+	p.reload("reloaded: nothing has changed\n")
+	schema.Command = []string{"/bin/sh", "-c", "echo made anew"}
+	rewrite(t, file, schema, app)
+	p.reload("reloaded: restarted schema; 1 unchanged\n")
+	p.waitOut("made anew")
+	p.stop()
+
+	schema.Command = []string{"/bin/sh", "-c", "exit 4"}
+	p = launch(t, writePipeline(t, schema, app))
+	p.exit(exitFailed)
+	p.has(p.stderr, "flowctl: component schema failed: exit status 4 before it was ready", "never started, waiting for schema: app\n")
 }
 
 // A component that ends before it is ready fails at once: the start timeout of 30 s is not
@@ -122,73 +295,9 @@ func TestRun_EndBeforeReadyFailsAtOnce(t *testing.T) {
 	}
 	p.has(p.stdout, " bad  | config read\n")
 	p.has(p.stdout, " bad  | no such table\n", " bad  | at last words\n")
-	p.has(p.stderr, "flowctl: component bad failed: exit status 3 before it was ready (pid ", ", not registered)\n", "flowctl: the last lines of bad:\n")
-	p.has(p.stderr, "flowctl: the last lines of bad:\n", "  no such table\n", "  at last words\n")
+	p.has(p.stderr, "flowctl: component bad failed: exit status 3 before it was ready (pid ", "flowctl: the last lines of bad:\n", "  no such table\n", "  at last words\n")
 	p.hasNot(p.stderr, "component good failed")
 	inOrder(t, readJournal(t, journal), "start good", "term good", "stop good")
-}
-
-func TestRun_FailsWhenAComponentStaysUnhealthy(t *testing.T) {
-	t.Parallel()
-	p := launch(t, writePipeline(t, actor("ledgers", role{Dialect: "legacy"}), actor("store", role{Dialect: "v1", OnUSR1: "unhealthy"})), "-unhealthy-timeout", "300ms")
-	p.waitReady()
-	p.tell("store", syscall.SIGUSR1)
-	p.exit(exitFailed)
-	p.has(p.stderr, "msg=unhealthy id=store component=store cause=\"it declared itself UNHEALTHY\"",
-		"flowctl: component store failed: unhealthy for 300ms (-unhealthy-timeout): it declared itself UNHEALTHY (pid ", ", registered)\n")
-}
-
-func TestRun_ComponentThatHealsInTimeIsNoFailure(t *testing.T) {
-	t.Parallel()
-	p := launch(t, writePipeline(t, actor("store", role{Dialect: "v1", OnUSR1: "unhealthy"})), "-unhealthy-timeout", "20s")
-	p.waitReady()
-	p.tell("store", syscall.SIGUSR1)
-	p.waitErr(`msg=status ready=0 total=1 unhealthy="store (it declared itself UNHEALTHY)"`)
-	if code, out, _ := call(t, "list", "-e", p.endpoint()); code != exitFailed || !regexp.MustCompile(`\nstore +source +ready +\d+ +0 +unhealthy `).MatchString(out) {
-		t.Errorf("list: exit %d, want 1\n%s", code, out)
-	}
-	p.tell("store", syscall.SIGUSR2)
-	p.waitErr("msg=healthy id=store component=store")
-	if code, out, _ := call(t, "list", "-e", p.endpoint()); code != exitOK {
-		t.Errorf("list: exit %d, want 0\n%s", code, out)
-	}
-	p.stop()
-}
-
-func TestRun_SaysWhyAComponentCannotStart(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	program := writeFile(t, filepath.Join(dir, "program"), "#!/bin/sh\n")
-	script := writeFile(t, filepath.Join(dir, "script"), "#!/no/such/interpreter\n")
-	if err := os.Chmod(script, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	component := func(dir string, command ...string) Component {
-		return Component{ID: "store", Command: command, WorkingDir: dir}
-	}
-	for _, tt := range []struct {
-		name      string
-		component Component
-		want      string
-	}{
-		{"not found", component("", "/no/such/program"), `cannot run "/no/such/program": no such file or directory`},
-		{"not in PATH", component("", "no-such-program"), `cannot run "no-such-program": it is not found in PATH`},
-		{"not executable", component("", program), `cannot run "` + program + `": it is not executable (chmod +x)`},
-		{"a folder", component("", dir), `cannot run "` + dir + `": it is a folder`},
-		{"no interpreter", component("", script), `cannot run "` + script + `": the interpreter that it names, or its loader, does not exist`},
-		{"no working_dir", component("/no/such/folder", "sleep", "300"), `cannot enter its working_dir "/no/such/folder": no such file or directory`},
-		{"working_dir is a file", component(program, "sleep", "300"), `cannot enter its working_dir "` + program + `": not a directory`},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			other := actor("ledgers", role{Dialect: "legacy"})
-			tt.component.Inputs = []string{"ledgers"}
-			p := launch(t, writePipeline(t, other, tt.component))
-			p.exit(exitFailed)
-			p.has(p.stderr, "flowctl: component store failed: "+tt.want+"\n")
-			p.has(p.stderr, "msg=ended component=ledgers")
-		})
-	}
 }
 
 func TestRun_PortIsTaken(t *testing.T) {
@@ -216,66 +325,6 @@ func TestRun_PortIsTaken(t *testing.T) {
 	p.stop()
 }
 
-func TestRun_BadAddressIsRefused(t *testing.T) {
-	t.Parallel()
-	file := writePipeline(t, shell("a", "exit 9"))
-	for _, tt := range []struct{ address, want string }{
-		{"unix:/no/such/folder/s", "flowctl: the control plane cannot listen at -control-plane-address \"unix:/no/such/folder/s\": listen unix /no/such/folder/s: bind: no such file or directory\n"},
-		{"unix:/" + strings.Repeat("x", 200), " has 201 bytes: the kernel allows 107\n"},
-		{"no such host", "flowctl: the control plane cannot listen at -control-plane-address \"no such host\": "},
-	} {
-		p := start(t, []string{"run", file, "-control-plane-address", tt.address})
-		p.exit(exitPlane)
-		p.has(p.stderr, tt.want)
-		p.hasNot(p.stderr, "msg=started")
-	}
-}
-
-func TestRun_StartTimeoutOfFlagAndFile(t *testing.T) {
-	t.Parallel()
-	store := actor("store", role{})
-	store.StartTimeout = Duration(100 * time.Millisecond)
-	for _, tt := range []struct {
-		name      string
-		component Component
-		args      []string
-		want      string
-	}{
-		{"by flag", actor("store", role{}), []string{"-start-timeout", "100ms"}, "100ms"},
-		{"by file", store, nil, "100ms"},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			p := launch(t, writePipeline(t, tt.component, shell("other", "exec sleep 300")), tt.args...)
-			p.exit(exitNotReady)
-			p.has(p.stderr, "flowctl: component store failed: not ready within its start timeout of "+tt.want+": not registered (pid ", ", not registered)\n")
-			p.hasNot(p.stderr, "component other failed", "pipeline ready")
-		})
-	}
-}
-
-// environ returns the environment that component id printed, by its role's Environ.
-func (p *process) environ(id string) map[string]string {
-	p.tb.Helper()
-	env := make(map[string]string)
-	for _, line := range p.lines(id) {
-		quoted, ok := strings.CutPrefix(line, "env ")
-		if !ok {
-			continue
-		}
-		entry, err := strconv.Unquote(quoted)
-		if err != nil {
-			p.tb.Error(err)
-		}
-		name, value, _ := strings.Cut(entry, "=")
-		if _, twice := env[name]; twice {
-			p.tb.Errorf("%s has %s twice", id, name)
-		}
-		env[name] = value
-	}
-	return env
-}
-
 func TestRun_EnvironmentOfComponents(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -287,48 +336,83 @@ func TestRun_EnvironmentOfComponents(t *testing.T) {
 	port := freePort(t)
 	maps.Copy(b.Env, map[string]string{
 		"SHARED": "env", "COMPONENT_ID": "mine", "SERVICE_ID": "mine too", "HEALTH_PORT": port, "HEALTH_ENDPOINT": "http://elsewhere/",
-		"FLOWCTL_HEARTBEAT_INTERVAL": "7777ms", "ENABLE_FLOWCTL": "false", "EMPTY": "", "NETWORK_URL": "${TEST_NETWORK}/$$x",
+		"FLOWCTL_HEARTBEAT_INTERVAL": "7777ms", "EMPTY": "", "NETWORK_URL": "${TEST_NETWORK}/$$x", "FLOWCTL_LOG": "loud", "PYTHONUNBUFFERED": "",
 	})
-	p := start(t, []string{"run", writePipeline(t, a, b), "-control-plane-port", "0", "-heartbeat-ttl", "40s"},
+	command := filepath.Join(dir, "command")
+	p := start(t, runArgs(writePipeline(t, a, b), "-heartbeat-ttl", "40s", "--", "sh", "-c", "env >"+command),
 		notifySocket(t, filepath.Join(shortDir(t), "notify")),
-		withEnv("WATCHDOG_USEC=1000000", "WATCHDOG_PID=1", "LISTEN_FDS=1", "LISTEN_PID=1", "LISTEN_FDNAMES=x", "TEST_NETWORK=net", "SHARED=outside", "COMPONENT_ID=outside", "FLOWCTL_ENDPOINT=outside"))
-	p.waitReady()
+		withEnv("WATCHDOG_USEC=1000000", "WATCHDOG_PID=1", "LISTEN_FDS=1", "LISTEN_PID=1", "LISTEN_FDNAMES=x", "LISTEN_PIDFDID=1",
+			"FLOWCTL_TLS_CA=x", "FLOWCTL_TLS_CERT=x", "FLOWCTL_TLS_KEY=x", "JOURNAL_STREAM=8:1", "LISTEN_ADDR=:80", "WATCHDOG_MODE=loud", "FLOWCTL_TLS_HOME=/tls",
+			"TEST_NETWORK=net", "SHARED=outside", "COMPONENT_ID=outside", "FLOWCTL_ENDPOINT=outside",
+			"FLOWCTL_ATTEMPT=9", "FLOWCTL_RUN_ID=outside", "FLOWCTL_HEARTBEAT_INTERVAL_MS=9", "HTTPS_PROXY=http://127.0.0.1:1", "NO_PROXY=a.example"))
+	p.exit(exitOK)
 	endpoint := p.endpoint()
 	if !regexp.MustCompile(`^127\.0\.0\.1:\d+$`).MatchString(endpoint) {
 		t.Errorf("endpoint %q is no bare host:port", endpoint)
 	}
-	p.stop()
-
-	envA, envB := p.environ("a"), p.environ("b")
-	check := func(id string, env map[string]string, want map[string]string) {
+	envA, envB, envCommand := p.told("a"), p.told("b"), make(map[string]string)
+	for _, line := range readJournal(t, command) {
+		name, value, _ := strings.Cut(line, "=")
+		envCommand[name] = value
+	}
+	runID := envA["FLOWCTL_RUN_ID"]
+	if !regexp.MustCompile(`^[A-Z2-7]{26}$`).MatchString(runID) {
+		t.Errorf("the id of the run is %q", runID)
+	}
+	check := func(id string, env, want map[string]string, not ...string) {
 		t.Helper()
+		maps.Copy(want, map[string]string{"FLOWCTL_RUN_ID": runID, "no_proxy": "a.example,127.0.0.1", "NO_PROXY": "a.example,127.0.0.1", "no_grpc_proxy": "a.example,127.0.0.1"})
+		maps.Copy(want, map[string]string{"LISTEN_ADDR": ":80", "WATCHDOG_MODE": "loud", "FLOWCTL_TLS_HOME": "/tls"})
 		for name, value := range want {
 			if got, ok := env[name]; !ok || got != value {
 				t.Errorf("%s: %s is %q (set: %t), want %q", id, name, got, ok, value)
 			}
 		}
-		for name := range env {
-			if name == "NOTIFY_SOCKET" || strings.HasPrefix(name, "WATCHDOG_") || strings.HasPrefix(name, "LISTEN_") {
-				t.Errorf("%s has %s", id, name)
+		// What is told to flowctl alone.
+		for _, name := range append(not, "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID",
+			"FLOWCTL_TLS_CA", "FLOWCTL_TLS_CERT", "FLOWCTL_TLS_KEY") {
+			if value, ok := env[name]; ok {
+				t.Errorf("%s: %s=%q is passed on", id, name, value)
 			}
 		}
 	}
+	// Only the command has flowctl's standard error, of which JOURNAL_STREAM tells.
+	check("the command", envCommand, map[string]string{"FLOWCTL_ENDPOINT": endpoint, "COMPONENT_ID": "outside", "JOURNAL_STREAM": "8:1"}, "FLOWCTL_COMPONENT_ID", "FLOWCTL_ATTEMPT", "FLOWCTL_HEARTBEAT_INTERVAL_MS")
 	check("a", envA, map[string]string{
-		"ENABLE_FLOWCTL": "true", "FLOWCTL_ENABLED": "true", "FLOWCTL_ENDPOINT": endpoint, "FLOWCTL_HEARTBEAT_INTERVAL": "13333ms",
+		"ENABLE_FLOWCTL": "true", "FLOWCTL_ENABLED": "true", "FLOWCTL_ENDPOINT": endpoint, "FLOWCTL_HEARTBEAT_INTERVAL": "13333ms", "FLOWCTL_HEARTBEAT_INTERVAL_MS": "13333", "FLOWCTL_ATTEMPT": "1", "PYTHONUNBUFFERED": "1",
 		"FLOWCTL_COMPONENT_ID": "a", "FLOWCTL_SERVICE_ID": "a", "COMPONENT_ID": "a", "SERVICE_ID": "a",
 		"HEALTH_ENDPOINT": "http://localhost:" + envA["HEALTH_PORT"] + "/health", "SHARED": "outside", "PATH": os.Getenv("PATH"),
-	})
+	}, "JOURNAL_STREAM")
 	if n, err := strconv.Atoi(envA["HEALTH_PORT"]); err != nil || n < 1024 || envA["HEALTH_PORT"] == port {
 		t.Errorf("a: HEALTH_PORT is %q", envA["HEALTH_PORT"])
 	}
 	check("b", envB, map[string]string{
-		"ENABLE_FLOWCTL": "true", "FLOWCTL_ENABLED": "true", "FLOWCTL_ENDPOINT": endpoint, "FLOWCTL_HEARTBEAT_INTERVAL": "7777ms",
+		"ENABLE_FLOWCTL": "true", "FLOWCTL_ENABLED": "true", "FLOWCTL_ENDPOINT": endpoint, "FLOWCTL_HEARTBEAT_INTERVAL": "7777ms", "FLOWCTL_HEARTBEAT_INTERVAL_MS": "7777", "FLOWCTL_ATTEMPT": "1", "PYTHONUNBUFFERED": "", "FLOWCTL_LOG": "loud",
 		"FLOWCTL_COMPONENT_ID": "b", "FLOWCTL_SERVICE_ID": "b", "COMPONENT_ID": "mine", "SERVICE_ID": "mine too",
 		"HEALTH_PORT": port, "HEALTH_ENDPOINT": "http://elsewhere/",
 		"NETWORK": "testnet", "BATCH_SIZE": "25", "DRY": "true", "HOSTS": `["x","y<z"]`, "SHARED": "env",
 		"EMPTY": "", "NETWORK_URL": "net/$x", "SECRET": "s3cret=\nline",
 		"PWD": dir,
-	})
+	}, "JOURNAL_STREAM")
+}
+
+// What the file gives for flowctl's own variables is ignored, and told.
+func TestRun_OwnVariablesAreNotTheFiles(t *testing.T) {
+	t.Parallel()
+	a := shell("a", "env")
+	a.Env = make(map[string]string)
+	for _, name := range fixedVars {
+		a.Env[name] = "of the file"
+	}
+	p := launch(t, writePipeline(t, a))
+	p.exit(exitOK)
+	p.hasNot(p.stdout, "of the file")
+	p.has(p.stdout, "| FLOWCTL_COMPONENT_ID=a\n")
+	for _, name := range fixedVars {
+		if warning := fmt.Sprintf(`level=WARN msg="check warns" component=a field=env.%s reason="flowctl sets it, and ignores what the file gives"`, name); !strings.Contains(p.stderr.String(), warning) {
+			t.Errorf("%s is missing\n%s", warning, p)
+		}
+	}
 }
 
 func TestRun_SecondSignalKills(t *testing.T) {
@@ -358,12 +442,15 @@ func TestRun_EndsWholeProcessGroups(t *testing.T) {
 		{"grandchild ignores SIGTERM", `(trap "" TERM; echo up; sleep 300 & wait; sleep 300) & wait`, true, exitOK},
 		{"all ignore SIGTERM", `trap "" TERM; sleep 300 & echo up; wait`, true, exitOK},
 		{"leader ends well", `sleep 300 & echo up; exit 0`, false, exitOK},
-		{"leader fails", `sleep 300 & echo up; exit 3`, false, exitFailed},
+		{"leader fails, member is deaf", `(trap "" TERM; exec >&- 2>&-; touch "$0" && exec sleep 300) & until [ -e "$0" ]; do sleep 0.01; done; echo up; exit 3`, false, exitFailed},
+		{"daemon holds the output", `setsid sleep 300 & echo up; exit 0`, false, exitOK},
 		{"leader kills itself", `sleep 300 & echo up; kill -9 $$`, false, exitFailed},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			p := launch(t, writePipeline(t, shell("a", tt.script)), "-stop-timeout", "500ms")
+			c := shell("a", tt.script)
+			c.Args = []string{filepath.Join(t.TempDir(), "member")}
+			p := launch(t, writePipeline(t, c), "-stop-timeout", "500ms")
 			p.waitOut("a | up\n")
 			if tt.stop {
 				p.signal(syscall.SIGTERM)
@@ -371,28 +458,6 @@ func TestRun_EndsWholeProcessGroups(t *testing.T) {
 			p.exit(tt.code)
 		})
 	}
-}
-
-// Processes that a health check leaves behind are ended with it.
-func TestRun_EndsWhatAHealthCheckLeaves(t *testing.T) {
-	t.Parallel()
-	script := writeFile(t, filepath.Join(t.TempDir(), "check"), "sleep 300 &\n")
-	c := shell("a", "exec sleep 300")
-	c.HealthCheck = "exec:sh " + script
-	p := launch(t, writePipeline(t, c), "-until", "ready")
-	p.exit(exitOK)
-}
-
-// A process that left the group keeps the output of the component open after its end. The run
-// does not wait for it, and shows what was written before.
-func TestRun_DoesNotWaitForDaemons(t *testing.T) {
-	t.Parallel()
-	c := shell("a", `setsid sleep 300 & echo last words; exit 0`)
-	c.RestartPolicy = "no"
-	p := launch(t, writePipeline(t, c))
-	p.exit(exitOK)
-	p.has(p.stdout, "a | last words\n")
-	p.killLeft() // such a one is not ended yet
 }
 
 // register registers a service from here.
@@ -408,24 +473,27 @@ func register(tb testing.TB, endpoint, id string) {
 	}
 }
 
-// A component that falls silent, or that a signal has stopped, is stale until its next
-// heartbeat.
-func TestRun_SilentComponentIsStaleAndHeals(t *testing.T) {
+// A component that falls silent, that a signal has stopped, or that says that it is unhealthy
+// heals by its next heartbeat.
+func TestRun_UnhealthyComponentHeals(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
-		name, dialect string
+		name          string
+		role          role
 		silence, wake syscall.Signal
+		cause         string
 	}{
-		{"mute", "legacy", syscall.SIGUSR1, syscall.SIGUSR2},
-		{"stopped", "v1", syscall.SIGSTOP, syscall.SIGCONT},
+		{"mute", role{Dialect: "legacy", OnUSR1: "mute"}, syscall.SIGUSR1, syscall.SIGUSR2, "no heartbeat for 2"},
+		{"stopped", role{Dialect: "v1"}, syscall.SIGSTOP, syscall.SIGCONT, "no heartbeat for 2"},
+		{"unhealthy", role{Dialect: "v1", OnUSR1: "unhealthy"}, syscall.SIGUSR1, syscall.SIGUSR2, "it declared itself UNHEALTHY"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			p := launch(t, writePipeline(t, actor("ledgers", role{Dialect: "legacy"}), actor("store", role{Dialect: tt.dialect, OnUSR1: "mute"})), "-heartbeat-ttl", "2s")
+			p := launch(t, writePipeline(t, actor("ledgers", role{Dialect: "legacy"}), actor("store", tt.role)), "-heartbeat-ttl", "2s")
 			p.waitReady()
 			p.tell("store", tt.silence)
-			p.waitErr("msg=unhealthy id=store component=store cause=\"no heartbeat for 2")
-			p.waitErr(`msg=status ready=1 total=2 unhealthy="store (no heartbeat for 2`)
+			p.waitErr(`msg=unhealthy id=store component=store cause="` + tt.cause)
+			p.waitErr(`msg=status ready=1 total=2 unhealthy="store (` + tt.cause)
 			code, out, _ := call(t, "list", "-e", p.endpoint())
 			if code != exitFailed || !regexp.MustCompile(`\nstore +source +ready +\d+ +0 +unhealthy `).MatchString(out) {
 				t.Errorf("list: exit %d, want 1\n%s", code, out)
@@ -506,7 +574,7 @@ func TestRun_UnregisteredComponentIsReadyWhenItsCheckPasses(t *testing.T) {
 			p.waitReady()
 			p.tell("a", syscall.SIGUSR1)
 			os.Remove(passes)
-			p.waitErr(`msg=unhealthy id=a component=a cause="health_check ` + c.HealthCheck + ` failed 2 times running: `)
+			p.waitErr(`msg=unhealthy id=a component=a cause="health_check ` + shownCheck(c.HealthCheck) + ` failed 2 times running: `)
 			if code, out, _ := call(t, "list", "-e", p.endpoint()); code != exitFailed {
 				t.Errorf("list: exit %d\n%s", code, out)
 			}
@@ -516,16 +584,6 @@ func TestRun_UnregisteredComponentIsReadyWhenItsCheckPasses(t *testing.T) {
 			p.stop()
 		})
 	}
-}
-
-// The report of a component that was not ready in time says why its health check failed.
-func TestRun_ReportSaysWhatTheHealthCheckSaid(t *testing.T) {
-	t.Parallel()
-	c := shell("a", "exec sleep 300")
-	c.HealthCheck, c.HealthInterval, c.HealthRetries = "exec:false", Duration(20*time.Millisecond), 2
-	p := launch(t, writePipeline(t, c), "-start-timeout", "1s")
-	p.exit(exitNotReady)
-	p.has(p.stderr, "flowctl: component a failed: not ready within its start timeout of 1s: health_check exec:false failed ", " times running: exit status 1 (pid ")
 }
 
 // A component that registers and then never heartbeats stays healthy by its check,
@@ -562,10 +620,7 @@ func TestRun_HealthCheckStandsForHeartbeats(t *testing.T) {
 func TestRun_NohupIgnoresSIGHUP(t *testing.T) {
 	t.Parallel()
 	file := writePipeline(t, actor("a", role{Dialect: "legacy"}))
-	p := start(t, []string{"run", file, "-control-plane-port", "0"}, func(p *process) {
-		p.cmd.Args = append([]string{"sh", "-c", `trap "" HUP; exec "$0" "$@"`, p.cmd.Path}, p.cmd.Args[1:]...)
-		p.cmd.Path = "/bin/sh"
-	})
+	p := start(t, runArgs(file), afterCommand(`trap "" HUP;`))
 	p.waitReady()
 	p.signal(syscall.SIGHUP)
 	// Had it been taken, it would be in front of the next signal.
@@ -580,11 +635,11 @@ func TestRun_NohupIgnoresSIGHUP(t *testing.T) {
 // flowctl itself is stopped past the start timeout of a component that registers meanwhile.
 func TestRun_StoppedFlowctlPutsStartTimeoutsOff(t *testing.T) {
 	t.Parallel()
-	p := launch(t, writePipeline(t, actor("a", role{Dialect: "v1", Gate: true})), "-start-timeout", "2s", "-janitor-interval", "1s", "-until", "ready")
+	p := launch(t, writePipeline(t, actor("a", role{Dialect: "v1", Gate: true})), "-start-timeout", "8s", "-janitor-interval", "1s", "-until", "ready")
 	p.waitOut("| waiting\n")
 	component := p.pid("a")
 	p.signal(syscall.SIGSTOP)
-	time.Sleep(1500 * time.Millisecond) // it is time itself that passes here
+	time.Sleep(8 * time.Second) // it is time itself that passes here
 	if err := syscall.Kill(component, syscall.SIGUSR2); err != nil {
 		t.Fatal(err)
 	}
@@ -691,7 +746,7 @@ func TestChaos(t *testing.T) {
 		n, err := strconv.Atoi(string(bytes.TrimPrefix(line, []byte("count "))))
 		return err == nil && n == count
 	})
-	p := start(t, runArgs(writePipeline(t, components...), "-stop-timeout", "500ms"), stdoutTo(y))
+	p := start(t, runArgs(writePipeline(t, components...), "-stop-timeout", "500ms", "-start-timeout", "10m"), stdoutTo(y)) // nothing lives for a second here
 	deed := []syscall.Signal{syscall.SIGKILL, syscall.SIGSTOP, syscall.SIGCONT, syscall.SIGTERM, syscall.SIGINT, syscall.SIGSEGV}
 	deeds := 0
 	for end := time.Now().Add(length); time.Now().Before(end); time.Sleep(time.Duration(random.IntN(40)) * time.Millisecond) {
@@ -723,39 +778,29 @@ func TestChaos(t *testing.T) {
 func TestRun_SaysWhyAProgramCannotRun(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	file := func(name, text string, mode os.FileMode) string {
-		path := writeFile(t, filepath.Join(dir, name), text)
-		if err := os.Chmod(path, mode); err != nil {
-			t.Fatal(err)
-		}
-		return path
-	}
-	busy := file("busy", "", 0o700)
+	file := func(name, text string) string { return writeProgram(t, filepath.Join(dir, name), text) }
 	program, err := os.ReadFile("/bin/true")
 	if err != nil {
 		t.Fatal(err)
 	}
+	busy, loop := file("busy", string(program)), filepath.Join(dir, "loop")
 	w, err := os.OpenFile(busy, os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { w.Close() })
-	if _, err := w.Write(program); err != nil {
+	if err := os.Symlink(loop, loop); err != nil {
 		t.Fatal(err)
 	}
 	for _, tt := range []struct{ name, path, want string }{
-		{"no #! line", file("script", "echo hello\n", 0o700), "it is no program of this machine, and has no #! line"},
-		{"no program", file("noise", "\x7fELF\x00garbage", 0o700), "it is no program of this machine, and has no #! line"},
-		{"nothing", file("empty", "", 0o700), "it is no program of this machine, and has no #! line"},
+		{"no #! line", file("script", "echo hello\n"), "it is no program of this machine, and has no #! line"},
+		{"no program", file("noise", "\x7fELF\x00garbage"), "it is no program of this machine, and has no #! line"},
+		{"nothing", file("empty", ""), "it is no program of this machine, and has no #! line"},
 		{"being written", busy, "text file busy"},
-		{"interpreter is no program", file("odd", "#!"+file("inner", "echo\n", 0o600)+"\n", 0o700), "permission denied"},
-		{"loop", func() string {
-			path := filepath.Join(dir, "loop")
-			if err := os.Symlink(path, path); err != nil {
-				t.Fatal(err)
-			}
-			return path
-		}(), "too many levels of symbolic links"},
+		{"not there", "/no/such/program", "no such file or directory"},
+		{"a folder", dir, "it is a folder"},
+		{"interpreter is no program", file("odd", "#!"+writeFile(t, filepath.Join(dir, "inner"), "echo\n")+"\n"), "permission denied"},
+		{"loop", loop, "too many levels of symbolic links"},
 		{"name too long", "/" + strings.Repeat("x", 300), "file name too long"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -814,4 +859,48 @@ func TestRun_SaysThatProcessesRunOut(t *testing.T) {
 	p.exit(exitFailed)
 	h.gone(p, 0)
 	p.has(p.stderr, "flowctl: component c", ` failed: cannot run "sleep": the limit of processes is reached (ulimit -u, or TasksMax= of a unit)`, "try: raise the limit of processes")
+}
+
+// A program that has died counts for nothing, also while something of it is left, or another program answers
+// its check.
+func TestRun_DeadLeaderIsNotReady(t *testing.T) {
+	t.Parallel()
+	lis := get(net.Listen("tcp", "127.0.0.1:0"))(t)
+	defer lis.Close()
+	taken := shell("a", "exit 7")
+	taken.HealthCheck = "tcp://" + lis.Addr().String()
+	for name, a := range map[string]Component{"sibling": shell("a", "(trap '' TERM; exec sleep 30) & sleep 0.5; exit 7"), "taken port": taken} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := launch(t, writePipeline(t, a), "-until", "ready")
+			p.exit(exitFailed)
+			p.has(p.stderr, "flowctl: component a failed: exit status 7")
+		})
+	}
+}
+
+// One that dies again and again was never ready: its start timeout ends that.
+func TestRun_DyingProgramHasItsStartTimeout(t *testing.T) {
+	t.Parallel()
+	a := shell("a", "exit 1")
+	a.RestartPolicy = restartOnFailure
+	p := launch(t, writePipeline(t, a), "-until", "ready", "-start-timeout", "2s")
+	p.exit(exitNotReady)
+	p.has(p.stderr, "flowctl: component a failed: not ready within its start timeout of 2s")
+}
+
+// The first signal stops in order, also where the run stops already.
+func TestRun_FirstSignalInAStopKillsNothing(t *testing.T) {
+	t.Parallel()
+	sink := shell("sink", "trap 'sleep 1.5; echo flushed; exit 0' TERM; echo up; while :; do sleep 0.02; done")
+	source := shell("source", "trap 'exit 1' USR1; echo up; while :; do sleep 0.02; done")
+	sink.DependsOn = []string{"source"}
+	p := launch(t, writePipeline(t, source, sink))
+	p.waitReady()
+	p.tell("source", syscall.SIGUSR1)
+	p.waitErr("msg=stopping component=sink ")
+	p.signal(syscall.SIGTERM)
+	p.exit(exitFailed)
+	p.has(p.stdout, "sink   | flushed\n")
+	p.hasNot(p.stderr, "killing what still runs")
 }

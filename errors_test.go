@@ -152,9 +152,9 @@ const (
 )
 
 var commandErrors = []errorRow{
-	{name: "unknown command", args: "start", code: exitUsage, want: "flowctl: unknown command \"start\": it must be one of run, check, list, reload, version, help\nTry: flowctl help\n"},
+	{name: "unknown command", args: "start", code: exitUsage, want: "flowctl: unknown command \"start\": it must be one of run, check, list, logs, restart, reload, stop, sandbox, version, help\nTry: flowctl help\n"},
 	{name: "a file for a command", args: "p.json", code: exitUsage, want: "flowctl: unknown command \"p.json\": to run a file, write: flowctl run p.json\nTry: flowctl help\n"},
-	{name: "help of nothing", args: "help nosuch", code: exitUsage, want: "flowctl: there is no help for \"nosuch\": it must be one of run, check, list, reload, version, help\nTry: flowctl help\n"},
+	{name: "help of nothing", args: "help nosuch", code: exitUsage, want: "flowctl: there is no help for \"nosuch\": it must be one of run, check, list, logs, restart, reload, stop, sandbox, version, help\nTry: flowctl help\n"},
 	{name: "unknown flag", args: "run -nosuch", code: exitUsage, want: "flowctl: run has no flag -nosuch\n" + tryRun},
 	{name: "misspelt flag", args: "run -log-levl x", code: exitUsage, want: "flowctl: run has no flag -log-levl, did you mean -log-level?\n" + tryRun},
 	{name: "flag of another command", args: "list -until ready", code: exitUsage, want: "flowctl: list has no flag -until\nTry: flowctl help list\n"},
@@ -182,6 +182,11 @@ var commandErrors = []errorRow{
 	{name: "certificate without key", args: "run p.json -tls-cert x", code: exitUsage, want: "flowctl: -tls-cert \"x\": it needs -tls-key, the file of its private key\n" + tryRun},
 	{name: "empty file of TLS", args: "run p.json -tls-cert=", code: exitUsage, want: "flowctl: -tls-cert \"\": it must be a file\n" + tryRun},
 	{name: "CA alone", args: "server -tls-ca-cert x", code: exitUsage, want: "flowctl: -tls-ca-cert \"x\": it needs -tls-cert and -tls-key, the control plane's own certificate\nTry: flowctl help server\n"},
+	{name: "key without certificate", args: "server -tls-key x", code: exitUsage, want: "flowctl: -tls-key \"x\": it needs -tls-cert, the file of its certificate\nTry: flowctl help server\n"},
+	{name: "CA and certificate", args: "server -tls-ca-cert x -tls-cert y", code: exitUsage, want: "flowctl: -tls-cert \"y\": it needs -tls-key, the file of its private key\nTry: flowctl help server\n"},
+	{name: "TLS on a socket file", args: "server -tls-cert x -tls-key y -control-plane-address unix:z", code: exitUsage,
+		want: "flowctl: -tls-cert \"x\": it must not be given with -control-plane-address \"unix:z\", a socket file that is open to its user alone\nTry: flowctl help server\n"},
+	{name: "certificate of list without key", args: "list -tls-cert x", code: exitUsage, want: "flowctl: -tls-cert \"x\": it needs -tls-key, the file of its private key\nTry: flowctl help list\n"},
 	{name: "two files", args: "run -f p.json q.json", code: exitUsage, want: "flowctl: two pipeline files are named: \"p.json\" by -f, and \"q.json\"\n" + tryRun},
 	{name: "two arguments", args: "check p.json q.json", code: exitUsage, want: "flowctl: check: unexpected argument \"q.json\"\nTry: flowctl help check\n"},
 	{name: "two ids", args: "list a b", code: exitUsage, want: "flowctl: list: unexpected argument \"b\"\nTry: flowctl help list\n"},
@@ -197,6 +202,7 @@ var commandErrors = []errorRow{
 	{name: "guard", args: "guard", code: exitUsage, want: "flowctl: guard: flowctl starts it by itself\nTry: flowctl help\n"},
 	{name: "no command", args: "run p.json --", code: exitUsage, want: "flowctl: a command must come after --\n" + tryRun},
 	{name: "command and until", args: "run p.json -until done -- true", code: exitUsage, want: "flowctl: -until and a command after -- contradict each other: the run ends with the command\n" + tryRun},
+	{name: "command is no program", args: "run p.json -- ./p.json", prepare: haveFile("x", ""), code: exitUsage, want: "flowctl: the command after --: cannot run \"./p.json\": permission denied\n"},
 	{name: "no such command", args: "run p.json -- no-such-program", prepare: haveFile("x", ""), code: exitUsage, want: "flowctl: the command after --: cannot run \"no-such-program\": executable file not found in $PATH\n"},
 }
 
@@ -220,9 +226,12 @@ p.json:2:144: spec.sinks[0].env.K: ${NO_SUCH_NAME} is not set in the environment
 	{name: "strict", args: "check -strict p.json", prepare: havePipeline(plainProgram("a", "no-such-program")), code: exitUsage, want: "p.json: warning: component a: command: cannot run \"no-such-program\": it is not found in PATH\nflowctl: p.json has warnings, which -strict does not allow: 1\n"},
 }
 
+var longName = strings.Repeat("x", 200)
+
 var planeErrors = []errorRow{
 	{name: "not this machine's", args: "run p.json -control-plane-address 192.0.2.1", prepare: haveFile("x", ""), code: exitPlane, want: "flowctl: -control-plane-address \"192.0.2.1\": it is no address of this machine; 0.0.0.0 is all of IPv4 that it has\n"},
 	{name: "no folder for a socket", args: "server -no-persistence -control-plane-address unix:/no/such/folder/s", code: exitPlane, want: "flowctl: the control plane cannot listen at -control-plane-address \"unix:/no/such/folder/s\": listen unix /no/such/folder/s: bind: no such file or directory\n"},
+	{name: "long path of a socket", args: "run p.json -control-plane-address unix:/" + longName, prepare: haveFile("x", ""), code: exitPlane, want: "flowctl: the control plane cannot listen at -control-plane-address \"unix:/" + longName + "\": socket path \"/" + longName + "\" has 201 bytes: the kernel allows 107\n"},
 	{name: "no certificate", args: "run p.json -tls-cert none.pem -tls-key none.key", prepare: haveFile("x", ""), code: exitPlane, want: "flowctl: -tls-cert \"none.pem\": no such file or directory\n"},
 	{name: "certificate is none", args: "run p.json -tls-cert x -tls-key x", prepare: haveFile("x", "hello\n"), code: exitPlane, want: "flowctl: -tls-cert \"x\": it must hold a certificate in PEM\n"},
 	{name: "key of another", args: "run p.json -tls-cert a.pem -tls-key b.key", prepare: haveMismatch, code: exitPlane, want: "flowctl: -tls-key \"b.key\": it cannot be used for -tls-cert \"a.pem\": tls: private key does not match public key\n"},
@@ -237,7 +246,7 @@ var planeErrors = []errorRow{
 	{name: "list: unknown id", args: "list nosuch", prepare: haveRun(""), code: exitFailed, want: "flowctl: no component \"nosuch\" is in what runs here: there is a\n"},
 	{name: "reload: none", args: "reload", code: exitPlane, want: "flowctl: no pipeline is running: there is none in RUNS; name a control plane with -endpoint host:port\n"},
 	{name: "reload: unknown", args: "reload nosuch", prepare: haveRun(""), code: exitPlane, want: "flowctl: no pipeline \"nosuch\" is running, only test\n"},
-	{name: "reload: wrong file", args: "reload", prepare: haveRun("{}"), code: exitUsage, want: "flowctl: p.json:1:1: apiVersion: is missing, it must be flowctl/v1\nflowctl: p.json:1:1: kind: is missing, it must be Pipeline\nflowctl: p.json:1:1: metadata: is missing\nflowctl: p.json:1:1: spec: is missing\n"},
+	{name: "reload: wrong file", args: "reload", prepare: haveRun("{}"), code: exitUsage, want: "flowctl: DIR/p.json:1:1: apiVersion: is missing, it must be flowctl/v1\nflowctl: DIR/p.json:1:1: kind: is missing, it must be Pipeline\nflowctl: DIR/p.json:1:1: metadata: is missing\nflowctl: DIR/p.json:1:1: spec: is missing\n"},
 }
 
 var runErrors = []errorRow{
@@ -248,7 +257,7 @@ var runErrors = []errorRow{
 	{name: "not executable", args: quietRun, prepare: both(havePipeline(plainProgram("a", "./mine")), haveProgram("mine", "#!/bin/sh\n", 0o600)), code: exitFailed,
 		want: "flowctl: component a failed: cannot run \"DIR/mine\": it is not executable (chmod +x)\n" + tryCheck},
 	{name: "wrong interpreter", args: quietRun, prepare: both(havePipeline(plainProgram("a", "./mine")), haveProgram("mine", "#!/no/such\n", 0o700)), code: exitFailed,
-		want: "flowctl: component a failed: cannot run \"DIR/mine\": the interpreter that it names, or its loader, does not exist\n" + tryCheck},
+		want: "flowctl: component a failed: cannot run \"DIR/mine\": the interpreter that it names, \"/no/such\", does not exist\n" + tryCheck},
 	{name: "CRLF", args: quietRun, prepare: both(havePipeline(plainProgram("a", "./mine")), haveProgram("mine", "#!/bin/sh\r\n", 0o700)), code: exitFailed,
 		want: "flowctl: component a failed: cannot run \"DIR/mine\": its #! line ends in CRLF, of which the CR counts; remove it from every line: sed -i 's/\\r$//'\n" + tryCheck},
 	{name: "no working_dir", args: quietRun, prepare: havePipeline(changed(shell("a", "true"), func(c *Component) { c.WorkingDir = "nowhere" })), code: exitFailed,
@@ -264,7 +273,7 @@ var runErrors = []errorRow{
 	{name: "ended", args: quietRun, prepare: havePipeline(actor("a", role{Dialect: "v1", OnUSR1: "exit", Code: 7}), reading(actor("b", role{Dialect: "v1"}), "a")), act: onceReady(syscall.SIGUSR1), code: exitFailed,
 		want: "flowctl: component a failed: exit status 7 (pid N, ran for T, registered)\nflowctl: the last lines of a:\n  registered\nflowctl: stopped, needing a: b\nflowctl: try: if it may fail and be started again, give it \"restart_policy\": \"on-failure\"\n"},
 	{name: "exit 127", args: quietRun, prepare: havePipeline(shell("a", "exit 127")), code: exitFailed,
-		want: "flowctl: component a failed: exit status 127 (pid N, ran for T)\nflowctl: try: 127 is how a shell says that a program is not found: PATH is that of flowctl, the folder is DIR\n"},
+		want: "flowctl: component a failed: exit status 127 (pid N, ran for T)\nflowctl: try: 127 is how a shell says that a program is not found: PATH is that of its env, else flowctl's, the folder is DIR\n"},
 	{name: "exit 126", args: quietRun, prepare: havePipeline(shell("a", "exit 126")), code: exitFailed,
 		want: "flowctl: component a failed: exit status 126 (pid N, ran for T)\nflowctl: try: 126 is how a shell says that a file is no program, or not executable (chmod +x)\n"},
 	{name: "SIGKILL", args: quietRun, prepare: havePipeline(shell("a", "exec sleep 300")), act: onceReady(syscall.SIGKILL), code: exitFailed,
@@ -285,8 +294,10 @@ var runErrors = []errorRow{
 		want: "flowctl: component a failed: not ready within its start timeout of 100ms: not registered (pid N, ran for T, not registered)\nflowctl: never started, waiting for a: b\nflowctl: try: if a does not speak to flowctl, give it \"register\": false; if it does, it has to dial $FLOWCTL_ENDPOINT; if it is only slow, give it a longer \"start_timeout\"\n"},
 	{name: "check has not passed", args: quietRun + " -start-timeout 2s", prepare: havePipeline(changed(shell("a", "exec sleep 300"), func(c *Component) { c.HealthCheck = "tcp://127.0.0.1:1" })), code: exitNotReady,
 		want: "flowctl: component a failed: not ready within its start timeout of 2s: health_check tcp://127.0.0.1:P has not passed yet: dial tcp 127.0.0.1:P: connect: connection refused (pid N, ran for T)\nflowctl: try: ask by hand what its health_check asks, while a runs; if it is only slow, give it a longer \"start_timeout\" or \"health_timeout\"\n"},
-	{name: "check is not answered", args: quietRun + " -start-timeout 200ms", prepare: havePipeline(changed(shell("a", "exec sleep 300"), func(c *Component) { c.HealthCheck, c.HealthTimeout = "exec:sleep 300", Duration(time.Minute) })), code: exitNotReady,
-		want: "flowctl: component a failed: not ready within its start timeout of 200ms: health_check exec:sleep 300 has not been answered yet (pid N, ran for T)\nflowctl: try: ask by hand what its health_check asks, while a runs; if it is only slow, give it a longer \"start_timeout\" or \"health_timeout\"\n"},
+	{name: "check is not answered", args: quietRun, prepare: havePipeline(changed(shell("a", "exec sleep 300"), func(c *Component) {
+		c.HealthCheck, c.HealthTimeout, c.StartTimeout = "exec:sleep 300", Duration(time.Minute), Duration(200*time.Millisecond)
+	})), code: exitNotReady,
+		want: "flowctl: component a failed: not ready within its start timeout of 200ms: health_check exec:sleep *** has not been answered yet (pid N, ran for T)\nflowctl: try: ask by hand what its health_check asks, while a runs; if it is only slow, give it a longer \"start_timeout\" or \"health_timeout\"\n"},
 	{name: "unhealthy", args: quietRun + " -unhealthy-timeout 100ms", prepare: havePipeline(actor("a", role{Dialect: "v1", OnUSR1: "unhealthy"})), act: onceReady(syscall.SIGUSR1), code: exitFailed,
 		want: "flowctl: component a failed: unhealthy for 100ms (-unhealthy-timeout): it declared itself UNHEALTHY (pid N, ran for T, registered)\nflowctl: the last lines of a:\n  registered\nflowctl: try: it is a that says so: look for the reason in its lines, or give it longer with -unhealthy-timeout\n"},
 	{name: "silent for too long", args: quietRun + " -unhealthy-timeout 100ms -heartbeat-ttl 200ms", prepare: havePipeline(actor("a", role{Dialect: "v1", Mute: true})), code: exitFailed,
@@ -297,7 +308,7 @@ var runErrors = []errorRow{
 		p.waitReady()
 		os.Remove(filepath.Join(p.cmd.Dir, "here"))
 	}, code: exitFailed,
-		want: "flowctl: component a failed: unhealthy for 100ms (-unhealthy-timeout): health_check exec:test -e here failed N times running: exit status 1 (pid N, ran for T)\nflowctl: try: ask by hand what its health_check asks, while a runs; if it is only slow, give it a longer \"health_timeout\" or more \"health_retries\", or run with a longer -unhealthy-timeout\n"},
+		want: "flowctl: component a failed: unhealthy for 100ms (-unhealthy-timeout): health_check exec:test *** failed N times running: exit status 1 (pid N, ran for T)\nflowctl: try: ask by hand what its health_check asks, while a runs; if it is only slow, give it a longer \"health_timeout\" or more \"health_retries\", or run with a longer -unhealthy-timeout\n"},
 	{name: "full disk", args: quietRun, prepare: both(havePipeline(shell("a", "echo out; exec sleep 300")), intoFull), code: exitFailed, want: "flowctl: standard output cannot be written: write /dev/stdout: no space left on device\n"},
 	{name: "command fails", args: quietRun + " -- false", prepare: havePipeline(shell("a", "exec sleep 300")), code: 1, want: "flowctl: the command \"false\" after -- failed: exit status 1\n"},
 }
@@ -320,6 +331,9 @@ func TestErrors(t *testing.T) {
 			}
 			if out := p.stdout.String(); out != "" && !strings.Contains(row.want, "component") {
 				t.Errorf("standard output: %q", out)
+			}
+			if row.code == exitUsage || row.code == exitPlane {
+				p.hasNot(p.stderr, "msg=started")
 			}
 			command, rest, _ := strings.Cut(row.args, " ")
 			if row.act != nil || command != "run" && command != "server" || strings.Contains(rest, "-log-format") {
@@ -406,7 +420,7 @@ func TestRun_TellsCommandsOnATerminalOnce(t *testing.T) {
 		p := start(t, []string{"--version"}) // for its harness alone
 		<-p.done
 		screen := filepath.Join(t.TempDir(), "screen")
-		cmd := exec.Command("script", "-qec", "exec "+flowctlProgram(t)+" run "+file+` -log-dir "" -control-plane-port 0 `+tt.more, screen)
+		cmd := exec.Command("script", "-qec", "exec "+flowctlProgram()+" run "+file+` -log-dir "" -control-plane-port 0 `+tt.more, screen)
 		cmd.Env = append(p.cmd.Env, "SHELL=/bin/sh")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Errorf("%v\n%s", err, out)
@@ -442,4 +456,20 @@ func TestErrors_EachOfManyFailuresIsNamed(t *testing.T) {
 	if failed, shown := strings.Count(text, "flowctl: component c"), strings.Count(text, "flowctl: try: "); failed != many || shown != mostShown {
 		t.Errorf("%d are named, %d shown\n%s", failed, shown, p)
 	}
+}
+
+// The value of a reference can be a secret: errors name the reference.
+func TestCheck_ErrorsShowNoValues(t *testing.T) {
+	t.Parallel()
+	file := writeFile(t, filepath.Join(t.TempDir(), "flow.json"), `{"apiVersion": "${SECRET}", "kind": "Pipeline", "metadata": {"name": "x${SECRET}"}, "spec": {"sources": [
+{"id": "${SECRET}", "command": ["x"], "health_check": "${SECRET}", "health_interval": "${SECRET}", "stop_timeout": "${DAYS:-x}", "env": {"A": "${SECRET}"}},
+{"id": "b", "image": "${SECRET}", "ports": ["${SECRET}", "1:${PORT}"], "volumes": ["${SECRET}"], "working_dir": "${SECRET}", "restart_policy": "${SECRET}", "stop_signal": "${SECRET}"},
+{"id": "c", "command": ["x"], "health_check": "http://${SECRET}:${PORT}/${SECRET}", "depends_on": ["${SECRET}", "${ONE}", "${ONE}"]},
+{"id": "d", "command": ["x"], "health_check": "tcp://${ONE}", "depends_on": ["${ONE}"]}]}}`)
+	p := start(t, []string{"check", file}, withEnv("SECRET=- s3cret -", "PORT=98765", "DAYS=4321h", "ONE=s3cret-one"))
+	p.exit(exitUsage)
+	p.has(p.stderr, `metadata.name: must be a name of letters, digits, dots, _ and -, at most 63, not "x${SECRET}"`,
+		`spec.sources[0].health_interval: bad duration "${SECRET}", write it like`, `spec.sources[0].stop_timeout: bad duration "${DAYS:-x}"`,
+		`spec.sources[1].image: the value of "${SECRET}" cannot be used here`, `spec.sources[1].working_dir: must be an absolute path in the container, not "${SECRET}"`)
+	p.hasNot(p.stderr, "s3cret", "98765", "4321")
 }

@@ -8,8 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
-	"maps"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -48,38 +46,27 @@ var buildFolder = sync.OnceValue(func() string {
 })
 
 // build builds a package of this module with the flags given and returns the file.
-func build(tb testing.TB, name, pkg string, flags ...string) string {
-	tb.Helper()
+func build(name, pkg string, flags ...string) string {
 	file := filepath.Join(buildFolder(), name)
 	if out, err := exec.Command("go", slices.Concat([]string{"build", "-o", file}, flags, []string{pkg})...).CombinedOutput(); err != nil {
-		tb.Fatalf("go build: %v\n%s", err, out)
+		panic(fmt.Sprintf("go build: %v\n%s", err, out))
 	}
 	return file
 }
 
-var built struct {
-	sync.Once
-	file string
-}
-
 // flowctlProgram returns flowctl, built once: with the race detector where this test is.
-func flowctlProgram(tb testing.TB) string {
-	tb.Helper()
+var flowctlProgram = sync.OnceValue(func() string {
 	if file := os.Getenv(binaryVar); file != "" {
 		return file
 	}
-	built.Do(func() {
-		var flags []string
-		if raceEnabled() {
-			flags = []string{"-race"}
-		}
-		built.file = build(tb, "flowctl", ".", flags...)
-	})
-	if built.file == "" {
-		tb.Fatal("flowctl could not be built")
+	if raceEnabled() {
+		return build("flowctl", ".", "-race")
 	}
-	return built.file
-}
+	return build("flowctl", ".")
+})
+
+// plainFlowctl returns flowctl without the race detector, for what is measured.
+var plainFlowctl = sync.OnceValue(func() string { return build("flowctl-plain", ".") })
 
 func raceEnabled() bool {
 	info, ok := debug.ReadBuildInfo()
@@ -97,25 +84,49 @@ func writePipeline(tb testing.TB, components ...Component) string {
 	tb.Helper()
 	p := Pipeline{APIVersion: "flowctl/v1", Kind: "Pipeline", Metadata: Metadata{Name: "test"}}
 	for _, c := range components {
-		if len(c.Inputs) == 0 {
+		switch {
+		case c.Role == roleService:
+			p.Spec.Services = append(p.Spec.Services, c)
+		case len(c.Inputs) == 0:
 			p.Spec.Sources = append(p.Spec.Sources, c)
-		} else {
+		default:
 			p.Spec.Processors = append(p.Spec.Processors, c)
 		}
 	}
-	data, err := json.Marshal(p)
-	if err != nil {
+	return writeFile(tb, filepath.Join(tb.TempDir(), "pipeline.json"), string(get(json.Marshal(p))(tb)))
+}
+
+// writeProgram writes a file that can be run.
+func writeProgram(tb testing.TB, name, text string) string {
+	tb.Helper()
+	if err := os.Chmod(writeFile(tb, name, text), 0o755); err != nil {
 		tb.Fatal(err)
 	}
-	return writeFile(tb, filepath.Join(tb.TempDir(), "pipeline.json"), string(data))
+	return name
 }
 
 func writeFile(tb testing.TB, name, text string) string {
 	tb.Helper()
-	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+	must(tb, os.WriteFile(name, []byte(text), 0o600))
+	return name
+}
+
+// must ends the test where there is an error.
+func must(tb testing.TB, err error) {
+	tb.Helper()
+	if err != nil {
 		tb.Fatal(err)
 	}
-	return name
+}
+
+// get returns what a call has returned, and ends the test where that is an error:
+// get(os.ReadFile(name))(t).
+func get[T any](value T, err error) func(testing.TB) T {
+	return func(tb testing.TB) T {
+		tb.Helper()
+		must(tb, err)
+		return value
+	}
 }
 
 // A transcript keeps what is written to it and lets others wait for more.
@@ -195,7 +206,7 @@ func start(tb testing.TB, args []string, options ...option) *process {
 		tb: tb, mark: fmt.Sprintf("%s=%d.%d", markVar, os.Getpid(), marks.Add(1)),
 		stdout: newTranscript(), stderr: newTranscript(), notified: newTranscript(), done: make(chan struct{}),
 	}
-	p.cmd = exec.Command(flowctlProgram(tb), args...)
+	p.cmd = exec.Command(flowctlProgram(), args...)
 	p.cmd.Env = append(baseEnv(), p.mark,
 		"GORACE=atexit_sleep_ms=0",      // else each process takes a second to end
 		"XDG_RUNTIME_DIR="+tb.TempDir(), // pipelines of the same name run side by side
@@ -206,9 +217,7 @@ func start(tb testing.TB, args []string, options ...option) *process {
 	for _, o := range options {
 		o(p)
 	}
-	if err := p.cmd.Start(); err != nil {
-		tb.Fatal(err)
-	}
+	must(tb, p.cmd.Start())
 	go func() {
 		_ = p.cmd.Wait() // the exit code is in ProcessState
 		close(p.done)
@@ -220,7 +229,7 @@ func start(tb testing.TB, args []string, options ...option) *process {
 // launch starts flowctl with a pipeline on a free port.
 func launch(tb testing.TB, file string, args ...string) *process {
 	tb.Helper()
-	return start(tb, append([]string{"run", file, "-control-plane-port", "0"}, args...))
+	return start(tb, runArgs(file, args...))
 }
 
 func (p *process) cleanup() {
@@ -256,8 +265,7 @@ func (p *process) left() []string {
 		if len(pids) == 0 || time.Now().After(deadline) {
 			var left []string
 			for _, pid := range pids {
-				line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-				left = append(left, fmt.Sprintf("%d %q", pid, bytes.ReplaceAll(line, []byte{0}, []byte{' '})))
+				left = append(left, fmt.Sprintf("%d %q", pid, procFile(pid, "cmdline")))
 			}
 			return left
 		}
@@ -374,11 +382,14 @@ func (p *process) hasNot(got *transcript, texts ...string) {
 	}
 }
 
-// lines are the lines of component id on standard output, without what flowctl
-// puts before them.
+// lines are the lines of component id on standard output, or on standard error where a command
+// has standard output, without what flowctl puts before them.
 func (p *process) lines(id string) []string {
-	var lines []string
-	for line := range strings.Lines(p.stdout.String()) {
+	out, lines := p.stdout, []string(nil)
+	if slices.Contains(p.cmd.Args, "--") {
+		out = p.stderr
+	}
+	for line := range strings.Lines(out.String()) {
 		head, text, found := strings.Cut(line, " | ")
 		if stamp, name, _ := strings.Cut(head, " "); found && len(stamp) == len(time.TimeOnly) && strings.TrimRight(name, " ") == id {
 			lines = append(lines, strings.TrimSuffix(text, "\n"))
@@ -404,8 +415,8 @@ func (p *process) awaitGuard() {
 	}
 }
 
-// told is what component id, once it has registered, was told of the control plane:
-// its variables, and the address that it got when it registered.
+// told is what component id was told: its variables, by its role's Environ, and the address
+// of the control plane that it got when it registered.
 func (p *process) told(id string) map[string]string {
 	p.tb.Helper()
 	told := make(map[string]string)
@@ -416,6 +427,9 @@ func (p *process) told(id string) map[string]string {
 				p.tb.Error(err)
 			}
 			name, value, _ := strings.Cut(entry, "=")
+			if _, twice := told[name]; twice {
+				p.tb.Errorf("%s has %s twice", id, name)
+			}
 			told[name] = value
 		} else if address, ok := strings.CutPrefix(line, "control plane "); ok {
 			told["connection_info"] = address
@@ -424,33 +438,62 @@ func (p *process) told(id string) map[string]string {
 	return told
 }
 
-// marked returns the processes that have mark in their environment.
-func marked(mark string) []int {
+// allPIDs are those of the processes that run on this machine.
+func allPIDs() []int {
 	var pids []int
 	entries, _ := os.ReadDir("/proc")
 	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue
-		}
-		env, _ := os.ReadFile(filepath.Join("/proc", e.Name(), "environ"))
-		if slices.Contains(strings.Split(string(env), "\x00"), mark) {
+		if pid, err := strconv.Atoi(e.Name()); err == nil {
 			pids = append(pids, pid)
 		}
 	}
 	return pids
 }
 
+// procFile returns a file of /proc/PID, nothing for a process that has gone.
+func procFile(pid int, name string) string {
+	data, _ := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, name))
+	return string(data)
+}
+
+// marked returns the processes that have mark in their environment.
+func marked(mark string) []int {
+	return slices.DeleteFunc(allPIDs(), func(pid int) bool {
+		return !slices.Contains(strings.Split(procFile(pid, "environ"), "\x00"), mark)
+	})
+}
+
 // call runs flowctl to its end.
 func call(tb testing.TB, args ...string) (code int, stdout, stderr string) {
 	tb.Helper()
-	p := start(tb, args)
+	return start(tb, args).finish()
+}
+
+// finish waits for the end of flowctl.
+func (p *process) finish() (code int, stdout, stderr string) {
+	p.tb.Helper()
 	select {
 	case <-p.done:
 	case <-time.After(patience):
-		tb.Fatalf("flowctl still runs\n%s", p)
+		p.tb.Fatalf("flowctl still runs\n%s", p)
 	}
 	return p.cmd.ProcessState.ExitCode(), p.stdout.String(), p.stderr.String()
+}
+
+// beside has a command find what p runs.
+func beside(p *process) option {
+	for _, entry := range slices.Backward(p.cmd.Env) {
+		if strings.HasPrefix(entry, "XDG_RUNTIME_DIR=") {
+			return withEnv(entry)
+		}
+	}
+	return withEnv()
+}
+
+// callReload runs flowctl reload for the pipeline that p runs.
+func (p *process) callReload() (code int, stdout, stderr string) {
+	p.tb.Helper()
+	return start(p.tb, []string{"reload"}, beside(p)).finish()
 }
 
 // freePort returns a port that is free now and that no one gets who does not ask
@@ -538,7 +581,7 @@ func ownNetwork(t *testing.T) bool {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(program, "-test.run=^"+regexp.QuoteMeta(t.Name())+"$", "-test.v")
-	cmd.Env = append(os.Environ(), networkVar+"="+t.Name(), binaryVar+"="+flowctlProgram(t))
+	cmd.Env = append(os.Environ(), networkVar+"="+t.Name(), binaryVar+"="+flowctlProgram())
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET,
 		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}},
@@ -599,15 +642,9 @@ func (h herd) script(text string) string {
 // living returns the processes of the herd with their command lines.
 func (h herd) living() map[int]string {
 	found := make(map[int]string)
-	entries, _ := os.ReadDir("/proc")
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil || pid == os.Getpid() {
-			continue
-		}
-		line, _ := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline"))
-		if bytes.Contains(line, []byte(h)) {
-			found[pid] = string(bytes.ReplaceAll(line, []byte{0}, []byte{' '}))
+	for _, pid := range allPIDs() {
+		if line := procFile(pid, "cmdline"); pid != os.Getpid() && strings.Contains(line, string(h)) {
+			found[pid] = strings.ReplaceAll(line, "\x00", " ")
 		}
 	}
 	return found
@@ -620,7 +657,7 @@ func (h herd) signal(pid int, sig syscall.Signal) {
 		return
 	}
 	defer process.Release()
-	if line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); bytes.Contains(line, []byte(h)) {
+	if strings.Contains(procFile(pid, "cmdline"), string(h)) {
 		_ = process.Signal(sig)
 	}
 }
@@ -668,8 +705,12 @@ func (h herd) gone(p *process, within time.Duration) {
 func (h herd) end(p *process, sig syscall.Signal) {
 	p.tb.Helper()
 	pid := guardOf(p)
-	line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 	guard := handle(p.tb, pid)
+	folder := regexp.MustCompile(`^.*/flowctl-[^/]*`)
+	var groups []string
+	for pid := range h.living() {
+		groups = append(groups, folder.FindString(processCgroup(pid)))
+	}
 	p.signal(sig)
 	within := killGrace()
 	if sig != syscall.SIGKILL {
@@ -680,9 +721,9 @@ func (h herd) end(p *process, sig syscall.Signal) {
 	if _, ok := ends(p.tb, killGrace(), guard); !ok {
 		p.tb.Errorf("the guard outlives flowctl\n%s", p)
 	}
-	for arg := range strings.SplitSeq(string(line), "\x00") {
-		if _, err := os.Stat(arg); err == nil && strings.HasPrefix(arg, "/sys/fs/cgroup/") {
-			p.tb.Errorf("the control group %s is left\n%s", arg, p)
+	for _, group := range groups {
+		if _, err := os.Stat(group); group != "" && err == nil {
+			p.tb.Errorf("the control group %s is left\n%s", group, p)
 		}
 	}
 }
@@ -699,18 +740,15 @@ func eventually(tb testing.TB, what string, done func() bool) {
 
 // childrenOf returns the children of a process that live, and how many do not.
 func childrenOf(pid int) (living []int, zombies int) {
-	entries, _ := os.ReadDir("/proc")
-	for _, e := range entries {
-		data, err := os.ReadFile(filepath.Join("/proc", e.Name(), "stat"))
-		_, rest, found := bytes.Cut(data, []byte(") "))
-		fields := strings.Fields(string(rest))
-		if err != nil || !found || len(fields) < 2 || fields[1] != strconv.Itoa(pid) {
-			continue
-		}
-		if child, err := strconv.Atoi(e.Name()); err == nil && fields[0] != "Z" {
-			living = append(living, child)
-		} else if err == nil {
+	for _, child := range allPIDs() {
+		_, rest, _ := strings.Cut(procFile(child, "stat"), ") ")
+		fields := strings.Fields(rest)
+		switch {
+		case len(fields) < 2 || fields[1] != strconv.Itoa(pid):
+		case fields[0] == "Z":
 			zombies++
+		default:
+			living = append(living, child)
 		}
 	}
 	return living, zombies
@@ -723,13 +761,10 @@ func guardOf(p *process) int {
 	var guard int
 	eventually(p.tb, "a guard", func() bool {
 		living, _ := childrenOf(p.cmd.Process.Pid)
-		for _, pid := range living {
-			if comm, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid)); string(comm) == guardName+"\n" {
-				guard = pid
-				return true
-			}
+		if i := slices.IndexFunc(living, func(pid int) bool { return procFile(pid, "comm") == guardName+"\n" }); i >= 0 {
+			guard = living[i]
 		}
-		return false
+		return guard != 0
 	})
 	return guard
 }
@@ -781,15 +816,6 @@ func ends(tb testing.TB, within time.Duration, fds ...int) ([]time.Time, bool) {
 	return times, true
 }
 
-// plainFlowctl returns flowctl without the race detector, for what is measured.
-var plainFlowctl = sync.OnceValue(func() string {
-	file := filepath.Join(buildFolder(), "flowctl-plain")
-	if out, err := exec.Command("go", "build", "-o", file, ".").CombinedOutput(); err != nil {
-		panic(fmt.Sprintf("go build: %v\n%s", err, out))
-	}
-	return file
-})
-
 func withBinary(file string) option {
 	return func(p *process) { p.cmd.Path, p.cmd.Args[0] = file, file }
 }
@@ -804,16 +830,21 @@ func runArgs(file string, more ...string) []string {
 // memory returns a figure of /proc/PID/status in bytes, such as VmRSS.
 func memory(tb testing.TB, pid int, key string) int {
 	tb.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		tb.Fatal(err)
+	n, ok := memoryOf(pid, key)
+	if !ok {
+		tb.Fatalf("no %s of process %d in\n%s", key, pid, procFile(pid, "status"))
 	}
-	m := regexp.MustCompile(`(?m)^` + key + `:\s+(\d+) kB$`).FindSubmatch(status)
+	return n
+}
+
+// memoryOf is memory for a process that may have ended.
+func memoryOf(pid int, key string) (int, bool) {
+	m := regexp.MustCompile(`(?m)^` + key + `:\s+(\d+) kB$`).FindStringSubmatch(procFile(pid, "status"))
 	if m == nil {
-		tb.Fatalf("no %s in\n%s", key, status)
+		return 0, false
 	}
-	n, _ := strconv.Atoi(string(m[1]))
-	return n << 10
+	n, _ := strconv.Atoi(m[1])
+	return n << 10, true
 }
 
 // daemons are a script that starts two daemons as daemon(3) would make them, which
@@ -868,9 +899,12 @@ func publicPipeline(tb testing.TB, components ...Component) string {
 }
 
 // limited runs flowctl under a limit that the shell's ulimit sets.
-func limited(limit string) option {
+func limited(limit string) option { return afterCommand("ulimit " + limit + " &&") }
+
+// afterCommand runs flowctl in a shell in which a command came before.
+func afterCommand(command string) option {
 	return func(p *process) {
-		p.cmd.Args = append([]string{"sh", "-c", "ulimit " + limit + ` && exec "$0" "$@"`, p.cmd.Path}, p.cmd.Args[1:]...)
+		p.cmd.Args = append([]string{"sh", "-c", command + ` exec "$0" "$@"`, p.cmd.Path}, p.cmd.Args[1:]...)
 		p.cmd.Path = "/bin/sh"
 	}
 }
@@ -920,65 +954,4 @@ func listen(t *testing.T, address string) net.Listener {
 	}
 	t.Cleanup(func() { lis.Close() })
 	return lis
-}
-
-// recorder is an emitter that keeps everything.
-type recorder struct {
-	mu  sync.Mutex
-	got map[string][]byte // by id/stream
-}
-
-func (r *recorder) lines(id, stream string, lines []byte) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.got == nil {
-		r.got = make(map[string][]byte)
-	}
-	r.got[id+"/"+stream] = append(r.got[id+"/"+stream], lines...)
-}
-
-func (r *recorder) text(key string) string {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return string(r.got[key])
-}
-
-// sh is a component that runs a shell script and does not register.
-func sh(id, script string, more map[string]any) map[string]any {
-	c := map[string]any{"id": id, "command": []string{"sh", "-c", strings.ReplaceAll(script, "$", "$$")}, "register": false}
-	maps.Copy(c, more)
-	return c
-}
-
-// supervise returns a supervisor that starts real processes, its launcher, and what those
-// print. What still runs at the end of the test is killed and waited for.
-func supervise(t testing.TB, sources, sinks []map[string]any) (*supervisor, *launcher, *recorder) {
-	t.Helper()
-	rec, log := &recorder{}, slog.New(slog.NewTextHandler(t.Output(), nil))
-	l, err := newLauncher(launchConfig{heartbeat: 10 * time.Second, endpoint: "127.0.0.1:1", reaper: newReaper(), emit: rec.lines, log: log})
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := newSupervisor(parseParts(t, sources, sinks), procTimes{start: 30 * time.Second, unhealthy: 30 * time.Second, stop: 10 * time.Second}, l, log)
-	t.Cleanup(func() {
-		s.killAll(time.Now())
-		for !s.over() {
-			s.exited(<-l.exits, time.Now())
-		}
-		l.guard.dismiss() // not close, which ends all descendants, those of other tests too
-		l.cgroup.remove()
-	})
-	return s, l, rec
-}
-
-// nextExit takes in the next end of a process, as the loop of a run does.
-func nextExit(t testing.TB, s *supervisor, l *launcher, now time.Time) {
-	t.Helper()
-	select {
-	case e := <-l.exits:
-		l.endStrays(e.child.component.ID)
-		s.exited(e, now)
-	case <-time.After(20 * time.Second):
-		t.Fatal("no process ended within 20s")
-	}
 }

@@ -20,7 +20,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
+	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -28,8 +30,6 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
-
-	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 )
 
 // planeAddresses calls test for each kind of address that a control plane can have.
@@ -57,13 +57,9 @@ func planeAddresses(t *testing.T, test func(t *testing.T, address string)) {
 // Copies of one program that send no id are told apart by their processes, however these were
 // started and in whatever order they register. If one was taken for another, the pipeline would
 // not be ready.
-func TestRegister_NamelessComponentIsKnownByItsProcess(t *testing.T) {
-	t.Parallel()
-	const each = 6 // of two dialects and three ways to be started, on each of three addresses: 108
-	program, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
+func TestRegister_NamelessComponentIsKnownByItsProcess(t *testing.T) { // not in parallel: another test must not hold it up
+	const each = 3 // of two dialects and three ways to be started, on each of three addresses: 54
+	program := get(os.Executable())(t)
 	planeAddresses(t, func(t *testing.T, address string) {
 		var components []Component
 		for _, dialect := range dialects {
@@ -184,9 +180,7 @@ func TestRegister_ForeignProcessIsRefused(t *testing.T) {
 		t.Logf("%d of %d calls refused", refused, calls)
 
 		for _, dialect := range dialects {
-			if got := c.mustRegister(t, dialect, registration{id: "elsewhere-" + dialect}).id; got != "elsewhere-"+dialect {
-				t.Errorf("registered as %q", got)
-			}
+			wantEqual(t, "registered", c.mustRegister(t, dialect, registration{id: "elsewhere-" + dialect}).id, "elsewhere-"+dialect)
 			if l := c.one(t, "elsewhere-"+dialect); l == nil || l.GetInPipeline() {
 				t.Errorf("a service of its own: %v", l)
 			}
@@ -258,10 +252,7 @@ func TestServer_RefusesNobody(t *testing.T) {
 // recorded returns the bytes that a client sends to register as id, which is refused.
 func recorded(tb testing.TB, endpoint, id string) []byte {
 	tb.Helper()
-	lis, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		tb.Fatal(err)
-	}
+	lis := get(net.Listen("tcp", "127.0.0.1:0"))(tb)
 	defer lis.Close()
 	var sent bytes.Buffer
 	done := make(chan struct{})
@@ -280,11 +271,9 @@ func recorded(tb testing.TB, endpoint, id string) []byte {
 		go io.Copy(client, plane)
 		io.Copy(io.MultiWriter(plane, &sent), client)
 	}()
-	conn, err := grpc.NewClient(lis.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())
-	if err != nil {
-		tb.Fatal(err)
-	}
-	_, err = flowctlv1.NewControlPlaneServiceClient(conn).RegisterComponent(tb.Context(), &flowctlv1.RegisterRequest{Component: &flowctlv1.ComponentInfo{Id: id}}, grpc.WaitForReady(true))
+	conn := get(grpc.NewClient(lis.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy()))(tb)
+	in := &flowctlv1.RegisterRequest{Component: &flowctlv1.ComponentInfo{Id: id}}
+	_, err := flowctlv1.NewControlPlaneServiceClient(conn).RegisterComponent(tb.Context(), in, grpc.WaitForReady(true))
 	wantCode(tb, "registration as "+id, err, codes.PermissionDenied)
 	conn.Close()
 	<-done
@@ -298,13 +287,8 @@ func TestRegister_ClosedConnectionIsRefused(t *testing.T) {
 	p.waitErr("msg=started component=a ")
 	claim := recorded(t, p.endpoint(), "a")
 	for range 100 {
-		conn, err := net.Dial("tcp", p.endpoint())
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := conn.Write(claim); err != nil {
-			t.Fatal(err)
-		}
+		conn := get(net.Dial("tcp", p.endpoint()))(t)
+		get(conn.Write(claim))(t)
 		conn.Close()
 	}
 	register(t, p.endpoint(), "another") // and so all before it have been seen, or nearly
@@ -316,8 +300,8 @@ func TestRegister_ClosedConnectionIsRefused(t *testing.T) {
 	p.exit(exitOK)
 }
 
-// A component that flowctl may not look into, as it has capabilities, is believed. Other
-// processes are not believed for that.
+// A component that flowctl may not look into, as it has capabilities, cannot prove to be one. Nor can
+// anybody hide behind it.
 func TestRegister_UnreadableComponentShieldsNobody(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {
@@ -326,9 +310,10 @@ func TestRegister_UnreadableComponentShieldsNobody(t *testing.T) {
 	const uid, other = 65529, 65528
 	program := publicProgram(t)
 	own, hidden := actor("own", role{Dialect: "v1"}), actor("hidden", role{Dialect: "v1", Hidden: true})
-	own.Command, hidden.Command = []string{program}, []string{program}
+	own.Command, hidden.Command = []string{program}, []string{"sh", "-c", program + "; exec sleep 300"}
 	p := start(t, runArgs(publicPipeline(t, own, hidden)), asNobody(uid))
-	p.waitReady()
+	p.waitOut("own    | registered")
+	p.waitOut("flowctl cannot tell whether a process of component hidden calls: a process that flowctl may not look into can hold its socket")
 	endpoint := p.endpoint()
 	pose := func(uid int, r role) string {
 		cmd := exec.Command(program)
@@ -353,8 +338,8 @@ func TestRegister_UnreadableComponentShieldsNobody(t *testing.T) {
 }
 
 // Where /proc shows a user only the processes that it may look into, by hidepid= of proc(5) or
-// ProtectProc= of a unit, a component that it does not show is believed.
-func TestRegister_ComponentThatProcHidesIsBelieved(t *testing.T) {
+// ProtectProc= of a unit, nobody can prove to be a component that it does not show.
+func TestRegister_ComponentThatProcHidesIsRefused(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {
 		t.Skip("only root can be another user, and mount")
@@ -368,8 +353,8 @@ func TestRegister_ComponentThatProcHidesIsBelieved(t *testing.T) {
 		hide := exec.Command("unshare", "-m", "sh", "-c", `mount -t proc -o hidepid=2 proc /proc && exec setpriv --reuid "$0" --regid 65534 --clear-groups "$@"`, strconv.Itoa(uid))
 		p.cmd.Path, p.cmd.Args = hide.Path, append(hide.Args, p.cmd.Args...)
 	})
-	p.waitReady()
-	p.stop()
+	p.exit(1)
+	p.has(p.stdout, "flowctl cannot tell whether a process of component hidden calls: /proc hides processes (hidepid=)")
 }
 
 // A connection is of the component whose process holds its other end, whatever wraps it.
@@ -378,79 +363,71 @@ func TestIdentifyPeer_FindsTheHolder(t *testing.T) {
 	pair := connectPair(t, "tcp4", "127.0.0.1", "")
 	cmd := handOver(t, pair.client, nil)
 	pair.client.Close()
-	lis, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(shortDir(t), "plane"), Net: "unix"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	lis := get(net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(shortDir(t), "plane"), Net: "unix"}))(t)
 	defer lis.Close()
-	client, err := net.DialUnix("unix", nil, lis.Addr().(*net.UnixAddr)) // by this process
-	if err != nil {
-		t.Fatal(err)
-	}
+	client := get(net.DialUnix("unix", nil, lis.Addr().(*net.UnixAddr)))(t) // by this process
 	defer client.Close()
-	accepted, err := lis.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
+	accepted := get(lis.Accept())(t)
 	defer accepted.Close()
-	i := &identifier{
-		leaders:     func() map[int]string { return map[int]string{cmd.Process.Pid: "a"} },
-		descendants: func() []procInfo { return []procInfo{{pid: cmd.Process.Pid}} },
-		mark:        runMark + "=test",
-	}
+	i := &identifier{processes: fakeProcesses{cmd.Process.Pid: "a"}}
+	owner := fmt.Sprint("user ", os.Getuid())
+	ofA := origin{component: "a", leader: cmd.Process.Pid, owner: owner}
 	for name, tt := range map[string]struct {
 		conn net.Conn
 		want origin
 	}{
-		"TCP":              {pair.server, origin{component: "a", known: true}},
-		"wrapped":          {componentConn{pair.server}, origin{component: "a", known: true}},
-		"unix":             {accepted, origin{known: true}},
-		"wrapped, of unix": {componentConn{accepted}, origin{known: true}},
+		"TCP":              {pair.server, ofA},
+		"wrapped":          {taggedConn{pair.server, forComponents}, ofA},
+		"unix":             {accepted, origin{owner: owner}},
+		"wrapped, of unix": {taggedConn{accepted, forComponents}, origin{owner: owner}},
 	} {
 		for _, claimedID := range []string{"", "a", "b"} {
 			eventually(t, name+": identified, claimed to be "+claimedID, func() bool { // not at once for the reason of awaitNone
-				return i.identifyPeer(tt.conn, claimedID) == tt.want
+				from, err := i.identifyPeer(tt.conn, claimedID)
+				return err == nil && from == tt.want
 			})
 		}
 	}
 }
 
-// On the listener of components there is no TLS, and a process that is of none is refused.
+// fakeProcesses are the leaders of a run, by pid.
+type fakeProcesses map[int]string
+
+func (f fakeProcesses) leaders() map[int]string        { return f }
+func (f fakeProcesses) settledLeaders() map[int]string { return f }
+func (f fakeProcesses) leads(pid int, id string) bool  { return f[pid] == id }
+func (f fakeProcesses) leaderOf(id string) int {
+	for pid, of := range f {
+		if of == id {
+			return pid
+		}
+	}
+	return 0
+}
+func (f fakeProcesses) ownGroups() bool                        { return false }
+func (f fakeProcesses) markOwner(int) string                   { return "" }
+func (f fakeProcesses) cgroupOwner(int) string                 { return "" }
+func (f fakeProcesses) containers() (runningContainers, error) { return runningContainers{}, nil }
+
+// On the listener of components there is no TLS, and who is not known to be of one is refused.
 func TestComponentListener_RefusesForeignProcesses(t *testing.T) {
 	t.Parallel()
-	lis := componentListener{listen(t, "127.0.0.1:0")}
-	for _, tt := range []struct {
-		name   string
-		from   origin
-		refuse bool
-	}{
-		{"a component", origin{component: "a", known: true}, false},
-		{"the command", origin{component: commandID, known: true}, false},
-		{"a process of no component", origin{known: true}, true},
-		{"one that may be in a container", origin{known: true, unseen: true}, false},
-		{"one that the kernel does not tell of", origin{}, false},
-	} {
-		client, err := net.Dial("tcp", lis.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer client.Close()
-		raw, err := lis.Accept()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer raw.Close()
-		var creds credentials.TransportCredentials = peerCredentials{
-			credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS12}),
-			func(net.Conn, string) origin { return tt.from }, slog.New(slog.DiscardHandler),
-		}
-		conn, info, err := creds.Clone().ServerHandshake(raw)
-		if (err != nil) != tt.refuse {
-			t.Errorf("%s: %v, want refused: %t", tt.name, err, tt.refuse)
-		}
-		if _, plain := conn.(*net.TCPConn); err == nil && (!plain || info.AuthType() != "insecure") {
-			t.Errorf("%s: got a %T by %s, want the connection as it is", tt.name, conn, info.AuthType())
-		}
+	lis := taggedListener{listen(t, "127.0.0.1:0"), forComponents}
+	client, err := net.Dial("tcp", lis.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	raw, err := lis.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer raw.Close()
+	var creds credentials.TransportCredentials = peerCredentials{
+		credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS12}), &identifier{processes: fakeProcesses{}}, nil, slog.New(slog.DiscardHandler),
+	}
+	if _, _, err := creds.Clone().ServerHandshake(raw); err == nil || !strings.Contains(err.Error(), "has to use TLS") {
+		t.Errorf("this process, which is of no component: %v", err)
 	}
 }
 
@@ -484,17 +461,165 @@ func TestRegister_ForeignPIDNamespaceIsRefused(t *testing.T) {
 // publicProgram is this test's program, where every user can run it.
 func publicProgram(tb testing.TB) string {
 	tb.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		tb.Fatal(err)
-	}
-	data, err := os.ReadFile(self)
-	if err != nil {
-		tb.Fatal(err)
-	}
+	self := get(os.Executable())(tb)
+	data := get(os.ReadFile(self))(tb)
 	program := writeFile(tb, filepath.Join(publicDir(tb), "actor"), string(data))
-	if err := os.Chmod(program, 0o755); err != nil {
-		tb.Fatal(err)
-	}
+	must(tb, os.Chmod(program, 0o755))
 	return program
+}
+
+// What a component has left to flowctl speaks for no other: neither by the environment that it
+// gives itself, nor by hiding from /proc.
+func TestRegister_OrphanCannotPose(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		t.Skip("only root can be another user")
+	}
+	program := publicProgram(t)
+	b := actor("b", role{Dialect: "v1"})
+	b.Command = []string{program}
+	ends := role{Dialect: "v1", End: "registered"}
+	hides := ends
+	hides.Hidden = true
+	evil := "(setsid env FLOWCTL_COMPONENT_ID=b " + roleVar + "='" + actorRole(t, ends) + "' " + program + " &); sleep 1; " +
+		"FLOWCTL_COMPONENT_ID=b " + roleVar + "='" + actorRole(t, hides) + "' " + program + "; exec sleep 300"
+	c := shell("evil", evil)
+	c.DependsOn = []string{"b"}
+	p := start(t, runArgs(publicPipeline(t, b, c)), asNobody(65526))
+	p.waitOut("component evil cannot speak for component b")
+	p.waitOut("flowctl cannot tell whether a process of component b calls: a process that flowctl may not look into")
+	p.hasNot(p.stdout, "evil | registered")
+	p.stop()
+}
+
+// A component may be called as the command after -- is written.
+func TestRegister_ComponentCalledAsTheCommand(t *testing.T) {
+	t.Parallel()
+	a := actor("--", role{Dialect: "v1"})
+	poser := roleVar + "=" + actorRole(t, role{Dialect: "v1", End: "registered"})
+	p := start(t, runArgs(writePipeline(t, a), "--", "env", "FLOWCTL_COMPONENT_ID=--", poser, a.Command[0]))
+	p.exit(99)
+	p.has(p.stderr, "msg=ready component=--", "the command after -- cannot speak for component --")
+}
+
+// Nobody is believed because others hold all ports while flowctl starts.
+func TestIdentifier_PortsThatOthersHold(t *testing.T) {
+	t.Parallel()
+	if !ownNetwork(t) {
+		return
+	}
+	must(t, os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte("40000 40019"), 0))
+	var held []net.Listener
+	for lis, err := net.Listen("tcp", "127.0.0.1:0"); err == nil; lis, err = net.Listen("tcp", "127.0.0.1:0") {
+		held = append(held, lis)
+	}
+	a := actor("a", role{Dialect: "v1", Gate: true})
+	a.Env["HEALTH_PORT"] = "1" // else flowctl could not give it one
+	p := start(t, []string{"run", writePipeline(t, a), "-control-plane-port", "8080"})
+	p.waitOut("waiting")
+	for _, lis := range held {
+		lis.Close()
+	}
+	c := dialPlane(t, p.endpoint())
+	for what, claim := range claims("a", "", "1") {
+		wantCode(t, what, claim(t.Context(), c), codes.PermissionDenied)
+	}
+	must(t, c.conn.Close())
+	p.tell("a", syscall.SIGUSR2)
+	p.waitReady()
+	p.stop()
+}
+
+// privateListener starts a run with mutual TLS and returns where it listens without TLS.
+func privateListener(t *testing.T, components []Component, options ...option) (*process, string) {
+	t.Helper()
+	ca := newCA(t)
+	files := newFiles(t, issue(t, ca, nil), ca)
+	p := start(t, runArgs(writePipeline(t, components...), files.mutual()...), options...)
+	p.waitErr("listening for components, without TLS")
+	return p, regexp.MustCompile(`without TLS" endpoint=(\S+)`).FindStringSubmatch(p.stderr.String())[1]
+}
+
+// Beside TLS nobody but components gets in without it: no process of this user, of another one or
+// of another pid namespace, whatever it says.
+func TestComponentListener_IsForComponentsAlone(t *testing.T) {
+	t.Parallel()
+	p, private := privateListener(t, []Component{actor("a", role{Dialect: "v1"}), actor("b", role{Dialect: "legacy", Nameless: true})})
+	p.waitReady()
+	for what, claim := range claims("a", "", "1") {
+		wantCode(t, what, claim(t.Context(), dialPlane(t, private)), codes.Unavailable)
+	}
+	program := publicProgram(t)
+	for name, as := range map[string]struct {
+		command []string
+		root    bool
+	}{
+		"another user":                          {[]string{"setpriv", "--reuid=65525", "--regid=65525", "--clear-groups"}, true},
+		"another pid namespace":                 {[]string{"unshare", "--user", "--map-root-user", "--pid", "--fork"}, false},
+		"another user in another pid namespace": {[]string{"unshare", "--pid", "--fork", "setpriv", "--reuid=65525", "--regid=65525", "--clear-groups"}, true},
+	} {
+		if as.root && os.Getuid() != 0 {
+			continue
+		}
+		cmd := exec.Command(as.command[0], append(as.command[1:], program)...)
+		cmd.Dir = "/"
+		cmd.Env = append(slices.Clone(p.cmd.Env), "FLOWCTL_ENDPOINT="+private, "FLOWCTL_COMPONENT_ID=a", "FLOWCTL_RUN=a", roleVar+"="+actorRole(t, role{Dialect: "v1", End: "registered"}))
+		if out, _ := cmd.CombinedOutput(); !bytes.Contains(out, []byte("Unavailable")) && !bytes.Contains(out, []byte("unshare:")) {
+			t.Errorf("%s: %s", name, out)
+		}
+	}
+	p.stop()
+}
+
+// That others have taken flowctl's descriptors lets nobody in, and keeps no component out.
+func TestComponentListener_WithoutDescriptors(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("prlimit"); err != nil {
+		t.Skip("no prlimit(1) here")
+	}
+	a, on := actor("a", role{Dialect: "v1"}), filepath.Join(t.TempDir(), "on")
+	// It calls again where it is refused, as when flowctl itself takes a descriptor meanwhile.
+	a.Command = []string{"sh", "-c", "echo waiting; until [ -e " + on + " ]; do sleep 0.02; done; until " + a.Command[0] + "; do sleep 0.05; done"}
+	p, private := privateListener(t, []Component{a})
+	p.waitOut("waiting")
+	pid := p.cmd.Process.Pid
+	leave := func(free int) { // so many descriptors to flowctl
+		taken := make(map[string]bool)
+		for _, entry := range get(os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid)))(t) {
+			taken[entry.Name()] = true
+		}
+		limit := 0 // the number of the first that it does not get
+		for ; taken[strconv.Itoa(limit)] || free > 0; limit++ {
+			if !taken[strconv.Itoa(limit)] {
+				free--
+			}
+		}
+		if out, err := exec.Command("prlimit", "--pid", strconv.Itoa(pid), fmt.Sprintf("--nofile=%d:", limit)).CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+	}
+	poses := func(patience time.Duration) error {
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		c := dialPlane(t, private)
+		defer c.conn.Close() // else it goes on to call
+		_, err := c.register(ctx, "v1", registration{id: "stranger"})
+		return err
+	}
+	wantCode(t, "this process", poses(patience), codes.Unavailable) // from then on it has its spare ones
+	open := func() int { return len(get(os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid)))(t)) }
+	before := open()
+	for free := range 5 {
+		leave(free)
+		if poses(100*time.Millisecond) == nil { // or it is not accepted
+			t.Errorf("this process is let in where %d descriptors are free", free)
+		}
+	}
+	leave(50)
+	wantCode(t, "this process", poses(patience), codes.Unavailable) // and who came before is gone
+	eventually(t, "descriptors as before", func() bool { return open() == before })
+	leave(1) // for its connection
+	writeFile(t, on, "")
+	p.waitReady()
+	p.stop()
 }

@@ -29,10 +29,7 @@ type room struct {
 // rooms reads the table: a row begins with the name of a file.
 func rooms(t *testing.T) map[string]room {
 	t.Helper()
-	text, err := os.ReadFile("docs/architecture.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := get(os.ReadFile("docs/architecture.md"))(t)
 	out := make(map[string]room)
 	for line := range strings.Lines(string(text)) {
 		cells := strings.Split(line, "|")
@@ -59,10 +56,7 @@ func TestLayers(t *testing.T) {
 	t.Parallel()
 	rooms := rooms(t)
 	seen := make(map[string]bool)
-	files, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
+	files := get(filepath.Glob("*.go"))(t)
 	files = slices.DeleteFunc(files, func(name string) bool { return strings.HasSuffix(name, "_test.go") })
 	for _, name := range files {
 		seen[roomOf(name)] = true
@@ -113,18 +107,13 @@ func typeCheck(t *testing.T) (map[*ast.Ident]types.Object, *token.FileSet) {
 		fields := strings.Split(scanner.Text(), "\t")
 		exports[fields[0]] = fields[1]
 		for _, name := range strings.Fields(fields[2]) {
-			f, err := parser.ParseFile(fset, name, nil, parser.SkipObjectResolution)
-			if err != nil {
-				t.Fatal(err)
-			}
+			f := get(parser.ParseFile(fset, name, nil, parser.SkipObjectResolution))(t)
 			files = append(files, f)
 		}
 	}
 	info := &types.Info{Uses: make(map[*ast.Ident]types.Object), Selections: make(map[*ast.SelectorExpr]*types.Selection)}
 	config := types.Config{Importer: importer.ForCompiler(fset, "gc", func(path string) (io.ReadCloser, error) { return os.Open(exports[path]) })}
-	if _, err := config.Check("main", fset, files, info); err != nil {
-		t.Fatal(err)
-	}
+	get(config.Check("main", fset, files, info))(t)
 	return info.Uses, fset
 }
 
@@ -140,16 +129,10 @@ const (
 // TestSizes fails for a function, a struct or a file that is too long and does not say why.
 func TestSizes(t *testing.T) {
 	t.Parallel()
-	files, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
+	files := get(filepath.Glob("*.go"))(t)
 	fset := token.NewFileSet()
 	for _, name := range files {
-		f, err := parser.ParseFile(fset, name, nil, parser.ParseComments|parser.SkipObjectResolution)
-		if err != nil {
-			t.Fatal(err)
-		}
+		f := get(parser.ParseFile(fset, name, nil, parser.ParseComments|parser.SkipObjectResolution))(t)
 		long := func(what string, n, most int, doc ...*ast.CommentGroup) {
 			said := slices.ContainsFunc(doc, func(c *ast.CommentGroup) bool { return strings.Contains(c.Text(), longBecause) })
 			if n > most && !said {

@@ -5,6 +5,8 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -18,10 +20,14 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
+	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
 	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/connectivity"
@@ -31,13 +37,19 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
-
-	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
-	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 )
 
 // largeBytes is about the most that a service may have said.
 const largeBytes = maxServiceBytes - 1000
+
+// atOnce calls do so many times at once, and returns when all have returned.
+func atOnce(times int, do func(i int)) {
+	var calls sync.WaitGroup
+	for i := range times {
+		calls.Go(func() { do(i) })
+	}
+	calls.Wait()
+}
 
 // large is a registration of largeBytes of one character.
 func large(id, character string) registration {
@@ -53,23 +65,33 @@ func registerLarge(t *testing.T, endpoint string, services int, character string
 	t.Helper()
 	const callers = 200 // so that they share writes of a state file
 	clients := []planeClient{dialPlane(t, endpoint), dialPlane(t, endpoint), dialPlane(t, endpoint), dialPlane(t, endpoint)}
-	var calls sync.WaitGroup
-	for first := range callers {
-		c := clients[first%len(clients)]
-		calls.Go(func() {
-			for i := first; i < services; i += callers {
-				if _, err := c.register(t.Context(), "v1", large(fmt.Sprint("large-", i), character)); err != nil {
-					t.Error(err)
-					return
-				}
+	atOnce(callers, func(first int) {
+		for i := first; i < services; i += callers {
+			if _, err := clients[first%len(clients)].register(t.Context(), "v1", large(fmt.Sprint("large-", i), character)); err != nil {
+				t.Error(err)
+				return
 			}
-		})
-	}
-	calls.Wait()
+		}
+	})
+}
+
+// besiege throws so many MiB by attack at a control plane alone, which has services of
+// largeBytes. It has to hold at most half of that, and to serve a neighbour all the while,
+// and who comes after.
+func besiege(t *testing.T, services int, thrown float64, attack func(p *process, endpoint string)) {
+	t.Helper()
+	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
+	registerLarge(t, endpoint, services, "x")
+	check := neighbour(t, endpoint)
+	before := memory(t, p.cmd.Process.Pid, "VmHWM")
+	attack(p, endpoint)
+	dialPlane(t, endpoint).mustRegister(t, "v1", registration{id: "late"})
+	check()
+	memoryGrew(t, p, before, thrown)
 }
 
 // Each row has more thrown at a control plane than it may hold, by more than one connection
-// where a connection has a bound of its own. Who comes after is served.
+// where a connection has a bound of its own. It is long because it is a table.
 func TestLimits_HoldForTheWholePlane(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -98,10 +120,25 @@ func TestLimits_HoldForTheWholePlane(t *testing.T) {
 			c := dialPlane(t, endpoint)
 			for range 4000 {
 				c.mustRegister(t, "v1", large("large", "x"))
-				if _, err := c.v1.UnregisterComponent(t.Context(), &flowctlv1.UnregisterRequest{ServiceId: "large"}); err != nil {
-					t.Fatal(err)
-				}
+				get(c.v1.UnregisterComponent(t.Context(), &flowctlv1.UnregisterRequest{ServiceId: "large"}))(t)
 			}
+		}},
+		{"a million names of metrics", 0, 200, func(t *testing.T, endpoint string) {
+			c := dialPlane(t, endpoint)
+			const services, each = 50, 2000
+			for n := range 1_000_000 / each {
+				id, metrics := fmt.Sprint("s", n%services), make(map[string]string)
+				for i := range each {
+					metrics[fmt.Sprintf("metric-%d-%d", n, i)] = "1"
+				}
+				if n < services {
+					c.mustRegister(t, "v1", registration{id: id})
+				}
+				_, err := c.v1.Heartbeat(t.Context(), &flowctlv1.HeartbeatRequest{ServiceId: id, Metrics: metrics})
+				wantCode(t, "heartbeat", err, codes.ResourceExhausted)
+			}
+			_, v1 := c.mustStatus(t, "s0")
+			wantEqual(t, "metrics that are kept", len(v1.GetMetrics()), maxEntries)
 		}},
 		{"lists that are not read", 1000, 4 * 30 * 1000 * largeBytes >> 20, func(t *testing.T, endpoint string) {
 			for range 4 {
@@ -128,15 +165,43 @@ func TestLimits_HoldForTheWholePlane(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
-			registerLarge(t, endpoint, tt.services, "x")
-			check := neighbour(t, endpoint)
-			before := memory(t, p.cmd.Process.Pid, "VmHWM")
-			tt.attack(t, endpoint)
-			dialPlane(t, endpoint).mustRegister(t, "v1", registration{id: "late"})
-			check()
-			memoryGrew(t, p, before, tt.thrown)
+			besiege(t, tt.services, tt.thrown, func(_ *process, endpoint string) { tt.attack(t, endpoint) })
 		})
+	}
+}
+
+// Strangers that have filled the registry of a run keep none of its components out, nor its list
+// from its owner. They are not written, as the next run would not take them back.
+func TestLimits_StrangersFillARun(t *testing.T) {
+	t.Parallel()
+	state := filepath.Join(t.TempDir(), "state.json")
+	a := actor("a", role{Dialect: "v1"})
+	a.RestartPolicy = "on-failure"
+	p := start(t, runArgs(writePipeline(t, a), "-db-path", state, "-heartbeat-ttl", "10m"), withBinary(plainFlowctl()))
+	p.waitReady()
+	endpoint := p.endpoint()
+	var strangers atomic.Int64
+	atOnce(100, func(int) { // so many share writes of the state file
+		c := dialPlane(t, endpoint)
+		for i := strangers.Add(1); i < 2*maxGuestBytes/largeBytes; i = strangers.Add(1) {
+			if _, err := c.register(t.Context(), "v1", large(fmt.Sprint("stranger-", i), "x")); err != nil {
+				wantCode(t, "what has no room", err, codes.ResourceExhausted)
+				return
+			}
+		}
+		t.Error("there is room for ever more strangers")
+	})
+	p.tell("a", syscall.SIGKILL)
+	p.wait(p.stderr, "msg=ready component=a ", 2)
+	if code, out, stderr := call(t, "list", "-e", endpoint); code != exitOK || !strings.Contains(out, "\na ") {
+		t.Errorf("list: exit %d\n%.500s%s", code, out, stderr)
+	}
+	if peak := memory(t, p.cmd.Process.Pid, "VmHWM"); peak > 200<<20 {
+		t.Errorf("it held %.0f MiB", mib(peak))
+	}
+	p.stop()
+	if size := get(os.Stat(state))(t).Size(); size > 4*maxServiceBytes {
+		t.Errorf("the state file of one component has %d bytes", size)
 	}
 }
 
@@ -145,14 +210,11 @@ func TestLimits_EndlessStreamsMakeRoom(t *testing.T) {
 	t.Parallel()
 	_, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
 	check := neighbour(t, endpoint)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
+	defer cancel()
 	watch := func(c planeClient) grpc.ServerStreamingClient[healthpb.HealthCheckResponse] {
-		stream, err := healthpb.NewHealthClient(c.conn).Watch(t.Context(), &healthpb.HealthCheckRequest{})
-		if err == nil {
-			_, err = stream.Recv()
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		stream := get(healthpb.NewHealthClient(c.conn).Watch(ctx, &healthpb.HealthCheckRequest{}))(t)
+		get(stream.Recv())(t)
 		return stream
 	}
 	first := watch(dialPlane(t, endpoint))
@@ -205,9 +267,7 @@ func TestList_AnswerPastItsBoundIsRefused(t *testing.T) {
 	c := dialPlane(t, endpoint, grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(2*maxAnswer)))
 	_, err := c.v1.DiscoverComponents(t.Context(), &flowctlv1.DiscoveryRequest{})
 	wantCode(t, "all of them", err, codes.ResourceExhausted)
-	if got := len(snapshotOf(t, c)); got != services {
-		t.Errorf("%d services in a snapshot, want %d", got, services)
-	}
+	wantEqual(t, "services in a snapshot", len(snapshotOf(t, c)), services)
 }
 
 // Strangers that hold all connections that there can be keep nobody out: the one of them
@@ -220,19 +280,10 @@ func TestConnections_TheSilentMakeRoom(t *testing.T) {
 	used := dialPlane(t, endpoint)
 	used.mustRegister(t, "v1", registration{id: "used"}) // and then says nothing for longer than all strangers
 	watching := dialPlane(t, endpoint)
-	stream, err := operatorv1.NewOperatorClient(watching.conn).Watch(t.Context(), &operatorv1.WatchRequest{Follow: true})
-	if err == nil {
-		_, err = stream.Recv()
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, watching.follow(t.Context()))
 	var strangers []net.Conn
 	for range 2 * most {
-		conn, err := dialRaw(endpoint, preface)
-		if err != nil {
-			t.Fatal(err)
-		}
+		conn := get(dialRaw(endpoint, preface))(t)
 		defer conn.Close()
 		strangers = append(strangers, conn)
 	}
@@ -254,25 +305,146 @@ func TestConnections_TheSilentMakeRoom(t *testing.T) {
 // silent for longer.
 func TestConnections_ComponentsStay(t *testing.T) {
 	t.Parallel()
-	all := newTraffic(slog.New(slog.DiscardHandler))
-	all.maxConnections = 0
+	all := newTraffic(slog.New(slog.DiscardHandler), maxConnections)
 	conn := func(rank int32, heard int64) *countedConn {
 		c := &countedConn{traffic: all}
 		c.rank.Store(rank)
 		c.heard.Store(heard)
 		return c
 	}
-	component, caller, former, silent := conn(rankComponent, 1), conn(rankCaller, 3), conn(rankCaller, 2), conn(rankSilent, 4)
+	component, caller, former, silent := conn(rankOwn, 1), conn(rankCaller, 3), conn(rankCaller, 2), conn(rankSilent, 4)
 	for _, c := range []*countedConn{component, caller, former, silent} {
 		all.open[c] = struct{}{}
 	}
 	for i, want := range []*countedConn{silent, former, caller, component} {
-		all.maxConnections = len(all.open)
-		newcomer := conn(rankComponent, 5)
+		all.maxConnections, all.withStrangers = len(all.open), len(all.open)
+		newcomer := conn(rankOwn, 5)
 		if got := all.add(newcomer); got != want {
 			t.Errorf("%d. to make room is %v, want %v", i, got, want)
 		}
 	}
+	all.maxConnections++ // as in a run: where all are flowctl's own there may be more
+	if got := all.add(conn(rankOwn, 6)); got != nil {
+		t.Errorf("%v makes room for flowctl's own where there are no strangers", got)
+	}
+	caller = conn(rankCaller, 7)
+	all.maxConnections += 2
+	if got := all.add(caller); got != nil {
+		t.Errorf("%v makes room for a stranger", got)
+	}
+	if got := all.add(conn(rankOwn, 8)); got != caller {
+		t.Errorf("%v makes room, want the stranger", got)
+	}
+}
+
+// What strangers make a run hold is bounded, however they do it.
+func TestConnections_StrangersOfARunAreFew(t *testing.T) {
+	t.Parallel()
+	p := start(t, runArgs(writePipeline(t, actor("a", role{Dialect: "v1"}))), withBinary(plainFlowctl()))
+	p.waitReady()
+	var last net.Conn
+	for range 2 * maxGuestConnections {
+		last = dialStranger(t, p.endpoint())
+		get(io.WriteString(last, preface))(t)
+	}
+	eventually(t, "room that the first have made", func() bool {
+		return !closed(last) && len(get(os.ReadDir(fmt.Sprintf("/proc/%d/fd", p.cmd.Process.Pid)))(t)) < maxGuestConnections+200
+	})
+	if peak := memory(t, p.cmd.Process.Pid, "VmHWM"); peak > 100<<20 {
+		t.Errorf("it held %.0f MiB", mib(peak))
+	}
+	if code, out, stderr := call(t, "list", "-e", p.endpoint()); code != exitOK {
+		t.Errorf("list: exit %d\n%s%s", code, out, stderr)
+	}
+	p.stop()
+}
+
+// dialStranger connects as a user who is not flowctl's: a socket is of the file system user of the
+// thread that has made it.
+func dialStranger(t *testing.T, endpoint string) net.Conn {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("only root can be another user")
+	}
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	syscall.RawSyscall(syscall.SYS_SETFSUID, 65520, 0, 0)
+	conn, err := net.Dial("tcp", endpoint)
+	syscall.RawSyscall(syscall.SYS_SETFSUID, 0, 0, 0)
+	must(t, err)
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// Whatever strangers take up, flowctl's own do not wait for them, and make no room for them.
+func TestLimits_StrangersHaveTheirOwn(t *testing.T) {
+	t.Parallel()
+	_, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
+	registerLarge(t, endpoint, 100, "x")
+	ctx, cancel := context.WithTimeout(t.Context(), 4*patience)
+	defer cancel()
+	check := neighbour(t, endpoint)
+	own := dialPlane(t, endpoint)
+	watch := get(healthpb.NewHealthClient(own.conn).Watch(ctx, &healthpb.HealthCheckRequest{}))(t)
+	get(watch.Recv())(t)
+	half := dialClosed(t, endpoint)
+	half.call(flowctlpb.ControlPlane_Heartbeat_FullMethodName, &emptypb.Empty{}, 100)
+	for method, more := range map[string]int{
+		healthpb.Health_Watch_FullMethodName:                        0,
+		flowctlpb.ControlPlane_Heartbeat_FullMethodName:             100,
+		flowctlv1.ControlPlaneService_ListComponents_FullMethodName: 0,
+	} {
+		for range 8 {
+			u := speakClosed(dialStranger(t, endpoint))
+			for range maxStreams {
+				u.call(method, &emptypb.Empty{}, more)
+			}
+		}
+	}
+	for range 3 {
+		begun := time.Now()
+		get(own.v1.ListComponents(ctx, &flowctlv1.ListComponentsRequest{}))(t)
+		if d := time.Since(begun); d > patience {
+			t.Errorf("flowctl's own has a list after %v", d)
+		}
+	}
+	check()
+	if state := own.conn.GetState(); state != connectivity.Ready {
+		t.Errorf("a connection with a stream is %s", state)
+	}
+	if closed(half.conn) {
+		t.Error("a connection with an unfinished request is cut off")
+	}
+}
+
+// A connection of flowctl's own by which no call has come yet stays where strangers come.
+func TestConnections_FreshOnesOfItsOwnStay(t *testing.T) {
+	t.Parallel()
+	const most = 50
+	_, endpoint := startAlone(t, []string{"-no-persistence"}, limited(fmt.Sprint("-n ", 2*most)))
+	own := get(dialRaw(endpoint, preface))(t)
+	defer own.Close()
+	for range 2 * most {
+		u := speakClosed(dialStranger(t, endpoint))
+		u.call(flowctlpb.ControlPlane_Heartbeat_FullMethodName, &emptypb.Empty{}, 0)
+	}
+	dialPlane(t, endpoint).mustRegister(t, "v1", registration{id: "component"})
+	if closed(own) {
+		t.Error("it is cut off")
+	}
+}
+
+// What a text counts is what it takes in the state file.
+func TestTextSize_IsThatOfJSON(t *testing.T) {
+	t.Parallel()
+	for _, text := range []string{"", "plain", "\x00\x01\n\x7f", `"\`, "<a&b>", "é\u2028\U0001f600"} {
+		if n, most := len(get(json.Marshal(text))(t)), textSize(text); n >= most || most > 2*n+1 {
+			t.Errorf("%q has %d bytes in JSON and counts %d", text, n, most)
+		}
+	}
+	r := newRegistry(testTTL, testInterval, "", nil)
+	_, _, err := r.register(large("large", "\x01"), origin{believed: true}, testEpoch)
+	wantCode(t, "a registration that is large in JSON", err, codes.ResourceExhausted)
 }
 
 // closed reports whether the other end has closed conn.
@@ -280,23 +452,6 @@ func closed(conn net.Conn) bool {
 	_ = conn.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
 	_, err := io.Copy(io.Discard, conn)
 	return !errors.Is(err, os.ErrDeadlineExceeded)
-}
-
-// Who asks for what has many types holds nobody up: the lists of a request are bounded.
-func TestDiscover_LongListIsRefused(t *testing.T) {
-	t.Parallel()
-	c := startPlane(t, testRegistry())
-	types, filters := make([]string, maxEntries+1), make(map[string]string)
-	for i := range types {
-		types[i] = "t"
-		filters[fmt.Sprint(i)] = ""
-	}
-	for what, in := range map[string]*flowctlv1.DiscoveryRequest{"event types": {EventTypes: types}, "metadata filters": {MetadataFilters: filters}} {
-		_, err := c.v1.DiscoverComponents(t.Context(), in)
-		wantCode(t, what, err, codes.ResourceExhausted)
-	}
-	_, err := c.v1.DiscoverComponents(t.Context(), &flowctlv1.DiscoveryRequest{EventTypes: types[:maxEntries]})
-	wantCode(t, "as many as are allowed", err, codes.OK)
 }
 
 // A list that nobody waits for any more is given up.
@@ -322,12 +477,9 @@ func TestList_EndsWithItsCaller(t *testing.T) {
 // docs/architecture.md has each bound with its value.
 func TestLimitsAreDocumented(t *testing.T) {
 	t.Parallel()
-	text, err := os.ReadFile("docs/architecture.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := get(os.ReadFile("docs/architecture.md"))(t)
 	for name, value := range map[string]int{
-		"maxConnections": maxConnections, "maxCalls": maxCalls, "maxUnfinished": maxUnfinished, "maxUnread": maxUnread, "maxFollowers": maxFollowers, "maxOtherStreams": maxOtherStreams, "maxServices": maxServices,
+		"maxConnections": maxConnections, "maxGuestConnections": maxGuestConnections, "maxCalls": maxCalls, "maxLists": maxLists, "maxUnfinished": maxUnfinished, "maxUnread": maxUnread, "maxFollowers": maxFollowers, "maxOtherStreams": maxOtherStreams, "maxServices": maxServices, "maxOtherBytes": maxOtherBytes, "maxGuests": maxGuests, "maxGuestBytes": maxGuestBytes, "maxFormer": maxFormer,
 		"maxStreams": maxStreams, "maxMessage": maxMessage, "maxHeaders": maxHeaders, "maxAnswer": maxAnswer, "maxPart": maxPart, "maxDirty": maxDirty, "maxHeartbeat": maxHeartbeat,
 		"maxServiceBytes": maxServiceBytes, "maxNames": maxNames, "maxEntries": maxEntries, "maxID": maxID, "maxText": maxText, "maxHistory": maxHistory,
 	} {
@@ -361,11 +513,7 @@ func neighbour(t *testing.T, endpoint string) (check func()) {
 		t.Helper()
 		cancel()
 		beats.Wait()
-		count, p50, p99, most, errs := l.take()
-		t.Logf("a neighbour's %d heartbeats: p50 %v, p99 %v, most %v", count, p50, p99, most)
-		if len(errs) > 0 {
-			t.Errorf("a neighbour's heartbeats: %v", errs)
-		}
+		l.report(t, "a neighbour's heartbeats")
 	}
 }
 
@@ -396,13 +544,9 @@ func TestIdleConnections(t *testing.T) {
 	} else {
 		t.Parallel()
 	}
-	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
-	check := neighbour(t, endpoint)
-	before := memory(t, p.cmd.Process.Pid, "VmRSS")
-	begun := time.Now()
-	var dials sync.WaitGroup
-	for range 50 {
-		dials.Go(func() {
+	besiege(t, 0, float64(count)*0.4, func(p *process, endpoint string) {
+		before, begun := memory(t, p.cmd.Process.Pid, "VmRSS"), time.Now()
+		atOnce(50, func(int) {
 			for range count / 50 {
 				conn, err := dialRaw(endpoint, preface)
 				if err != nil {
@@ -412,51 +556,35 @@ func TestIdleConnections(t *testing.T) {
 				t.Cleanup(func() { conn.Close() })
 			}
 		})
-	}
-	dials.Wait()
-	t.Logf("%d connections in %v, %.1f KiB each", count, time.Since(begun), float64(memory(t, p.cmd.Process.Pid, "VmRSS")-before)/1024/float64(count))
-	dialPlane(t, endpoint).mustRegister(t, "v1", registration{id: "late"})
-	check()
-	memoryGrew(t, p, before, float64(count)*0.4)
+		t.Logf("%d connections in %v, %.1f KiB each", count, time.Since(begun), float64(memory(t, p.cmd.Process.Pid, "VmRSS")-before)/1024/float64(count))
+	})
 }
 
 // What never says anything is not kept for long.
 func TestHalfOpenConnections(t *testing.T) {
 	t.Parallel()
-	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
-	check := neighbour(t, endpoint)
-	before := memory(t, p.cmd.Process.Pid, "VmRSS")
-	var ends sync.WaitGroup
-	for i := range 200 {
-		hello := []string{"", "PRI * HTTP", "GET / HTTP/1.1\r\nHost: x\r\n\r\n", preface[:24]}[i%4]
-		conn, err := net.Dial("tcp", endpoint)
-		if err != nil {
-			t.Fatal(err)
+	besiege(t, 0, 200, func(_ *process, endpoint string) {
+		var ends sync.WaitGroup
+		for i := range 200 {
+			hello := []string{"", "PRI * HTTP", "GET / HTTP/1.1\r\nHost: x\r\n\r\n", preface[:24]}[i%4]
+			conn := get(net.Dial("tcp", endpoint))(t)
+			t.Cleanup(func() { conn.Close() })
+			get(io.WriteString(conn, hello))(t)
+			ends.Go(func() {
+				_ = conn.SetReadDeadline(time.Now().Add(2 * patience))
+				if _, err := io.Copy(io.Discard, conn); errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("a connection that said %q is still open", hello)
+				}
+			})
 		}
-		t.Cleanup(func() { conn.Close() })
-		if _, err := io.WriteString(conn, hello); err != nil {
-			t.Fatal(err)
-		}
-		ends.Go(func() {
-			_ = conn.SetReadDeadline(time.Now().Add(2 * patience))
-			if _, err := io.Copy(io.Discard, conn); errors.Is(err, os.ErrDeadlineExceeded) {
-				t.Errorf("a connection that said %q is still open", hello)
-			}
-		})
-	}
-	ends.Wait()
-	check()
-	memoryGrew(t, p, before, 200)
+		ends.Wait()
+	})
 }
 
 func TestConnectionStorm(t *testing.T) {
 	t.Parallel()
-	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
-	check := neighbour(t, endpoint)
-	before := memory(t, p.cmd.Process.Pid, "VmRSS")
-	var storm sync.WaitGroup
-	for i := range 16 {
-		storm.Go(func() {
+	besiege(t, 0, 320, func(_ *process, endpoint string) {
+		atOnce(16, func(i int) {
 			for n := range 200 {
 				conn, err := dialRaw(endpoint, []string{"", preface}[(i+n)%2])
 				if err != nil {
@@ -467,10 +595,7 @@ func TestConnectionStorm(t *testing.T) {
 				conn.Close()
 			}
 		})
-	}
-	storm.Wait()
-	check()
-	memoryGrew(t, p, before, 320)
+	})
 }
 
 // rawCodec sends and takes messages as they are on the wire.
@@ -487,16 +612,13 @@ func (rawCodec) Unmarshal(data []byte, v any) error {
 
 func TestOversizedAndMalformedMessages(t *testing.T) {
 	t.Parallel()
-	p, endpoint := startAlone(t, []string{"-no-persistence"}, withBinary(plainFlowctl()))
-	check := neighbour(t, endpoint)
-	before := memory(t, p.cmd.Process.Pid, "VmRSS")
 	const legacy, v1 = "/flowctl.ControlPlane/", "/flowctl.v1.ControlPlaneService/"
 	field := func(number byte, text string) []byte { // a string, or a message
 		n := len(text)
 		return append([]byte{number<<3 | 2, byte(n) | 0x80, byte(n>>7) | 0x80, byte(n >> 14)}, text...)
 	}
 	nearly := strings.Repeat("x", maxMessage-64)
-	for _, test := range []struct {
+	tests := []struct {
 		name, method string
 		in           []byte
 		want         codes.Code
@@ -513,20 +635,21 @@ func TestOversizedAndMalformedMessages(t *testing.T) {
 		{"cut off", legacy + "Register", []byte{1<<3 | 2, 100, 'x'}, codes.Internal},
 		{"endless number", v1 + "Heartbeat", []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, codes.Internal},
 		{"unknown method", legacy + "Nothing", nil, codes.Unimplemented},
-	} {
-		t.Run(test.name+" "+filepath.Base(test.method), func(t *testing.T) {
-			c := dialPlane(t, endpoint)
-			for range 10 {
-				err := c.conn.Invoke(t.Context(), test.method, &test.in, new([]byte), grpc.ForceCodec(rawCodec{}), grpc.MaxCallSendMsgSize(1<<30))
-				wantCode(t, test.method, err, test.want)
-				if message := status.Convert(err).Message(); len(message) > 4096 {
-					t.Errorf("the error has %d bytes", len(message))
-				}
-			}
-		})
 	}
-	check()
-	memoryGrew(t, p, before, 640)
+	besiege(t, 0, 640, func(_ *process, endpoint string) {
+		for _, test := range tests {
+			t.Run(test.name+" "+filepath.Base(test.method), func(t *testing.T) {
+				c := dialPlane(t, endpoint)
+				for range 10 {
+					err := c.conn.Invoke(t.Context(), test.method, &test.in, new([]byte), grpc.ForceCodec(rawCodec{}), grpc.MaxCallSendMsgSize(1<<30))
+					wantCode(t, test.method, err, test.want)
+					if message := status.Convert(err).Message(); len(message) > 4096 {
+						t.Errorf("the error has %d bytes", len(message))
+					}
+				}
+			})
+		}
+	})
 }
 
 // closedWindow is an HTTP/2 connection over which calls are made whose answers the client
@@ -538,11 +661,12 @@ type closedWindow struct {
 
 func dialClosed(t *testing.T, endpoint string) *closedWindow {
 	t.Helper()
-	conn, err := net.Dial("tcp", endpoint)
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := get(net.Dial("tcp", endpoint))(t)
 	t.Cleanup(func() { conn.Close() })
+	return speakClosed(conn)
+}
+
+func speakClosed(conn net.Conn) *closedWindow {
 	u := &closedWindow{conn: conn, stream: 1}
 	u.write("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, "\x00\x04\x00\x00\x00\x00"))
 	go io.Copy(io.Discard, conn) // what is said beside the answers
@@ -567,7 +691,7 @@ func (u *closedWindow) call(method string, in proto.Message, more int, headers .
 		u.write(frame(kind, 0, u.stream, rest[:most]))
 		rest = rest[most:]
 	}
-	rest := string(binary32([]byte{0}, uint32(len(message)+more))) + string(message)
+	rest := string(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(message)+more))) + string(message)
 	for ; len(rest) > most; rest = rest[most:] {
 		u.write(frame(0, 0, u.stream, rest[:most]))
 	}
@@ -581,11 +705,7 @@ func (u *closedWindow) call(method string, in proto.Message, more int, headers .
 
 func frame(kind, flags byte, stream uint32, payload string) string {
 	head := []byte{byte(len(payload) >> 16), byte(len(payload) >> 8), byte(len(payload)), kind, flags}
-	return string(binary32(head, stream)) + payload
-}
-
-func binary32(b []byte, n uint32) []byte {
-	return append(b, byte(n>>24), byte(n>>16), byte(n>>8), byte(n))
+	return string(binary.BigEndian.AppendUint32(head, stream)) + payload
 }
 
 // wireMethods are what FuzzWire calls, the last of which there is not.
@@ -639,9 +759,7 @@ func FuzzWire(f *testing.F) {
 		defer p.stop()
 		conn, err := grpc.NewClient("passthrough:///wire", grpc.WithTransportCredentials(insecure.NewCredentials()),
 			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.DialContext(ctx) }))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 		defer conn.Close()
 		for n := 0; len(in) >= 5 && n < 50 && !t.Failed(); n++ {
 			method, raw, a, b := int(in[0])%len(wireMethods), in[1]%3 == 2, in[2], in[3]
@@ -689,10 +807,7 @@ func TestServer_RecoversFromNoDescriptors(t *testing.T) {
 	old.mustRegister(t, "legacy", registration{id: "before"})
 	var conns []net.Conn
 	for range 200 {
-		conn, err := net.Dial("tcp", endpoint)
-		if err != nil {
-			t.Fatal(err)
-		}
+		conn := get(net.Dial("tcp", endpoint))(t)
 		defer conn.Close()
 		conns = append(conns, conn)
 	}
@@ -704,9 +819,7 @@ func TestServer_RecoversFromNoDescriptors(t *testing.T) {
 	check()
 	p.stop()
 	p.hasNot(p.stderr, "control plane ended")
-	if got := countSaved(t, file); got != 4 {
-		t.Errorf("%d services are saved, want 4", got)
-	}
+	wantSaved(t, file, 4)
 }
 
 // silentRegistry holds services that were heard of at the time now, none since.
@@ -716,16 +829,12 @@ func silentRegistry(tb testing.TB, services int, ttl time.Duration, now time.Tim
 	for i := range services {
 		id := fmt.Sprint("service-", i)
 		mustRegister(tb, r, registration{id: id, endpoint: "http://host:8080/health", outputEvents: []string{"ledger"}, metadata: map[string]string{"index": id}}, now)
-		_, err := r.heartbeat(id, origin{}, 0, []metric{{name: "events", number: 1}, {name: "lag", number: 2}}, now)
-		if err != nil {
-			tb.Fatal(err)
-		}
+		get(r.heartbeat(id, origin{believed: true}, 0, []metric{{name: "events", number: 1}, {name: "lag", number: 2}}, now))(tb)
 	}
 	return r
 }
 
-// longest returns the longest time between two calls of the function that it gives
-// to f.
+// longest returns the longest time between two calls of the function that it gives to f.
 func longest(f func(step func())) (most time.Duration) {
 	last := time.Now()
 	f(func() {
@@ -771,11 +880,8 @@ func TestNoPause(t *testing.T) {
 				return nil
 			}
 		}
-		o := newOperatorServer(r, nil, nil)
-		w, err := o.join(nil, true)
-		if err != nil {
-			t.Fatal(err)
-		}
+		o := newOperatorServer(r, nil, nil, nil)
+		w := get(o.join(nil, streamKind{follows: true}))(t)
 		w.pause = 0
 		measure("snapshot", func(step func()) { w.send = send(step); _ = w.snapshot() })
 		pass(r, now.Add(ttl))
@@ -816,55 +922,8 @@ func TestNoPause(t *testing.T) {
 			t.Errorf("%d services are told stale and %d listed, want %d", told, n, services)
 		}
 		w.leave()
-		checkedOften(t, o, services, now.Add(ttl+2), best)
 	}
 	for what, d := range best {
 		t.Logf("%s: %v at most", what, d)
-	}
-}
-
-// checkedOften has heartbeats come in while everyone is swept, saved and followed.
-func checkedOften(t *testing.T, o *operatorServer, services int, now time.Time, best map[string]time.Duration) {
-	t.Helper()
-	r := o.registry
-	var l latencies
-	for i := range services {
-		_ = beat(r, fmt.Sprint("service-", i), now)
-	}
-	pass(r, now.Add(r.ttl))
-	later := now.Add(r.ttl + 1)
-	w, err := o.join(func(*operatorv1.WatchResponse) error { return nil }, true)
-	if err != nil {
-		t.Fatal(err)
-	}
-	w.pause = 0
-	defer w.leave()
-	var work sync.WaitGroup
-	work.Go(func() {
-		for next := later; !next.After(later); {
-			next = r.sweep(later)
-		}
-	})
-	work.Go(func() { _, _ = r.save(io.Discard, "", runtime.Gosched) })
-	work.Go(func() {
-		_ = w.snapshot()
-		_ = w.catchUp()
-	})
-	done := make(chan struct{})
-	go func() { work.Wait(); close(done) }()
-	for i := 0; ; i++ {
-		select {
-		case <-done:
-			count, p50, p99, most, errs := l.take()
-			t.Logf("%d heartbeats meanwhile: p50 %v, p99 %v, most %v %v", count, p50, p99, most, errs)
-			if best["a heartbeat's p99 meanwhile"] == 0 || p99 < best["a heartbeat's p99 meanwhile"] {
-				best["a heartbeat's p99 meanwhile"] = p99
-			}
-			return
-		default:
-			begun := time.Now()
-			err := beat(r, fmt.Sprint("service-", i%services), later)
-			l.add(time.Since(begun), err)
-		}
 	}
 }

@@ -9,11 +9,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
+	"math"
 	"net"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"runtime"
 	"runtime/debug"
@@ -31,16 +30,14 @@ import (
 // version is set at link time: -ldflags "-X main.version=v1.2.3".
 var version string
 
-// command is one of flowctl's commands. Its run defines its flags in fs, and gets the
-// arguments after its name.
+// command is one of flowctl's commands. Its run defines its flags in fs, and gets its arguments.
 type command struct {
 	name, args, summary, examples string
 	hidden                        bool
 	run                           func(fs *flag.FlagSet, args []string) error
 }
 
-// commands returns them in the order of help. It is a function because help, one
-// of them, needs them all.
+// commands returns them in the order of help. It is a function because help needs them all.
 func commands() []command {
 	return []command{
 		{name: "run", args: "[flags] [pipeline.json] [-- command args...]", summary: "run a pipeline until it ends", run: runCommand, examples: `
@@ -58,17 +55,39 @@ func commands() []command {
   flowctl list ledgers -json                 one component, with its history
   flowctl list -watch -e 127.0.0.1:8080
 `},
+		{name: "logs", args: "[flags] [id...]", summary: "show what components print", run: logsCommand, examples: `
+  flowctl logs -n 20 ledgers
+  flowctl logs -f                            go on with what comes
+  flowctl logs flowctl -json                 flowctl's own log
+`},
+		{name: "restart", args: "[flags] id...", summary: "stop components, and start them again", run: restartCommand, examples: `
+  flowctl restart ledgers                    say, its program was built anew
+  flowctl restart ledgers -wait=false        do not wait until it is ready again
+`},
 		{name: "reload", args: "[flags] [pipeline]", summary: "take over a changed pipeline file", run: reloadCommand, examples: `
   flowctl reload
 `},
+		{name: "stop", args: "[flags]", summary: "stop a running pipeline", run: stopCommand, examples: `
+  flowctl stop                               wait until it has stopped
+
+A unit of systemd with Restart=always is started again: use systemctl stop.
+`},
+		{name: "sandbox", args: "[flags] [pipeline.json]", summary: "run the services of a pipeline alone", run: sandboxCommand, examples: `
+  flowctl sandbox pipeline.json              until Ctrl-C; flowctl run uses them meanwhile
+`},
+		{name: "apply", args: "[-f FILE] [flags] [pipeline]", summary: "reload, by a file that may be another one", hidden: true, run: applyCommand},
 		{name: "server", args: "[flags]", summary: "run the control plane alone", hidden: true, run: serverCommand, examples: `
   flowctl server -control-plane-port 9090
 `},
-		{name: "guard", args: "RUN PID CGROUP ENGINE", summary: "end what is left of a run whose flowctl was killed", hidden: true, run: guardCommand},
+		{name: "guard", summary: "end what is left of a run whose flowctl was killed", hidden: true, run: guardCommand},
 		{name: "version", summary: "print the version", run: versionCommand},
 		{name: "help", args: "[command]", summary: "explain flowctl, or one command", run: helpCommand},
 	}
 }
+
+// The main thread is kept for the main goroutine, which waits for no disk: the kernel gives a signal to
+// that thread first, and no other would get it while it waits for one.
+func init() { runtime.LockOSThread() }
 
 func main() {
 	// A crash ends by SIGABRT: its usual exit status, 2, is that of a wrong command
@@ -86,7 +105,7 @@ func exitCode(asJSON bool, err error) int {
 	switch {
 	case !say:
 	case asJSON:
-		report.writeJSON(os.Stderr)
+		_ = writeJSON(os.Stderr, report, false) // there is nobody to tell
 	default:
 		var text strings.Builder
 		report.writeText(&text)
@@ -95,8 +114,7 @@ func exitCode(asJSON bool, err error) int {
 	return report.ExitCode
 }
 
-// dispatch runs the command that args name; without a name that is run. asJSON tells that
-// the log of the command is JSON, so that its error is to be JSON too.
+// dispatch runs the command that args name, else run. With asJSON its error is to be JSON, as its log is.
 func dispatch(args []string) (asJSON bool, err error) {
 	name := "run"
 	if len(args) > 0 {
@@ -134,20 +152,28 @@ func shownCommands() []string {
 	return names
 }
 
-func runCommand(fs *flag.FlagSet, args []string) error {
-	var o planeFlags
-	config := runConfig{version: versionName()}
+func runCommand(fs *flag.FlagSet, args []string) error { return startRun(fs, args, false) }
+
+func sandboxCommand(fs *flag.FlagSet, args []string) error { return startRun(fs, args, true) }
+
+// startRun runs what the command line asks for; in a sandbox the services alone.
+func startRun(fs *flag.FlagSet, args []string, sandbox bool) error {
+	config := runConfig{version: versionName(), sandbox: sandbox}
 	var orchestrator, engineName string
-	o.define(fs)
+	config.define(fs)
 	fs.StringVar(&config.file, "f", "flow.json", "pipeline `file`")
+	defineEnvFiles(fs, &config.envFiles)
 	defineOrchestrator(fs, &orchestrator)
 	fs.StringVar(&engineName, "engine", "", "`program` that runs containers (default docker, else podman)")
-	defineDuration(fs, &config.startTimeout, "start-timeout", 30*time.Second, "from a component's start until it is ready")
-	defineDuration(fs, &config.unhealthyTimeout, "unhealthy-timeout", 30*time.Second, "how long a component may stay unhealthy")
-	defineDuration(fs, &config.stopTimeout, "stop-timeout", 10*time.Second, "from the stop signal to SIGKILL")
+	defineDuration(fs, &config.times.start, "start-timeout", 30*time.Second, "from a component's start until it is ready")
+	defineDuration(fs, &config.times.unhealthy, "unhealthy-timeout", 30*time.Second, "how long a component may stay unhealthy")
+	defineDuration(fs, &config.times.stop, "stop-timeout", 10*time.Second, "from the stop signal to SIGKILL")
 	defineBool(fs, &config.showStatus, "show-status", true, "keep a status below the log; =false for none")
 	fs.StringVar(&config.logDir, "log-dir", "", "log each component to `dir`/ID.log; \"\" for none (on a terminal: logs beside the pipeline file)")
+	operators := fs.String("operators", "", "who has a client certificate with one of these `names`, a,b, is an operator: may reload, restart, stop, see logs")
 	defineChoice(fs, &config.until, "until", untilStopped, "run until `event`: stopped, ready or done", untilStopped, untilReady, untilDone)
+	defineDuration(fs, &config.timeout, "timeout", 0, "`time` that the whole run may take, a command after -- included (default none)")
+	defineBool(fs, &config.watch, "watch", false, "reload, or restart a component, when its files have changed; what fails waits for that")
 	dashed := slices.Index(args, "--")
 	if dashed >= 0 {
 		args, config.command = args[:dashed], args[dashed+1:]
@@ -162,9 +188,16 @@ func runCommand(fs *flag.FlagSet, args []string) error {
 	if len(config.command) > 0 && config.until != untilStopped {
 		return usageErrorf("run", "-until and a command after -- contradict each other: the run ends with the command")
 	}
-	if err := o.check(fs); err != nil {
+	if config.watch && (len(config.command) > 0 || config.until != untilStopped) {
+		return usageErrorf(fs.Name(), "-watch goes on until it is stopped: -until and a command after -- contradict it")
+	}
+	if err := config.check(fs); err != nil {
 		return err
 	}
+	if *operators != "" && config.tls.ca == "" {
+		return usageErrorf("run", "-operators %q: it needs -tls-ca-cert, the CA of their certificates", *operators)
+	}
+	config.operators = slices.DeleteFunc(strings.Split(*operators, ","), func(name string) bool { return name == "" })
 	if engineName != "" && orchestrator != orchestrateContainers {
 		return usageErrorf("run", "-engine %q has no effect without -orchestrator container", engineName)
 	}
@@ -176,7 +209,6 @@ func runCommand(fs *flag.FlagSet, args []string) error {
 			return &exitError{code: exitUsage, err: err}
 		}
 	}
-	config.listen, config.tls, config.ttl, config.interval, config.logLevel, config.format = o.listen, o.tls, o.ttl, o.interval, o.logLevel, o.format
 	config.listen.anyPort = !given(fs, "control-plane-port")
 	if !given(fs, "log-dir") {
 		config.logDir, config.logDirOptional = defaultLogDir(config.file), true
@@ -185,10 +217,39 @@ func runCommand(fs *flag.FlagSet, args []string) error {
 	if err != nil {
 		return &exitError{code: exitUsage, err: err}
 	}
-	if config.state, err = o.state(url.PathEscape(p.Metadata.Name), false); err != nil {
+	if err := config.useSandbox(p); err != nil {
+		return err
+	}
+	if config.state, err = config.planeFlags.state(url.PathEscape(p.Metadata.Name), false); err != nil {
 		return &exitError{code: exitPlane, err: err}
 	}
 	return runPipeline(p, config)
+}
+
+// useSandbox has a run of p use the services of a sandbox, once they are ready, if there is one.
+func (c *runConfig) useSandbox(p *Pipeline) error {
+	if c.sandbox || len(p.Spec.Services) == 0 {
+		return nil
+	}
+	box := findSandbox(p.Metadata.Name)
+	if box.PID == 0 {
+		return nil
+	}
+	if err := awaitReady(box, c.tls); err != nil {
+		return &exitError{code: exitPlane, err: err}
+	}
+	if err := p.dropServices(); err != nil {
+		return &exitError{code: exitUsage, err: fmt.Errorf("%s: %v", c.file, err)}
+	}
+	c.servicesOf = box.PID
+	return nil
+}
+
+func defineEnvFiles(fs *flag.FlagSet, files *[]string) {
+	fs.Func("env-file", "`file` of NAME=value lines, for references in the pipeline file and for components; of several the last wins", func(file string) error {
+		*files = append(*files, file)
+		return nil
+	})
 }
 
 // defineOrchestrator defines the flag that says whether there may be containers.
@@ -196,25 +257,35 @@ func defineOrchestrator(fs *flag.FlagSet, value *string) {
 	defineChoice(fs, value, "orchestrator", orchestrateProcesses, "`kind` of component that is run: process, or container for those with an image, too", orchestrateProcesses, orchestrateContainers)
 }
 
-// defaultLogDir returns the folder of -log-dir where the flag is not given: the one that
-// systemd gives, else, on a terminal, logs beside the pipeline file; "" for none.
+// defineTTL defines the flag for how long a heartbeat counts.
+func defineTTL(fs *flag.FlagSet, value *time.Duration) {
+	defineDuration(fs, value, "heartbeat-ttl", 30*time.Second, "who does not heartbeat for so long is stale")
+}
+
+// defaultLogDir returns the folder for log files that systemd gives, else, on a terminal, logs beside
+// the pipeline file; "" for none.
 func defaultLogDir(file string) string {
-	logs, _, _ := strings.Cut(os.Getenv("LOGS_DIRECTORY"), ":")
+	logs := logsDirectory()
 	if logs == "" && isTerminal(os.Stdout) {
-		return filepath.Join(filepath.Dir(file), "logs")
+		return filepath.Join(folderOf(file), "logs")
 	}
 	return logs
 }
 
-// fileArgument returns the pipeline file: the one that -f or the argument names, else the
-// default of -f, which has to exist. Naming it both ways is an error.
+// fileArgument returns the pipeline file: the one that either -f or the argument names, - for standard
+// input, else the default of -f, which has to exist.
 func fileArgument(fs *flag.FlagSet, file string, rest []string) (string, error) {
-	switch set := given(fs, "f"); {
-	case len(rest) > 0 && set:
+	set := given(fs, "f")
+	if len(rest) > 0 && set {
 		return "", usageErrorf(fs.Name(), "two pipeline files are named: %q by -f, and %q", file, rest[0])
-	case len(rest) > 0:
-		return rest[0], nil
-	case set:
+	}
+	if len(rest) > 0 {
+		file, set = rest[0], true
+	}
+	if file == "-" {
+		return standardInput, nil
+	}
+	if set {
 		return file, nil
 	}
 	if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
@@ -227,33 +298,16 @@ func fileArgument(fs *flag.FlagSet, file string, rest []string) (string, error) 
 	return "", &exitError{exitUsage, fmt.Errorf("%s; what is here: %s", none, enumerate(others)), "flowctl " + fs.Name() + " " + shellWord(others[0])}
 }
 
-// checkReport is what check -json prints.
-type checkReport struct {
-	File     string      `json:"file"`
-	OK       bool        `json:"ok"` // no errors; with -strict no warnings either
-	Pipeline string      `json:"pipeline,omitempty"`
-	Errors   []fileError `json:"errors"`
-	Warnings []warning   `json:"warnings"`
-	More     int         `json:"more_errors,omitempty"` // that are not in Errors
-}
-
-// warning is something that is right in the file and would fail on this machine now.
-type warning struct {
-	Component string `json:"component"`
-	Field     string `json:"field"`
-	Message   string `json:"message"`
-}
-
-func (w warning) String() string {
-	return fmt.Sprintf("component %s: %s: %s", w.Component, w.Field, w.Message)
-}
-
 func checkCommand(fs *flag.FlagSet, args []string) error {
 	var asJSON, strict, schema bool
 	var orchestrator string
+	var ttl time.Duration
 	named := fs.String("f", "flow.json", "pipeline `file`")
 	defineBool(fs, &asJSON, "json", false, "print JSON")
+	var envFiles []string
+	defineEnvFiles(fs, &envFiles)
 	defineOrchestrator(fs, &orchestrator)
+	defineTTL(fs, &ttl)
 	defineBool(fs, &strict, "strict", false, "end with 2 where there are warnings, too")
 	defineBool(fs, &schema, "schema", false, "print a JSON Schema of pipeline files, for editors, and check nothing")
 	rest, err := parseFlags(fs, args, 1)
@@ -267,169 +321,160 @@ func checkCommand(fs *flag.FlagSet, args []string) error {
 	if err != nil {
 		return err
 	}
-	p, err := readPipeline(file, os.LookupEnv)
-	report := newCheckReport(file, p, err, orchestrator)
+	env, err := readVariables(envFiles)
+	if err != nil {
+		return &exitError{code: exitUsage, err: err}
+	}
+	p, err := readPipeline(file, env.lookup)
+	report := checkReport{File: file, Errors: []fileError{}, Warnings: []warning{}}
+	switch found, listed := errors.AsType[*fileErrors](err); {
+	case listed:
+		report.Errors, report.More = found.list, found.more
+	case err != nil:
+		report.Errors = append(report.Errors, fileError{Message: err.Error()})
+	default:
+		report.Pipeline, report.Warnings = p.Metadata.Name, p.warnings(orchestrator, ttl)
+	}
 	report.OK = err == nil && !(strict && len(report.Warnings) > 0)
 	if asJSON {
-		if err := writeJSON(os.Stdout, report, true); err != nil {
+		if err := writeJSON(os.Stdout, report, true); err != nil || report.OK {
 			return err
 		}
-		err = nil
-	}
-	switch {
-	case err != nil:
-		return &exitError{code: exitUsage, err: err}
-	case asJSON && !report.OK:
 		return &exitError{code: exitUsage}
-	case asJSON:
-		return nil
+	}
+	if err != nil {
+		return &exitError{code: exitUsage, err: err}
 	}
 	for _, w := range report.Warnings {
-		fmt.Fprintf(os.Stderr, "%s: warning: %s\n", file, w)
+		fmt.Fprintf(os.Stderr, "%s: warning: component %s: %s: %s\n", file, w.Component, w.Field, w.Message)
 	}
 	if !report.OK {
 		return &exitError{code: exitUsage, err: fmt.Errorf("%s has warnings, which -strict does not allow: %d", file, len(report.Warnings))}
 	}
-	return printAnswer(fmt.Sprintf("%s: ok: pipeline %s, %d sources, %d processors, %d sinks\n", file, p.Metadata.Name, len(p.Spec.Sources), len(p.Spec.Processors), len(p.Spec.Sinks)))
-}
-
-// newCheckReport makes the report of file from what readPipeline returned.
-func newCheckReport(file string, p *Pipeline, err error, orchestrator string) checkReport {
-	out := checkReport{File: file, Errors: []fileError{}, Warnings: []warning{}}
-	var found *fileErrors
-	switch {
-	case errors.As(err, &found):
-		out.Errors, out.More = found.list, found.more
-	case err != nil:
-		out.Errors = append(out.Errors, fileError{Message: err.Error()})
-	default:
-		out.Pipeline, out.Warnings = p.Metadata.Name, p.warnings(orchestrator)
+	services := ""
+	if n := len(p.Spec.Services); n > 0 {
+		services = fmt.Sprintf(", %d services", n)
 	}
-	return out
-}
-
-// warnings checks that the programs, folders and files of p exist, that no two components
-// take the same port, and that the events that they read are put out.
-func (p *Pipeline) warnings(orchestrator string) []warning {
-	out := []warning{}
-	ports := make(map[string]string) // component by port
-	for _, c := range p.components() {
-		warn := func(field, format string, args ...any) {
-			out = append(out, warning{c.ID, field, fmt.Sprintf(format, args...)})
-		}
-		if c.Image == "" {
-			c.commandWarnings(warn)
-		} else {
-			c.imageWarnings(orchestrator, warn)
-		}
-		for _, name := range slices.Sorted(maps.Keys(c.EnvFiles)) {
-			if _, err := readEnvFile(c.EnvFiles[name]); err != nil {
-				warn("env_files."+name, "%v", err)
-			}
-		}
-		take := func(field, port string) {
-			if other, taken := ports[port]; taken {
-				warn(field, "port %s is that of component %s too", port, other)
-			}
-			ports[port] = c.ID
-		}
-		if port := fileEnv(c, "HEALTH_PORT"); port != "" {
-			take("env.HEALTH_PORT", port)
-		}
-		for i, port := range c.Ports {
-			take(fmt.Sprintf("ports[%d]", i), publishedPort(port))
-		}
-		for _, event := range p.unheardEvents(c) {
-			warn("input_event_types", "no input of it puts out %q", event)
-		}
-	}
-	return out
-}
-
-func (c *Component) commandWarnings(warn func(field, format string, args ...any)) {
-	if dir, err := os.Stat(c.WorkingDir); err != nil {
-		warn("working_dir", "%v", err)
-	} else if !dir.IsDir() {
-		warn("working_dir", "%q is no folder", c.WorkingDir)
-	}
-	if program, err := exec.LookPath(c.Command[0]); err != nil {
-		warn("command", "%v", describeProgram(c.Command[0], c.WorkingDir, err))
-	} else if !filepath.IsAbs(program) {
-		warn("command", "%q is found in PATH as %q, which depends on the folder that flowctl is started in", c.Command[0], program)
-	} else if fault := scriptFault(program); fault != "" {
-		warn("command", "cannot run %q: %s", c.Command[0], fault)
-	}
-	if len(c.HealthCommand) > 0 {
-		if _, err := exec.LookPath(c.HealthCommand[0]); err != nil {
-			warn("health_check", "cannot run %q: %v", c.HealthCommand[0], cause(err))
-		}
-	}
-}
-
-func (c *Component) imageWarnings(orchestrator string, warn func(field, format string, args ...any)) {
-	if orchestrator != orchestrateContainers {
-		warn("image", "needs -orchestrator container")
-	}
-	for i, volume := range c.Volumes {
-		if host, _, isPath := volumeHost(volume); !isPath {
-			continue
-		} else if _, err := os.Stat(host); err != nil {
-			warn(fmt.Sprintf("volumes[%d]", i), "%v", err)
-		}
-	}
+	return printAnswer(fmt.Sprintf("%s: ok: pipeline %s, %d sources, %d processors, %d sinks%s\n", file, p.Metadata.Name, len(p.Spec.Sources), len(p.Spec.Processors), len(p.Spec.Sinks), services))
 }
 
 func listCommand(fs *flag.FlagSet, args []string) error {
 	var o listOptions
-	defineBool(fs, &o.json, "json", false, "print JSON")
 	defineBool(fs, &o.watch, "watch", false, "go on, and show each change")
 	defineBool(fs, &o.wait, "wait", true, "wait up to 2s for one that is starting; =false not to")
-	name, err := parseListFlags(fs, &o, args)
+	rest, err := parseAskFlags(fs, &o, args, 1)
 	if err != nil {
 		return err
 	}
-	o.id = name
+	o.id = strings.Join(rest, "")
 	return listRuns(o)
 }
 
 func reloadCommand(fs *flag.FlagSet, args []string) error {
 	var o listOptions
-	name, err := parseListFlags(fs, &o, args)
+	var wait bool
+	defineBool(fs, &wait, "wait", true, "wait until what is new or has changed is ready; =false not to")
+	rest, err := parseAskFlags(fs, &o, args, 1)
+	switch {
+	case err != nil:
+		return err
+	case len(rest) > 0 && o.endpoint != "":
+		return usageErrorf("reload", "-endpoint %q and the pipeline %q: name one of them", o.endpoint, rest[0])
+	case len(rest) > 0 && o.pipeline != "":
+		return usageErrorf("reload", "two pipelines are named: %q by -pipeline, and %q", o.pipeline, rest[0])
+	case len(rest) > 0:
+		o.pipeline = rest[0]
+	}
+	return reloadRun(o, "", wait)
+}
+
+func applyCommand(fs *flag.FlagSet, args []string) error {
+	var o listOptions
+	file := fs.String("f", "", "pipeline `file`, which stays that of the run; \"\" for the one that it has")
+	rest, err := parseAskFlags(fs, &o, args, 1)
 	if err != nil {
 		return err
 	}
-	if name != "" && o.endpoint != "" {
-		return usageErrorf("reload", "-endpoint %q and the pipeline %q: name one of them", o.endpoint, name)
+	if len(rest) > 0 {
+		o.pipeline = rest[0]
 	}
-	return reloadRun(o, name)
+	if *file != "" {
+		if *file, err = filepath.Abs(*file); err != nil {
+			return &exitError{code: exitUsage, err: err}
+		}
+	}
+	return reloadRun(o, *file, true)
 }
 
-// parseListFlags adds to fs the flags that say which control plane to ask, and how, and
-// parses args. It returns the argument, "" for none. An empty endpoint or argument is
-// refused: a script whose variable is not set must not get something else.
-func parseListFlags(fs *flag.FlagSet, o *listOptions, args []string) (string, error) {
+func logsCommand(fs *flag.FlagSet, args []string) error {
+	var o logsOptions
+	defineBool(fs, &o.follow, "f", false, "go on with the lines that come")
+	define(fs, &o.last, "n", 100, "begin with the last `lines`", func(text string) (int, error) {
+		last, err := strconv.ParseUint(text, 10, 31)
+		if err != nil {
+			err = errors.New("it must be a number of lines, 0 at least")
+		}
+		return int(last), err
+	})
+	var err error
+	if o.ids, err = parseAskFlags(fs, &o.listOptions, args, anyNumber); err != nil {
+		return err
+	}
+	return showLogs(o)
+}
+
+func restartCommand(fs *flag.FlagSet, args []string) error {
+	var o listOptions
+	var wait bool
+	defineBool(fs, &wait, "wait", true, "wait until they are ready again; =false not to")
+	ids, err := parseAskFlags(fs, &o, args, anyNumber)
+	if err != nil {
+		return err
+	}
+	if len(ids) == 0 {
+		return usageErrorf("restart", "restart: name the components; flowctl stop ends them all")
+	}
+	return restartComponents(o, ids, wait)
+}
+
+func stopCommand(fs *flag.FlagSet, args []string) error {
+	var o listOptions
+	if _, err := parseAskFlags(fs, &o, args, 0); err != nil {
+		return err
+	}
+	return stopRun(o)
+}
+
+// parseAskFlags parses args by fs, with the flags that say which running flowctl to ask, and returns the
+// arguments, most at most. An empty one is refused: a script whose variable is not set must not get
+// something else.
+func parseAskFlags(fs *flag.FlagSet, o *listOptions, args []string, most int) ([]string, error) {
 	fs.StringVar(&o.endpoint, "endpoint", "", "`host:port` of the control plane, or unix:PATH (default: those of the pipelines that run here)")
 	fs.StringVar(&o.endpoint, "e", "", "short for -endpoint")
+	fs.StringVar(&o.pipeline, "pipeline", "", "`name` of the pipeline, where several run here")
+	defineBool(fs, &o.json, "json", false, "print JSON")
 	defineTLS(fs, &o.tls, "client certificate in `file`, PEM", "dial TLS, and trust the CA in `file`, PEM")
-	rest, err := parseFlags(fs, args, 1)
+	rest, err := parseFlags(fs, args, most)
 	if err != nil {
-		return "", err
+		return nil, err
 	}
 	if err := checkTLS(fs, o.tls); err != nil {
-		return "", err
+		return nil, err
 	}
 	for _, name := range []string{"endpoint", "e"} {
 		if endpoint := fs.Lookup(name).Value.String(); given(fs, name) && !dialable(endpoint) {
-			return "", usageErrorf(fs.Name(), "-%s %q: it must be host:port or unix:PATH", name, endpoint)
+			return nil, usageErrorf(fs.Name(), "-%s %q: it must be host:port or unix:PATH", name, endpoint)
 		}
 	}
-	if len(rest) == 0 {
-		return "", nil
+	switch {
+	case given(fs, "pipeline") && o.pipeline == "":
+		return nil, usageErrorf(fs.Name(), "-pipeline \"\": it must be a name")
+	case o.pipeline != "" && o.endpoint != "":
+		return nil, usageErrorf(fs.Name(), "-endpoint %q and -pipeline %q: name one of them", o.endpoint, o.pipeline)
+	case slices.Contains(rest, ""):
+		return nil, usageErrorf(fs.Name(), "%s \"\": the argument must be a name, or be left out", fs.Name())
 	}
-	if rest[0] == "" {
-		return "", usageErrorf(fs.Name(), "%s \"\": the argument must be a name, or be left out", fs.Name())
-	}
-	return rest[0], nil
+	return rest, nil
 }
 
 func serverCommand(fs *flag.FlagSet, args []string) error {
@@ -455,6 +500,7 @@ func serverCommand(fs *flag.FlagSet, args []string) error {
 	if err != nil {
 		return &exitError{code: exitPlane, err: err}
 	}
+	defer lis.Close() // once more, if a control plane has served it
 	// Another control plane may run with the same name at another address.
 	file, err := claimRun(runInfo{Endpoint: endpoint, TLS: certs != nil})
 	if err != nil {
@@ -462,21 +508,19 @@ func serverCommand(fs *flag.FlagSet, args []string) error {
 	}
 	defer file.release()
 	state, err := o.state("registry", true)
-	var st *store
-	if err == nil {
-		st, err = openState(state, "", log)
-	}
 	if err != nil {
-		lis.Close()
+		return &exitError{code: exitPlane, err: err}
+	}
+	st, err := openStore(state, "", log)
+	if err != nil {
 		return &exitError{code: exitPlane, err: err}
 	}
 	plane, err := newPlane(planeConfig{
-		listener: lis, endpoint: endpoint, ttl: o.ttl, interval: o.interval, store: st, certs: certs, log: log,
+		listener: lis, endpoint: endpoint, ttl: o.ttl, interval: o.interval, store: st, certs: certs, identifier: newIdentifier(nil, log), log: log,
 		pipeline: pipelineInfo{version: versionName(), started: time.Now(), status: "control plane alone", ready: true},
 	})
 	if err != nil {
 		st.close()
-		lis.Close()
 		return &exitError{code: exitPlane, err: err}
 	}
 	defer plane.stop()
@@ -485,21 +529,22 @@ func serverCommand(fs *flag.FlagSet, args []string) error {
 	return nil
 }
 
-// watchAlone is the loop of a control plane alone: it logs the changes of the registry
-// and feeds the watchdog until a signal asks for the end.
+// watchAlone is the loop of a control plane alone, until a signal asks for the end.
 func watchAlone(registry *registry, signals <-chan os.Signal, systemd *notifier, log *slog.Logger) {
-	var feed <-chan time.Time
-	if interval := watchdogInterval(log); interval > 0 {
-		ticker := time.NewTicker(interval / 2)
-		defer ticker.Stop()
-		feed = ticker.C
-	}
+	feed, changed := watchdogTicks(log), changeLog{log: log, most: serverLines}
 	for {
+		var due <-chan time.Time
+		if at := changed.due(); !at.IsZero() {
+			due = time.After(time.Until(at))
+		}
 		select {
 		case <-registry.wake:
-			for _, c := range registry.changes(time.Now()) {
-				logChange(log, c)
+			now := time.Now()
+			for _, c := range registry.changes(now) {
+				changed.add(c, now)
 			}
+		case now := <-due:
+			changed.flush(now)
 		case now := <-feed:
 			registry.condition("", now) // if the registry hangs, so does this, and systemd hears no more
 			systemd.send(daemon.SdNotifyWatchdog)
@@ -515,13 +560,7 @@ func watchAlone(registry *registry, signals <-chan os.Signal, systemd *notifier,
 }
 
 // guardCommand runs the guard that flowctl starts beside itself.
-func guardCommand(_ *flag.FlagSet, args []string) error {
-	if len(args) != 4 {
-		return usageErrorf("", "guard: flowctl starts it by itself")
-	}
-	runGuard(args[0], args[1], args[2], args[3], os.Stdin)
-	return nil
-}
+func guardCommand(*flag.FlagSet, []string) error { return runGuard(os.Stdin) }
 
 func versionCommand(fs *flag.FlagSet, args []string) error {
 	if _, err := parseFlags(fs, args, 0); err != nil {
@@ -549,18 +588,6 @@ func versionName() string {
 	return version
 }
 
-// planeFlags are the flags that run and server share.
-type planeFlags struct {
-	listen   listenConfig
-	tls      tlsFlags
-	ttl      time.Duration
-	interval time.Duration
-	logLevel slog.Level
-	format   string
-	dbPath   string
-	noState  bool
-}
-
 func (o *planeFlags) define(fs *flag.FlagSet) {
 	fs.StringVar(&o.listen.address, "control-plane-address", "127.0.0.1", "control plane's `host`, or unix:PATH")
 	define(fs, &o.listen.port, "control-plane-port", 8080, "control plane's `port`, 0 for a free one", func(text string) (int, error) {
@@ -570,7 +597,7 @@ func (o *planeFlags) define(fs *flag.FlagSet) {
 		}
 		return int(port), err
 	})
-	defineDuration(fs, &o.ttl, "heartbeat-ttl", 30*time.Second, "who does not heartbeat for so long is stale")
+	defineTTL(fs, &o.ttl)
 	defineDuration(fs, &o.interval, "janitor-interval", 10*time.Second, "look for stale services at least this often")
 	define(fs, &o.logLevel, "log-level", slog.LevelInfo, "log from `level` up: debug, info, warn, error", func(text string) (level slog.Level, err error) {
 		if level.UnmarshalText([]byte(text)) != nil {
@@ -588,7 +615,7 @@ func (o *planeFlags) define(fs *flag.FlagSet) {
 	defineTLS(fs, &o.tls, "serve TLS with the certificate in `file`, PEM", "require client certificates, by the CA in `file`")
 }
 
-// check fails for flags that are wrong together, and sets the format that auto stands for.
+// check fails for flags that are wrong together, or that this machine cannot have.
 func (o *planeFlags) check(fs *flag.FlagSet) error {
 	wrong := func(format string, args ...any) error { return usageErrorf(fs.Name(), format, args...) }
 	address, port, socket := o.listen.address, o.listen.port, strings.HasPrefix(o.listen.address, "unix:")
@@ -601,8 +628,7 @@ func (o *planeFlags) check(fs *flag.FlagSet) error {
 	if given(fs, "control-plane-port") && port != 0 && socket {
 		return wrong("-control-plane-port %d: a socket file, -control-plane-address %q, has no port", port, address)
 	}
-	var err error
-	if o.format, err = resolveFormat(o.format); err != nil {
+	if err := checkLogFormat(o.format); err != nil {
 		return wrong("%v", err)
 	}
 	for _, name := range []string{"control-plane-port", "control-plane-address"} {
@@ -624,9 +650,8 @@ func (o *planeFlags) check(fs *flag.FlagSet) error {
 	return checkTLS(fs, o.tls)
 }
 
-// state returns where the registry's state is kept: in the file of -db-path, else in
-// name.json in the folder that systemd gives, else in memory, or, for a control plane
-// alone, in name.json in the user's state folder.
+// state returns where the registry's state is kept: in the file of -db-path, else in name.json in the
+// folder that systemd gives, else in memory, or, alone, in name.json in the user's state folder.
 func (o *planeFlags) state(name string, alone bool) (stateConfig, error) {
 	name += ".json"
 	folder, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":")
@@ -658,8 +683,8 @@ func defineTLS(fs *flag.FlagSet, to *tlsFlags, cert, ca string) {
 	fs.StringVar(&to.ca, "tls-ca-cert", "", ca)
 }
 
-// checkTLS fails for flags of TLS that are wrong together. An empty one is refused: a
-// script whose variable is not set must not get a control plane without TLS.
+// checkTLS fails for flags of TLS that are wrong together, or empty: a script whose variable is not set
+// must not get a control plane without TLS.
 func checkTLS(fs *flag.FlagSet, o tlsFlags) error {
 	for _, name := range []string{"tls-key", "tls-cert", "tls-ca-cert"} {
 		if given(fs, name) && fs.Lookup(name).Value.String() == "" {
@@ -675,8 +700,8 @@ func checkTLS(fs *flag.FlagSet, o tlsFlags) error {
 	return nil
 }
 
-// flagValue is the value of a flag that is checked when it is set. It keeps the error for
-// parseFlags: package flag would put the error into a sentence of its own.
+// flagValue is the value of a flag that is checked when it is set. It keeps the error for parseFlags:
+// package flag would put the error into a sentence of its own.
 type flagValue[T any] struct {
 	value *T
 	parse func(text string) (T, error) // its errors begin with "it must"
@@ -747,10 +772,11 @@ func defineChoice(fs *flag.FlagSet, to *string, name, value, usage string, texts
 	})
 }
 
-// parseFlags parses args by fs and returns the arguments that are no flags, at most so
-// many as most; flags may stand before, between and after them. It returns the first
-// error, but parses all args, so that dispatch knows -log-format. -h prints the help, and
-// is an exitError of code 0.
+const anyNumber = math.MaxInt // of arguments
+
+// parseFlags parses args by fs and returns the arguments that are no flags, most at most; flags may
+// stand before, between and after them. It returns the first error, but parses all args, so that
+// dispatch knows -log-format. -h prints the help, and is an exitError of code 0.
 func parseFlags(fs *flag.FlagSet, args []string, most int) (rest []string, err error) {
 	fs.SetOutput(io.Discard)
 	for len(args) > 0 {
@@ -781,8 +807,7 @@ func parseFlags(fs *flag.FlagSet, args []string, most int) (rest []string, err e
 	return rest, err
 }
 
-// explainFlag returns the error of a command line that fs could not parse: arg is no flag
-// of fs, or lacks its value, which err says.
+// explainFlag returns the error for arg, which is no flag of fs, or lacks its value, which err says.
 func explainFlag(fs *flag.FlagSet, arg string, err error) error {
 	name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
 	if name == "" || fs.Lookup(name) != nil {
@@ -848,12 +873,10 @@ func printHelp(w io.Writer, fs *flag.FlagSet) {
 			fmt.Fprintf(w, "\nExamples:%s", c.examples)
 		}
 	}
-	some := false
+	heading := "\nFlags:\n"
 	fs.VisitAll(func(f *flag.Flag) {
-		if !some {
-			fmt.Fprint(w, "\nFlags:\n")
-		}
-		some = true
+		fmt.Fprint(w, heading)
+		heading = ""
 		printFlag(w, f)
 	})
 }

@@ -3,14 +3,19 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
+	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 	"unicode/utf8"
 )
 
@@ -40,7 +45,12 @@ Usage:
                                         run a pipeline until it ends
   flowctl check [flags] [pipeline.json] read and validate a pipeline file
   flowctl list [flags] [id]             show what is registered, and how it is
+  flowctl logs [flags] [id...]          show what components print
+  flowctl restart [flags] id...         stop components, and start them again
   flowctl reload [flags] [pipeline]     take over a changed pipeline file
+  flowctl stop [flags]                  stop a running pipeline
+  flowctl sandbox [flags] [pipeline.json]
+                                        run the services of a pipeline alone
   flowctl version                       print the version
   flowctl help [command]                explain flowctl, or one command
 
@@ -71,15 +81,11 @@ Flags:
 		want   string
 		prefix bool // want is the beginning
 	}{
-		{"help", overview, false},
-		{"-h", overview, false},
-		{"--help", overview, false},
-		{"help list", list, true},
-		{"list -help", list, true},
+		{"help", overview, false}, {"-h", overview, false}, {"--help", overview, false},
+		{"help list", list, true}, {"list -help", list, true},
 		{"help version", "version: print the version\n\nUsage:\n  flowctl version\n", false},
-		{"help run", "run: run a pipeline ", true},
-		{"help check", "check: ", true},
-		{"help reload", "reload: ", true},
+		{"help run", "run: run a pipeline ", true}, {"help check", "check: ", true},
+		{"help logs", "logs: ", true}, {"help restart", "restart: ", true}, {"help reload", "reload: ", true}, {"help stop", "stop: ", true},
 		{"help server", "server: run the control plane alone\n", true},
 	} {
 		code, out, stderr := call(t, strings.Fields(tt.args)...)
@@ -91,7 +97,7 @@ Flags:
 				t.Errorf("%s: wider than 80 columns: %s", tt.args, line)
 			}
 		}
-		if n := strings.Count(out, "\n"); tt.args == "help" && n > 24 {
+		if n := strings.Count(out, "\n"); tt.args == "help" && n > 30 {
 			t.Errorf("%s: %d lines", tt.args, n)
 		}
 		if code != exitOK || stderr != "" || out != tt.want && !(tt.prefix && strings.HasPrefix(out, tt.want)) {
@@ -106,12 +112,13 @@ func TestHelp_ExamplesWork(t *testing.T) {
 	if !ownNetwork(t) {
 		return
 	}
-	folder := inFolder(filepath.Dir(writePipeline(t, actor("ledgers", role{Dialect: "legacy"}))))
+	folder := inFolder(filepath.Dir(writePipeline(t, actor("ledgers", role{Dialect: "legacy"}), serviceOf("db"))))
 	var examples []string
 	for _, c := range commands() {
 		for line := range strings.Lines(c.examples) {
-			if line, _, _ = strings.Cut(strings.TrimSpace(line), "  "); line != "" {
-				examples = append(examples, strings.TrimPrefix(line, "flowctl "))
+			line, _, _ = strings.Cut(strings.TrimSpace(line), "  ")
+			if line, ok := strings.CutPrefix(line, "flowctl "); ok {
+				examples = append(examples, line)
 			}
 		}
 	}
@@ -123,29 +130,34 @@ func TestHelp_ExamplesWork(t *testing.T) {
 	pipeline.waitReady()
 	for _, example := range examples[1:] {
 		options := []option{folder}
-		if strings.HasPrefix(example, "list") || strings.HasPrefix(example, "reload") {
+		if name, _, _ := strings.Cut(example, " "); slices.Contains([]string{"list", "logs", "restart", "reload", "stop"}, name) {
 			options = append(options, runs)
 		}
 		p := start(t, strings.Fields(example), options...)
 		switch {
+		case example == "logs -f":
+			p.waitOut("| registered")
+			p.stop()
+		case example == "stop":
+			p.exit(exitOK)
+			pipeline.exit(exitOK)
 		case strings.HasPrefix(example, "server"):
 			p.waitErr("msg=listening endpoint=127.0.0.1:9090\n")
 			p.stop()
 		case strings.Contains(example, "-watch"):
 			p.waitOut("ledgers ready healthy")
 			p.stop()
-		case strings.HasPrefix(example, "run") && !strings.Contains(example, "-until") && !strings.Contains(example, " -- "):
+		case strings.HasPrefix(example, "sandbox"), strings.HasPrefix(example, "run") && !strings.Contains(example, "-until") && !strings.Contains(example, " -- "):
 			p.waitErr("pipeline ready")
 			p.stop()
 		default:
 			p.exit(exitOK)
 		}
 	}
-	pipeline.stop()
+	pipeline.exit(exitOK) // by the example of stop
 }
 
-func TestServer_TellsChangesAndSystemd(t *testing.T) {
-	t.Parallel()
+func TestServer_TellsChangesAndSystemd(t *testing.T) { // not in parallel: another test must not hold it up
 	p := start(t, []string{"server", "-control-plane-port", "0", "-heartbeat-ttl", "300ms"}, notifySocket(t, filepath.Join(shortDir(t), "notify")))
 	endpoint := p.endpoint()
 	p.wait(p.notified, "READY=1\nSTATUS=listening on "+endpoint+"\n\n", 1)
@@ -167,19 +179,14 @@ type warningRow struct {
 }
 
 // warningRows returns rows whose files are in dir.
+// It is long because it is a table.
 func warningRows(t *testing.T, dir string) []warningRow {
 	text := writeFile(t, filepath.Join(dir, "notes"), "not a program\n")
 	fifo := filepath.Join(dir, "fifo")
 	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	program := func(name, text string) string {
-		file := writeFile(t, filepath.Join(dir, name), text)
-		if err := os.Chmod(file, 0o700); err != nil {
-			t.Fatal(err)
-		}
-		return file
-	}
+	program := func(name, text string) string { return writeProgram(t, filepath.Join(dir, name), text) }
 	script := program("script", "#!/no/such/interpreter -x\n")
 	crlf, crlfArg, plain := program("crlf", "#!/bin/sh\r\n"), program("crlf-arg", "#!/usr/bin/env sh\r\necho\r\n"), program("plain", "echo hello\n")
 	reads := Component{ID: "reads", Command: []string{"sh"}, Inputs: []string{"a"}, InputEventTypes: []string{"x", "y"}}
@@ -187,6 +194,11 @@ func warningRows(t *testing.T, dir string) []warningRow {
 		{"nothing", []Component{shell("a", "true")}, nil},
 		{"no such program", []Component{{ID: "a", Command: []string{"no-such-program"}}}, []string{
 			`component a: command: cannot run "no-such-program": it is not found in PATH`}},
+		{"a command line in a list", []Component{{ID: "a", Command: []string{"python3 -m http.server"}}, {ID: "b", Command: []string{"cat x | grep y"}}}, []string{
+			`component a: command: cannot run "python3 -m http.server": it is not found in PATH; no shell reads it, so a command line is a list: ["python3", "-m", "http.server"]`,
+			`component b: command: cannot run "cat x | grep y": it is not found in PATH; no shell reads it, so a command line is a list: ["sh", "-c", "cat x | grep y"]`}},
+		{"a pipe in a check", []Component{{ID: "a", Command: []string{"sh"}, HealthCheck: "exec:true | true"}}, []string{
+			`component a: health_check: no shell reads it, and "|" is an argument: write exec:sh -c '...'`}},
 		{"no such file", []Component{{ID: "a", Command: []string{dir + "/nothing"}}}, []string{
 			`component a: command: cannot run "` + dir + `/nothing": no such file or directory`}},
 		{"not executable", []Component{{ID: "a", Command: []string{text}}}, []string{
@@ -223,6 +235,19 @@ func warningRows(t *testing.T, dir string) []warningRow {
 			`component a: image: needs -orchestrator container`,
 			`component b: image: needs -orchestrator container`,
 			`component b: ports[1]: port 8080 is that of component a too`}},
+		{"variables that flowctl sets", []Component{
+			{ID: "a", Command: []string{"sh"}, Env: map[string]string{"FLOWCTL_ENDPOINT": "x", "FLOWCTL_LOG": "x", "FLOWCTL_TLS_CA": "x", "FLOWCTL_HEARTBEAT_INTERVAL": "5s"}, Config: map[string]any{"enable_flowctl": true}},
+			{ID: "b", Command: []string{"sh"}, TLS: true, Env: map[string]string{"FLOWCTL_TLS_CA": "x", "FLOWCTL_HEARTBEAT_INTERVAL": "5000"}}}, []string{
+			`component a: config.enable_flowctl: flowctl sets it, and ignores what the file gives`,
+			`component a: env.FLOWCTL_ENDPOINT: flowctl sets it, and ignores what the file gives`,
+			`component b: env.FLOWCTL_HEARTBEAT_INTERVAL: "5000" is no time with a unit, such as 5s: FLOWCTL_HEARTBEAT_INTERVAL_MS does not follow it`,
+			`component b: env.FLOWCTL_TLS_CA: flowctl sets it, and ignores what the file gives`}},
+		{"rare checks", []Component{
+			{ID: "a", Command: []string{"sh"}, HealthCheck: "tcp://h:1", HealthInterval: Duration(31 * time.Second)},
+			{ID: "b", Command: []string{"sh"}, HealthCheck: "tcp://h:1", HealthInterval: Duration(30 * time.Second)}}, []string{
+			`component a: health_interval: a check each 31s is too rare for a heartbeat TTL of 30s: it is stale in between, unless it sends heartbeats`}},
+		{"variables that nothing fills in", []Component{{ID: "a", Command: []string{"sh", "$PATH"}}}, []string{
+			`component a: command[1]: $PATH stays as it is, because no shell reads it: write ${PATH}, or $$PATH for the text itself`}},
 		{"a folder for a secret", []Component{{ID: "a", Command: []string{"sh"}, EnvFiles: map[string]string{"KEY": dir}}}, []string{
 			`component a: env_files.KEY: read ` + dir + `: is a directory`}},
 		{"a FIFO for a secret", []Component{{ID: "a", Command: []string{"sh"}, EnvFiles: map[string]string{"KEY": fifo, "NONE": "/dev/null"}}}, []string{
@@ -256,13 +281,68 @@ func TestCheck_Warnings(t *testing.T) {
 			}
 			var got []string
 			for _, w := range report.Warnings {
-				got = append(got, w.String())
+				got = append(got, "component "+w.Component+": "+w.Field+": "+w.Message)
 			}
 			if !slices.Equal(got, tt.want) {
 				t.Errorf("-json: %q, want %q", got, tt.want)
 			}
 		})
 	}
+}
+
+// The TTL of the run decides which checks are too rare.
+func TestCheck_KnowsTheTTL(t *testing.T) {
+	t.Parallel()
+	file := writePipeline(t, Component{ID: "a", Command: []string{"sh"}, HealthCheck: "tcp://h:1"})
+	_, _, stderr := call(t, "check", file, "-heartbeat-ttl", "4s")
+	wantEqual(t, "check", stderr, file+": warning: component a: health_interval: a check each 5s is too rare for a heartbeat TTL of 4s: it is stale in between, unless it sends heartbeats\n")
+}
+
+// What check warns of is said at the start of a run, and at a reload what is new.
+func TestRun_WarnsOnce(t *testing.T) {
+	t.Parallel()
+	program := func(id string) Component {
+		return changed(shell(id, "exec sleep 300"), func(c *Component) { c.Env = map[string]string{"HEALTH_PORT": "9001"} })
+	}
+	warning := func(id, other string) string {
+		return fmt.Sprintf(`level=WARN msg="check warns" component=%s field=env.HEALTH_PORT reason="port 9001 is that of component %s too"`, id, other)
+	}
+	file := writePipeline(t, program("a"), program("b"))
+	p := launch(t, file)
+	p.waitReady()
+	p.has(p.stderr, warning("b", "a"), "msg=started component=a")
+	must(t, os.Rename(writePipeline(t, program("a"), program("b"), program("c")), file))
+	if code, _, stderr := p.callReload(); code != exitOK {
+		t.Errorf("reload: exit %d\n%s", code, stderr)
+	}
+	p.waitErr("msg=started component=c")
+	p.stop()
+	for _, text := range []string{warning("b", "a"), warning("c", "b")} {
+		wantEqual(t, text, strings.Count(p.stderr.String(), text), 1)
+	}
+}
+
+// A pipeline comes from standard input by -: a pipe, a file, a socket. Its paths are those of the folder.
+func TestRun_FileFromStandardInput(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	writeProgram(t, filepath.Join(dir, "mine"), "#!/bin/sh\necho mine\n")
+	data := get(os.ReadFile(writePipeline(t, plainProgram("a", "./mine"))))(t)
+	pair := get(syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0))(t)
+	socket, other := os.NewFile(uintptr(pair[0]), "socket"), os.NewFile(uintptr(pair[1]), "other")
+	defer socket.Close()
+	get(other.Write(data))(t)
+	other.Close()
+	plain := get(os.Open(writeFile(t, filepath.Join(dir, "p.json"), string(data))))(t)
+	defer plain.Close()
+	for name, in := range map[string]io.Reader{"pipe": bytes.NewReader(data), "socket": socket, "file": plain} {
+		p := start(t, []string{"run", "-f", "-", "-control-plane-port", "0"}, inFolder(dir), func(p *process) { p.cmd.Stdin = in })
+		p.exit(exitOK)
+		wantEqual(t, name, p.lines("a"), []string{"mine"})
+	}
+	check := start(t, []string{"check", "-"}, inFolder(dir), func(p *process) { p.cmd.Stdin = strings.NewReader("{") })
+	check.exit(exitUsage)
+	check.has(check.stderr, "/dev/stdin:1:2: unexpected end of file")
 }
 
 func TestCheck_JSONOfAWrongFile(t *testing.T) {
@@ -301,28 +381,19 @@ func TestSchema_KnowsEveryField(t *testing.T) {
 		t.Fatalf("exit %d, %v\n%s%s", code, err, out, stderr)
 	}
 	c := schema.Defs["Component"]
-	full, err := json.Marshal(Component{
-		ID: "a", Type: "t", Labels: map[string]string{"a": "b"}, Command: []string{"c"}, Args: []string{"d"}, Image: "i",
-		Volumes: []string{"v"}, Ports: []string{"p"}, User: "u",
-		Env: map[string]string{"a": "b"}, EnvFiles: map[string]string{"a": "b"}, Config: map[string]any{"a": 1}, WorkingDir: "/",
-		Inputs: []string{"x"}, DependsOn: []string{"x"}, Register: new(false), TLS: true, HealthCheck: "h", HealthInterval: 1, HealthTimeout: 1,
-		HealthRetries: 1, RestartPolicy: "no", MaxRestarts: 1, StartTimeout: 1, StopTimeout: 1, StopSignal: "s",
-		InputEventTypes: []string{"e"}, OutputEventTypes: []string{"e"},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	var fields map[string]any
-	if err := json.Unmarshal(full, &fields); err != nil {
-		t.Fatal(err)
-	}
-	for name := range fields {
+	fields := 0
+	for field := range reflect.TypeFor[Component]().Fields() {
+		name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
+		if name == "-" {
+			continue
+		}
+		fields++
 		if c.Properties[name] == nil {
 			t.Errorf("field %s is not in the schema", name)
 		}
 	}
-	if len(c.Properties) != len(fields) || !slices.Equal(c.Required, []string{"id"}) || c.Additional == nil || *c.Additional {
-		t.Errorf("%d fields in the schema, %d in the model; required %q", len(c.Properties), len(fields), c.Required)
+	if len(c.Properties) != fields || !slices.Equal(c.Required, []string{"id"}) || c.Additional == nil || *c.Additional {
+		t.Errorf("%d fields in the schema, %d in the model; required %q", len(c.Properties), fields, c.Required)
 	}
 	if !slices.Equal(schema.Required, []string{"apiVersion", "kind", "metadata", "spec"}) || schema.Properties["spec"].Properties["sinks"] == nil || schema.Properties["$schema"].Type != "string" {
 		t.Errorf("required %q, properties %v", schema.Required, schema.Properties)

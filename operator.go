@@ -9,6 +9,7 @@ import (
 	"errors"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -32,15 +33,34 @@ const heartbeatPeriod = time.Second
 
 // runRequests is what the operator service may ask of the run.
 type runRequests interface {
-	// requestReload has the run take over its pipeline file as it is now. It fails, and
-	// changes nothing, for a wrong file, and with errStopping once the run stops.
-	requestReload(ctx context.Context) (reloadResult, error)
+	// requestReload has the run take over its pipeline file as it is now, or file unless that is "". With
+	// wait it returns when what that brings is ready or has failed. It fails, and changes nothing, for a
+	// wrong file, and with errStopping once the run stops.
+	requestReload(ctx context.Context, file string, wait bool) (reloadResult, error)
+
+	// requestRestart has the run restart components, and returns how they are at once, or with wait
+	// when all are ready again or have failed. It fails, and restarts nothing, with an *unknownError,
+	// with errStopping, and for what cannot be restarted.
+	requestRestart(ctx context.Context, ids []string, wait bool) ([]restartResult, error)
+
+	// requestStop asks for the end of the run, and returns when all components have ended.
+	requestStop(ctx context.Context) error
 }
 
 // reloadResult is what a reload has changed, by id.
 type reloadResult struct {
 	added, removed, restarted []string
 	unchanged                 int
+	brought                   []restartResult // how what was added and restarted is
+}
+
+// restartResult is how a component is after its restart.
+type restartResult struct {
+	id    string
+	ready bool     // or completed
+	state string   // of its process; "" for one that a reload has taken out
+	cause string   // why it is not ready
+	tail  []string // the last lines of one that has failed
 }
 
 var errStopping = errors.New("the pipeline is stopping")
@@ -51,15 +71,16 @@ type operatorServer struct {
 	registry *registry
 	ended    <-chan struct{} // closed when the control plane stops
 	requests runRequests     // nil for a control plane alone
+	lines    *lineLog        // the same
 
 	// registry.mu guards the fields below.
-	streams              map[*changeStream]struct{}
-	followers, snapshots int // streams that go on after the first snapshot, and that do not
+	streams map[*changeStream]struct{}
+	open    map[streamKind]int
 }
 
 // newOperatorServer returns a server whose streams hear of the changes of r.
-func newOperatorServer(r *registry, ended <-chan struct{}, requests runRequests) *operatorServer {
-	o := &operatorServer{registry: r, ended: ended, requests: requests, streams: make(map[*changeStream]struct{})}
+func newOperatorServer(r *registry, ended <-chan struct{}, requests runRequests, lines *lineLog) *operatorServer {
+	o := &operatorServer{registry: r, ended: ended, requests: requests, lines: lines, streams: make(map[*changeStream]struct{}), open: make(map[streamKind]int)}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.publish = o.publishLocked
@@ -72,10 +93,7 @@ func (o *operatorServer) publishLocked(seq int64) {
 		if w.dirty[seq] = struct{}{}; len(w.dirty) > maxDirty {
 			w.behind, w.dirty = true, make(map[int64]struct{})
 		}
-		select {
-		case w.wake <- struct{}{}:
-		default:
-		}
+		wake(w.wake)
 	}
 }
 
@@ -91,18 +109,152 @@ func (o *operatorServer) GetPipeline(ctx context.Context, _ *operatorv1.GetPipel
 	return out, err
 }
 
-func (o *operatorServer) Reload(ctx context.Context, _ *operatorv1.ReloadRequest) (*operatorv1.ReloadResponse, error) {
-	if o.requests == nil {
-		return nil, status.Error(codes.Unimplemented, "a control plane alone has no pipeline file")
+func (o *operatorServer) Reload(ctx context.Context, in *operatorv1.ReloadRequest) (*operatorv1.ReloadResponse, error) {
+	if err := o.checkOperator(ctx, "reload"); err != nil {
+		return nil, err
 	}
-	out, err := o.requests.requestReload(ctx)
+	if file := in.GetFile(); file != "" && !filepath.IsAbs(file) {
+		return nil, status.Errorf(codes.InvalidArgument, "file must be an absolute path, not %s", quote(file))
+	}
+	out, err := o.requests.requestReload(ctx, in.GetFile(), in.GetWait())
 	switch {
+	case ctx.Err() != nil:
+		return nil, status.FromContextError(ctx.Err()).Err()
 	case errors.Is(err, errStopping):
 		return nil, status.Error(codes.Unavailable, err.Error())
 	case err != nil:
 		return nil, status.Error(codes.FailedPrecondition, err.Error())
 	}
-	return &operatorv1.ReloadResponse{Added: out.added, Removed: out.removed, Restarted: out.restarted, Unchanged: int64(out.unchanged)}, nil
+	return &operatorv1.ReloadResponse{Added: out.added, Removed: out.removed, Restarted: out.restarted, Unchanged: int64(out.unchanged), Components: restartedComponents(out.brought)}, nil
+}
+
+func restartedComponents(results []restartResult) (out []*operatorv1.Restarted) {
+	for _, r := range results {
+		c := &operatorv1.Restarted{Id: r.id, Ready: r.ready, State: r.state, Cause: r.cause}
+		for _, line := range r.tail {
+			c.LastLines = append(c.LastLines, []byte(line))
+		}
+		out = append(out, c)
+	}
+	return out
+}
+
+func (o *operatorServer) Restart(ctx context.Context, in *operatorv1.RestartRequest) (*operatorv1.RestartResponse, error) {
+	if err := o.checkOperator(ctx, "restart"); err != nil {
+		return nil, err
+	}
+	if len(in.GetIds()) == 0 {
+		return nil, status.Error(codes.InvalidArgument, "ids is empty: it must name the components to restart")
+	}
+	results, err := o.requests.requestRestart(ctx, in.GetIds(), in.GetWait())
+	_, unknown := errors.AsType[*unknownError](err)
+	switch {
+	case unknown:
+		return nil, status.Error(codes.NotFound, err.Error())
+	case errors.Is(err, errStopping):
+		return nil, status.Error(codes.Unavailable, err.Error())
+	case ctx.Err() != nil:
+		return nil, status.FromContextError(ctx.Err()).Err()
+	case err != nil:
+		return nil, status.Error(codes.Aborted, err.Error())
+	}
+	return &operatorv1.RestartResponse{Components: restartedComponents(results)}, nil
+}
+
+func (o *operatorServer) Stop(ctx context.Context, _ *operatorv1.StopRequest) (*operatorv1.StopResponse, error) {
+	if err := o.checkOperator(ctx, "stop"); err != nil {
+		return nil, err
+	}
+	if err := o.requests.requestStop(ctx); err != nil {
+		return nil, status.FromContextError(err).Err()
+	}
+	return &operatorv1.StopResponse{}, nil
+}
+
+func (o *operatorServer) Logs(in *operatorv1.LogsRequest, stream grpc.ServerStreamingServer[operatorv1.LogsResponse]) error {
+	ctx := stream.Context()
+	if err := o.checkOperator(ctx, "logs"); err != nil {
+		return err
+	}
+	conn, rank := called(ctx)
+	kind := streamKind{in.GetFollow(), rank}
+	if err := o.enter(kind); err != nil {
+		return err
+	}
+	defer o.leave(kind)
+	reader, kept, err := o.lines.follow(in.GetIds(), in.GetLast())
+	if err != nil {
+		return status.Error(codes.NotFound, err.Error())
+	}
+	defer reader.leave()
+	first := &operatorv1.LogsResponse{Ids: o.lines.known(), LogFiles: o.lines.files(in.GetIds())}
+	if err := cmp.Or(stream.Send(first), sendKept(ctx, conn, kept, stream.Send)); err != nil {
+		return err
+	}
+	for over := !in.GetFollow(); !over; {
+		select {
+		case <-reader.wake:
+		case <-o.ended: // what has come until now is sent
+			over = true
+		case <-ctx.Done():
+			return nil
+		}
+		for parts, missed := reader.take(maxPart); len(parts) > 0 || missed > 0; parts, missed = reader.take(maxPart) {
+			if err := stream.Send(&operatorv1.LogsResponse{Missed: missed, Printed: printed(parts)}); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// sendKept sends parts, which count as unread until then.
+func sendKept(ctx context.Context, conn *countedConn, parts []*linePart, send func(*operatorv1.LogsResponse) error) error {
+	size := 0
+	for _, p := range parts {
+		size += len(p.text) + partCost
+	}
+	if conn != nil && size > 0 {
+		_, rank := called(ctx)
+		unread := &conn.traffic.shares[rank].unread
+		e, err := unread.enter(ctx, conn, max(size, leastUnread))
+		if err != nil {
+			return err
+		}
+		defer unread.leave(e)
+	}
+	for len(parts) > 0 {
+		n, size := 0, 0
+		for ; n < len(parts) && size < maxPart; n++ {
+			size += len(parts[n].text)
+		}
+		if err := send(&operatorv1.LogsResponse{Printed: printed(parts[:n])}); err != nil {
+			return err
+		}
+		parts = parts[n:]
+	}
+	return nil
+}
+
+// printed is parts as a message has them.
+func printed(parts []*linePart) []*operatorv1.Printed {
+	var out []*operatorv1.Printed
+	for _, p := range parts {
+		out = append(out, &operatorv1.Printed{Time: timestamppb.New(p.at), Id: p.id, Stream: p.stream, Lines: p.text})
+	}
+	return out
+}
+
+// checkOperator fails unless there is a run, and an operator makes the call of ctx. command is what they
+// would type.
+func (o *operatorServer) checkOperator(ctx context.Context, command string) error {
+	switch {
+	case o.requests == nil:
+		return status.Error(codes.Unimplemented, "a control plane alone has no pipeline")
+	case !byOperator(ctx):
+		return status.Errorf(codes.PermissionDenied, "only an operator may do that: user %d or root on this machine by flowctl %s, and not from a component, or a client certificate with a name of -operators", os.Geteuid(), command)
+	}
+	return nil
 }
 
 func (r *registry) pipelineLocked() *operatorv1.Pipeline {
@@ -183,7 +335,7 @@ func (r *registry) componentLocked(s *service, now time.Time) *operatorv1.Compon
 	if s.member == nil {
 		return out
 	}
-	out.TypeInFile, out.Labels = s.member.kind, s.member.labels
+	out.Type, out.TypeInFile, out.Labels = s.member.role.String(), s.member.kind, s.member.labels
 	if p := s.member.process; p != (processReport{}) {
 		out.Process = &operatorv1.Process{State: p.state, Pid: int64(p.pid), Restarts: int64(p.restarts)}
 		if !p.started.IsZero() {
@@ -198,6 +350,12 @@ func (s *service) partSize() int {
 	return s.bytes + recordSize*(1+len(s.history)) + 8*(len(s.metrics)+len(s.said.metadata))
 }
 
+// streamKind is what streams of changes and of lines are counted by.
+type streamKind struct {
+	follows bool  // after the first snapshot
+	rank    int32 // of who has asked for it
+}
+
 // changeStream is one stream of changes. It holds at most one message, and of what has changed
 // only which services those are: what a slow reader misses is not kept, it gets the services
 // as they are when it gets to them.
@@ -205,7 +363,7 @@ type changeStream struct {
 	operator *operatorServer
 	send     func(*operatorv1.WatchResponse) error
 	pause    time.Duration // between messages, where there are many
-	follows  bool          // after the first snapshot
+	kind     streamKind
 	beat     time.Time     // when heartbeats were told of last
 	wake     chan struct{} // gets a token when something is dirty
 
@@ -215,7 +373,8 @@ type changeStream struct {
 }
 
 func (o *operatorServer) Watch(in *operatorv1.WatchRequest, stream grpc.ServerStreamingServer[operatorv1.WatchResponse]) error {
-	w, err := o.join(stream.Send, in.GetFollow())
+	_, rank := called(stream.Context())
+	w, err := o.join(stream.Send, streamKind{in.GetFollow(), rank})
 	if err != nil {
 		return err
 	}
@@ -247,33 +406,42 @@ func (o *operatorServer) Watch(in *operatorv1.WatchRequest, stream grpc.ServerSt
 }
 
 // join adds a stream. Errors: RESOURCE_EXHAUSTED where there are as many as there can be.
-// Those that want no more than a snapshot are not kept out by others that go on.
-func (o *operatorServer) join(send func(*operatorv1.WatchResponse) error, follows bool) (*changeStream, error) {
+// Those that want no more than a snapshot are not kept out by others that go on, and nobody by
+// who is trusted less.
+func (o *operatorServer) join(send func(*operatorv1.WatchResponse) error, kind streamKind) (*changeStream, error) {
+	if err := o.enter(kind); err != nil {
+		return nil, err
+	}
 	o.registry.mu.Lock()
 	defer o.registry.mu.Unlock()
-	w := &changeStream{operator: o, send: send, follows: follows, pause: toldPause, wake: make(chan struct{}, 1), dirty: make(map[int64]struct{})}
-	count := w.count()
-	if *count >= maxFollowers {
-		return nil, status.Errorf(codes.ResourceExhausted, "%d streams are open, the most that there can be", maxFollowers)
-	}
-	*count++
+	w := &changeStream{operator: o, send: send, kind: kind, pause: toldPause, wake: make(chan struct{}, 1), dirty: make(map[int64]struct{})}
 	o.streams[w] = struct{}{}
 	return w, nil
 }
 
-// count is the number of streams like w.
-func (w *changeStream) count() *int {
-	if w.follows {
-		return &w.operator.followers
-	}
-	return &w.operator.snapshots
-}
-
 func (w *changeStream) leave() {
+	w.operator.leave(w.kind)
 	w.operator.registry.mu.Lock()
 	defer w.operator.registry.mu.Unlock()
-	*w.count()--
 	delete(w.operator.streams, w)
+}
+
+// enter counts a stream, of changes or of lines, until leave. Errors: RESOURCE_EXHAUSTED where there are
+// as many as there can be.
+func (o *operatorServer) enter(kind streamKind) error {
+	o.registry.mu.Lock()
+	defer o.registry.mu.Unlock()
+	if o.open[kind] >= maxFollowers {
+		return status.Errorf(codes.ResourceExhausted, "%d streams are open, the most that there can be", maxFollowers)
+	}
+	o.open[kind]++
+	return nil
+}
+
+func (o *operatorServer) leave(kind streamKind) {
+	o.registry.mu.Lock()
+	defer o.registry.mu.Unlock()
+	o.open[kind]--
 }
 
 // snapshot sends everything.

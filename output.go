@@ -1,11 +1,12 @@
 // Where lines go: to the console, to log files, to the journal, to a terminal with a
-// footer. The loop of a run has one outputs for all of them.
+// footer. The loop of a run has one outputs for all of them; logfiles.go has the log files.
 
 package main
 
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,11 +14,11 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"regexp"
 	"sync"
 	"syscall"
 	"time"
+	"unicode/utf8"
 )
 
 // The forms of the log, as -log-format names them.
@@ -29,11 +30,10 @@ const (
 )
 
 const (
-	maxLine    = 1 << 20  // bytes of a line of a component that are kept together: a longer one is passed on in pieces
-	maxQueued  = 1 << 20  // bytes of flowctl's own log that wait to be written; more is dropped
-	maxAhead   = 64 << 10 // queued bytes from which on components wait
-	maxKept    = 2 << 20  // bytes of a buffer that is kept for the next lines
-	maxLogFile = 10 << 20 // bytes of a log file before it is rotated
+	maxLine   = 1 << 20  // bytes of a line of a component that are kept together: a longer one is passed on in pieces
+	maxQueued = 1 << 20  // bytes of flowctl's own log that wait to be written; more is dropped
+	maxAhead  = 64 << 10 // queued bytes from which on components wait
+	maxKept   = 2 << 20  // bytes of a buffer that is kept for the next lines
 
 	footerTime = 250 * time.Millisecond // between two changes of the footer, at least
 	uptimeTime = time.Second            // between two changes of the footer, at most: it shows uptimes
@@ -44,50 +44,60 @@ const (
 type outputConfig struct {
 	pipeline string   // its name, "" for a control plane alone
 	ids      []string // of its components
-	format   string   // formatText, formatJSON or formatJournal
+	format   string   // of -log-format
 	level    slog.Level
 	footer   bool // a footer is wanted, where there is a terminal for it
+	command  bool // standard output is that of a command: the lines of components go to standard error
 }
 
-// outputs are all the places that lines go to. The methods emit, flush and log may be
-// called by any goroutine, the others by the one that owns the run.
+// outputs are all the places that lines go to. The methods emit, flush, settle, refresh and log may
+// be called by any goroutine, the others by the one that owns the run.
 type outputs struct {
-	log    *slog.Logger  // flowctl's own; it never blocks
-	broken chan struct{} // closed when standard output cannot be written; brokenErr says why
-
-	format  string
-	stderr  *logWriter
-	console *console
-	screen  *screen     // nil for no footer
-	journal *journalLog // nil where the log is not in the journal
-	files   *logFiles   // nil for none
-}
-
-// runReport is the report of a run that failed, in each of its forms.
-type runReport struct {
-	text, json []byte // whole lines
-	journal    []journalEntry
+	log        *slog.Logger // flowctl's own; it never blocks
+	format     string       // of the log
+	stderr     *logWriter
+	console    *console
+	queued     bool        // what the console writes is queued in stderr
+	screen     *screen     // nil for no footer
+	journal    *journalLog // nil where nothing goes to the journal
+	journalled bool        // the lines of components go to the journal, not to the console
+	files      *logFiles   // nil for none; set before the first component is started
+	lines      *lineLog    // nil for a control plane alone
 }
 
 // openOutputs opens all but the log files. The caller has to close it.
 func openOutputs(c outputConfig) *outputs {
-	o := &outputs{format: c.format}
-	if c.footer && c.format == formatText {
-		o.screen = openScreen()
+	lines, name := os.Stdout, "standard output"
+	if c.command {
+		lines, name = os.Stderr, "standard error"
 	}
-	write := blockingFile{os.Stdout}.Write
+	o, linesFormat := &outputs{format: formatOf(os.Stderr, c.format)}, formatOf(lines, c.format)
+	if c.footer && o.format == formatText {
+		o.screen = openScreen(lines)
+	}
 	if o.screen == nil {
-		o.stderr = newLogWriter(blockingFile{os.Stderr}, c.format, nil, nil)
-	} else if o.stderr = o.screen.lines; o.screen.shared {
+		o.stderr = newLogWriter(blockingFile{os.Stderr}, o.format, nil, nil)
+	} else {
+		o.stderr = o.screen.lines
+	}
+	write := blockingFile{lines}.Write
+	if o.queued = c.command || o.screen != nil && o.screen.shared; o.queued {
 		write = o.stderr.writeWaiting
 	}
-	o.log = newLogger(o.stderr, c.format, c.level)
-	if c.format == formatJournal {
-		o.journal = openJournal(c.pipeline, c.ids)
-		o.log = slog.New(o.journal.handler(c.level))
+	o.log = newLogger(o.stderr, o.format, c.level)
+	o.journalled = linesFormat == formatJournal
+	if o.journalled || o.format == formatJournal {
+		o.journal = openJournal(c.pipeline)
 	}
-	o.console = newConsole(write, c.format, useColours(os.Stdout), c.ids)
-	o.broken = o.console.broken
+	if o.format == formatJournal {
+		o.log = slog.New(&journalHandler{journal: o.journal, level: c.level})
+	}
+	o.console = newConsole(write, linesFormat, useColours(lines), c.ids)
+	o.console.name, o.console.terminal = name, isTerminal(lines)
+	if c.pipeline != "" {
+		o.lines = newLineLog(c.ids)
+		o.log = slog.New(slog.NewMultiHandler(o.log.Handler(), o.lines.handler(c.level)))
+	}
 	return o
 }
 
@@ -101,118 +111,81 @@ func (o *outputs) close() {
 	o.screen.close()
 }
 
-// openFiles has the lines of each of the components ids kept in a file in dir. It has to
-// be called before the first of them is started.
-func (o *outputs) openFiles(dir string, ids []string) (err error) {
-	o.files, err = openLogFiles(dir, ids, o.log)
-	return err
-}
-
-// add makes the components ids known, by a reload. Its error is that of a log file; the
-// console and the journal do not know them then.
-func (o *outputs) add(ids []string) error {
-	if o.files != nil {
-		for _, id := range ids {
-			if err := o.files.add(id); err != nil {
-				return err
-			}
-		}
-	}
+// add makes the components ids known, by a reload.
+func (o *outputs) add(ids []string) {
 	for _, id := range ids {
-		o.console.add(id)
-		if o.journal != nil {
-			o.journal.add(id)
+		if o.files != nil {
+			o.files.add(id)
 		}
+		o.console.add(id)
+		o.lines.addID(id)
 	}
-	return nil
 }
 
-// emit passes lines of a component on. The log files come first, so that what is shown
-// is in them.
-func (o *outputs) emit(id, stream string, lines []byte) {
+// forget gives up what is kept open for a component that has left.
+func (o *outputs) forget(id string) {
 	if o.files != nil {
-		o.files.lines(id, stream, lines)
+		o.files.forget(id)
 	}
-	if o.journal != nil {
-		o.journal.lines(id, stream, lines)
-	} else {
-		o.console.lines(id, stream, lines)
+	o.lines.removeID(id)
+}
+
+// refresh opens log files anew that others have removed or renamed.
+func (o *outputs) refresh() {
+	if o.files != nil {
+		o.files.look()
+	}
+}
+
+// emit is the emitter of a run. Whole lines go to the log files first: what is shown is in them. A
+// part of a line is only shown.
+func (o *outputs) emit(id, stream string, text []byte, shown int) {
+	whole := !isPart(text)
+	if o.files != nil && whole {
+		o.files.lines(id, text)
+	}
+	if whole {
+		o.lines.add(id, stream, text)
+	}
+	switch {
+	case !o.journalled:
+		o.console.lines(id, stream, text[shown:])
+	case whole:
+		o.journal.lines(id, stream, text)
 	}
 }
 
 // flush returns when all lines that were emitted are written, however long that takes.
 func (o *outputs) flush() {
-	if o.screen != nil && o.screen.shared {
-		o.stderr.await()
+	if o.queued {
+		o.stderr.await(context.Background())
 	}
 }
 
-// brokenErr is why standard output cannot be written. It is for when broken is closed:
-// before that it may wait for a write.
-func (o *outputs) brokenErr() error {
-	o.console.mu.Lock()
-	defer o.console.mu.Unlock()
-	return o.console.err
+// settle returns when everything that was logged and emitted is written, with the footer erased for
+// good, or when ctx ends.
+func (o *outputs) settle(ctx context.Context) {
+	o.screen.retire()
+	o.stderr.await(ctx)
+	o.journal.await(ctx)
 }
 
-// logFile is where the lines of a component are kept, "" for nowhere.
-func (o *outputs) logFile(id string) string {
-	if o.files == nil {
-		return ""
-	}
-	return o.files.path(id)
-}
-
-// report writes the report of a run that failed.
-func (o *outputs) report(r runReport) {
+// report writes the report of a run that failed, in the form that is wanted.
+func (o *outputs) report(text, json []byte, journal []journalEntry) {
 	switch {
-	case o.journal != nil:
-		o.journal.report(r.journal)
+	case o.format == formatJournal:
+		o.journal.report(journal)
 	case o.format == formatJSON:
-		_, _ = o.stderr.Write(r.json)
+		_, _ = o.stderr.Write(json)
 	default:
-		_, _ = o.stderr.Write(r.text) // at once, because a line at a time could be lost by half
-	}
-}
-
-// showsFooter tells whether a footer can be seen. A flowctl in the background shows none,
-// because the terminal is another's.
-func (o *outputs) showsFooter() bool { return o.screen != nil && o.screen.shows() }
-
-// updateFooter shows rows as the footer, unless the last are younger than footerTime. In
-// that case footerDue says when to call it again.
-func (o *outputs) updateFooter(now time.Time, rows func() []string) {
-	if s := o.screen; s != nil {
-		if s.overdue = now.Sub(s.updated) < footerTime; !s.overdue {
-			s.updated = now
-			s.show(rows())
+		if isTerminal(os.Stderr) {
+			text = appendSanitized(nil, text)
 		}
+		_, _ = o.stderr.Write(text) // at once, because a line at a time could be lost by half
 	}
 }
 
-// footerDue returns a channel that gets the time when updateFooter is to be called although
-// nothing has happened. It is nil without a footer.
-func (o *outputs) footerDue() <-chan time.Time {
-	if o.screen == nil {
-		return nil
-	}
-	wait := uptimeTime
-	if o.screen.overdue {
-		wait = footerTime
-	}
-	return time.After(time.Until(o.screen.updated.Add(wait)))
-}
-
-// removeFooter erases the footer for good. It returns when that is done, or eraseTime
-// is over.
-func (o *outputs) removeFooter() {
-	if o.screen != nil {
-		o.screen.remove()
-	}
-}
-
-// newLogger returns flowctl's own log. Durations are shown as Go writes them, such
-// as 1.5s, in JSON too.
+// newLogger returns flowctl's own log.
 func newLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
 	readable := func(groups []string, a slog.Attr) slog.Attr {
 		if a.Key == slog.TimeKey && len(groups) == 0 && format != formatJSON && a.Value.Kind() == slog.KindTime {
@@ -227,22 +200,26 @@ func newLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
 	return slog.New(slog.NewTextHandler(w, options))
 }
 
-// resolveFormat returns the format that auto stands for here: the journal's, if standard
-// error leads to the journal, else text. It fails for a journal that is not there.
-func resolveFormat(format string) (string, error) {
-	switch {
-	case format == formatAuto && stderrIsJournal():
-		return formatJournal, nil
-	case format == formatAuto:
-		return formatText, nil
-	case format == formatJournal && !journalRuns():
-		return "", errors.New("-log-format journal: there is no journal on this machine (/run/systemd/journal/socket): choose auto, text or json")
+// checkLogFormat fails for a journal that is not there.
+func checkLogFormat(format string) error {
+	if format == formatJournal && !journalRuns() {
+		return errors.New("-log-format journal: there is no journal on this machine (/run/systemd/journal/socket): choose auto, text or json")
 	}
-	return format, nil
+	return nil
 }
 
-// printAnswer writes to standard output what a command was asked for. Its error is that
-// of the command: an answer that is not read is no success.
+// formatOf returns the form of what goes to f: auto stands for what that leads to.
+func formatOf(f *os.File, format string) string {
+	switch {
+	case format != formatAuto:
+		return format
+	case isJournal(f):
+		return formatJournal
+	}
+	return formatText
+}
+
+// printAnswer writes what a command was asked for. An answer that is not read is no success.
 func printAnswer(text string) error {
 	_, err := io.WriteString(os.Stdout, text)
 	return err
@@ -251,27 +228,30 @@ func printAnswer(text string) error {
 // palette are the colours of components on a terminal, readable on black and white.
 var palette = []string{"36", "33", "32", "35", "34", "96", "93", "92", "95", "94"}
 
-// console writes the lines of components to one output, whole and one component's
-// at a time. Its first error is kept: from then on it drops what it gets, so that
-// components can be stopped.
+// console writes the lines of components to one output, whole and one component's at a time. After
+// its first error it drops what it gets, so that components can be stopped.
 type console struct {
-	write   func([]byte) (int, error)
-	json    bool
-	colours bool
-	broken  chan struct{} // closed after the first error
+	write    func([]byte) (int, error)
+	name     string // of what write writes to
+	json     bool
+	colours  bool
+	terminal bool          // lines are shown as a terminal may have them
+	broken   chan struct{} // closed after the first error
 
-	mu     sync.Mutex        // guards heads and colour; never held during write, so that add does not wait for a reader
-	heads  map[string]string // by id: what stands between the time and the line
-	colour map[string]string // by id: the escape code, empty without colours
-	width  int               // of the longest id that was known at first
+	mu    sync.Mutex      // guards heads; never held during write, so that add does not wait for a reader
+	heads map[string]head // by id
+	width int             // of the longest id that was known at first
 
 	writing sync.Mutex // guards the fields below; held during write, so that a slow reader slows components
 	buf     []byte
-	err     error
+	err     error // does not change after the first
 }
 
+// head is what stands before and after the time of a line.
+type head struct{ before, after string }
+
 func newConsole(write func([]byte) (int, error), format string, colours bool, ids []string) *console {
-	c := &console{write: write, json: format == formatJSON, colours: colours, heads: make(map[string]string), colour: make(map[string]string), broken: make(chan struct{})}
+	c := &console{write: write, json: format == formatJSON, colours: colours, heads: make(map[string]head), broken: make(chan struct{})}
 	for _, id := range ids {
 		c.width = max(c.width, len(id))
 	}
@@ -281,21 +261,22 @@ func newConsole(write func([]byte) (int, error), format string, colours bool, id
 	return c
 }
 
-// add makes id known, in the next colour. The lines of one that is longer than those
-// before stand out to the right.
+// add makes id known, in the next colour.
 func (c *console) add(id string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.heads[id] != "" {
+	if _, known := c.heads[id]; known {
 		return
 	}
+	h := head{after: fmt.Sprintf(" %-*s | ", c.width, id)}
 	if c.colours {
-		c.colour[id] = "\x1b[" + palette[len(c.heads)%len(palette)] + "m"
+		h.before = "\x1b[" + palette[len(c.heads)%len(palette)] + "m"
+		h.after += "\x1b[0m"
 	}
-	c.heads[id] = fmt.Sprintf(" %-*s | ", c.width, id)
+	c.heads[id] = h
 }
 
-// lines writes lines of a component.
+// lines writes whole lines, or, if there is no newline at the end, a part of one.
 func (c *console) lines(id, stream string, lines []byte) {
 	c.writing.Lock()
 	defer c.writing.Unlock()
@@ -319,23 +300,30 @@ func (c *console) lines(id, stream string, lines []byte) {
 
 func (c *console) appendText(id string, lines []byte, now time.Time) {
 	stamp := now.AppendFormat(make([]byte, 0, len(time.TimeOnly)), time.TimeOnly)
+	part := isPart(lines)
 	c.mu.Lock()
-	head, colour := c.heads[id], c.colour[id]
+	h := c.heads[id]
 	c.mu.Unlock()
 	for len(lines) > 0 {
 		var line []byte
 		line, lines = cutLine(lines)
-		c.buf = append(c.buf, colour...)
+		c.buf = append(c.buf, h.before...)
 		c.buf = append(c.buf, stamp...)
-		c.buf = append(c.buf, head...)
-		if colour != "" {
-			c.buf = append(c.buf, "\x1b[0m"...)
+		c.buf = append(c.buf, h.after...)
+		if c.terminal {
+			c.buf = appendSanitized(c.buf, line)
+		} else {
+			c.buf = append(c.buf, line...)
 		}
-		c.buf = append(append(c.buf, line...), '\n')
+		if part {
+			c.buf = append(c.buf, "…"...)
+		}
+		c.buf = append(c.buf, '\n')
 	}
 }
 
 func (c *console) appendJSON(id, stream string, lines []byte, now time.Time) {
+	part := isPart(lines)
 	out := bytes.NewBuffer(c.buf)
 	enc := json.NewEncoder(out)
 	enc.SetEscapeHTML(false)
@@ -348,10 +336,16 @@ func (c *console) appendJSON(id, stream string, lines []byte, now time.Time) {
 			Component string    `json:"component"`
 			Stream    string    `json:"stream"`
 			Line      string    `json:"line"`
-		}{now, id, stream, string(line)})
+			Partial   bool      `json:"partial,omitempty"`
+		}{now, id, stream, string(line), part})
 	}
-	c.buf = out.Bytes()
+	if c.buf = out.Bytes(); c.terminal {
+		c.buf = escapeJSON(c.buf)
+	}
 }
+
+// isPart tells whether text of a component is a part of a line, not whole ones.
+func isPart(text []byte) bool { return len(text) == 0 || text[len(text)-1] != '\n' }
 
 // blockingFile writes to a file as if it had never been set to be non-blocking. Any
 // program that shares a terminal with flowctl can do that to it (ssh and node do).
@@ -412,8 +406,7 @@ func (l *logWriter) Write(lines []byte) (int, error) {
 	return len(lines), nil
 }
 
-// writeWaiting takes whole lines, after waiting while maxAhead bytes are queued. It
-// fails after w has.
+// writeWaiting takes whole lines, once fewer than maxAhead bytes are queued. It fails after w has.
 func (l *logWriter) writeWaiting(lines []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -488,33 +481,19 @@ func (l *logWriter) fail(err error) {
 	l.taken.Broadcast()
 }
 
-// pending returns a channel that is closed when all that is queued now was written.
-func (l *logWriter) pending() <-chan struct{} {
+// await returns when all that is queued was written, or never will be, or when ctx ends.
+func (l *logWriter) await(ctx context.Context) {
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	if l.written == nil {
 		l.written = make(chan struct{})
 	}
+	written := l.written
+	l.mu.Unlock()
 	l.wake()
-	return l.written
-}
-
-// await returns when all that is queued was written, or never will be.
-func (l *logWriter) await() {
 	select {
-	case <-l.pending():
+	case <-written:
 	case <-l.ended:
-	}
-}
-
-// flush is await for at most so long.
-func (l *logWriter) flush(most time.Duration) {
-	timer := time.NewTimer(most)
-	defer timer.Stop()
-	select {
-	case <-l.pending():
-	case <-l.ended:
-	case <-timer.C:
+	case <-ctx.Done():
 	}
 }
 
@@ -525,16 +504,15 @@ func (l *logWriter) close() {
 	l.taken.Broadcast()
 	l.mu.Unlock()
 	l.wake()
-	timer := time.NewTimer(flushTime)
-	defer timer.Stop()
 	select {
 	case <-l.ended:
-	case <-timer.C:
+	case <-time.After(flushTime):
 	}
 }
 
-// screen is a terminal with a footer below the lines. All that flowctl shows on it
-// passes through lines, a logWriter that writes to the screen.
+// screen is a terminal with a footer below the lines. All that flowctl shows on it passes
+// through lines, a logWriter that writes to the screen. Where there is none it is nil: its
+// methods for the owner of the run, shows, update, due, retire and remove, do nothing then.
 //
 // The footer begins with an empty row, and the cursor rests at its start. What is to
 // be erased before the next lines is always what is below the cursor, so neither the
@@ -568,16 +546,17 @@ type screen struct {
 }
 
 // openScreen returns the screen on standard error. It is nil where standard error is no
-// terminal that can have a footer, or standard output is another terminal, or a pipe.
-func openScreen() *screen {
+// terminal that can have a footer, or the lines of components go to another terminal, or standard
+// output is a pipe.
+func openScreen(lines *os.File) *screen {
 	out, outErr := os.Stdout.Stat()
 	stderr, stderrErr := os.Stderr.Stat()
 	if outErr != nil || stderrErr != nil || !isTerminal(os.Stderr) || os.Getenv("TERM") == "dumb" {
 		return nil
 	}
-	shared := isTerminal(os.Stdout)
+	shared := isTerminal(lines)
 	maybeHere := out.Mode()&(os.ModeNamedPipe|os.ModeSocket) != 0 // of tee, say: what it gets can come to this terminal
-	if maybeHere || shared && !os.SameFile(out, stderr) {
+	if maybeHere || shared && lines == os.Stdout && !os.SameFile(out, stderr) {
 		return nil
 	}
 	s := &screen{f: os.Stderr, shared: shared, signals: make(chan os.Signal, 4)}
@@ -595,27 +574,63 @@ func (s *screen) close() {
 	}
 }
 
-// shows tells whether the footer is there to be read.
+// shows tells whether the footer can be seen: in the background the terminal is another's.
 func (s *screen) shows() bool {
+	if s == nil {
+		return false
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return !s.gone && inForeground(s.f)
 }
 
-// show has rows for a footer from now on.
-func (s *screen) show(rows []string) {
+// update shows rows as the footer, or has due say when the last are old enough for that.
+func (s *screen) update(now time.Time, rows func() []string) {
+	if s == nil {
+		return
+	}
+	if s.overdue = now.Sub(s.updated) < footerTime; s.overdue {
+		return
+	}
+	s.updated = now
+	latest := rows()
 	s.mu.Lock()
-	s.rows = rows
+	s.rows = latest
 	s.mu.Unlock()
 	s.lines.wake()
 }
 
+// due tells when update is to be called although nothing has happened, nil for never.
+func (s *screen) due() <-chan time.Time {
+	if s == nil {
+		return nil
+	}
+	wait := uptimeTime
+	if s.overdue {
+		wait = footerTime
+	}
+	return time.After(time.Until(s.updated.Add(wait)))
+}
+
+// retire has the footer erased for good by the next write.
+func (s *screen) retire() {
+	if s == nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.gone = true
+}
+
 // remove erases the footer for good, and returns when that is done or eraseTime is over.
 func (s *screen) remove() {
-	s.mu.Lock()
-	s.gone = true
-	s.mu.Unlock()
-	s.lines.flush(eraseTime)
+	if s == nil {
+		return
+	}
+	s.retire()
+	ctx, cancel := context.WithTimeout(context.Background(), eraseTime)
+	defer cancel()
+	s.lines.await(ctx)
 }
 
 // signalled acts on a signal; the redraw follows. After Ctrl-Z the terminal is the
@@ -654,8 +669,7 @@ func (s *screen) Write(lines []byte) (int, error) {
 			out = append(out, "\r\x1b[K"...) // the rest is written over, which does not flicker
 		}
 	}
-	out = appendSanitized(out, lines)
-	out = append(out, footer...)
+	out = append(append(out, lines...), footer...)
 	s.buf, s.drawn, s.width, s.height, s.typed = out, footer, width, height, typed
 	if cap(s.buf) > maxKept {
 		s.buf = nil
@@ -698,26 +712,21 @@ var controls = regexp.MustCompile(`(\x1b\[[0-9:;]*m)` +
 	`|(?:\x1b\]|\x{9d})[^\x07\x1b\x{80}-\x{9f}]*(?:\x07|\x1b\\|\x{9c})` + // OSC
 	`|(?:\x1b[PX^_]|[\x{90}\x{98}\x{9e}\x{9f}])[^\x1b\x{80}-\x{9f}]*(?:\x1b\\|\x{9c})` + // DCS, SOS, PM, APC
 	`|\x1b[ -/]*[0-~]?` + // all others of ESC
-	`|[\x0e\x0f\x{80}-\x{9f}]`) // SO, SI, C1
+	`|[\x00-\x08\x0b-\x1f\x7f\x{80}-\x{9f}]`) // all other control characters but tab
 
-var c1 = regexp.MustCompile(`[\x{80}-\x{9f}]`)
-
-// appendSanitized appends lines without what would move the cursor or change the
-// terminal, and ends a colour with the line that left it on.
+// appendSanitized appends lines as a terminal may have them: text, tabs, and colours that end
+// with their line. Of a line that was written over, as progress bars are by CR, it is what was
+// written last. Bytes that are no UTF-8 become a mark, so that no two of them can be brought
+// together to a control character.
 func appendSanitized(out, lines []byte) []byte {
 	if !hasControls(lines) {
 		return append(out, lines...)
 	}
 	for line := range bytes.Lines(lines) {
-		if !hasControls(line) {
-			out = append(out, line...)
-			continue
-		}
 		line, ended := bytes.CutSuffix(line, []byte("\n"))
+		line = bytes.TrimRight(line, "\r")
+		line = bytes.ToValidUTF8(line[bytes.LastIndexByte(line, '\r')+1:], []byte("\uFFFD"))
 		kept := controls.ReplaceAll(line, []byte("$1"))
-		if c1.Match(kept) { // of bytes that were apart, and no UTF-8
-			kept = controls.ReplaceAll(bytes.ToValidUTF8(line, []byte("\uFFFD")), []byte("$1"))
-		}
 		out = append(out, kept...)
 		if last := bytes.LastIndexByte(kept, '\x1b'); last >= 0 && !bytes.HasPrefix(kept[last:], []byte("\x1b[0m")) && !bytes.HasPrefix(kept[last:], []byte("\x1b[m")) {
 			out = append(out, "\x1b[0m"...)
@@ -729,167 +738,13 @@ func appendSanitized(out, lines []byte) []byte {
 	return out
 }
 
-// hasControls tells whether something in lines may match controls: each begins with
-// ESC, SO, SI, or the first byte of a C1 control character.
+// hasControls tells whether lines may hold what appendSanitized changes. C2 is the first byte of
+// the C1 control characters.
 func hasControls(lines []byte) bool {
-	for _, b := range []byte{'\x1b', '\x0e', '\x0f', '\xc2'} {
-		if bytes.IndexByte(lines, b) >= 0 {
+	for _, b := range lines {
+		if b < ' ' && b != '\t' && b != '\n' || b == 0x7f || b == 0xc2 {
 			return true
 		}
 	}
-	return false
-}
-
-// logFiles keeps the lines of each component in a file of its own below a folder,
-// written before they are shown, so that what is on the terminal is in the file.
-type logFiles struct {
-	dir string
-	log *slog.Logger
-
-	mu   sync.RWMutex // guards byID
-	byID map[string]*logFile
-}
-
-// logFile is DIR/ID.log. Past maxLogFile bytes it becomes DIR/ID.log.1 and a new one
-// is begun.
-type logFile struct {
-	path string
-
-	mu     sync.Mutex // guards the fields below
-	f      *os.File   // nil when it could not be opened
-	size   int64
-	most   int64 // the size at which it is to be rotated
-	buf    []byte
-	broken bool // the last write failed, and that was logged
-	closed bool
-
-	missing int // lines that could not be written
-}
-
-// openLogFiles makes the folder and opens a file for each of ids.
-func openLogFiles(dir string, ids []string, log *slog.Logger) (*logFiles, error) {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, err
-	}
-	l := &logFiles{dir: dir, log: log, byID: make(map[string]*logFile)}
-	for _, id := range ids {
-		if err := l.add(id); err != nil {
-			l.close()
-			return nil, err
-		}
-	}
-	return l, nil
-}
-
-func (l *logFiles) path(id string) string { return filepath.Join(l.dir, id+".log") }
-
-// add opens the file of id, if that has not been done.
-func (l *logFiles) add(id string) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.byID[id] != nil {
-		return nil
-	}
-	f := &logFile{path: l.path(id)}
-	if err := f.open(); err != nil {
-		return err
-	}
-	l.byID[id] = f
-	return nil
-}
-
-// lines is an emitter. A file that cannot be written is reported once and tried
-// again with the next lines: a full disk must not stop a pipeline.
-func (l *logFiles) lines(id, _ string, lines []byte) {
-	l.mu.RLock()
-	file := l.byID[id]
-	l.mu.RUnlock()
-	file.mu.Lock()
-	defer file.mu.Unlock()
-	if file.closed {
-		return // the run is over, and these lines were given up
-	}
-	err := file.write(lines, time.Now())
-	switch {
-	case err != nil && !file.broken:
-		l.log.Error("trouble with a log file", "component", id, "err", err)
-	case err == nil && file.missing > 0:
-		l.log.Warn("log file is written again", "component", id, "missing_lines", file.missing)
-		file.missing = 0
-	}
-	file.broken = err != nil
-}
-
-// close closes the files.
-func (l *logFiles) close() {
-	l.mu.RLock()
-	defer l.mu.RUnlock()
-	for _, f := range l.byID {
-		f.mu.Lock()
-		if f.closed = true; f.f != nil {
-			f.f.Close()
-		}
-		f.mu.Unlock()
-	}
-}
-
-// write appends lines, each with the time. What could not be written whole is taken
-// back, so that no later line is glued to a part of it. That a file cannot be
-// rotated is an error, and the lines are in it all the same.
-func (f *logFile) write(lines []byte, now time.Time) error {
-	stamp := now.AppendFormat(make([]byte, 0, 32), "2006-01-02T15:04:05.000Z07:00 ")
-	f.buf = f.buf[:0]
-	for len(lines) > 0 {
-		var line []byte
-		line, lines = cutLine(lines)
-		f.buf = append(append(append(f.buf, stamp...), line...), '\n')
-	}
-	var rotated error
-	if f.f != nil && f.size > 0 && f.size+int64(len(f.buf)) > f.most {
-		rotated = f.rotate()
-	}
-	if f.f == nil {
-		if err := f.open(); err != nil {
-			f.missing += bytes.Count(f.buf, []byte{'\n'})
-			return err
-		}
-	}
-	if n, err := f.f.Write(f.buf); err != nil {
-		if n > 0 {
-			_ = f.f.Truncate(f.size)
-		}
-		f.missing += bytes.Count(f.buf, []byte{'\n'})
-		return err
-	}
-	f.size += int64(len(f.buf))
-	if cap(f.buf) > maxKept {
-		f.buf = nil
-	}
-	return rotated
-}
-
-// rotate moves the file away. Where that fails it is tried again after as much more.
-func (f *logFile) rotate() error {
-	if err := os.Rename(f.path, f.path+".1"); err != nil {
-		f.most = f.size + maxLogFile
-		return err
-	}
-	f.f.Close() // every write has been checked
-	f.f = nil
-	return nil
-}
-
-func (f *logFile) open() error {
-	// Not to wait for the reader of a pipe that stands in its place.
-	file, err := os.OpenFile(f.path, os.O_APPEND|os.O_CREATE|os.O_WRONLY|syscall.O_NONBLOCK, 0o644)
-	if err != nil {
-		return err
-	}
-	info, err := file.Stat()
-	if err != nil {
-		file.Close()
-		return err
-	}
-	f.f, f.size, f.most = file, info.Size(), maxLogFile
-	return nil
+	return !utf8.Valid(lines)
 }

@@ -13,81 +13,69 @@ import (
 	"io"
 	"maps"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 )
 
-// What a component writes comes out as it is, line by line.
-func TestOutput_BytesArePassedAsTheyAre(t *testing.T) {
+// What a component writes comes out as it is, line by line. What is longer than the longest
+// line that is passed on whole comes in pieces.
+func TestOutput_LinesComeOutAsTheyAre(t *testing.T) {
 	t.Parallel()
-	const pieces = 160 << 10 // 2.5 MiB
-	out := "plain\n\n  indented\t\ncarriage return\r\nin\rside\nnul \x00 invalid \xff\xfe\xc3( ansi \x1b[31mred\x1b[0m\n"
-	p := launch(t, writePipeline(t, actor("a", role{End: "registered", Dialect: "legacy", Out: []byte("out\n"), Err: []byte(out), Long: pieces}), shell("longer-id", "printf 'last\\r\\nwords'")))
+	random := rand.New(rand.NewPCG(1, 2))
+	noise := make([]byte, 300_000)
+	for i := range noise {
+		if noise[i] = byte(random.Uint32()); noise[i] == '\r' { // a CR before a newline is dropped
+			noise[i] = 0
+		}
+	}
+	piece, returns := strings.Repeat("z", maxLine), strings.Repeat("0123456789abcde\r", 3*maxLine/16)
+	odd := "  indented\t\nNUL \x00 invalid \xff\xfe\xc3( ANSI \x1b[31mred\x1b[0m\n"
+	rows := []struct{ name, in, want string }{
+		{"nothing", "", ""},
+		{"lines", "a\nb\n", "a\nb\n"},
+		{"unterminated", "a\nb", "a\nb\n"},
+		{"CR", "a\r\nin\rside\nb\r", "a\nin\rside\nb\n"},
+		{"empty lines", "\n\n", "\n\n"},
+		{"no text", odd, odd},
+		{"noise", string(noise), string(noise) + "\n"},
+		{"longer than the first buffer", strings.Repeat("q", 3*minBuffer) + "\nr\n", strings.Repeat("q", 3*minBuffer) + "\nr\n"},
+		{"one byte below a piece", piece[1:] + "\n", piece[1:] + "\n"},
+		{"a piece and CRLF", piece + "\r\nnext\r\n" + piece + "\r\n" + piece[1:] + "\r\n", piece + "\nnext\n" + piece + "\n" + piece[1:] + "\n"},
+		{"a piece and CR", piece + "\rx\n" + piece + "\r\r\n" + piece + "\r", piece + "\n\rx\n" + piece + "\n\r\n" + piece + "\n"},
+		{"a byte above a piece", "a\n" + piece + "y\n" + piece + "y\n", "a\n" + piece + "\ny\n" + piece + "\ny\n"},
+		{"longer than a piece", piece + piece + "tail\nnext\n", piece + "\n" + piece + "\ntail\nnext\n"},
+		{"a CR at the end of a piece", returns + "end",
+			returns[:maxLine-1] + "\n" + returns[maxLine-1:2*maxLine-1] + "\n" + returns[2*maxLine-1:3*maxLine-1] + "\n\rend\n"},
+	}
+	dir := t.TempDir()
+	var components []Component
+	for i, row := range rows {
+		file := writeFile(t, filepath.Join(dir, row.name), row.in)
+		components = append(components, shell(fmt.Sprint("c", i), fmt.Sprintf("exec cat %q >&%d", file, 1+i%2)))
+	}
+	p := launch(t, writePipeline(t, components...))
 	p.exit(exitOK)
-	var got []string
-	for _, line := range p.lines("a") {
-		if line != "out" && line != "registered" {
-			got = append(got, line)
+	for i, row := range rows {
+		var got strings.Builder
+		for _, line := range p.lines(components[i].ID) {
+			got.WriteString(line + "\n")
+		}
+		if got.String() != row.want {
+			t.Errorf("%s: got %d bytes %.40q, want %d bytes %.40q", row.name, got.Len(), got.String(), len(row.want), row.want)
 		}
 	}
-	want := []string{"plain", "", "  indented\t", "carriage return", "in\rside", "nul \x00 invalid \xff\xfe\xc3( ansi \x1b[31mred\x1b[0m"}
-	if len(got) < len(want)+2 || !slices.Equal(got[:len(want)], want) || got[len(got)-1] != "no newline" {
-		t.Fatalf("got %d lines: %.1000q", len(got), got)
-	}
-	long := got[len(want) : len(got)-1]
-	for _, piece := range long {
-		if len(piece) > maxLine+minBuffer {
-			t.Errorf("a piece of %d bytes", len(piece))
-		}
-	}
-	if strings.Join(long, "") != strings.Repeat(longPiece, pieces) || len(long) > 4 {
-		t.Errorf("the long line came in %d pieces, which are not what was written", len(long))
-	}
-	if got, want := p.lines("longer-id"), []string{"last", "words"}; !slices.Equal(got, want) {
-		t.Errorf("got %q, want %q", got, want)
-	}
-	p.has(p.stdout, " a         | out\n")
-	p.hasNot(p.stderr, "plain")
+	p.has(p.stdout, " c1  | a\n")
 	p.hasNot(p.stdout, "msg=")
-	if !strings.HasSuffix(p.stdout.String(), "\n") {
-		t.Error("the output does not end with a newline")
-	}
-}
-
-func TestOutput_OfSeveralIsComplete(t *testing.T) {
-	t.Parallel()
-	const count = 50_000
-	var parts []Component
-	for _, id := range []string{"a", "b", "c"} {
-		parts = append(parts, actor(id, role{Dialect: "legacy", Flood: count, End: "registered"}))
-	}
-	p := launch(t, writePipeline(t, parts...))
-	p.exit(exitOK)
-	for _, c := range parts {
-		lines := p.lines(c.ID)
-		if len(lines) != count+1 {
-			t.Errorf("%s: %d lines, want %d", c.ID, len(lines), count+1)
-			continue
-		}
-		for i, line := range lines[:count] {
-			if want := fmt.Sprintf("line %d of %s %s", i, c.ID, strings.Repeat("x", i%200)); line != want {
-				t.Fatalf("%s: line %d is %q, want %q", c.ID, i, line, want)
-			}
-		}
-	}
-	if got := strings.Count(p.stdout.String(), "\n"); got != 3*(count+1) {
-		t.Errorf("%d lines in all, want %d", got, 3*(count+1))
-	}
+	p.hasNot(p.stderr, "indented")
 }
 
 func TestOutput_JSON(t *testing.T) {
@@ -135,80 +123,47 @@ func TestOutput_JSON(t *testing.T) {
 	}
 }
 
-// Where nobody reads the output any more, as after "flowctl | head", the pipeline
-// is stopped, and well.
-func TestOutput_ClosedPipeStopsTheRun(t *testing.T) {
-	t.Parallel()
-	journal := filepath.Join(t.TempDir(), "journal")
+// openPipe returns the ends of a pipe, which the test need not close.
+func openPipe(t *testing.T) (r, w *os.File) {
+	t.Helper()
 	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer w.Close()
-	file := writePipeline(t, actor("a", role{Dialect: "legacy", Gate: true, Journal: journal}), actor("b", role{Journal: journal, Dialect: "v1"}))
-	p := start(t, []string{"run", file, "-control-plane-port", "0"}, func(p *process) { p.cmd.Stdout = w })
-	if n, err := r.Read(make([]byte, 1)); n != 1 || err != nil { // the first line of a or b
-		t.Fatal(err)
+	t.Cleanup(func() { r.Close(); w.Close() })
+	return r, w
+}
+
+// isFull tells whether a write to the pipe w would wait.
+func isFull(t *testing.T, w *os.File) (full bool) {
+	t.Helper()
+	conn := get(w.SyscallConn())(t)
+	must(t, conn.Control(func(fd uintptr) {
+		var set syscall.FdSet
+		set.Bits[fd/64] |= 1 << (fd % 64)
+		n, err := syscall.Select(int(fd)+1, nil, &set, nil, new(syscall.Timeval))
+		full = n == 0 && err == nil
+	}))
+	return full
+}
+
+// fillPipe writes to a pipe until it is full.
+func fillPipe(w *os.File) {
+	_ = w.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	for err := error(nil); err == nil; {
+		_, err = w.Write(make([]byte, 4096))
 	}
-	r.Close()
-	p.waitErr("msg=started component=b")
-	p.waitErr("msg=ready component=b")
-	deadline := time.Now().Add(patience)
-	for !slices.Contains(readJournal(t, journal), "gate a") && time.Now().Before(deadline) {
-		time.Sleep(time.Millisecond) // a file has no event for us
-	}
-	_ = syscall.Kill(p.pid("a"), syscall.SIGUSR2) // now it says that it is registered, if it still lives
-	p.exit(exitFailed)
-	p.has(p.stderr, `level=ERROR msg="standard output cannot be written, stopping" err="write /dev/stdout: broken pipe"`)
-	inOrder(t, readJournal(t, journal), "stop a")
-	inOrder(t, readJournal(t, journal), "term b", "stop b")
 }
 
 // TestStop_DoesNotWaitForTheLog stops a flowctl whose standard error is a pipe that
 // is full and that nobody reads.
 func TestStop_DoesNotWaitForTheLog(t *testing.T) {
 	t.Parallel()
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
-	defer w.Close()
-	_ = w.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
-	for err == nil {
-		_, err = w.Write(make([]byte, 4096))
-	}
-	file := filepath.Join(t.TempDir(), "pipeline.json")
-	text := `{"apiVersion": "flowctl/v1", "kind": "Pipeline", "metadata": {"name": "mute"}, "spec": {"sources": [{"id": "a", "command": ["sh", "-c", "echo up; exec sleep 1000"], "register": false}]}}`
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command(flowctlProgram(t), "-f", file, "-control-plane-port", "0")
-	cmd.Stderr = w
-	stdout, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	defer cmd.Process.Kill()
-	if line, err := bufio.NewReader(stdout).ReadString('\n'); err != nil || !strings.HasSuffix(line, "a | up\n") {
-		t.Fatalf("standard output: %q, %v", line, err)
-	}
-	ended := make(chan error, 1)
-	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
-	go func() { ended <- cmd.Wait() }()
-	select {
-	case err := <-ended:
-		if err != nil {
-			t.Error(err)
-		}
-	case <-time.After(patience):
-		t.Error("flowctl hangs")
-	}
+	_, w := openPipe(t)
+	fillPipe(w)
+	p := start(t, runArgs(writePipeline(t, shell("a", "echo up; exec sleep 1000"))), func(p *process) { p.cmd.Stderr = w })
+	p.waitOut("a | up\n")
+	p.stop()
 }
 
 // A tally checks a stream of lines as flowctl prints them, without keeping them: for
@@ -353,76 +308,18 @@ func TestOutput_BurstAtExitIsComplete(t *testing.T) {
 	y.clean(t)
 }
 
-// Lines around the longest that is passed on whole, and bytes that are no text.
-func TestOutput_OddLinesAreComplete(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	random := rand.New(rand.NewPCG(1, 2))
-	noise := make([]byte, 300_000)
-	for i := range noise {
-		if noise[i] = byte(random.Uint32()); noise[i] == '\r' { // a CR before a newline is dropped
-			noise[i] = 0
-		}
-	}
-	noise = append(noise, "\n\n\x00\n\xff\nno newline at the end"...)
-	file := func(name string, data []byte) string { return writeFile(t, filepath.Join(dir, name), string(data)) }
-	bytesOf := func(n int, b byte) []byte { return append(bytes.Repeat([]byte{b}, n), '\n') }
-	for _, tt := range []struct {
-		name string
-		data []byte
-	}{
-		{"noise", noise},
-		{"around the limit", slices.Concat(bytesOf(maxLine-1, 'a'), bytesOf(maxLine, 'b'), bytesOf(maxLine+1, 'c'), bytesOf(5, 'd'))},
-		{"long", slices.Concat(bytesOf(7*maxLine+17, 'e'), []byte("short\n"), bytes.Repeat([]byte("0123456789abcde\r"), 3*maxLine/16), []byte("end"))},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			p := launch(t, writePipeline(t, shell("a", "exec cat '"+file(tt.name, tt.data)+"'")))
-			p.exit(exitOK)
-			// What is put together of the pieces; lines that are no pieces have to be whole.
-			var got []byte
-			want := tt.data
-			if !bytes.HasSuffix(want, []byte{'\n'}) {
-				want = append(slices.Clip(want), '\n')
-			}
-			for line := range strings.SplitAfterSeq(p.stdout.String(), "\n") {
-				if _, text, found := strings.Cut(line, " a | "); found {
-					got = append(got, text...)
-				} else {
-					got = append(got, line...)
-				}
-			}
-			if tt.name != "noise" { // there the cuts of long lines add newlines
-				got, want = bytes.ReplaceAll(got, []byte{'\n'}, nil), bytes.ReplaceAll(want, []byte{'\n'}, nil)
-			}
-			if !bytes.Equal(got, want) {
-				i := 0
-				for i < min(len(got), len(want)) && got[i] == want[i] {
-					i++
-				}
-				t.Errorf("got %d bytes, want %d; they differ at %d: %.60q, want %.60q", len(got), len(want), i, got[i:min(len(got), i+100)], want[i:min(len(want), i+100)])
-			}
-			if tt.name == "around the limit" {
-				lines := p.lines("a")
-				if len(lines) != 5 || len(lines[0]) != maxLine-1 || len(lines[1]) != maxLine {
-					t.Errorf("%d lines; a line of %d bytes is to be passed on whole", len(lines), maxLine)
-				}
-			}
-		})
-	}
-}
-
 // A process that left the component keeps the pipe open: the run goes on at once, and
 // what it says until its component ends is heard.
 func TestOutput_OpenPipeHoldsNothingUp(t *testing.T) {
 	t.Parallel()
 	h := newHerd()
-	c := shell("a", h.script(`setsid sh -c 'echo from afar; sleep T' & sleep 0.2; echo last words; exit 4`))
+	c := shell("a", h.script(`setsid sh -c 'echo from afar; sleep T' & sleep 0.2; yes 0123456789 | head -n 5000; echo last words; exit 4`))
 	c.RestartPolicy = "on-failure"
 	p := launch(t, writePipeline(t, c))
 	p.waitErr("msg=ended component=a")
 	p.wait(p.stdout, "from afar\n", 1)
 	p.wait(p.stdout, "last words\n", 1)
+	p.wait(p.stdout, " | 0123456789\n", 5000)
 	p.waitErr("msg=restarting component=a")
 	p.wait(p.stdout, "last words\n", 2) // it is restarted, too
 	h.end(p, syscall.SIGTERM)
@@ -432,11 +329,7 @@ func TestOutput_OpenPipeHoldsNothingUp(t *testing.T) {
 // again, however late, all is there.
 func TestOutput_SlowReaderLosesNothing(t *testing.T) {
 	t.Parallel()
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
+	r, w := openPipe(t)
 	dir := t.TempDir()
 	a := numbered(t, filepath.Join(dir, "a"), "a", 20_000, 100)
 	b := numbered(t, filepath.Join(dir, "b"), "b", 30, 1<<20)
@@ -474,16 +367,14 @@ func TestOutput_FloodWaitsForTheReader(t *testing.T) {
 	for _, reads := range []bool{true, false} {
 		t.Run(map[bool]string{true: "reads", false: "hangs"}[reads], func(t *testing.T) {
 			t.Parallel()
-			r, w, err := os.Pipe()
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer r.Close()
+			r, w := openPipe(t)
 			h := newHerd()
 			line := strings.Repeat("0123456789", 1000)
 			script := h.script(`: T; yes ` + line + ` | head -c 250000000`)
 			p := start(t, runArgs(writePipeline(t, shell("a", script), shell("b", script+" >&2")), "-stop-timeout", "500ms"), stdoutTo(w), withBinary(plainFlowctl()))
-			w.Close()
+			if reads {
+				w.Close()
+			}
 			y := newTally(func(_ string, got []byte) bool { return strings.HasPrefix(line, string(got)) })
 			buf := make([]byte, 256<<10)
 			for y.total() < 20<<20 {
@@ -492,6 +383,9 @@ func TestOutput_FloodWaitsForTheReader(t *testing.T) {
 					t.Fatal(err)
 				}
 				_, _ = y.Write(buf[:n])
+			}
+			if !reads {
+				eventually(t, "a full pipe", func() bool { return isFull(t, w) })
 			}
 			if high := memory(t, p.cmd.Process.Pid, "VmHWM"); high > 60<<20 {
 				t.Errorf("flowctl has grown to %d bytes", high)
@@ -518,11 +412,7 @@ func TestOutput_FloodWaitsForTheReader(t *testing.T) {
 func TestOutput_FullPipeOfAnEndedComponentIsRead(t *testing.T) {
 	t.Parallel()
 	const size = 900 << 10
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
+	r, w := openPipe(t)
 	c := actor("a", role{Hoard: size})
 	c.Register = new(false)
 	p := start(t, runArgs(writePipeline(t, c)), stdoutTo(w))
@@ -546,18 +436,18 @@ func TestOutput_FullPipeOfAnEndedComponentIsRead(t *testing.T) {
 	y.clean(t)
 }
 
-// A reader that goes away, as head does, ends a run of components that flood.
-func TestOutput_ClosedPipeEndsAFlood(t *testing.T) {
+// Where nobody reads the output any more, as after "flowctl | head", the pipeline is stopped,
+// and well, even one that floods.
+func TestOutput_ClosedPipeStopsTheRun(t *testing.T) {
 	t.Parallel()
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	r, w := openPipe(t)
 	h := newHerd()
-	p := start(t, runArgs(writePipeline(t, shell("a", h.script(`: T; yes`)), shell("b", h.script(daemons+` & exec sleep T`))), "-stop-timeout", "500ms"), stdoutTo(w))
+	asked := filepath.Join(t.TempDir(), "asked")
+	b := shell("b", h.script(daemons+` & trap "touch `+asked+`; exit" TERM; sleep T & wait`))
+	p := start(t, runArgs(writePipeline(t, shell("a", h.script(`: T; yes`)), b), "-stop-timeout", "500ms"), stdoutTo(w))
 	w.Close()
 	p.waitReady()
-	h.await(p, 3)
+	h.await(p, 4)
 	if _, err := io.ReadFull(r, make([]byte, 1<<20)); err != nil {
 		t.Fatal(err)
 	}
@@ -565,256 +455,68 @@ func TestOutput_ClosedPipeEndsAFlood(t *testing.T) {
 	p.exit(exitFailed)
 	h.gone(p, 0)
 	p.has(p.stderr, `level=ERROR msg="standard output cannot be written, stopping" err="write /dev/stdout: broken pipe"`)
-}
-
-// A watcher looks, for each line that it is given, whether that is in a file already.
-type watcher struct {
-	tally
-	file    string
-	missing atomic.Value // the first line that was not
-}
-
-func (w *watcher) Write(p []byte) (int, error) {
-	n, err := w.tally.Write(p)
-	if i := bytes.LastIndexByte(p, '\n'); i >= 0 {
-		line := p[bytes.LastIndexByte(p[:i], '\n')+1 : i+1]
-		if _, text, found := bytes.Cut(line, []byte(" | ")); found {
-			if data, err := os.ReadFile(w.file); err != nil || !bytes.Contains(data[max(0, len(data)-(1<<20)):], append([]byte{' '}, text...)) {
-				w.missing.CompareAndSwap(nil, string(line))
-			}
-		}
-	}
-	return n, err
-}
-
-// logLines returns the lines of log files without their times, which must be such.
-func logLines(tb testing.TB, files ...string) []string {
-	tb.Helper()
-	var lines []string
-	for _, file := range files {
-		data, err := os.ReadFile(file)
-		if err != nil {
-			tb.Fatal(err)
-		}
-		if len(data) > 0 && data[len(data)-1] != '\n' {
-			tb.Errorf("%s ends in the middle of a line: %.100q", file, data[max(0, len(data)-100):])
-		}
-		for line := range strings.Lines(string(data)) {
-			stamp, text, _ := strings.Cut(line, " ")
-			if at, err := time.Parse("2006-01-02T15:04:05.000Z07:00", stamp); err != nil || time.Since(at).Abs() > time.Hour {
-				tb.Fatalf("%s has a line without its time: %q", file, line)
-			}
-			lines = append(lines, strings.TrimSuffix(text, "\n"))
-		}
-	}
-	return lines
-}
-
-// counted checks that lines are "NAME NUMBER ..." with numbers that follow each other.
-func counted(tb testing.TB, lines []string, from, to int) {
-	tb.Helper()
-	if len(lines) != to-from {
-		tb.Errorf("%d lines, want %d", len(lines), to-from)
-		return
-	}
-	for i, line := range lines {
-		fields := strings.Fields(line)
-		if n := -1; len(fields) < 2 {
-			tb.Fatalf("line %q", line)
-		} else if n, _ = strconv.Atoi(fields[1]); n != from+i {
-			tb.Fatalf("line %d is %.60q", from+i, line)
-		}
+	if _, err := os.Stat(asked); err != nil {
+		t.Errorf("b was not asked to end: %v\n%s", err, p)
 	}
 }
 
-// What is on the terminal is in the file, at that moment and after SIGKILL.
-func TestLogFile_HasWhatIsShown(t *testing.T) {
+// -log-format auto is decided for each stream: what leads to the journal gets records there, and
+// the other stream text.
+func TestOutput_AutoFormatIsOfEachStream(t *testing.T) {
 	t.Parallel()
-	dir := filepath.Join(t.TempDir(), "made", "by", "flowctl")
-	h := newHerd()
-	w := &watcher{tally: *newTally(nil), file: filepath.Join(dir, "a.log")}
-	p := start(t, runArgs(writePipeline(t, shell("a", h.script(`: T; i=0; while :; do echo "line $i"; echo "err $i" >&2; i=$((i+1)); [ $((i%100)) = 0 ] && sleep 0.01; done`))), "-log-dir", dir), stdoutTo(w))
-	eventually(t, "some output", func() bool { lines, _, _ := w.of("a"); return lines > 5000 })
-	h.end(p, syscall.SIGKILL)
-	if missing := w.missing.Load(); missing != nil {
-		t.Errorf("was shown and was not in the file: %q", missing)
+	if os.Getuid() != 0 {
+		t.Skip("only root can put a journal in place of the machine's")
 	}
-	shown, _, _ := w.of("a")
-	if in := len(logLines(t, w.file)); in < shown {
-		t.Errorf("%d lines in the file, %d were shown", in, shown)
-	}
-}
-
-func TestLogFile_IsRotated(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	logs := filepath.Join(dir, "logs")
-	const lines = 30_000
-	file := writePipeline(t, shell("a", "exec cat "+numbered(t, filepath.Join(dir, "data"), "a", lines, 1000)), shell("b", "echo b 0"))
-	p := start(t, runArgs(file, "-log-dir", logs), withBinary(plainFlowctl()))
-	p.exit(exitOK)
-	entries, err := os.ReadDir(logs)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var names []string
-	for _, e := range entries {
-		info, err := e.Info()
-		if err != nil || info.Size() > maxLogFile {
-			t.Errorf("%s: %v, %d bytes", e.Name(), err, info.Size())
-		}
-		names = append(names, e.Name())
-	}
-	if want := []string{"a.log", "a.log.1", "b.log"}; !slices.Equal(names, want) {
-		t.Fatalf("files %q, want %q", names, want)
-	}
-	got := logLines(t, filepath.Join(logs, "a.log.1"), filepath.Join(logs, "a.log"))
-	counted(t, got, lines-len(got), lines)
-	if rotated, _ := os.Stat(filepath.Join(logs, "a.log.1")); rotated.Size() < maxLogFile*9/10 {
-		t.Errorf("it was rotated at %d bytes", rotated.Size())
-	}
-	// A later run goes on where this one ended.
-	p = start(t, runArgs(file, "-log-dir", logs), withBinary(plainFlowctl()))
-	p.exit(exitOK)
-	if got := logLines(t, filepath.Join(logs, "b.log")); !slices.Equal(got, []string{"b 0", "b 0"}) {
-		t.Errorf("after two runs the file has %q", got)
-	}
-}
-
-// A log file that cannot be rotated has everything and says so seldom.
-func TestLogFile_ThatCannotBeRotatedHasAll(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	const lines = 40_000
-	if err := os.MkdirAll(filepath.Join(dir, "logs", "a.log.1"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	data := numbered(t, filepath.Join(dir, "data"), "a", lines, 1000)
-	y := newTally(nil)
-	p := start(t, runArgs(writePipeline(t, shell("a", "exec cat "+data)), "-log-dir", filepath.Join(dir, "logs")), stdoutTo(y), withBinary(plainFlowctl()))
-	p.exit(exitOK)
-	y.same(t, "a", data)
-	counted(t, logLines(t, filepath.Join(dir, "logs", "a.log")), 0, lines)
-	if n := strings.Count(p.stderr.String(), "level=ERROR"); n < 1 || n > 4 {
-		t.Errorf("%d errors, want one for each 10 MiB at most\n%s", n, p)
-	}
-}
-
-// A full disk stops nothing, is told, and leaves no part of a line.
-func TestLogFile_FullDiskStopsNothing(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	disk := filepath.Join(dir, "disk")
-	if err := os.Mkdir(disk, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := syscall.Mount("tmpfs", disk, "tmpfs", 0, "size=512k"); err != nil {
-		t.Skip("this system does not let us mount a small disk: ", err)
-	}
-	t.Cleanup(func() { _ = syscall.Unmount(disk, syscall.MNT_DETACH) })
-	writeFile(t, filepath.Join(disk, "other"), strings.Repeat("x", 300<<10))
-	first := numbered(t, filepath.Join(dir, "first"), "a", 5_000, 100)
-	second := numbered(t, filepath.Join(dir, "second"), "a", 1_000, 100)
-	h := newHerd()
-	again := filepath.Join(dir, "again")
-	y := newTally(nil)
-	p := start(t, runArgs(writePipeline(t, shell("a", h.script("cat "+first+"; until [ -e "+again+" ]; do sleep 0.01; done; cat "+second+"; exec sleep T"))), "-log-dir", disk), stdoutTo(y))
-	eventually(t, "all that it prints on a full disk", func() bool { lines, _, _ := y.of("a"); return lines == 5_000 })
-	if err := os.Remove(filepath.Join(disk, "other")); err != nil {
-		t.Fatal(err)
-	}
-	writeFile(t, again, "")
-	eventually(t, "the rest", func() bool { lines, _, _ := y.of("a"); return lines == 6_000 })
-	h.end(p, syscall.SIGTERM)
-	y.clean(t)
-	got := logLines(t, filepath.Join(disk, "a.log"))
-	for _, line := range got {
-		if len(line) != 99 || !strings.HasPrefix(line, "a 0") {
-			t.Fatalf("not a line of it: %q", line)
-		}
-	}
-	if len(got) < 1_000 {
-		t.Fatalf("%d lines in the file", len(got))
-	}
-	counted(t, got[len(got)-1_000:], 0, 1_000)
-	if n := strings.Count(p.stderr.String(), "level=ERROR"); n < 1 || n > 3 {
-		t.Errorf("the full disk is told %d times\n%s", n, p)
-	}
-}
-
-func TestLogDir_ThatCannotBeMade(t *testing.T) {
-	t.Parallel()
-	plainFile := writeFile(t, filepath.Join(t.TempDir(), "file"), "")
-	public := publicDir(t)
+	const fromA, fromFlowctl = "COMPONENT=a\n", "pipeline ready"
 	for _, tt := range []struct {
-		name, dir string
-		byFlag    bool
-		nobody    bool
-		want      string
+		name    string
+		journal string // the descriptor of flowctl that leads there
+		command bool
+		want    map[string]string // where lines of the component, and of flowctl, are
 	}{
-		{"a file", plainFile, true, false, "not a directory"},
-		{"below a file", filepath.Join(plainFile, "x"), true, false, "not a directory"},
-		{"not writable", public, true, true, "permission denied"},
-		{"not to be made", filepath.Join(public, "x"), true, true, "permission denied"},
-		{"a file, from the environment", plainFile, false, false, "not a directory"},
+		{"neither", "0", false, map[string]string{" a | up\n": "stdout", "msg=\"pipeline ready\"": "stderr"}},
+		{"standard output", "1", false, map[string]string{fromA: "journal", "msg=\"pipeline ready\"": "stderr"}},
+		{"standard error", "2", false, map[string]string{" a | up\n": "stdout", fromFlowctl: "journal"}},
+		{"standard output and a command", "1", true, map[string]string{" a | up\n": "stderr", "msg=\"pipeline ready\"": "stderr"}},
+		{"standard error and a command", "2", true, map[string]string{fromA: "journal", fromFlowctl: "journal"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			args := []string{"-until", "done"}
-			var options []option
-			if tt.byFlag {
-				args = append(args, "-log-dir", tt.dir)
-			} else {
-				options = append(options, withEnv("LOGS_DIRECTORY="+tt.dir))
-			}
-			if tt.nobody {
-				if os.Getuid() != 0 {
-					t.Skip("only root can be another user")
+			dir, records := shortDir(t), newTranscript()
+			conn := get(net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "socket"), Net: "unixgram"}))(t)
+			t.Cleanup(func() { conn.Close() })
+			go func() {
+				buf := make([]byte, 64<<10)
+				for {
+					n, err := conn.Read(buf)
+					if err != nil {
+						return
+					}
+					records.Write(append(buf[:n], '\n'))
 				}
-				options = append(options, asNobody(65534))
+			}()
+			args := runArgs(writePipeline(t, shell("a", "echo up; sleep 1")))
+			if tt.command {
+				args = append(args, "--", "sleep", "0.5")
 			}
-			p := start(t, runArgs(publicPipeline(t, shell("a", "echo out")), args...), options...)
-			if tt.byFlag {
-				p.exit(exitUsage)
-				p.hasNot(p.stderr, "msg=started")
-				p.has(p.stderr, "-log-dir", filepath.Dir(tt.dir), tt.want)
-				return
+			mount := "mount -t tmpfs none /run && mkdir -p /run/systemd/journal && mount --bind " + dir + " /run/systemd/journal"
+			p := start(t, args, afterCommand(mount+" && export JOURNAL_STREAM=$(stat -L -c %d:%i /proc/$$/fd/"+tt.journal+") &&"), func(p *process) {
+				p.cmd.Args = append([]string{"unshare", "-m", p.cmd.Path}, p.cmd.Args[1:]...)
+				p.cmd.Path = get(exec.LookPath("unshare"))(t)
+			})
+			if code, _, stderr := p.finish(); code != exitOK {
+				if strings.Contains(stderr, "unshare:") || strings.Contains(stderr, "mount:") {
+					t.Skip("this system does not let us have mounts of our own: " + stderr)
+				}
+				t.Fatalf("exit %d\n%s", code, p)
 			}
-			p.exit(exitOK)
-			p.has(p.stderr, "level=WARN", tt.dir, tt.want)
-			p.has(p.stdout, "a | out\n")
-		})
-	}
-}
-
-func TestLogDir_OfSystemd(t *testing.T) {
-	t.Parallel()
-	for _, tt := range []struct {
-		name string
-		env  func(dir string) string
-		args []string
-		want bool
-	}{
-		{"taken", func(dir string) string { return dir }, nil, true},
-		{"the first of several", func(dir string) string { return dir + ":/nonexistent" }, nil, true},
-		{"turned off", func(dir string) string { return dir }, []string{"-log-dir", ""}, false},
-		{"none", func(string) string { return "" }, nil, false},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			dir := t.TempDir()
-			file := writePipeline(t, shell("a", "echo out; echo err >&2"))
-			p := start(t, runArgs(file, tt.args...), withEnv("LOGS_DIRECTORY="+tt.env(dir)))
-			p.exit(exitOK)
-			if entries, _ := os.ReadDir(dir); len(entries) > 0 != tt.want {
-				t.Errorf("log files: %v", entries)
-			}
-			if _, err := os.Stat(filepath.Join(filepath.Dir(file), "logs")); err == nil {
-				t.Error("log files beside a pipeline that has no terminal")
-			}
-			if tt.want {
-				if got := logLines(t, filepath.Join(dir, "a.log")); len(got) != 2 || !slices.Contains(got, "out") || !slices.Contains(got, "err") {
-					t.Errorf("the file has %q", got)
+			places := map[string]*transcript{"stdout": p.stdout, "stderr": p.stderr, "journal": records}
+			for want, where := range tt.want {
+				places[where].contains(want, 1, nil) // the last records are read after the end
+				for name, place := range places {
+					if got := strings.Contains(place.String(), want); got != (name == where) {
+						t.Errorf("%q is in the %s: %t\n%s\n--- journal\n%s", want, name, got, p, records)
+					}
 				}
 			}
 		})
@@ -825,11 +527,7 @@ func TestLogDir_OfSystemd(t *testing.T) {
 // that is no end of standard output.
 func TestOutput_NonBlockingIsComplete(t *testing.T) {
 	t.Parallel()
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer r.Close()
+	r, w := openPipe(t)
 	dir := t.TempDir()
 	data := numbered(t, filepath.Join(dir, "data"), "a", 10_000, 100)
 	set := filepath.Join(dir, "set")
@@ -883,10 +581,10 @@ func TestAnswers_UnwritableOutputIsAnError(t *testing.T) {
 	run.waitReady()
 	for _, args := range []string{
 		"version", "--version", "help", "help run", "list -h", "check " + file, "check -json " + file, "check -schema",
-		"list -e " + run.endpoint(), "list -json -e " + run.endpoint(), "list -watch -e " + run.endpoint(), "reload -e " + run.endpoint(),
+		"list -e " + run.endpoint(), "list -json -e " + run.endpoint(), "list -watch -e " + run.endpoint(), "reload",
 	} {
 		t.Run(strings.SplitN(args, "/", 2)[0], func(t *testing.T) {
-			p := start(t, strings.Fields(args), intoFull(t, "")...)
+			p := start(t, strings.Fields(args), append(intoFull(t, ""), beside(run))...)
 			p.exit(exitFailed)
 			p.has(p.stderr, "flowctl: write /dev/stdout: no space left on device\n")
 		})

@@ -18,10 +18,8 @@ import (
 	"unicode"
 )
 
-// The model of a pipeline, what it must keep to, and the order in which its components
-// start and stop.
+// The model of a pipeline, what it must keep to, and the order in which components start and stop.
 
-// Bounds of a pipeline.
 const (
 	maxComponents = 1000
 	minDuration   = time.Millisecond
@@ -36,6 +34,15 @@ type Pipeline struct {
 	Kind       string   `json:"kind" check:"kind"`
 	Metadata   Metadata `json:"metadata"`
 	Spec       Spec     `json:"spec"`
+
+	Notes []warning `json:"-"` // what reading it has noted
+}
+
+// warning is something that is right in the file, and hardly meant or about to fail on this machine.
+type warning struct {
+	Component string `json:"component"`
+	Field     string `json:"field"`
+	Message   string `json:"message"`
 }
 
 type Metadata struct {
@@ -48,6 +55,7 @@ type Spec struct {
 	Sources     []Component `json:"sources,omitempty"`
 	Processors  []Component `json:"processors,omitempty"`
 	Sinks       []Component `json:"sinks,omitempty"`
+	Services    []Component `json:"services,omitempty"` // what the others lean on: they wait for all of these
 }
 
 // Component is one program of a pipeline. It is long because each field of the file is one
@@ -70,6 +78,7 @@ type Component struct {
 	Inputs           []string          `json:"inputs,omitempty"`
 	DependsOn        []string          `json:"depends_on,omitempty"`
 	Register         *bool             `json:"register,omitempty"`
+	Oneshot          bool              `json:"oneshot,omitempty"`
 	TLS              bool              `json:"tls,omitempty"`
 	HealthCheck      string            `json:"health_check,omitempty" check:"health"`
 	HealthInterval   Duration          `json:"health_interval,omitempty"`
@@ -93,10 +102,11 @@ const (
 	roleSource Role = iota
 	roleProcessor
 	roleSink
+	roleService
 )
 
 func (r Role) String() string {
-	return [...]string{"source", "processor", "sink"}[r]
+	return [...]string{"source", "processor", "sink", "service"}[r]
 }
 
 // Duration is a time.Duration that JSON holds as a string such as "5s".
@@ -129,13 +139,18 @@ var (
 	stopSignals     = []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGHUP, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGKILL}
 )
 
-func (c *Component) registers() bool { return c.Register == nil || *c.Register }
+// registers tells whether c is ready once it has registered.
+func (c *Component) registers() bool {
+	if c.Register == nil {
+		return !c.Oneshot && c.Role != roleService
+	}
+	return *c.Register
+}
 
-// readyOnceRunning tells whether c is ready once its container runs, because it neither
-// registers nor has a check. That its engine's command line runs does not tell it: the
-// engine may take long to start the container, or fail.
+// readyOnceRunning tells whether c is ready once its container runs, because it neither registers nor
+// has a check, nor is ready once it has ended. The engine's command line runs before that: the container may take long, or fail.
 func (c *Component) readyOnceRunning() bool {
-	return c.Image != "" && !c.registers() && c.HealthCheck == ""
+	return c.Image != "" && !c.registers() && c.HealthCheck == "" && !c.Oneshot
 }
 
 func (c *Component) healthInterval() time.Duration {
@@ -152,8 +167,7 @@ func (c *Component) stopSignal() syscall.Signal {
 	return stopSignals[max(0, slices.Index(stopSignalNames, c.StopSignal))]
 }
 
-// waitsFor returns the ids that must be ready before c starts: its inputs, then
-// what else it depends on, each once.
+// waitsFor returns the ids that c itself names as what must be ready before it starts, each once: inputs first.
 func (c *Component) waitsFor() []string {
 	ids := slices.Clone(c.Inputs)
 	for _, id := range c.DependsOn {
@@ -182,23 +196,58 @@ func (c *Component) configEnv() map[string]string {
 	return vars
 }
 
-// components returns the sources, processors and sinks, each list in the order of
-// the file. The pointers are into p.
+// lists returns the lists of components, by role.
+func (p *Pipeline) lists() []*[]Component {
+	return []*[]Component{roleSource: &p.Spec.Sources, roleProcessor: &p.Spec.Processors, roleSink: &p.Spec.Sinks, roleService: &p.Spec.Services}
+}
+
+// components returns the sources, processors, sinks and services, in the order of the file. They are those of p.
 func (p *Pipeline) components() []*Component {
 	var all []*Component
-	for _, list := range [][]Component{p.Spec.Sources, p.Spec.Processors, p.Spec.Sinks} {
-		for i := range list {
-			all = append(all, &list[i])
+	for _, list := range p.lists() {
+		for i := range *list {
+			all = append(all, &(*list)[i])
 		}
 	}
 	return all
 }
 
-// ids are those of the components, in their order.
-func (p *Pipeline) ids() []string {
+// sandboxSuffix ends the name of a pipeline of services alone.
+const sandboxSuffix = "-sandbox"
+
+// sandbox leaves the services of p alone. It fails where there are none.
+func (p *Pipeline) sandbox() error {
+	if len(p.Spec.Services) == 0 {
+		return errors.New("has no services that a sandbox could run")
+	}
+	p.Metadata.Name += sandboxSuffix
+	p.Spec.Sources, p.Spec.Processors, p.Spec.Sinks = nil, nil, nil
+	return nil
+}
+
+// dropServices takes the services out of p, because they run already. It fails where nothing would be left.
+func (p *Pipeline) dropServices() error {
+	services := p.idsWhere(func(c *Component) bool { return c.Role == roleService })
+	p.Spec.Services = nil
+	for _, c := range p.components() {
+		c.DependsOn = slices.DeleteFunc(c.DependsOn, func(id string) bool { return slices.Contains(services, id) })
+	}
+	if len(p.components()) == 0 {
+		return errors.New("has services alone, and they run already")
+	}
+	return nil
+}
+
+// ids returns the ids of all components, in their order.
+func (p *Pipeline) ids() []string { return p.idsWhere(func(*Component) bool { return true }) }
+
+// idsWhere returns the ids of the components that are so.
+func (p *Pipeline) idsWhere(is func(c *Component) bool) []string {
 	var ids []string
 	for _, c := range p.components() {
-		ids = append(ids, c.ID)
+		if is(c) {
+			ids = append(ids, c.ID)
+		}
 	}
 	return ids
 }
@@ -216,30 +265,21 @@ func (p *Pipeline) images() []string {
 
 // usersOf returns the ids of the components that have the image.
 func (p *Pipeline) usersOf(image string) []string {
-	var ids []string
-	for _, c := range p.components() {
-		if c.Image == image {
-			ids = append(ids, c.ID)
-		}
-	}
-	return ids
+	return p.idsWhere(func(c *Component) bool { return c.Image == image })
 }
 
 // speakTLS returns the ids of the components whose tls is yes.
 func (p *Pipeline) speakTLS(yes bool) []string {
-	var ids []string
-	for _, c := range p.components() {
-		if c.TLS == yes {
-			ids = append(ids, c.ID)
-		}
-	}
-	return ids
+	return p.idsWhere(func(c *Component) bool { return c.TLS == yes })
 }
 
 // unheardEvents returns the event types that c reads and none of its inputs puts out. There
 // are none where an input does not say what it puts out.
 func (p *Pipeline) unheardEvents(c *Component) []string {
-	heard := make(map[string]bool)
+	if len(c.Inputs) == 0 {
+		return nil
+	}
+	var heard []string
 	for _, in := range p.components() {
 		if !slices.Contains(c.Inputs, in.ID) {
 			continue
@@ -247,14 +287,9 @@ func (p *Pipeline) unheardEvents(c *Component) []string {
 		if len(in.OutputEventTypes) == 0 {
 			return nil
 		}
-		for _, event := range in.OutputEventTypes {
-			heard[event] = true
-		}
+		heard = append(heard, in.OutputEventTypes...)
 	}
-	if len(c.Inputs) == 0 {
-		return nil
-	}
-	return slices.DeleteFunc(slices.Clone(c.InputEventTypes), func(event string) bool { return heard[event] })
+	return slices.DeleteFunc(slices.Clone(c.InputEventTypes), func(event string) bool { return slices.Contains(heard, event) })
 }
 
 // volumeHost splits a volume into the part of the host and the rest. The part is a path
@@ -264,8 +299,7 @@ func volumeHost(volume string) (host, rest string, isPath bool) {
 	return host, rest, strings.HasPrefix(host, ".") || strings.Contains(host, "/")
 }
 
-// publishedPort returns what an entry of ports takes of the host, such as 127.0.0.1:8080
-// or 5353/udp.
+// publishedPort returns what an entry of ports takes of the host, such as 8080 or 5353/udp.
 func publishedPort(entry string) string {
 	entry, protocol, _ := strings.Cut(entry, "/")
 	port := entry[:strings.LastIndexByte(entry, ':')] // checkPort has found it right
@@ -281,14 +315,11 @@ type stopEdge struct {
 	input bool // the other one reads from it; else it depends on the other one
 }
 
-// stopAfter is stopOrder for all components.
-func (p *Pipeline) stopAfter() map[string][]stopEdge { return stopOrder(p.components()) }
-
 // stopOrder returns, for each id, the components that must stop before it: those
 // that it reads from, and those that depend on it. The two can contradict each
 // other, as when X reads from A, A reads from D, and X depends on D. Then what is
 // depended on stops last, and what would close a cycle is left out. An id that is not
-// among all, which is so while a file is reloaded, orders nothing.
+// among all, which is so while a file is reloaded, orders nothing. Services stop after all else.
 func stopOrder(all []*Component) map[string][]stopEdge {
 	index := make(map[string]int, len(all))
 	before, after := make([]bitset, len(all)), make([]bitset, len(all)) // of a component, itself included
@@ -311,6 +342,11 @@ func stopOrder(all []*Component) map[string][]stopEdge {
 		}
 	}
 	for i, c := range all {
+		for on, service := range all {
+			if c.Role != roleService && service.Role == roleService {
+				add(i, on, false)
+			}
+		}
 		for _, id := range c.DependsOn {
 			if on, ok := index[id]; ok {
 				add(i, on, false)
@@ -346,8 +382,7 @@ func (b *bitset) minus(c *bitset) iter.Seq[int] {
 	}
 }
 
-// rules check the text of a field; its tag check names one. An error goes on with the
-// sentence that the path of the field begins.
+// rules check the text of a field, whose tag check names one. Their errors follow its path.
 var rules = map[string]func(text string) error{
 	"version": oneOf("flowctl/v1"),
 	"kind":    oneOf("Pipeline"),
@@ -412,8 +447,7 @@ func checkPath(text string) error {
 	return checkFilled(text)
 }
 
-// checkImage refuses what the engine's command line would take for a flag, or for more than
-// one argument.
+// checkImage refuses what the engine's command line would take for a flag, or for two arguments.
 func checkImage(text string) error {
 	if strings.HasPrefix(text, "-") || strings.ContainsAny(text, " \t\r\n") {
 		return fmt.Errorf("must be the name of an image such as redis:7, not %s", quote(text))
@@ -447,8 +481,7 @@ func checkPort(text string) error {
 
 const healthForms = "http://, https://, tcp://, grpc:// or exec:"
 
-// healthPortName matches the variable of a health_check that stands for the component's
-// HEALTH_PORT.
+// healthPortName matches what stands for the component's HEALTH_PORT in a health_check.
 var healthPortName = regexp.MustCompile(`\$(HEALTH_PORT\b|\{HEALTH_PORT\})`)
 
 func checkHealth(text string) error {
@@ -486,8 +519,7 @@ func checkHealth(text string) error {
 	return nil
 }
 
-// words splits a line at its spaces. What is in single or double quotes stays together
-// and as it is.
+// words splits a line at its spaces. What is in single or double quotes stays as it is.
 func words(line string) ([]string, error) {
 	var out []string
 	var word strings.Builder
@@ -515,9 +547,8 @@ func words(line string) ([]string, error) {
 	return out, nil
 }
 
-// findings tells the rules what a pipeline file gives, and takes in what is wrong with it. A
-// field is a pointer into the model: to a field, or to a Component as a whole. wrong and
-// wrongEntry ignore what is not in the file, or has an error already.
+// findings tells the rules what a pipeline file gives, and takes in what is wrong with it. A field is
+// a pointer into the model. wrong and wrongEntry ignore what is not in the file, or has an error already.
 type findings interface {
 	given(field any) bool // it is in the file
 	sound(field any) bool // it is in the file, and nothing is wrong with it
@@ -536,10 +567,10 @@ func (l lazy) String() string { return l() }
 // check reports to f what the fields must keep to among themselves, and sets the roles.
 func (p *Pipeline) check(f findings) {
 	all := p.components()
-	lists := []*[]Component{&p.Spec.Sources, &p.Spec.Processors, &p.Spec.Sinks}
+	lists := p.lists()
 	unsound := func(list *[]Component) bool { return f.given(list) && !f.sound(list) }
 	if len(all) == 0 && !slices.ContainsFunc(lists, unsound) {
-		f.wrong(&p.Spec, "needs at least one component in sources, processors or sinks")
+		f.wrong(&p.Spec, "needs at least one component in sources, processors, sinks or services")
 	}
 	for role, list := range lists {
 		for i := range *list {
@@ -553,7 +584,7 @@ func (p *Pipeline) check(f findings) {
 			c.checkVariables(f)
 		}
 	}
-	checkCycles(f, all, checkReferences(f, all))
+	checkCycles(f, all, p.checkReferences(f))
 }
 
 func (c *Component) checkCommand(f findings) {
@@ -587,37 +618,41 @@ func (c *Component) checkPolicies(f findings) {
 			f.wrong(field, "has no effect without health_check")
 		}
 	}
+	if c.Oneshot {
+		for _, field := range []any{&c.HealthCheck, &c.Register} {
+			f.wrong(field, "cannot be given beside oneshot, which is ready once it has ended with 0")
+		}
+		if c.RestartPolicy == restartAlways {
+			f.wrong(&c.RestartPolicy, "must be no or on-failure beside oneshot, which ends once it is ready")
+		}
+	}
 	if !f.given(&c.RestartPolicy) || c.RestartPolicy == restartNo {
 		f.wrong(&c.MaxRestarts, "has no effect unless restart_policy is on-failure or always")
 	}
 }
 
-// checkVariables refuses what is no variable, what flowctl sets, and what is set twice.
+// checkVariables refuses what is no variable, and what is set twice.
 // Only config may repeat a variable of env and env_files, which win over it.
 func (c *Component) checkVariables(f findings) {
-	valid := func(object any, key, variable string) bool {
-		switch {
-		case !variableName.MatchString(key):
-			f.wrongKey(object, key, "%v", lazy(func() string { return notVariable(key) }))
-		case strings.HasPrefix(variable, "FLOWCTL_") && variable != "FLOWCTL_HEARTBEAT_INTERVAL":
-			f.wrongKey(object, key, "%s is set by flowctl", clip(variable))
-		default:
+	valid := func(object any, key string) bool {
+		if variableName.MatchString(key) {
 			return true
 		}
+		f.wrongKey(object, key, "%v", lazy(func() string { return notVariable(key) }))
 		return false
 	}
 	for _, key := range slices.Sorted(maps.Keys(c.Env)) {
-		valid(&c.Env, key, key)
+		valid(&c.Env, key)
 	}
 	for _, key := range slices.Sorted(maps.Keys(c.EnvFiles)) {
-		if _, taken := c.Env[key]; valid(&c.EnvFiles, key, key) && taken {
+		if _, taken := c.Env[key]; valid(&c.EnvFiles, key) && taken {
 			f.wrongKey(&c.EnvFiles, key, "%s is set by env already", clip(key))
 		}
 	}
 	keys := make(map[string]string) // by variable
 	for _, key := range slices.Sorted(maps.Keys(c.Config)) {
 		variable := strings.ToUpper(key)
-		if first, taken := keys[variable]; valid(&c.Config, key, variable) && taken {
+		if first, taken := keys[variable]; valid(&c.Config, key) && taken {
 			f.wrongKey(&c.Config, key, "%s is set by %s already", clip(variable), clip(first))
 		}
 		keys[variable] = key
@@ -643,7 +678,8 @@ type waitEdge struct {
 }
 
 // checkReferences returns what each component waits for.
-func checkReferences(f findings, all []*Component) [][]waitEdge {
+func (p *Pipeline) checkReferences(f findings) [][]waitEdge {
+	all := p.components()
 	index := make(map[string]int, len(all))
 	sure := true // false when an id is wrong: what refers to it may be right
 	for i, c := range all {
@@ -660,6 +696,9 @@ func checkReferences(f findings, all []*Component) [][]waitEdge {
 		if f.sound(&c.Inputs) && c.Role == roleSource && len(c.Inputs) > 0 {
 			f.wrong(&c.Inputs, "a source has no inputs")
 		}
+		if f.sound(&c.Inputs) && c.Role == roleService && len(c.Inputs) > 0 {
+			f.wrong(&c.Inputs, "a service has no inputs, name what it needs in depends_on")
+		}
 		for _, list := range []*[]string{&c.Inputs, &c.DependsOn} {
 			if !f.sound(list) {
 				continue
@@ -673,9 +712,13 @@ func checkReferences(f findings, all []*Component) [][]waitEdge {
 				case id == c.ID:
 					f.wrongEntry(list, entry, "%s is this component itself", quote(id))
 				case !known && sure:
-					f.wrongEntry(list, entry, "unknown component %s%v", quote(id), lazy(func() string { return likelyID(id, all) }))
+					f.wrongEntry(list, entry, "unknown component %s%v", quote(id), lazy(func() string { return p.likelyID(id) }))
 				case known && list == &c.Inputs && all[on].Role == roleSink:
 					f.wrongEntry(list, entry, "%s is a sink, which has no output", quote(id))
+				case known && list == &c.Inputs && all[on].Role == roleService && c.Role != roleService:
+					f.wrongEntry(list, entry, "%s is a service, which all wait for: name it in depends_on, or nowhere", quote(id))
+				case known && list == &c.DependsOn && c.Role == roleService && all[on].Role != roleService:
+					f.wrongEntry(list, entry, "%s is no service, and waits for all services: a service can only depend on other services", quote(id))
 				case known:
 					edges[i] = append(edges[i], waitEdge{on, list, entry})
 				}
@@ -686,19 +729,14 @@ func checkReferences(f findings, all []*Component) [][]waitEdge {
 	return edges
 }
 
-func likelyID(id string, all []*Component) string {
-	var ids []string
-	for _, c := range all {
-		ids = append(ids, c.ID)
-	}
-	if near := nearest(id, ids); near != "" {
+func (p *Pipeline) likelyID(id string) string {
+	if near := nearest(id, p.ids()); near != "" {
 		return fmt.Sprintf(", did you mean %q?", near)
 	}
 	return ""
 }
 
-// checkCycles reports each entry that closes a cycle when the components are
-// walked in the order of the file.
+// checkCycles reports each entry that closes a cycle, in a walk in the order of the file.
 func checkCycles(f findings, all []*Component, edges [][]waitEdge) {
 	var path []int
 	place := make([]int, len(all)) // 1 + index in path; -1 once left; 0 if not seen

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -15,11 +14,12 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"unicode/utf8"
 )
 
 // Reading a pipeline file: strict JSON, references to the environment, and the list of
-// all errors with their places; and the JSON Schema of a file.
+// all errors with their places.
 
 // Bounds of a file. Errors are collected up to maxErrors, so that a hostile file costs
 // little; then the first maxShown in the order of the file are shown.
@@ -40,8 +40,7 @@ type fileError struct {
 	Message string `json:"message"`
 }
 
-// fileErrors is all that is wrong with a pipeline file, in the order of the file.
-// Its text has a line for each error.
+// fileErrors is all that is wrong with a pipeline file, in its order. Its text has a line for each.
 type fileErrors struct {
 	name string
 	list []fileError
@@ -72,7 +71,7 @@ func readPipeline(path string, env func(string) (string, bool)) (*Pipeline, erro
 		return nil, fmt.Errorf("%s: a pipeline file is JSON; this turns YAML into it: %s",
 			path, yamlCommand(path, strings.TrimSuffix(path, ext)+".json"))
 	}
-	data, regular, err := readFile(path)
+	data, err := readFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("cannot read pipeline file: %w", err)
 	}
@@ -80,15 +79,23 @@ func readPipeline(path string, env func(string) (string, bool)) (*Pipeline, erro
 	if err != nil {
 		return nil, err
 	}
-	folder := filepath.Dir(path)
-	if !regular || strings.HasPrefix(path, "/dev/") {
-		folder = "."
-	}
-	if folder, err = filepath.Abs(folder); err != nil {
+	folder, err := filepath.Abs(folderOf(path))
+	if err != nil {
 		return nil, fmt.Errorf("cannot find the folder of %s: %v", path, err)
 	}
 	p.resolve(folder)
 	return p, nil
+}
+
+// standardInput is the file that - stands for on the command line.
+const standardInput = "/dev/stdin"
+
+// folderOf returns the folder that the paths in a pipeline file are relative to.
+func folderOf(file string) string {
+	if strings.HasPrefix(file, "/dev/") || fromStandardInput(file) {
+		return "."
+	}
+	return filepath.Dir(file)
 }
 
 // yamlCommand returns the shell command that turns a YAML file into JSON.
@@ -98,27 +105,28 @@ func yamlCommand(from, to string) string {
 }
 
 // readFile reads at most one byte more than maxFileSize, by which parsePipeline sees that
-// there is more. regular is false for a pipe or a device.
-func readFile(path string) (data []byte, regular bool, err error) {
+// there is more.
+func readFile(path string) ([]byte, error) {
 	f, err := os.Open(path)
+	if errors.Is(err, syscall.ENXIO) && path == standardInput { // a socket, which cannot be opened
+		return io.ReadAll(io.LimitReader(os.Stdin, maxFileSize+1))
+	}
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	defer f.Close()
 	info, err := f.Stat()
 	if err != nil {
-		return nil, false, err
+		return nil, err
 	}
 	if info.IsDir() {
-		return nil, false, fmt.Errorf("%s is a folder", path)
+		return nil, fmt.Errorf("%s is a folder", path)
 	}
-	data, err = io.ReadAll(io.LimitReader(f, maxFileSize+1))
-	return data, info.Mode().IsRegular(), err
+	return io.ReadAll(io.LimitReader(f, maxFileSize+1))
 }
 
-// resolve makes the paths in p absolute, also that of the program of an exec: check.
-// The name of a program without a slash stays: it is looked up in PATH when the program
-// starts.
+// resolve makes the paths in p absolute, also that of the program of an exec: check. The name of a
+// program without a slash stays: it is looked up in PATH at each start.
 func (p *Pipeline) resolve(folder string) {
 	absolute := func(path string) string {
 		if filepath.IsAbs(path) {
@@ -150,21 +158,10 @@ func (p *Pipeline) resolve(folder string) {
 	}
 }
 
-// pipelineFiles returns the names of the pipelines among the first small JSON files of a
-// folder.
+// pipelineFiles returns which of the first small JSON files of a folder are pipelines.
 func pipelineFiles(folder string) []string {
-	const (
-		mostEntries = 1000
-		mostFiles   = 20
-		mostBytes   = 256 << 10
-	)
-	dir, err := os.Open(folder)
-	if err != nil {
-		return nil
-	}
-	defer dir.Close()
-	entries, _ := dir.ReadDir(mostEntries) // what could be read will do
-	slices.SortFunc(entries, func(a, b os.DirEntry) int { return strings.Compare(a.Name(), b.Name()) })
+	const mostFiles, mostBytes = 20, 256 << 10
+	entries, _ := os.ReadDir(folder) // what could be read will do
 	entries = slices.DeleteFunc(entries, func(e os.DirEntry) bool { return filepath.Ext(e.Name()) != ".json" || !e.Type().IsRegular() })
 	var out []string
 	for _, e := range entries[:min(len(entries), mostFiles)] {
@@ -186,8 +183,7 @@ func fromStandardInput(file string) bool {
 	return err == nil && !info.Mode().IsRegular()
 }
 
-// A reader turns one file into a Pipeline: syntax, then a tree of nodes, then the model.
-// The rules of the model report to it.
+// A reader turns one file into a Pipeline: syntax, then a tree of nodes, then the model and its rules.
 type reader struct {
 	data  []byte
 	env   func(string) (string, bool)
@@ -209,6 +205,8 @@ type node struct {
 	offset int    // of the value
 	keyAt  int    // offset of the key, in an object
 	bad    bool   // an error names it already
+	raw    string // text as it is in the file, of a string
+	ref    string // raw where that has references; their values can be secrets, which no error shows
 }
 
 // A kind of value, as errors name it.
@@ -233,10 +231,10 @@ func (n *node) child(name string) *node {
 	return nil
 }
 
-// path returns the JSON path of n, "" for the root.
+// path returns the JSON path of n, "" for the root and for none.
 func (n *node) path() string {
 	switch {
-	case n.parent == nil:
+	case n == nil || n.parent == nil:
 		return ""
 	case n.parent.kind == kindList:
 		return fmt.Sprintf("%s[%d]", n.parent.path(), n.index)
@@ -263,6 +261,7 @@ func parsePipeline(data []byte, name string, env func(string) (string, bool)) (*
 	if len(r.errs.list) > 0 {
 		return nil, r.sortedErrors()
 	}
+	p.Notes = r.notes(p)
 	return p, nil
 }
 
@@ -270,18 +269,17 @@ func parsePipeline(data []byte, name string, env func(string) (string, bool)) (*
 func (r *reader) checkSyntax() bool {
 	switch {
 	case len(r.data) > maxFileSize:
-		r.errorAt(0, "", "the file is larger than 4 MiB")
+		r.errorAt(0, nil, "the file is larger than 4 MiB")
 	case bytes.HasPrefix(r.data, []byte("\ufeff")):
-		r.errorAt(0, "", "the file begins with a byte order mark, save it as UTF-8 without one")
+		r.errorAt(0, nil, "the file begins with a byte order mark, save it as UTF-8 without one")
 	case !utf8.Valid(r.data):
-		r.errorAt(bytes.IndexRune(r.data, utf8.RuneError), "", "the file is not UTF-8")
+		r.errorAt(bytes.IndexRune(r.data, utf8.RuneError), nil, "the file is not UTF-8")
 	case len(bytes.TrimSpace(r.data)) == 0:
-		r.errorAt(0, "", "the file is empty")
+		r.errorAt(0, nil, "the file is empty")
 	default:
-		var syntax *json.SyntaxError
-		if err := json.Unmarshal(r.data, new(json.RawMessage)); errors.As(err, &syntax) {
+		if syntax, wrong := errors.AsType[*json.SyntaxError](json.Unmarshal(r.data, new(json.RawMessage))); wrong {
 			at, msg := r.explain(syntax)
-			r.errorAt(at, "", "%s", msg)
+			r.errorAt(at, nil, "%s", msg)
 		}
 	}
 	return len(r.errs.list) == 0
@@ -317,8 +315,7 @@ func (r *reader) explain(syntax *json.SyntaxError) (at int, msg string) {
 	return at, msg
 }
 
-// tree reads the next value into n, whose place in its parent is known. It is
-// false after an error that ends the reading.
+// tree reads the next value into n. It is false after an error that ends the reading.
 func (r *reader) tree(n *node, depth int) bool {
 	n.offset = r.nextOffset()
 	token, err := r.dec.Token()
@@ -326,7 +323,7 @@ func (r *reader) tree(n *node, depth int) bool {
 		err = fmt.Errorf("more than %d levels of lists and objects", maxDepth)
 	}
 	if err != nil {
-		r.errorAt(n.offset, "", "%v", err)
+		r.errorAt(n.offset, nil, "%v", err)
 		return false
 	}
 	switch t := token.(type) {
@@ -361,7 +358,7 @@ func (r *reader) members(n *node, depth int) bool {
 		}
 		if n.kind == kindObject {
 			if offset, ok := first[kid.key]; ok {
-				r.errorAt(kid.keyAt, kid.path(), "duplicate key, first on line %d", r.lineOf(offset))
+				r.errorAt(kid.keyAt, kid, "duplicate key, first on line %d", r.lineOf(offset))
 				continue
 			}
 			first[kid.key] = kid.keyAt
@@ -460,14 +457,11 @@ func (r *reader) unknownField(n, kid *node, l *level) int {
 		r.errs.more++
 		return -1
 	}
-	right, place := suggest(kid.key, l)
-	hint := ""
+	right, hint := suggest(kid.key, l)
 	if right != "" {
 		hint = fmt.Sprintf(", did you mean %q?", right)
-	} else if place != "" {
-		hint = ", it belongs " + place
 	}
-	r.errorAt(kid.keyAt, kid.path(), "unknown field %s%s", quote(kid.key), hint)
+	r.errorAt(kid.keyAt, kid, "unknown field %s%s", quote(kid.key), hint)
 	if right == "" || n.child(right) != nil {
 		return -1
 	}
@@ -475,11 +469,38 @@ func (r *reader) unknownField(n, kid *node, l *level) int {
 	return slices.Index(l.fields, right)
 }
 
-// suggest returns the field of l that name stands for, or where a field of that
-// name belongs, or nothing.
-func suggest(name string, l *level) (right, place string) {
-	if name == "name" && l.model == reflect.TypeFor[Component]() {
-		return "id", ""
+// foreignFields are fields of other tools (compose, systemd, supervisord, Kubernetes), in lower case
+// without _ and -, each after the one that takes its place in a component.
+var foreignFields = map[string][]string{
+	"id":             {"name", "containername"},
+	"command":        {"cmd", "entrypoint", "exec", "execstart", "program", "run", "script"},
+	"env":            {"environment", "environ", "envs", "envvars", "variables", "vars"},
+	"env_files":      {"environmentfile", "environmentfiles", "envfrom", "secret", "secrets", "credentials", "loadcredential"},
+	"working_dir":    {"cwd", "chdir", "dir", "directory", "workdir", "workingdirectory"},
+	"inputs":         {"from", "reads", "upstream", "upstreams"},
+	"depends_on":     {"after", "bindsto", "depends", "dependencies", "links", "needs", "requires", "wants"},
+	"restart_policy": {"autorestart", "restart"},
+	"max_restarts":   {"maxretries", "startlimitburst", "startretries"},
+	"start_timeout":  {"startperiod", "startsecs", "timeoutstartsec"},
+	"stop_timeout":   {"killtimeout", "shutdowntimeout", "stopgraceperiod", "stopwaitsecs", "terminationgraceperiodseconds", "timeoutstopsec"},
+	"stop_signal":    {"killsignal", "shutdownsignal"},
+	"health_check":   {"check", "health", "livenessprobe", "probe", "readiness", "readinessprobe", "startupprobe"},
+	"volumes":        {"mounts", "volumemounts"},
+	"ports":          {"expose", "publish"},
+}
+
+// suggest returns the field of l that name stands for, or else a hint where name belongs, or nothing.
+func suggest(name string, l *level) (right, hint string) {
+	plain := strings.NewReplacer("_", "", "-", "").Replace(strings.ToLower(clip(name)))
+	if l.model == reflect.TypeFor[Component]() {
+		for field, names := range foreignFields {
+			if slices.Contains(names, plain) {
+				return field, ""
+			}
+		}
+		if slices.Contains([]string{"instances", "numprocs", "replicas", "scale"}, plain) {
+			return "", ": each copy is a component of its own"
+		}
 	}
 	var places []string
 	for _, other := range levels {
@@ -488,7 +509,7 @@ func suggest(name string, l *level) (right, place string) {
 		}
 	}
 	if places != nil {
-		return "", strings.Join(places, " or ")
+		return "", ", it belongs " + strings.Join(places, " or ")
 	}
 	return nearest(name, l.fields), ""
 }
@@ -502,7 +523,7 @@ func (r *reader) apply(rule func(string) error, n *node) {
 			r.apply(rule, kid)
 		}
 	} else if err := rule(n.text); err != nil {
-		r.errorf(n, "%v", err)
+		r.errorf(n, "%v", n.withoutValue(err, rule))
 	}
 }
 
@@ -573,18 +594,32 @@ func (r *reader) wantStrings(n *node) bool {
 	case kindList:
 		return true
 	case kindString:
-		words := strings.Fields(n.text)
-		if len(words) == 0 || len(words) > 10 {
-			words = []string{"..."}
-		}
-		for i := range words {
-			words[i] = quote(words[i])
-		}
-		r.errorf(n, "must be a list of strings, such as [%s]", strings.Join(words, ", "))
+		r.errorf(n, "must be a list of strings, such as [%s]", likelyList(n))
 	default:
 		r.errorf(n, "must be a list of strings, not %s", n.kind)
 	}
 	return false
+}
+
+// shellSyntax matches what only a shell would understand.
+var shellSyntax = regexp.MustCompile("[|<>;`]|&&|\\$[A-Za-z_(]|^\\s*\\w+=")
+
+// likelyList returns the strings, quoted, of the list that the text of n is written in the place of.
+func likelyList(n *node) string { return listOf(n.text, n.key == "command") }
+
+// listOf returns the strings, quoted, of the list that a text means: of a command, by a shell where it needs one.
+func listOf(text string, command bool) string {
+	list, err := words(text)
+	switch {
+	case command && shellSyntax.MatchString(text):
+		list = []string{"sh", "-c", text}
+	case err != nil || len(list) == 0 || len(list) > 10:
+		list = []string{"..."}
+	}
+	for i := range list {
+		list[i] = quote(list[i])
+	}
+	return strings.Join(list, ", ")
 }
 
 func (r *reader) number(n *node) int {
@@ -611,9 +646,21 @@ func (r *reader) duration(n *node) Duration {
 	}
 	d, err := parseDuration(text)
 	if err != nil {
-		r.errorf(n, "%v", err)
+		r.errorf(n, "%v", n.withoutValue(err, func(text string) error { _, err := parseDuration(text); return err }))
 	}
 	return d
+}
+
+// withoutValue returns err, of rule, in the words that rule has for the references themselves, if
+// it has any.
+func (n *node) withoutValue(err error, rule func(string) error) error {
+	if n.ref == "" || n.text == "" {
+		return err
+	}
+	if err := rule(n.ref); err != nil && strings.Contains(err.Error(), quote(n.ref)) {
+		return err
+	}
+	return fmt.Errorf("the value of %s cannot be used here", quote(n.ref))
 }
 
 // configVariable is config for what becomes an environment variable.
@@ -660,38 +707,33 @@ func (r *reader) text(n *node) string {
 		n.bad = true // an error that says so is there
 		return ""
 	}
-	var b strings.Builder
-	rest := n.text
-	for {
-		before, after, found := strings.Cut(rest, "$")
-		b.WriteString(before)
-		if !found {
-			break
-		}
+	n.raw = n.text
+	referring := false
+	n.text = dollars.ReplaceAllStringFunc(n.raw, func(text string) string {
+		ref, whole := strings.CutSuffix(text, "}")
 		switch {
-		case strings.HasPrefix(after, "$"):
-			b.WriteByte('$')
-			rest = after[1:]
-		case strings.HasPrefix(after, "{"):
-			var ref string
-			if ref, rest, found = strings.Cut(after[1:], "}"); !found {
-				r.errorf(n, "%s has no closing }, write $${ for the text itself", quote("$"+after))
-				return ""
-			}
-			b.WriteString(r.lookup(n, ref))
-		default:
-			b.WriteByte('$')
-			rest = after
+		case text == "$$":
+			return "$"
+		case !whole:
+			r.errorf(n, "%s has no closing }, write $${ for the text itself", quote(text))
+			return ""
 		}
+		referring = true
+		return r.lookup(n, ref[len("${"):])
+	})
+	if referring {
+		n.ref = n.raw
 	}
-	n.text = b.String()
 	if strings.Contains(n.text, "\x00") {
 		r.errorf(n, "must not contain a NUL character")
 	}
 	return n.text
 }
 
-var reference = regexp.MustCompile(`(?s)^([A-Za-z_][A-Za-z0-9_]*)(?:(:-|:\?)(.*))?$`)
+var (
+	dollars   = regexp.MustCompile(`\$(?:\$|\{[^}]*\}?)`) // $$, and a reference, which may lack its end
+	reference = regexp.MustCompile(`(?s)^([A-Za-z_][A-Za-z0-9_]*)(?:(:-|:\?)(.*))?$`)
+)
 
 func (r *reader) lookup(n *node, ref string) string {
 	m := reference.FindStringSubmatch(ref)
@@ -725,6 +767,94 @@ func (r *reader) lookup(n *node, ref string) string {
 	return value
 }
 
+// notes returns what is right in p and hardly meant: variables without braces, which nothing fills in.
+func (r *reader) notes(p *Pipeline) []warning {
+	var out []warning
+	for _, c := range p.components() {
+		argv := slices.Concat(c.Command, c.Args)
+		texts := slices.Clip(slices.Concat(r.texts(&c.Command), r.texts(&c.Args))[:shellScript(argv)])
+		for _, field := range []any{&c.WorkingDir, &c.Env, &c.EnvFiles, &c.Volumes} {
+			texts = append(texts, r.texts(field)...)
+		}
+		if argv, _ := words(strings.TrimPrefix(c.HealthCheck, "exec:")); shellScript(argv) == len(argv) {
+			texts = append(texts, r.texts(&c.HealthCheck)...)
+		}
+		own := c.variableNames()
+		for _, n := range texts {
+			if note := r.unfilled(n.raw, own); note != "" && len(out) < maxErrors {
+				out = append(out, warning{c.ID, strings.TrimPrefix(n.path(), r.nodes[c].path()+"."), note})
+			}
+		}
+	}
+	return out
+}
+
+// texts returns the nodes of a field that is a text, or a list or a map of texts.
+func (r *reader) texts(field any) []*node {
+	switch n := r.nodes[field]; {
+	case n == nil:
+		return nil
+	case n.kind == kindString:
+		return []*node{n}
+	default:
+		return n.kids
+	}
+}
+
+// Variables without braces, and those of them that flowctl gives: no reference can stand for these.
+var (
+	unbraced     = regexp.MustCompile(`\$(?:\$|([A-Za-z_][A-Za-z0-9_]*))`) // $$ is a dollar
+	givenByUs    = regexp.MustCompile(`^(FLOWCTL_\w+|ENABLE_FLOWCTL|(COMPONENT|SERVICE)_ID|HEALTH_(PORT|ENDPOINT))$`)
+	shells       = []string{"ash", "bash", "dash", "fish", "ksh", "sh", "zsh"}
+	shellCommand = regexp.MustCompile(`^-[A-Za-z]*c$`)
+)
+
+// unfilled says which variable in a text was hardly meant to stay as it is, because it is in flowctl's
+// environment or among own, those of the component. It returns "" for none.
+func (r *reader) unfilled(text string, own map[string]bool) string {
+	for _, m := range unbraced.FindAllStringSubmatch(text, -1) {
+		name := m[1]
+		if name == "" || givenByUs.MatchString(name) {
+			continue
+		}
+		stays := fmt.Sprintf("$%s stays as it is, because no shell reads it: ", clip(name))
+		if _, set := r.env(name); set {
+			return stays + fmt.Sprintf("write ${%s}, or $$%[1]s for the text itself", clip(name))
+		}
+		if own[name] {
+			return stays + fmt.Sprintf(`have one read it, by ["sh", "-c", "..."], or write $$%s for the text itself`, clip(name))
+		}
+	}
+	return ""
+}
+
+// variableNames returns the names of the variables that the file sets for c.
+func (c *Component) variableNames() map[string]bool {
+	names := make(map[string]bool)
+	for name := range c.Env {
+		names[name] = true
+	}
+	for name := range c.EnvFiles {
+		names[name] = true
+	}
+	for key := range c.Config {
+		names[strings.ToUpper(key)] = true
+	}
+	return names
+}
+
+// shellScript returns the index of the first of argv that is read by a shell, len(argv) for none.
+func shellScript(argv []string) int {
+	shell := false
+	for i, arg := range argv {
+		if shell && shellCommand.MatchString(arg) {
+			return i + 1
+		}
+		shell = shell || slices.Contains(shells, filepath.Base(arg))
+	}
+	return len(argv)
+}
+
 // The methods from given to missing are the findings of the rules.
 
 func (r *reader) given(field any) bool { return r.nodes[field] != nil }
@@ -751,7 +881,7 @@ func (r *reader) wrongKey(object any, key, format string, args ...any) {
 		return
 	}
 	kid := r.nodes[object].child(key)
-	r.errorAt(kid.keyAt, kid.path(), format, args...)
+	r.errorAt(kid.keyAt, kid, format, args...)
 }
 
 func (r *reader) missing(object any, name string) {
@@ -761,25 +891,26 @@ func (r *reader) missing(object any, name string) {
 // errorf reports an error at the value n, and marks n as bad.
 func (r *reader) errorf(n *node, format string, args ...any) {
 	n.bad = true
-	if r.full() {
-		r.errs.more++
-		return
+	for i, arg := range args {
+		if n.ref != "" && arg == any(quote(n.text)) {
+			args[i] = quote(n.ref)
+		}
 	}
-	r.errorAt(n.offset, n.path(), format, args...)
+	r.errorAt(n.offset, n, format, args...)
 }
 
 // missingField reports an error for the field name that the object n lacks.
 func (r *reader) missingField(n *node, name, format string, args ...any) {
-	r.errorAt(n.offset, (&node{parent: n, key: name}).path(), format, args...)
+	r.errorAt(n.offset, &node{parent: n, key: name}, format, args...)
 }
 
-// errorAt adds an error, or counts it where there are many already.
-func (r *reader) errorAt(offset int, path, format string, args ...any) {
+// errorAt adds an error of n, nil for the file as a whole, or counts it where there are many already.
+func (r *reader) errorAt(offset int, n *node, format string, args ...any) {
 	if r.full() {
 		r.errs.more++
 		return
 	}
-	r.errs.list = append(r.errs.list, fileError{offset: offset, Path: path, Message: fmt.Sprintf(format, args...)})
+	r.errs.list = append(r.errs.list, fileError{offset: offset, Path: n.path(), Message: fmt.Sprintf(format, args...)})
 }
 
 func (r *reader) full() bool { return len(r.errs.list) >= maxErrors }
@@ -804,104 +935,4 @@ func (r *reader) sortedErrors() *fileErrors {
 		e.list[i].Column = utf8.RuneCount(before[bytes.LastIndexByte(before, '\n')+1:]) + 1
 	}
 	return e
-}
-
-// pipelineSchema is the JSON Schema (draft 2020-12) of a pipeline file, made from the
-// model. It allows everything that reading allows. It does not say the range of a duration
-// or of a port, what else is wrong in a URL, nor what depends on other fields.
-func pipelineSchema() map[string]any {
-	out := structSchema(reflect.TypeFor[Pipeline]())
-	out["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-	out["title"] = "flowctl pipeline"
-	out["$defs"] = map[string]any{"Component": structSchema(reflect.TypeFor[Component]())}
-	return out
-}
-
-func structSchema(t reflect.Type) map[string]any {
-	properties, required := make(map[string]any), []string{}
-	for i := range t.NumField() {
-		f := t.Field(i)
-		name, options, _ := strings.Cut(f.Tag.Get("json"), ",")
-		if name == "-" {
-			continue
-		}
-		properties[name] = typeSchema(f.Type, f.Tag.Get("check"))
-		if options != "omitempty" {
-			required = append(required, name)
-		}
-	}
-	return map[string]any{"type": "object", "properties": properties, "required": required, "additionalProperties": false}
-}
-
-// typeSchema is the schema of a value of type t that keeps to rule, as in the tag
-// check of the model.
-func typeSchema(t reflect.Type, rule string) map[string]any {
-	switch {
-	case t == reflect.TypeFor[Duration]():
-		return textSchema("duration")
-	case t == reflect.TypeFor[Component]():
-		return map[string]any{"$ref": "#/$defs/Component"}
-	}
-	switch t.Kind() {
-	case reflect.Pointer:
-		return typeSchema(t.Elem(), rule)
-	case reflect.Struct:
-		return structSchema(t)
-	case reflect.Slice:
-		return map[string]any{"type": "array", "items": typeSchema(t.Elem(), rule)}
-	case reflect.Map:
-		out := map[string]any{"type": "object"}
-		if t.Elem().Kind() != reflect.Interface {
-			out["additionalProperties"] = typeSchema(t.Elem(), rule)
-		}
-		return out
-	case reflect.Bool:
-		return map[string]any{"type": "boolean"}
-	case reflect.Int:
-		return map[string]any{"type": "integer", "minimum": map[string]int{"from1": 1}[rule], "maximum": math.MaxInt32}
-	}
-	return textSchema(rule)
-}
-
-// anyReference matches a text with a ${...}, of which a schema knows nothing.
-const anyReference = `\$\{`
-
-// textSchema is the schema of a string that keeps to rule.
-func textSchema(rule string) map[string]any {
-	out := map[string]any{"type": "string"}
-	match := func(pattern string) { out["pattern"] = pattern + "|" + anyReference }
-	refuse := func(schema map[string]any) { out["not"] = schema }
-	allow := func(values ...string) {
-		out["anyOf"] = []any{map[string]any{"enum": values}, map[string]any{"pattern": anyReference}}
-	}
-	switch rule {
-	case "version":
-		allow("flowctl/v1")
-	case "kind":
-		allow("Pipeline")
-	case "policy":
-		allow(restartNo, restartOnFailure, restartAlways)
-	case "signal":
-		allow(stopSignalNames...)
-	case "duration":
-		match(`^\+?(([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h))+$`) // both ways to write µ
-	case "name":
-		match(namePattern.String())
-		refuse(map[string]any{"enum": []string{".", ".."}})
-	case "health":
-		match(`^https?://[^/?#]|^(tcp|grpc)://[^/?#]+:[0-9$]|^exec:[\s\S]`)
-	case "image":
-		match(`^[^- \t\r\n][^ \t\r\n]*$`)
-	case "volume":
-		match(`^[^:]+:/[^:]*(:[^:]*)?$`)
-		refuse(map[string]any{"pattern": `^~[/:]`})
-	case "port":
-		match(portPattern.String())
-	case "path":
-		out["minLength"] = 1
-		refuse(map[string]any{"pattern": `^~(/|$)`})
-	case "filled":
-		out["minLength"] = 1
-	}
-	return out
 }

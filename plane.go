@@ -47,10 +47,13 @@ type planeConfig struct {
 	interval          time.Duration // the janitor's, and that of writes of the state file
 	members           []member      // the components of the pipeline, nil for a control plane alone
 	pipeline          pipelineInfo
-	store             *store                                       // open; nil to keep the registry in memory alone
-	certs             *certificates                                // nil without TLS
-	peer              func(conn net.Conn, claimedID string) origin // nil: nobody is asked who calls
-	requests          runRequests                                  // nil for a control plane alone
+	store             *store        // open; nil to keep the registry in memory alone
+	certs             *certificates // nil without TLS
+	identifier        *identifier   // nil: nobody is looked up
+	operatorListener  net.Listener  // of operators on this machine; nil for none
+	operators         []string      // the names of others, in their client certificates
+	requests          runRequests   // nil for a control plane alone
+	lines             *lineLog      // the same
 	log               *slog.Logger
 }
 
@@ -81,13 +84,17 @@ func newPlane(c planeConfig) (*plane, error) {
 
 // servePlane starts to answer for r.
 func servePlane(r *registry, c planeConfig) *plane {
-	traffic := newTraffic(c.log)
+	most := maxConnections
+	if c.members != nil {
+		most = maxGuestConnections
+	}
+	traffic := newTraffic(c.log, most)
 	p := &plane{registry: r, health: health.NewServer(), ended: make(chan struct{})}
-	p.server = grpc.NewServer(planeOptions(peerCredentials{c.certs.credentials(), c.peer, c.log}, traffic)...)
+	p.server = grpc.NewServer(planeOptions(peerCredentials{c.certs.credentials(), c.identifier, c.operators, c.log}, traffic)...)
 	services := registrar{p.server, traffic}
 	flowctlpb.RegisterControlPlaneServer(services, legacyServer{registry: r})
 	flowctlv1.RegisterControlPlaneServiceServer(services, v1Server{registry: r})
-	operatorv1.RegisterOperatorServer(services, newOperatorServer(r, p.ended, c.requests))
+	operatorv1.RegisterOperatorServer(services, newOperatorServer(r, p.ended, c.requests, c.lines))
 	healthpb.RegisterHealthServer(services, healthServer{p.health})
 	for name := range p.server.GetServiceInfo() {
 		p.health.SetServingStatus(name, healthpb.HealthCheckResponse_SERVING)
@@ -104,7 +111,10 @@ func servePlane(r *registry, c planeConfig) *plane {
 	}
 	p.serve(traffic.limit(c.listener), c.log)
 	if c.componentListener != nil {
-		p.serve(componentListener{traffic.limit(c.componentListener)}, c.log)
+		p.serve(taggedListener{traffic.limit(c.componentListener), forComponents}, c.log)
+	}
+	if c.operatorListener != nil {
+		p.serve(taggedListener{traffic.limit(c.operatorListener), forOperators}, c.log)
 	}
 	return p
 }
@@ -184,7 +194,10 @@ type legacyServer struct {
 }
 
 func (l legacyServer) Register(ctx context.Context, in *flowctlpb.ServiceInfo) (*flowctlpb.RegistrationAck, error) {
-	from := originOf(ctx, cmp.Or(in.GetComponentId(), in.GetServiceId()))
+	from, err := originOf(ctx, cmp.Or(in.GetComponentId(), in.GetServiceId()))
+	if err != nil {
+		return nil, err
+	}
 	ack, change, err := l.registry.register(registration{
 		id: in.GetServiceId(), componentID: in.GetComponentId(), kind: in.GetServiceType(),
 		inputEvents: in.GetInputEventTypes(), outputEvents: in.GetOutputEventTypes(),
@@ -218,7 +231,11 @@ func metricsOf[V any](in map[string]V, as func(name string, value V) metric) ([]
 // heartbeat is that of both dialects. It counts, and then fails, where failed says why metrics
 // were not taken.
 func heartbeat(ctx context.Context, r *registry, id string, declared flowctlv1.HealthStatus, metrics []metric, failed error) (*emptypb.Empty, error) {
-	change, err := r.heartbeat(id, originOf(ctx, id), declared, metrics, time.Now())
+	from, err := originOf(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	change, err := r.heartbeat(id, from, declared, metrics, time.Now())
 	if err = cmp.Or(err, failed); err == nil && change > 0 {
 		err = r.durable(ctx, change)
 	}
@@ -269,7 +286,10 @@ func (v v1Server) RegisterComponent(ctx context.Context, in *flowctlv1.RegisterR
 	if c == nil {
 		return nil, status.Error(codes.InvalidArgument, "component is missing")
 	}
-	from := originOf(ctx, cmp.Or(in.GetComponentId(), c.GetId()))
+	from, err := originOf(ctx, cmp.Or(in.GetComponentId(), c.GetId()))
+	if err != nil {
+		return nil, err
+	}
 	ack, change, err := v.registry.register(registration{
 		id: c.GetId(), componentID: in.GetComponentId(), kind: legacyType(c.GetType()),
 		name: c.GetName(), description: c.GetDescription(), version: c.GetVersion(),
@@ -284,7 +304,11 @@ func (v v1Server) RegisterComponent(ctx context.Context, in *flowctlv1.RegisterR
 }
 
 func (v v1Server) UnregisterComponent(ctx context.Context, in *flowctlv1.UnregisterRequest) (*emptypb.Empty, error) {
-	change, err := v.registry.unregister(in.GetServiceId(), originOf(ctx, in.GetServiceId()), time.Now())
+	from, err := originOf(ctx, in.GetServiceId())
+	if err != nil {
+		return nil, err
+	}
+	change, err := v.registry.unregister(in.GetServiceId(), from, time.Now())
 	if err != nil {
 		return nil, err
 	}
@@ -537,7 +561,7 @@ func openPlane(o listenConfig, tls tlsFlags, log *slog.Logger) (net.Listener, st
 		return nil, "", fmt.Errorf("-tls-cert %q: a control plane on a socket file (%s) has no TLS", tls.cert, endpoint)
 	}
 	if tcp, ok := lis.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() && tls.cert == "" {
-		log.Warn("the control plane listens off the loopback without TLS: who reaches it can register", "endpoint", endpoint)
+		log.Warn("the control plane listens off the loopback without TLS: who reaches it can register, and speak for what other machines have registered", "endpoint", endpoint)
 	}
 	log.Info("listening", "endpoint", endpoint)
 	return lis, endpoint, nil
@@ -571,17 +595,49 @@ func logChange(log *slog.Logger, c change) {
 	log.Log(context.Background(), level, c.now.String(), attrs...)
 }
 
-// stateConfig says where the registry's state is kept.
-type stateConfig struct {
-	file string // "" for memory
-	own  bool   // its folder is flowctl's own, which is made
+// changeLog logs changes of services that are not of a pipeline, as many as may come: the
+// first of them in changeTime each, and of the others how many there were.
+type changeLog struct {
+	log     *slog.Logger
+	most    int       // lines in changeTime
+	since   time.Time // when the first came
+	lines   int
+	omitted map[condition]int
 }
 
-// openState opens the state file of a pipeline, "" for a control plane alone. It returns
-// nil where there is to be none.
-func openState(config stateConfig, pipeline string, log *slog.Logger) (*store, error) {
-	if config.file == "" {
-		return nil, nil
+const (
+	changeTime  = 10 * time.Second
+	guestLines  = 20   // of a run, in that time
+	serverLines = 1000 // of a control plane alone
+)
+
+func (l *changeLog) add(c change, now time.Time) {
+	l.flush(now)
+	if l.lines == 0 {
+		l.since, l.omitted = now, make(map[condition]int)
 	}
-	return openStore(config.file, pipeline, config.own, log)
+	if l.lines++; l.lines <= l.most {
+		logChange(l.log, c)
+	} else {
+		l.omitted[c.now]++
+	}
+}
+
+// due is when to call flush, zero for never.
+func (l *changeLog) due() time.Time {
+	if len(l.omitted) == 0 {
+		return time.Time{}
+	}
+	return l.since.Add(changeTime)
+}
+
+// flush logs how many there were, where changeTime has passed.
+func (l *changeLog) flush(now time.Time) {
+	if now.Before(l.since.Add(changeTime)) {
+		return
+	}
+	if len(l.omitted) > 0 {
+		l.log.Info("more services have changed", "healthy", l.omitted[healthy], "degraded", l.omitted[degraded], "unhealthy", l.omitted[unhealthy], "gone", l.omitted[unregistered])
+	}
+	l.lines, l.omitted = 0, nil
 }

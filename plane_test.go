@@ -14,27 +14,21 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
 	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
-
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
-
 	reflectionpb "google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
-
-	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
-
-	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 )
 
 const (
@@ -53,9 +47,7 @@ type planeClient struct {
 func startPlane(t testing.TB, r *registry) planeClient {
 	t.Helper()
 	lis, endpoint, err := listenPlane("127.0.0.1", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	p := servePlane(r, planeConfig{listener: lis, log: slog.New(slog.DiscardHandler)})
 	t.Cleanup(p.stop)
 	return dialPlane(t, endpoint)
@@ -63,10 +55,7 @@ func startPlane(t testing.TB, r *registry) planeClient {
 
 func dialPlane(t testing.TB, endpoint string, options ...grpc.DialOption) planeClient {
 	t.Helper()
-	conn, err := grpc.NewClient(endpoint, append(options, grpc.WithTransportCredentials(insecure.NewCredentials()))...)
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := get(grpc.NewClient(endpoint, append(options, grpc.WithTransportCredentials(insecure.NewCredentials()))...))(t)
 	t.Cleanup(func() { conn.Close() })
 	return planeClient{conn, flowctlpb.NewControlPlaneClient(conn), flowctlv1.NewControlPlaneServiceClient(conn)}
 }
@@ -139,9 +128,7 @@ func restoreAll(t testing.TB, r *registry, services []savedService, now time.Tim
 			}
 		}
 	}, now)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 }
 
 func wantCode(t testing.TB, what string, err error, want codes.Code) {
@@ -161,10 +148,7 @@ func wantProto(t testing.TB, what string, got, want proto.Message) {
 // listedIDs are the ids that ListServices gives, in its order.
 func listedIDs(t testing.TB, r *registry) []string {
 	t.Helper()
-	list, err := legacyServer{registry: r}.ListServices(t.Context(), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	list := get(legacyServer{registry: r}.ListServices(t.Context(), nil))(t)
 	var out []string
 	for _, s := range list.GetServices() {
 		out = append(out, s.GetServiceId())
@@ -239,12 +223,10 @@ func TestServiceIsSeenThroughBothDialects(t *testing.T) {
 			before := time.Now()
 			id := c.mustRegister(t, test.dialect, test.reg).id
 			for _, metrics := range test.legacy {
-				_, err := c.legacy.Heartbeat(t.Context(), &flowctlpb.ServiceHeartbeat{ServiceId: id, Metrics: metrics})
-				wantCode(t, "legacy heartbeat", err, codes.OK)
+				get(c.legacy.Heartbeat(t.Context(), &flowctlpb.ServiceHeartbeat{ServiceId: id, Metrics: metrics}))(t)
 			}
 			for _, metrics := range test.v1 {
-				_, err := c.v1.Heartbeat(t.Context(), &flowctlv1.HeartbeatRequest{ServiceId: id, Metrics: metrics})
-				wantCode(t, "v1 heartbeat", err, codes.OK)
+				get(c.v1.Heartbeat(t.Context(), &flowctlv1.HeartbeatRequest{ServiceId: id, Metrics: metrics}))(t)
 			}
 			got, gotV1 := c.mustStatus(t, id)
 			for what, at := range map[string]time.Time{
@@ -294,9 +276,9 @@ func TestErrorsAreStatusCodes(t *testing.T) {
 		{"component that has not registered", legacy + "GetServiceStatus", &flowctlpb.ServiceInfo{ServiceId: "store"}, codes.NotFound},
 		{"component that has not registered", v1 + "Heartbeat", &flowctlv1.HeartbeatRequest{ServiceId: "store"}, codes.NotFound},
 		{"component that has not registered", v1 + "UnregisterComponent", &flowctlv1.UnregisterRequest{ServiceId: "store"}, codes.NotFound},
-		{"message above the bound", legacy + "Register", &flowctlpb.ServiceInfo{ServiceId: strings.Repeat("x", maxMessage)}, codes.ResourceExhausted},
-		{"message above the bound", v1 + "Heartbeat", &flowctlv1.HeartbeatRequest{ServiceId: strings.Repeat("x", maxMessage)}, codes.ResourceExhausted},
-		{"unknown method", legacy + "Nothing", &emptypb.Empty{}, codes.Unimplemented},
+		{"too many event types", v1 + "DiscoverComponents", &flowctlv1.DiscoveryRequest{EventTypes: slices.Repeat([]string{"t"}, maxEntries+1)}, codes.ResourceExhausted},
+		{"too many filters", v1 + "DiscoverComponents", &flowctlv1.DiscoveryRequest{MetadataFilters: entries(maxEntries+1, "")}, codes.ResourceExhausted},
+		{"as many as are allowed", v1 + "DiscoverComponents", &flowctlv1.DiscoveryRequest{EventTypes: slices.Repeat([]string{"t"}, maxEntries)}, codes.OK},
 		{"unknown service of gRPC", "/flowctl.v2.ControlPlane/Register", &emptypb.Empty{}, codes.Unimplemented},
 	} {
 		t.Run(test.name+test.method, func(t *testing.T) {
@@ -306,31 +288,6 @@ func TestErrorsAreStatusCodes(t *testing.T) {
 	}
 }
 
-// A handler must stand what no client of protobuf can send.
-func TestHandlersStandNilMessages(t *testing.T) {
-	t.Parallel()
-	r, ctx := testRegistry(), t.Context()
-	legacy, v1 := legacyServer{registry: r}, v1Server{registry: r}
-	legacy.Register(ctx, nil)
-	legacy.Heartbeat(ctx, nil)
-	legacy.GetServiceStatus(ctx, nil)
-	legacy.ListServices(ctx, nil)
-	v1.RegisterComponent(ctx, nil)
-	v1.UnregisterComponent(ctx, nil)
-	v1.DiscoverComponents(ctx, nil)
-	v1.Heartbeat(ctx, nil)
-	v1.GetComponentStatus(ctx, nil)
-	v1.ListComponents(ctx, nil)
-}
-
-// Identity
-
-// Changes of health
-
-// Bounds
-
-// Lists
-
 func TestListsAndFilters(t *testing.T) {
 	t.Parallel()
 	c := startPlane(t, testRegistry())
@@ -339,8 +296,7 @@ func TestListsAndFilters(t *testing.T) {
 	c.mustRegister(t, "v1", registration{id: "x", kind: flowctlpb.ServiceType_SERVICE_TYPE_SOURCE, outputEvents: []string{"price"}, metadata: map[string]string{"net": "main", "empty": ""}})
 	c.mustRegister(t, "legacy", registration{id: "ui", kind: flowctlpb.ServiceType_SERVICE_TYPE_PIPELINE})
 	for _, id := range []string{"store", "x"} {
-		_, err := c.v1.Heartbeat(t.Context(), &flowctlv1.HeartbeatRequest{ServiceId: id, Status: flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY})
-		wantCode(t, "heartbeat", err, codes.OK)
+		get(c.v1.Heartbeat(t.Context(), &flowctlv1.HeartbeatRequest{ServiceId: id, Status: flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY}))(t)
 	}
 	const (
 		source   = flowctlv1.ComponentType_COMPONENT_TYPE_SOURCE
@@ -391,9 +347,7 @@ func TestListsAndFilters(t *testing.T) {
 					got = append(got, s.GetComponent().GetId())
 				}
 			}
-			if got := strings.Join(got, " "); got != test.want {
-				t.Errorf("got %q, want %q", got, test.want)
-			}
+			wantEqual(t, "found", strings.Join(got, " "), test.want)
 		})
 	}
 }
@@ -417,23 +371,18 @@ func TestUnregister(t *testing.T) {
 			c := startPlane(t, r)
 			c.mustRegister(t, "v1", test.reg)
 			in := &flowctlv1.UnregisterRequest{ServiceId: test.as}
+			get(c.v1.UnregisterComponent(t.Context(), in))(t)
 			_, err := c.v1.UnregisterComponent(t.Context(), in)
-			wantCode(t, "deregistration", err, codes.OK)
-			_, err = c.v1.UnregisterComponent(t.Context(), in)
 			wantCode(t, "another deregistration", err, codes.NotFound)
 			for _, id := range []string{test.reg.id, cmp.Or(test.reg.componentID, test.reg.id)} {
 				wantCode(t, "heartbeat as "+id, c.heartbeat(t.Context(), "legacy", id), codes.NotFound)
 			}
-			if got := listedIDs(t, r); got != nil {
-				t.Errorf("listed: got %q, want none", got)
-			}
+			wantEqual(t, "listed", listedIDs(t, r), nil)
 			c.mustRegister(t, "v1", test.reg)
 			wantCode(t, "heartbeat after another registration", c.heartbeat(t.Context(), "legacy", test.as), codes.OK)
 		})
 	}
 }
-
-// Serving
 
 func TestHealthServiceAndReflection(t *testing.T) {
 	t.Parallel()
@@ -448,17 +397,9 @@ func TestHealthServiceAndReflection(t *testing.T) {
 		}
 	}
 
-	stream, err := reflectionpb.NewServerReflectionClient(c.conn).ServerReflectionInfo(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := stream.Send(&reflectionpb.ServerReflectionRequest{MessageRequest: &reflectionpb.ServerReflectionRequest_ListServices{}}); err != nil {
-		t.Fatal(err)
-	}
-	in, err := stream.Recv()
-	if err != nil {
-		t.Fatal(err)
-	}
+	stream := get(reflectionpb.NewServerReflectionClient(c.conn).ServerReflectionInfo(t.Context()))(t)
+	must(t, stream.Send(&reflectionpb.ServerReflectionRequest{MessageRequest: &reflectionpb.ServerReflectionRequest_ListServices{}}))
+	in := get(stream.Recv())(t)
 	var names []string
 	for _, s := range in.GetListServicesResponse().GetService() {
 		names = append(names, s.GetName())
@@ -474,14 +415,9 @@ func TestHealthServiceAndReflection(t *testing.T) {
 func TestStopEndsAnOpenStream(t *testing.T) {
 	t.Parallel()
 	lis, endpoint, err := listenPlane("127.0.0.1", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	p := servePlane(testRegistry(), planeConfig{listener: lis, log: slog.New(slog.DiscardHandler)})
-	watch, err := healthpb.NewHealthClient(dialPlane(t, endpoint).conn).Watch(t.Context(), &healthpb.HealthCheckRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	watch := get(healthpb.NewHealthClient(dialPlane(t, endpoint).conn).Watch(t.Context(), &healthpb.HealthCheckRequest{}))(t)
 	for _, want := range []healthpb.HealthCheckResponse_ServingStatus{healthpb.HealthCheckResponse_SERVING, healthpb.HealthCheckResponse_NOT_SERVING} {
 		if got, err := watch.Recv(); err != nil || got.GetStatus() != want {
 			t.Fatalf("watch: got %v, %v, want %v", got.GetStatus(), err, want)
@@ -496,31 +432,15 @@ func TestStopEndsAnOpenStream(t *testing.T) {
 	p.done.Wait()
 }
 
-// logRecorder keeps what is logged.
-type logRecorder struct {
-	mu  sync.Mutex
-	out strings.Builder
-}
-
-func (l *logRecorder) Write(line []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.out.Write(line)
-}
-
 func TestStopIsNoError(t *testing.T) {
 	t.Parallel()
-	var log logRecorder
+	log := newTranscript()
 	for range 50 { // stop comes before the first accept as well as after it
 		lis, _, err := listenPlane("127.0.0.1", 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		servePlane(testRegistry(), planeConfig{listener: lis, log: slog.New(slog.NewTextHandler(&log, nil))}).stop()
+		must(t, err)
+		servePlane(testRegistry(), planeConfig{listener: lis, log: slog.New(slog.NewTextHandler(log, nil))}).stop()
 	}
-	if got := log.out.String(); got != "" {
-		t.Errorf("logged: got %s, want nothing", got)
-	}
+	wantEqual(t, "logged", log.String(), "")
 }
 
 func TestEndpointIsOneThatComponentsCanDial(t *testing.T) {
@@ -537,39 +457,20 @@ func TestEndpointIsOneThatComponentsCanDial(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer lis.Close()
-			if want := net.JoinHostPort(test.host, fmt.Sprint(lis.Addr().(*net.TCPAddr).Port)); endpoint != want {
-				t.Errorf("got %q, want %q", endpoint, want)
+			wantEqual(t, "endpoint", endpoint, net.JoinHostPort(test.host, fmt.Sprint(lis.Addr().(*net.TCPAddr).Port)))
+			get(net.Dial("tcp", endpoint))(t).Close()
+			_, err = net.Dial("tcp", net.JoinHostPort("::1", fmt.Sprint(lis.Addr().(*net.TCPAddr).Port)))
+			if test.address == "0.0.0.0" && err == nil {
+				t.Error("it listens at all of IPv6 too")
 			}
-			conn, err := net.Dial("tcp", endpoint)
-			if err != nil {
-				t.Fatal(err)
-			}
-			conn.Close()
 		})
-	}
-}
-
-// An address of IPv4 is one, and 0.0.0.0 not all of IPv6 too.
-func TestAddressOfIPv4IsNoMore(t *testing.T) {
-	t.Parallel()
-	lis, _, err := listenPlane("0.0.0.0", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer lis.Close()
-	conn, err := net.Dial("tcp", net.JoinHostPort("::1", fmt.Sprint(lis.Addr().(*net.TCPAddr).Port)))
-	if err == nil {
-		conn.Close()
-		t.Errorf("it listens at %s", conn.RemoteAddr())
 	}
 }
 
 func TestPortInUse(t *testing.T) {
 	t.Parallel()
 	lis, _, err := listenPlane("127.0.0.1", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	defer lis.Close()
 	if _, _, err := listenPlane("127.0.0.1", lis.Addr().(*net.TCPAddr).Port); !errors.Is(err, syscall.EADDRINUSE) {
 		t.Errorf("got %v, want %v", err, syscall.EADDRINUSE)
@@ -584,31 +485,16 @@ func TestUnixSocket(t *testing.T) {
 		want   string                          // part of the error
 	}{
 		{"new", func(*testing.T, string) {}, ""},
-		{"stale socket is replaced", func(t *testing.T, path string) {
-			lis, err := net.ListenUnix("unix", &net.UnixAddr{Name: path})
-			if err != nil {
-				t.Fatal(err)
-			}
-			lis.SetUnlinkOnClose(false)
-			lis.Close()
-		}, ""},
 		{"live socket is refused", func(t *testing.T, path string) {
-			lis, err := net.Listen("unix", path)
-			if err != nil {
-				t.Fatal(err)
-			}
+			lis := get(net.Listen("unix", path))(t)
 			t.Cleanup(func() { lis.Close() })
 		}, "another's socket"},
 		{"live socket whose queue is full is refused", func(t *testing.T, path string) { fullSocket(t, path) }, "another's socket"},
 		{"plain file is not deleted", func(t *testing.T, path string) {
-			if err := os.WriteFile(path, []byte("precious"), 0o644); err != nil {
-				t.Fatal(err)
-			}
+			must(t, os.WriteFile(path, []byte("precious"), 0o644))
 		}, "is no socket"},
 		{"link to a socket's place is not followed", func(t *testing.T, path string) {
-			if err := os.Symlink(path+".elsewhere", path); err != nil {
-				t.Fatal(err)
-			}
+			must(t, os.Symlink(path+".elsewhere", path))
 		}, "is no socket"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -625,12 +511,8 @@ func TestUnixSocket(t *testing.T) {
 				}
 				return
 			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			if want := "unix://" + path; endpoint != want {
-				t.Errorf("endpoint: got %q, want %q", endpoint, want)
-			}
+			must(t, err)
+			wantEqual(t, "endpoint", endpoint, "unix://"+path)
 			if info, err := os.Stat(path); err != nil || info.Mode() != os.ModeSocket|0o600 {
 				t.Errorf("got mode %v, %v, want %v", info.Mode(), err, os.ModeSocket|0o600)
 			}
@@ -652,31 +534,21 @@ func TestUnixSocket(t *testing.T) {
 func TestListenUnix_OneOfManyReplacesALeftSocket(t *testing.T) {
 	for range 20 {
 		path := filepath.Join(t.TempDir(), "s")
-		left, err := net.ListenUnix("unix", &net.UnixAddr{Name: path})
-		if err != nil {
-			t.Fatal(err)
-		}
+		left := get(net.ListenUnix("unix", &net.UnixAddr{Name: path}))(t)
 		left.SetUnlinkOnClose(false)
 		left.Close()
-		var starts sync.WaitGroup
 		listeners := make(chan net.Listener, 8)
-		for range cap(listeners) {
-			starts.Go(func() {
-				if lis, _, err := listenPlane("unix:"+path, 0); err == nil {
-					listeners <- lis
-				} else if !strings.Contains(err.Error(), "another's socket") {
-					t.Error(err)
-				}
-			})
-		}
-		starts.Wait()
+		atOnce(cap(listeners), func(int) {
+			if lis, _, err := listenPlane("unix:"+path, 0); err == nil {
+				listeners <- lis
+			} else if !strings.Contains(err.Error(), "another's socket") {
+				t.Error(err)
+			}
+		})
 		if n := len(listeners); n != 1 {
 			t.Fatalf("%d listen, want 1", n)
 		}
-		conn, err := net.Dial("unix", path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		conn := get(net.Dial("unix", path))(t)
 		conn.Close()
 		(<-listeners).Close()
 	}
@@ -690,9 +562,7 @@ func fullSocket(t *testing.T, path string) {
 		t.Cleanup(func() { syscall.Close(fd) })
 		err = errors.Join(syscall.Bind(fd, &syscall.SockaddrUnix{Name: path}), syscall.Listen(fd, 0))
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	for range 10 {
 		conn, err := net.Dial("unix", path)
 		if err != nil {
@@ -701,82 +571,6 @@ func fullSocket(t *testing.T, path string) {
 		t.Cleanup(func() { conn.Close() })
 	}
 	t.Skip("the kernel's queue is never full")
-}
-
-// Everything at once
-
-// TestManyClientsAtOnce is for the race detector.
-func TestManyClientsAtOnce(t *testing.T) {
-	t.Parallel()
-	r := newRegistry(time.Millisecond, time.Minute, "", testMembers())
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	var clients, subscriber sync.WaitGroup
-	var heard atomic.Int64
-	subscriber.Go(func() {
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case <-r.wake:
-				heard.Add(int64(len(r.changes(time.Now()))))
-			}
-		}
-	})
-	first := startPlane(t, r)
-	for i := range 8 {
-		c := first
-		if i%2 == 1 {
-			c = dialPlane(t, first.conn.Target())
-		}
-		clients.Go(func() { hammer(t, ctx, c, r, i) })
-	}
-	clients.Wait()
-	cancel()
-	subscriber.Wait()
-	if heard.Load() == 0 {
-		t.Error("the subscriber heard of no change")
-	}
-	checkRegistry(t, r, time.Now())
-}
-
-// Benchmarks
-
-// What is said on a connection is not looked up again.
-func TestOneLookupForEachConnection(t *testing.T) {
-	t.Parallel()
-	lis, endpoint, err := listenPlane("127.0.0.1", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var lookups atomic.Int64
-	identify := func(net.Conn, string) origin {
-		lookups.Add(1)
-		return origin{component: "store", known: true}
-	}
-	p := servePlane(testRegistry(), planeConfig{listener: lis, peer: identify, log: slog.New(slog.DiscardHandler)})
-	t.Cleanup(p.stop)
-	for n := range int64(3) {
-		c := dialPlane(t, endpoint)
-		if _, err := c.legacy.ListServices(t.Context(), nil); err != nil || lookups.Load() != n {
-			t.Errorf("%d lookups for %d connections and one on which nothing was said: %v", lookups.Load(), n, err)
-		}
-		if got := c.mustRegister(t, "legacy", registration{}).id; got != "store" {
-			t.Errorf("registered as %q", got)
-		}
-		var calls sync.WaitGroup
-		for i := range 10 {
-			calls.Go(func() {
-				for range 100 {
-					wantCode(t, "heartbeat", c.heartbeat(t.Context(), dialects[i%2], "store"), codes.OK)
-				}
-			})
-		}
-		calls.Wait()
-		if lookups.Load() != n+1 {
-			t.Errorf("%d lookups for %d connections", lookups.Load(), n+1)
-		}
-	}
 }
 
 // A socket file that a killed flowctl left is no obstacle.
@@ -788,9 +582,7 @@ func TestServerReplacesLeftSocket(t *testing.T) {
 	p.waitErr("msg=listening")
 	p.signal(syscall.SIGKILL)
 	<-p.done
-	if _, err := os.Lstat(socket); err != nil {
-		t.Fatal(err)
-	}
+	get(os.Lstat(socket))(t)
 	p = start(t, args)
 	p.waitErr("msg=listening")
 	p.stop()
@@ -799,10 +591,7 @@ func TestServerReplacesLeftSocket(t *testing.T) {
 // listed returns what the control plane has to show of its components, in its order.
 func (c planeClient) listed(tb testing.TB) []*operatorv1.Component {
 	tb.Helper()
-	out, err := operatorv1.NewOperatorClient(c.conn).GetPipeline(tb.Context(), &operatorv1.GetPipelineRequest{})
-	if err != nil {
-		tb.Fatal(err)
-	}
+	out := get(operatorv1.NewOperatorClient(c.conn).GetPipeline(tb.Context(), &operatorv1.GetPipelineRequest{}))(tb)
 	return out.GetComponents()
 }
 
@@ -815,4 +604,26 @@ func (c planeClient) one(tb testing.TB, id string) *operatorv1.Component {
 		}
 	}
 	return nil
+}
+
+// Many that come and go are summed up.
+func TestChangeLog_SumsUp(t *testing.T) {
+	t.Parallel()
+	var out strings.Builder
+	l, now := changeLog{log: slog.New(slog.NewTextHandler(&out, nil)), most: guestLines}, testEpoch
+	for i := range guestLines + 30 {
+		l.add(change{id: fmt.Sprint("x-", i), now: []condition{healthy, unregistered, unhealthy}[i%3]}, now)
+		now = now.Add(time.Millisecond)
+	}
+	if n := strings.Count(out.String(), "\n"); n != guestLines || l.due() != testEpoch.Add(changeTime) {
+		t.Errorf("%d lines, and the sum is due at %s\n%s", n, l.due(), out.String())
+	}
+	l.flush(l.due())
+	if want := `msg="more services have changed" healthy=10 degraded=0 unhealthy=10 gone=10`; !strings.Contains(out.String(), want) || !l.due().IsZero() {
+		t.Errorf("want %s\n%s", want, out.String())
+	}
+	l.add(change{id: "later", now: healthy}, now.Add(changeTime))
+	if !strings.Contains(out.String(), "id=later") || !l.due().IsZero() {
+		t.Errorf("one that comes later\n%s", out.String())
+	}
 }

@@ -13,7 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"slices"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -27,15 +27,14 @@ import (
 )
 
 // firstCheckWait is the time from the first check of a component to the second, unless its
-// health_interval is shorter. It doubles with each check until one passes, so that the start of
-// a pipeline waits for no interval.
+// health_interval is shorter. It doubles until a check passes: the start waits for no interval.
 const firstCheckWait = 20 * time.Millisecond
 
 // checks makes the health checks of the components that run, each in a goroutine of its own.
 // Its methods are called from one goroutine, which also takes what comes from results.
 type checks struct {
 	results chan checkResult
-	ownerOf func(pid int) (id string, known bool) // the component that a process belongs to
+	ownerOf func(pid int) (id string, known bool, err error) // the component that a process belongs to
 	log     *slog.Logger
 	cancels map[string]context.CancelFunc // by component
 	running sync.WaitGroup
@@ -44,11 +43,10 @@ type checks struct {
 // checkResult is what the checks of a component come to after one more of them.
 type checkResult struct {
 	child   *child // the process that was checked
-	id      string
 	failing string // why it is not well; "" for a pass
 }
 
-func newChecks(ownerOf func(pid int) (id string, known bool), log *slog.Logger) *checks {
+func newChecks(ownerOf func(pid int) (id string, known bool, err error), log *slog.Logger) *checks {
 	return &checks{results: make(chan checkResult), ownerOf: ownerOf, log: log, cancels: make(map[string]context.CancelFunc)}
 }
 
@@ -66,8 +64,7 @@ func (s *checks) start(c *Component, ch *child) {
 	s.running.Go(func() { s.run(ctx, c, ch) })
 }
 
-// stop ends the checks of a component, if there are any. It does not wait for one that is being
-// made: a result may still come.
+// stop ends the checks of a component, if there are any. The result of one may still come.
 func (s *checks) stop(id string) {
 	if cancel := s.cancels[id]; cancel != nil {
 		cancel()
@@ -86,16 +83,14 @@ func (s *checks) close() {
 // run makes the checks of c until ctx ends.
 func (s *checks) run(ctx context.Context, c *Component, ch *child) {
 	failures, step, passed := 0, min(firstCheckWait, c.healthInterval()), false
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	for {
+	for wait := time.Duration(0); ; wait = step {
 		select {
-		case <-timer.C:
+		case <-time.After(wait):
 		case <-ctx.Done():
 			return
 		}
-		result := checkResult{child: ch, id: c.ID}
-		err := probeOnce(ctx, c, ch)
+		result := checkResult{child: ch}
+		err := probe(ctx, c, ch)
 		switch {
 		case err == nil:
 			if !passed {
@@ -114,13 +109,14 @@ func (s *checks) run(ctx context.Context, c *Component, ch *child) {
 			select {
 			case s.results <- result:
 			case <-ctx.Done():
-				return
 			}
+		}
+		if ch.endBeside(ctx); ctx.Err() != nil {
+			return
 		}
 		if passed && c.readyOnceRunning() {
 			return
 		}
-		timer.Reset(step)
 	}
 }
 
@@ -136,80 +132,82 @@ func (s *checks) warnIfForeign(c *Component, ch *child) {
 	if !ok {
 		return
 	}
-	if id, known := s.ownerOf(pid); known && id != c.ID {
+	if id, known, err := s.ownerOf(pid); err == nil && known && id != c.ID {
 		s.log.Warn("health_check passes, but what listens there is not of this component", "component", c.ID, "addr", u.Host, "pid", pid, "name", clean(name))
 	}
 }
 
-// describeFailing says which check failed and how often, as the beginning of a reason.
+// describeFailing says which check failed and how often in a row, 0 for failures that do not count.
+// Once c is unhealthy it stays the same.
 func describeFailing(c *Component, ch *child, failures int) string {
-	if c.readyOnceRunning() {
+	failures = min(failures, c.healthRetries())
+	often := fmt.Sprintf("failed %d times running", failures)
+	switch {
+	case c.readyOnceRunning():
 		return "its container does not run yet"
+	case failures == 0:
+		often = "has not passed yet"
+	case failures == 1:
+		often = "failed"
 	}
-	return fmt.Sprintf("health_check %s %s", withoutPassword(ch.fill(c.HealthCheck)), howOften(min(failures, c.healthRetries())))
+	return fmt.Sprintf("health_check %s %s", shownCheck(ch.fill(c.HealthCheck)), often)
 }
 
-// howOften says how often in a row a check has failed, up to the number that makes its
-// component unhealthy: after that the cause stays the same. 0 is for failures that do not count.
-func howOften(failures int) string {
-	switch failures {
-	case 0:
-		return "has not passed yet"
-	case 1:
-		return "failed"
+// shownCheck returns a check as everybody may see it: without arguments, passwords and the values of
+// a query.
+func shownCheck(check string) string {
+	if line, ok := strings.CutPrefix(check, "exec:"); ok {
+		argv, _ := words(line) // checkHealth has found it right
+		if len(argv) > 1 {
+			return "exec:" + argv[0] + " ***"
+		}
+		return check
 	}
-	return fmt.Sprintf("failed %d times running", failures)
+	u, err := url.Parse(check)
+	if err != nil {
+		return "***"
+	}
+	shown := u.Scheme + "://"
+	if _, hasPassword := u.User.Password(); hasPassword {
+		shown += url.User(u.User.Username()).String() + ":***@"
+	} else if u.User != nil {
+		shown += "***@"
+	}
+	shown += u.Host + u.EscapedPath()
+	if u.RawQuery != "" {
+		shown += "?" + queryFields.ReplaceAllString(u.RawQuery, "$1$2***")
+	}
+	return shown
 }
 
-// withoutPassword returns a check as it may be shown.
-func withoutPassword(check string) string {
-	if u, err := url.Parse(check); err == nil && u.User != nil {
-		return u.Redacted()
-	}
-	return check
-}
+var queryFields = regexp.MustCompile(`(^|&)([^=&]*=)?[^&]*`) // one without a name may be a token itself
 
-// probeOnce is probe within the component's health_timeout.
-func probeOnce(ctx context.Context, c *Component, ch *child) error {
+// probe makes one check of c, within its health_timeout. It fails if the check does not pass.
+func probe(ctx context.Context, c *Component, ch *child) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, c.healthTimeout())
 	defer cancel()
-	err := probe(ctx, c, ch)
+	u, parseErr := url.Parse(ch.fill(c.HealthCheck))
+	switch {
+	case c.readyOnceRunning():
+		err = ch.container.checkRuns(ctx)
+	case len(c.HealthCommand) > 0:
+		err = probeExec(ctx, c.HealthCommand, ch)
+	case parseErr != nil:
+		err = parseErr.(*url.Error).Err // which does not show it
+	case u.Scheme == "tcp":
+		var conn net.Conn
+		if conn, err = new(net.Dialer).DialContext(ctx, "tcp", u.Host); err == nil {
+			conn.Close()
+		}
+	case u.Scheme == "grpc":
+		err = probeGRPC(ctx, u.Host, strings.TrimPrefix(u.Path, "/"))
+	default: // http or https
+		err = probeHTTP(ctx, u)
+	}
 	if errors.Is(err, context.DeadlineExceeded) {
 		return fmt.Errorf("no answer within %s", c.healthTimeout())
 	}
 	return err
-}
-
-// probe makes one check of c, whose process is ch. It fails with the reason why the check does
-// not pass. ctx bounds how long it takes.
-func probe(ctx context.Context, c *Component, ch *child) error {
-	if c.readyOnceRunning() {
-		return ch.container.checkRuns(ctx)
-	}
-	if len(c.HealthCommand) > 0 {
-		argv := slices.Clone(c.HealthCommand)
-		for i := range argv {
-			argv[i] = ch.fill(argv[i])
-		}
-		return probeExec(ctx, argv, ch)
-	}
-	u, err := url.Parse(ch.fill(c.HealthCheck))
-	if err != nil {
-		return err
-	}
-	switch u.Scheme {
-	case "http", "https":
-		return probeHTTP(ctx, u)
-	case "tcp":
-		conn, err := new(net.Dialer).DialContext(ctx, "tcp", u.Host)
-		if err == nil {
-			conn.Close()
-		}
-		return err
-	case "grpc":
-		return probeGRPC(ctx, u.Host, strings.TrimPrefix(u.Path, "/"))
-	}
-	return fmt.Errorf("unknown scheme %q", u.Scheme)
 }
 
 // fill replaces $HEALTH_PORT by its value.
@@ -231,7 +229,7 @@ func probeHTTP(ctx context.Context, u *url.URL) error {
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	resp, err := client.Do(req)
-	if named := (*url.Error)(nil); errors.As(err, &named) {
+	if named, ok := errors.AsType[*url.Error](err); ok {
 		return named.Err // the caller names the URL
 	} else if err != nil {
 		return err
@@ -265,9 +263,12 @@ func probeGRPC(ctx context.Context, target, service string) error {
 	return nil
 }
 
-// probeExec passes if the command ends with 0. Else it fails with the last line that the
-// command printed.
-func probeExec(ctx context.Context, argv []string, ch *child) error {
+// probeExec passes if the command ends with 0, else it fails with the command's last line.
+func probeExec(ctx context.Context, command []string, ch *child) error {
+	var argv []string
+	for _, arg := range command {
+		argv = append(argv, ch.fill(arg))
+	}
 	exit, lines, err := ch.run(ctx, argv)
 	switch {
 	case err != nil:

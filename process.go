@@ -1,23 +1,24 @@
 package main
 
-// How the process of a component is started and seen to its end: its environment, port,
-// process group, signals and output. process_linux.go has what only Linux can do: the
-// reaper, the control group and the guard.
+// How the process of a component is started and seen to its end: its environment, port, process
+// group, signals and output. process_linux.go has the reaper, the control group and the guard.
 
 import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/hmac"
 	"crypto/rand"
-	"errors"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
+	"maps"
+	"math"
 	"net"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
@@ -30,22 +31,15 @@ import (
 
 const (
 	sweepGrace   = time.Second             // from SIGTERM to SIGKILL for what has left its component when the run ends
+	leftGrace    = time.Second             // from the stop signal to SIGKILL for what a process leaves that ends by itself
 	outputGrace  = 1500 * time.Millisecond // for the output of a process that got SIGKILL to be taken
 	killPatience = 5 * time.Second         // from SIGKILL until flowctl no longer waits: only a process stuck in the kernel lives that long
-
-	minBuffer = 16 << 10 // bytes of an output pump; it grows while a line does not fit
-	pipeSize  = 64 << 10 // bytes that a pipe holds, pipe(7): the pump of one that is found full grows to it
-	tailSize  = 4 << 10  // bytes of a component's last output that are kept for a report
 )
 
-// runMark is the variable by which flowctl and its guard recognise the processes of a
-// run. Its value is the run's; that of a flowctl which is itself a component begins with
-// the outer one's and a slash.
+// runMark is the variable by which flowctl and its guard recognise the processes of a run. Its
+// value is the run's, a slash, and the secret of the component. That of a flowctl which is
+// itself a component begins with the outer one's and a slash.
 const runMark = "FLOWCTL_RUN"
-
-// emitter takes whole lines that a component has printed: each ends with a newline. It must
-// not keep the bytes. The pumps call it, one call at a time per stream.
-type emitter func(id, stream string, lines []byte)
 
 // launchConfig is what the processes of a run have in common.
 type launchConfig struct {
@@ -54,6 +48,7 @@ type launchConfig struct {
 	containerEndpoint string        // FLOWCTL_ENDPOINT of containers that are not on the host's network; "" where they cannot reach the plane
 	tlsEnv            []string      // of components with "tls": true, FLOWCTL_ENDPOINT included
 	heartbeat         time.Duration // FLOWCTL_HEARTBEAT_INTERVAL
+	commandEnv        []string      // of the command after --, below flowctl's own environment
 	engine            *engine       // of components with an image, nil for none
 	reaper            *reaper
 	emit              emitter
@@ -62,44 +57,53 @@ type launchConfig struct {
 }
 
 // launcher starts the processes of a run: components, their health checks, and the
-// command after --. One goroutine, the loop of the run, calls its methods; leaders,
-// descendants and the methods of a child may be called from any.
+// command after --. One goroutine, the loop of the run, calls its methods; descendants
+// and the methods of a child may be called from any.
 type launcher struct {
 	config launchConfig
-	mark   string        // the value of runMark
+	mark   string        // of the run, which begins each value of runMark
+	secret []byte        // what the marks of its components are made of
 	exits  chan childEnd // gets the end of each component's process, once
 	closed chan struct{}
 	cgroup *cgroup // nil for none
 	guard  *guard
 
+	inherited       []int                    // descriptors that flowctl was started with, for the command after -- alone
+	attempts        map[string]int           // starts of a component, by its id
 	ports           map[string]*reservedPort // by component
-	containerStarts int                      // numbers the containers of the run
+	envFiles        map[string]*diskTurn     // by path
+	containerStarts atomic.Int64             // numbers the containers of the run
+
+	mu      sync.Mutex     // guards doubted
+	doubted map[int]uint64 // processes of which nobody can tell who left them, by pid: when they began
 }
 
-// childEnd is how a component's process has ended, when nothing is left of its group and
-// its output has been passed on.
+// childEnd is how a component's process has ended, with its group and its output.
 type childEnd struct {
 	child        *child
 	status       syscall.WaitStatus
+	unasked      bool  // its first process ended by itself, also where it was told to stop before the rest had ended
 	lost         bool  // nobody took the rest of its output
 	containerErr error // why its container may still be there
 }
 
-// newLauncher returns a launcher with its guard. The caller calls close when no component
-// runs any more.
+// newLauncher returns a launcher with its guard. It is closed when no component runs any more.
 func newLauncher(config launchConfig) (*launcher, error) {
 	l := &launcher{
-		config: config, mark: strings.TrimPrefix(os.Getenv(runMark)+"/"+rand.Text(), "/"),
-		exits: make(chan childEnd), closed: make(chan struct{}), ports: make(map[string]*reservedPort),
+		config: config, mark: strings.TrimPrefix(os.Getenv(runMark)+"/"+rand.Text(), "/"), secret: []byte(rand.Text()),
+		exits: make(chan childEnd), closed: make(chan struct{}), attempts: make(map[string]int), ports: make(map[string]*reservedPort), envFiles: make(map[string]*diskTurn), doubted: make(map[int]uint64),
 	}
-	reserveThreads()
+	reserveThreads(8)
+	var err error
+	if l.inherited, err = holdBack(); err != nil {
+		config.log.Warn("components may get descriptors of who has started flowctl", "err", err)
+	}
 	l.cgroup = makeCgroup(l.mark)
 	enginePath := ""
 	if config.engine != nil {
 		config.engine.run, config.engine.env = l.mark, append(baseEnv(), runMark+"="+l.mark)
 		enginePath = config.engine.path
 	}
-	var err error
 	if l.guard, err = startGuard(l.mark, l.cgroup.path(), enginePath, config.reaper, config.log); err != nil {
 		l.cgroup.remove()
 		return nil, fmt.Errorf("cannot start the guard, which ends the components of a flowctl that is killed: %v", err)
@@ -107,11 +111,11 @@ func newLauncher(config launchConfig) (*launcher, error) {
 	return l, nil
 }
 
-// close ends what components have left behind, and the guard. Of the launcher's goroutines
-// only those go on that wait for a process which SIGKILL has not ended.
-func (l *launcher) close() {
-	l.sweep(sweepGrace)
-	if l.containerStarts > 0 {
+// close ends what components have left behind, and the guard. It returns what SIGKILL has not
+// ended. Of the launcher's goroutines only those go on that wait for such a process.
+func (l *launcher) close() (left []procInfo) {
+	left = l.sweep(sweepGrace)
+	if l.containerStarts.Load() > 0 {
 		l.removeContainers()
 	}
 	l.guard.dismiss()
@@ -120,10 +124,10 @@ func (l *launcher) close() {
 		port.release()
 	}
 	close(l.closed)
+	return left
 }
 
-// removeContainers removes containers of the run that are still there: an engine may have
-// made one after its command line was killed.
+// removeContainers removes containers that an engine has made after its command line was killed.
 func (l *launcher) removeContainers() {
 	names, err := l.config.engine.remove(context.Background(), "label="+labelRun+"="+l.mark)
 	if len(names) > 0 {
@@ -134,11 +138,9 @@ func (l *launcher) removeContainers() {
 	}
 }
 
-// reserveThreads has the runtime start threads before components can use up what the system
-// allows: one that it cannot start later is the end of flowctl, not an error that could be
-// told.
-func reserveThreads() {
-	const spare = 8
+// reserveThreads has the runtime start threads before components can use up what the system allows:
+// one that it cannot start later is the end of flowctl, not an error that could be told.
+func reserveThreads(spare int) {
 	var ready, done sync.WaitGroup
 	ready.Add(spare)
 	for range spare {
@@ -152,35 +154,70 @@ func reserveThreads() {
 	done.Wait()
 }
 
+// started is what flowctl has started a process for.
+type started struct {
+	id     string // of a component, or commandID; "" for a helper
+	beside bool   // it is not the component, but a check of it
+}
+
+// markOf returns the value of runMark that the processes of component id are started with. Nobody can make it of those of others.
+func (l *launcher) markOf(id string) string {
+	mac := hmac.New(sha256.New, l.secret)
+	mac.Write([]byte(id))
+	return l.mark + "/" + hex.EncodeToString(mac.Sum(nil))
+}
+
 // leaders returns the component that each process belongs to which the launcher has started
 // and which has not ended, by pid.
 func (l *launcher) leaders() map[int]string { return l.config.reaper.leaders() }
 
-// start starts the process of c as the leader of a process group of its own. Its output
+// settledLeaders returns leaders, with what is being started.
+func (l *launcher) settledLeaders() map[int]string { return l.config.reaper.settledLeaders() }
+
+// leads tells whether leaders has pid, of component id.
+func (l *launcher) leads(pid int, id string) bool { return l.config.reaper.leads(pid, id) }
+
+// leaderOf returns the process that the launcher has started as component id, 0 for none.
+func (l *launcher) leaderOf(id string) int { return l.config.reaper.leaderOf(id) }
+
+// containers returns the containers of the run, as the engine knows them now.
+func (l *launcher) containers() (runningContainers, error) {
+	if l.containerStarts.Load() == 0 {
+		return runningContainers{}, nil
+	}
+	return l.config.engine.running()
+}
+
+// start starts the process of c as the leader of a session of its own, which no other process
+// can join, and so of a process group. Its output
 // goes to emit, its end to exits.
 func (l *launcher) start(c *Component) (*child, error) {
 	port, err := l.healthPort(c)
 	if err != nil {
 		return nil, err
 	}
-	cmd, ctr, err := l.command(c, port)
+	cmd, ctr, files, err := l.command(c, port)
 	if err != nil {
 		return nil, err
 	}
 	l.ports[c.ID].release()
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	l.cgroup.hold(cmd.SysProcAttr)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	l.cgroup.part(c.ID).hold(cmd.SysProcAttr)
 	ch := &child{
-		component: c, healthPort: port, launcher: l, cmd: cmd, container: ctr, signals: make(chan syscall.Signal, 1),
+		component: c, healthPort: port, envFiles: files, launcher: l, cmd: cmd, container: ctr, signals: make(chan syscall.Signal, 1),
 		drained: make(chan struct{}), expired: make(chan struct{}),
 	}
 	if err := l.startPiped(ch); err != nil {
 		return nil, describeStart(cmd, err)
 	}
+	l.attempts[c.ID]++
 	ch.pid = cmd.Process.Pid
 	ch.pumping.Store(2)
-	go ch.pump(c.ID, "stdout", ch.outputs[0], l.config.emit, l.config.flush)
-	go ch.pump(c.ID, "stderr", ch.outputs[1], l.config.emit, l.config.flush)
+	for i, stream := range []string{"stdout", "stderr"} {
+		p := newPump(c.ID, stream, ch.outputs[i], l.config.emit, &ch.tail)
+		ch.pumps = append(ch.pumps, p)
+		go ch.pump(p)
+	}
 	go func() {
 		end := ch.reap()
 		select {
@@ -191,8 +228,7 @@ func (l *launcher) start(c *Component) (*child, error) {
 	return ch, nil
 }
 
-// startPiped starts the command of ch with its output in pipes, and for a container its
-// standard input as well.
+// startPiped starts ch with its output in pipes, and a container with its standard input as well.
 func (l *launcher) startPiped(ch *child) (err error) {
 	var theirs []*os.File
 	defer func() {
@@ -218,23 +254,22 @@ func (l *launcher) startPiped(ch *child) (err error) {
 			return err
 		}
 	}
-	return l.startLeader(ch.cmd, ch.component.ID)
+	return l.startLeader(ch.cmd, started{id: ch.component.ID})
 }
 
 // signal sends sig to the process group of ch, or to its container. It never waits.
-func (l *launcher) signal(ch *child, sig syscall.Signal) {
-	if sig == syscall.SIGKILL {
-		ch.kill()
-	} else {
-		ch.signal(sig)
-	}
-}
+func (l *launcher) signal(ch *child, sig syscall.Signal) { ch.signal(sig) }
 
-// startCommand starts the command after --, which leaders has under id, with the
-// environment of commandEnv. ended gets its end, once.
+// startCommand starts the command after --, which leaders has under id. ended gets its end, once.
 func (l *launcher) startCommand(id string, cmd *exec.Cmd) (ended <-chan syscall.WaitStatus, err error) {
-	cmd.Env = l.commandEnv()
-	if err := l.startLeader(cmd, id); err != nil {
+	cmd.Env = l.commandEnv(id)
+	for _, fd := range l.inherited { // it keeps its number
+		if more := fd - 2 - len(cmd.ExtraFiles); more > 0 {
+			cmd.ExtraFiles = append(cmd.ExtraFiles, make([]*os.File, more)...)
+		}
+		cmd.ExtraFiles[fd-3] = os.NewFile(uintptr(fd), "inherited")
+	}
+	if err := l.startLeader(cmd, started{id: id}); err != nil {
 		return nil, err
 	}
 	statuses := make(chan syscall.WaitStatus, 1)
@@ -246,66 +281,103 @@ func (l *launcher) startCommand(id string, cmd *exec.Cmd) (ended <-chan syscall.
 	return statuses, nil
 }
 
-// startLeader starts cmd, a process of component id, and tells the guard of it.
-func (l *launcher) startLeader(cmd *exec.Cmd, id string) error {
-	if err := l.config.reaper.startLeader(cmd, id); err != nil {
+// startLeader starts cmd, a process of a component, and tells the guard of it.
+func (l *launcher) startLeader(cmd *exec.Cmd, what started) error {
+	if err := l.config.reaper.startLeader(cmd, what); err != nil {
 		return err
 	}
-	l.guard.groupStarted(cmd.Process.Pid)
+	l.guard.tell("started", cmd.Process.Pid)
 	return nil
 }
 
-// leaderEnded notes that nothing is left of the group of pid, which was waited for.
 func (l *launcher) leaderEnded(pid int) {
 	l.config.reaper.leaderEnded(pid)
-	l.guard.groupEnded(pid)
+	l.guard.tell("ended", pid)
 }
 
-// command returns the command that runs c: its program, or the command line of the engine,
-// and then its container.
-func (l *launcher) command(c *Component, port string) (cmd *exec.Cmd, ctr *container, err error) {
-	env, err := l.componentEnv(c, port)
+// holdBack has no child get the descriptors above 2 that flowctl was started with, and returns them.
+// What flowctl itself opens no child gets.
+func holdBack() (inherited []int, err error) {
+	folder := "/dev/fd"
+	if runtime.GOOS == "linux" {
+		folder = "/proc/self/fd" // a small /dev may lack the link
+	}
+	dir, err := os.Open(folder)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
+	defer dir.Close()
+	names, err := dir.Readdirnames(-1)
+	syscall.ForkLock.Lock() // some calls open first, and mark then
+	defer syscall.ForkLock.Unlock()
+	for _, name := range names {
+		fd, notNumber := strconv.Atoi(name)
+		if notNumber != nil || fd <= 2 {
+			continue
+		}
+		flags, _, errno := syscall.Syscall(syscall.SYS_FCNTL, uintptr(fd), syscall.F_GETFD, 0)
+		if errno == 0 && flags&syscall.FD_CLOEXEC == 0 {
+			syscall.CloseOnExec(fd)
+			inherited = append(inherited, fd)
+		}
+	}
+	return inherited, err
+}
+
+// command returns the command that runs c: its program, or an engine's and then the container. files are
+// the digests of its env_files, by path. A program that is not found is the error of its start.
+func (l *launcher) command(c *Component, port string) (cmd *exec.Cmd, ctr *container, files map[string]digest, err error) {
 	if c.Image != "" {
-		l.containerStarts++
-		cmd, ctr = l.config.engine.container(c, env, l.containerStarts)
-		return cmd, ctr, nil
+		env, files, err := l.componentEnv(c, nil, port)
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		cmd, ctr = l.config.engine.container(c, env, int(l.containerStarts.Add(1)))
+		cmd.Env = append(cmd.Env, runMark+"="+l.markOf(c.ID)) // what the command line leaves behind is known by it
+		return cmd, ctr, files, nil
 	}
-	cmd = exec.Command(c.Command[0], slices.Concat(c.Command[1:], c.Args)...)
-	cmd.Dir = c.WorkingDir
 	// JOURNAL_STREAM tells of flowctl's standard error, which is not that of the component.
 	base := slices.DeleteFunc(baseEnv(), func(entry string) bool { return strings.HasPrefix(entry, "JOURNAL_STREAM=") })
-	cmd.Env = slices.Concat(base, []string{"PWD=" + c.WorkingDir}, env)
-	return cmd, nil, nil
+	env, files, err := l.componentEnv(c, append(base, "PWD="+c.WorkingDir), port)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	program, err := findProgram(c.Command[0], envMap(env)["PATH"], c.WorkingDir)
+	return &exec.Cmd{Path: program, Args: slices.Concat(c.Command, c.Args), Dir: c.WorkingDir, Env: env, Err: err}, nil, files, nil
 }
 
-// componentEnv returns the variables that c is given, of which the last of a name counts:
-// flowctl's, then those of the file, then those that the file cannot change. A process has
-// baseEnv besides, and a container the environment of its image. It fails where a file of
-// env_files cannot be read.
-func (l *launcher) componentEnv(c *Component, port string) ([]string, error) {
-	var env []string
+// componentEnv returns the environment of c, whose start comes next: what flowctl gives unless it is
+// set, base, the variables of the file, and those that nobody can change. The last of a name counts.
+// files are the digests of its env_files, by path. It fails where one cannot be read.
+func (l *launcher) componentEnv(c *Component, base []string, port string) (env []string, files map[string]digest, err error) {
+	env, files = append([]string{"PYTHONUNBUFFERED=1"}, base...), make(map[string]digest)
 	set := func(name, value string) { env = append(env, name+"="+value) }
 	set("COMPONENT_ID", c.ID)
 	set("SERVICE_ID", c.ID)
 	set("HEALTH_PORT", port)
 	set("HEALTH_ENDPOINT", "http://"+net.JoinHostPort("localhost", port)+"/health")
-	set("FLOWCTL_HEARTBEAT_INTERVAL", strconv.FormatInt(l.config.heartbeat.Milliseconds(), 10)+"ms")
-	for name, value := range c.configEnv() {
-		set(name, value)
-	}
-	for name, value := range c.Env {
-		set(name, value)
-	}
-	for name, path := range c.EnvFiles {
-		value, err := readEnvFile(path)
-		if err != nil {
-			return nil, fmt.Errorf("env_files.%s: %v", name, err)
+	interval := l.config.heartbeat
+	set("FLOWCTL_HEARTBEAT_INTERVAL", strconv.FormatInt(interval.Milliseconds(), 10)+"ms")
+	own, err := c.variables(func(_, path string) (string, error) {
+		if l.envFiles[path] == nil {
+			l.envFiles[path] = newDiskTurn(diskTime)
 		}
+		value, err := readEnvFile(l.envFiles[path], path)
+		files[path] = sha256.Sum256([]byte(value))
+		return value, err
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	for name, value := range own {
 		set(name, value)
 	}
+	if d, err := time.ParseDuration(own[heartbeatVar]); err == nil {
+		interval = d
+	}
+	set("FLOWCTL_HEARTBEAT_INTERVAL_MS", strconv.FormatInt(interval.Milliseconds(), 10))
+	set("FLOWCTL_RUN_ID", runID(l.mark))
+	set("FLOWCTL_ATTEMPT", strconv.Itoa(l.attempts[c.ID]+1))
 	set("ENABLE_FLOWCTL", "true")
 	set("FLOWCTL_ENABLED", "true")
 	if c.TLS {
@@ -314,8 +386,46 @@ func (l *launcher) componentEnv(c *Component, port string) ([]string, error) {
 	set("FLOWCTL_ENDPOINT", l.config.endpointOf(c))
 	set("FLOWCTL_COMPONENT_ID", c.ID)
 	set("FLOWCTL_SERVICE_ID", c.ID)
-	set(runMark, l.mark)
-	return env, nil
+	set(runMark, l.markOf(c.ID))
+	return append(env, pastProxy(env, l.config.endpointOf(c))...), files, nil
+}
+
+// variables returns what the file sets for c, by name. read reads the file of env_files for a variable.
+func (c *Component) variables(read func(name, path string) (string, error)) (map[string]string, error) {
+	vars := c.configEnv()
+	maps.Copy(vars, c.Env)
+	for _, name := range slices.Sorted(maps.Keys(c.EnvFiles)) {
+		value, err := read(name, c.EnvFiles[name])
+		if err != nil {
+			return nil, fmt.Errorf("env_files.%s: %v", name, err)
+		}
+		vars[name] = value
+	}
+	return vars, nil
+}
+
+// pastProxy returns variables by which a client with the environment env asks no proxy for the host of
+// endpoint, none where it has no proxy. Clients read different ones, and each only one of them.
+func pastProxy(env []string, endpoint string) (out []string) {
+	vars := envMap(env)
+	host, _, err := net.SplitHostPort(endpoint)
+	if err != nil || strings.HasPrefix(endpoint, "unix:") || !slices.ContainsFunc([]string{"http_proxy", "https_proxy", "grpc_proxy"}, func(name string) bool {
+		return vars[name] != "" || vars[strings.ToUpper(name)] != ""
+	}) {
+		return nil
+	}
+	for _, name := range []string{"no_proxy", "NO_PROXY", "no_grpc_proxy"} {
+		hosts := cmp.Or(vars[name], vars["no_proxy"], vars["NO_PROXY"])
+		list := strings.FieldsFunc(hosts, func(r rune) bool { return r == ',' || r == ' ' })
+		switch {
+		case len(list) == 0:
+			hosts = host
+		case !slices.Contains(list, host) && !slices.Contains(list, "*"):
+			hosts += "," + host
+		}
+		out = append(out, name+"="+hosts)
+	}
+	return out
 }
 
 // endpointOf returns the FLOWCTL_ENDPOINT that c is given.
@@ -329,24 +439,33 @@ func (c *launchConfig) endpointOf(comp *Component) string {
 	return c.endpoint
 }
 
-// commandEnv returns the environment of the command after --.
-func (l *launcher) commandEnv() []string {
+// commandEnv returns the environment of the command after --, which leaders has under id.
+func (l *launcher) commandEnv(id string) []string {
 	endpoint := "FLOWCTL_ENDPOINT=" + l.config.endpoint
-	env := append(baseEnv(), endpoint, runMark+"="+l.mark)
+	env := append(slices.Concat(l.config.commandEnv, baseEnv()), endpoint, "FLOWCTL_RUN_ID="+runID(l.mark), runMark+"="+l.markOf(id))
 	if slices.Contains(l.config.tlsEnv, endpoint) { // else the endpoint has no TLS
 		env = append(env, l.config.tlsEnv...)
 	}
-	return env
+	return append(env, pastProxy(env, l.config.endpoint)...)
 }
 
-// ownVars are never passed on. They are what systemd tells a service, with which a child
-// would speak for flowctl (sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3)), and what
-// an outer flowctl has told this one as its component.
-var ownVars = []string{
-	"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID",
-	"ENABLE_FLOWCTL", "FLOWCTL_ENABLED", "FLOWCTL_ENDPOINT", "FLOWCTL_COMPONENT_ID", "FLOWCTL_SERVICE_ID", "FLOWCTL_HEARTBEAT_INTERVAL",
-	"FLOWCTL_TLS_CA", "FLOWCTL_TLS_CERT", "FLOWCTL_TLS_KEY", runMark,
+// heartbeatVar is the one of flowctl's own variables that the file can change.
+const heartbeatVar = "FLOWCTL_HEARTBEAT_INTERVAL"
+
+// fixedVars are flowctl's own variables in the environment of its components. What the file gives
+// under their names counts for nothing.
+var fixedVars = []string{
+	"ENABLE_FLOWCTL", "FLOWCTL_ENABLED", "FLOWCTL_ENDPOINT", "FLOWCTL_COMPONENT_ID", "FLOWCTL_SERVICE_ID",
+	"FLOWCTL_HEARTBEAT_INTERVAL_MS", "FLOWCTL_RUN_ID", "FLOWCTL_ATTEMPT", runMark,
 }
+
+// systemdVars are what systemd tells a service, with which a child would speak for flowctl
+// (sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3)).
+var systemdVars = []string{"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"}
+
+// ownVars are never passed on: what is told to flowctl alone, by systemd, or by an outer flowctl to
+// this one as its component.
+var ownVars = slices.Concat(systemdVars, fixedVars, tlsVars, []string{heartbeatVar})
 
 // componentVars are what flowctl tells its components under names that can also be a user's
 // own: only where flowctl is a component itself they are not passed on.
@@ -370,10 +489,25 @@ func fileEnv(c *Component, name string) string {
 	return c.configEnv()[name]
 }
 
+// digest is by what the content of an env_file is compared: flowctl keeps no secret longer than it must.
+type digest = [sha256.Size]byte
+
 // readEnvFile returns the content of a file as the value of a variable, without the
-// newline that editors put at its end. What could keep flowctl waiting, as a FIFO does,
-// is an error.
-func readEnvFile(path string) (string, error) {
+// newline that editors put at its end. What could keep flowctl waiting, as a FIFO does or a
+// disk that hangs, is an error.
+func readEnvFile(disk *diskTurn, path string) (string, error) {
+	var value string
+	_, err := disk.do(path, func() (err error) {
+		value, err = readVariable(path)
+		return err
+	})
+	if err != nil { // value may be set yet
+		return "", err
+	}
+	return value, nil
+}
+
+func readVariable(path string) (string, error) {
 	const most = 128 << 10                                         // execve(2): MAX_ARG_STRLEN
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // to open a FIFO would wait for a writer
 	if err != nil {
@@ -400,16 +534,13 @@ func readEnvFile(path string) (string, error) {
 	return strings.TrimSuffix(strings.TrimSuffix(string(data), "\n"), "\r"), nil
 }
 
-// checkReach fails for components of p that could not register: a container with ports has a
-// network of its own, and the control plane cannot be reached from there on its loopback.
+// checkReach fails for components of p that could not register: from the network of its own that a
+// container with ports has, the control plane cannot be reached on its loopback.
 func (c *launchConfig) checkReach(p *Pipeline) error {
-	var ids []string
-	for _, comp := range p.components() {
+	ids := p.idsWhere(func(comp *Component) bool {
 		loopback := !comp.TLS && len(c.tlsEnv) > 0 // its listener is there alone
-		if len(comp.Ports) > 0 && comp.registers() && (loopback || c.containerEndpoint == "") {
-			ids = append(ids, comp.ID)
-		}
-	}
+		return len(comp.Ports) > 0 && comp.registers() && (loopback || c.containerEndpoint == "")
+	})
 	if len(ids) == 0 {
 		return nil
 	}
@@ -426,8 +557,7 @@ type reservedPort struct {
 	hold   *os.File // a socket that is bound to it until its component starts, then nil
 }
 
-// healthPort returns the HEALTH_PORT of c: that of the file, else one that is reserved for
-// its id at the first call and stays the same.
+// healthPort returns the HEALTH_PORT of c: that of the file, else one that stays reserved for its id.
 func (l *launcher) healthPort(c *Component) (string, error) {
 	if number := fileEnv(c, "HEALTH_PORT"); number != "" {
 		return number, nil
@@ -452,10 +582,13 @@ func (l *launcher) healthPort(c *Component) (string, error) {
 	}
 }
 
-// forget gives up the port of a component that the file does not have any more.
+// forget gives up the port, the control group and the count of starts of a component that the file
+// does not have any more.
 func (l *launcher) forget(id string) {
+	l.cgroup.removePart(id)
 	l.ports[id].release()
 	delete(l.ports, id)
+	delete(l.attempts, id)
 }
 
 // bindPort binds a free port and does not listen on it: the kernel gives it to nobody else,
@@ -471,14 +604,13 @@ func bindPort() (*reservedPort, error) {
 		return nil, os.NewSyscallError("socket", err)
 	}
 	hold := os.NewFile(uintptr(fd), "port")
-	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
-		hold.Close()
-		return nil, os.NewSyscallError("bind", err)
+	var addr syscall.Sockaddr
+	if err = syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err == nil {
+		addr, err = syscall.Getsockname(fd)
 	}
-	addr, err := syscall.Getsockname(fd)
 	if err != nil {
 		hold.Close()
-		return nil, os.NewSyscallError("getsockname", err)
+		return nil, os.NewSyscallError("bind", err)
 	}
 	return &reservedPort{strconv.Itoa(addr.(*syscall.SockaddrInet4).Port), hold}, nil
 }
@@ -491,11 +623,11 @@ func (p *reservedPort) release() {
 	}
 }
 
-// child is a component's process and the group that it leads. Two pumps read its output and
-// one goroutine, in reap, waits for its end.
+// child is a component's process and its group. Two pumps read its output, and reap awaits its end.
 type child struct {
 	component  *Component
 	healthPort string
+	envFiles   map[string]digest // what it got of env_files, by path
 	launcher   *launcher
 	cmd        *exec.Cmd
 	pid        int
@@ -503,23 +635,30 @@ type child struct {
 	stdin      io.WriteCloser      // of that command line, which reads the container's environment from it
 	signals    chan syscall.Signal // for a container: a signal that it has yet to be sent
 	outputs    []*os.File          // read ends of its output
+	pumps      []*pump             // that read them
 	pumping    atomic.Int32        // pumps that still run
 	drained    chan struct{}       // closed when no output will come any more
-	expired    chan struct{}       // closed by kill
+	expired    chan struct{}       // closed by SIGKILL
 	tail       tail
+	beside     int // process group of the last command of run, 0 for none; who calls run owns it
 
 	mu     sync.Mutex // guards the fields below; nobody who holds it waits
 	asked  bool       // a signal to end was sent
-	killed bool
-	reaped bool // nothing is left of the group, so its id may be someone else's now
+	ended  bool       // the first process has ended
+	killed bool       // that was SIGKILL
+	reaped bool       // nothing is left of the group, so its id may be someone else's now
 }
 
-// signal sends sig, a request to end, to the group, and SIGCONT, because a stopped process
-// takes no other signal.
+// signal sends sig, a request to end, to the group, and SIGCONT, because a stopped process takes no
+// other signal. From SIGKILL on reap waits for no output that is not taken.
 func (c *child) signal(sig syscall.Signal) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.asked = true
+	if sig == syscall.SIGKILL && !c.killed {
+		c.killed = true
+		close(c.expired)
+	}
 	switch {
 	case c.reaped:
 	case c.container != nil && sig == syscall.SIGKILL: // tendContainer hears of it by expired
@@ -534,15 +673,11 @@ func (c *child) signal(sig syscall.Signal) {
 	}
 }
 
-// kill sends SIGKILL to the group. From then on reap waits for no output that is not taken.
-func (c *child) kill() {
-	c.signal(syscall.SIGKILL)
+// hasEnded tells whether its first process has ended, although something may be left of it.
+func (c *child) hasEnded() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.killed {
-		c.killed = true
-		close(c.expired)
-	}
+	return c.ended
 }
 
 // isReaped tells whether nothing is left of the group.
@@ -552,8 +687,7 @@ func (c *child) isReaped() bool {
 	return c.reaped
 }
 
-// killPatience returns how long flowctl waits for the end of c after SIGKILL: longer for a
-// container, which its engine has to kill.
+// killPatience is how long flowctl waits for the end of c after SIGKILL: longer for a container.
 func (c *Component) killPatience() time.Duration {
 	if c.Image != "" {
 		return killPatience + 2*engineTimeout
@@ -561,41 +695,41 @@ func (c *Component) killPatience() time.Duration {
 	return killPatience
 }
 
-// reap waits for the process and returns how it ended, once nothing is left of its group and
-// its output has been emitted, or is lost because nobody takes it although kill was called.
-// Where the process has ended by itself, the rest of its group is killed. Where it was asked
-// to end, the others may still write their last lines: they have until kill is called.
+// reap waits for the process and returns how it ended, once nothing is left of it and its output
+// has been emitted, or is lost because nobody takes it although it got SIGKILL. What the process
+// has left behind may still write its last lines. Where it was asked to end, that has until SIGKILL,
+// else leftGrace.
 func (c *child) reap() childEnd {
 	end := childEnd{child: c, containerErr: c.awaitEnd()}
+	kill := time.AfterFunc(math.MaxInt64, func() { c.signal(syscall.SIGKILL) })
 	c.mu.Lock()
+	c.ended, end.unasked = true, !c.asked
 	if !c.asked {
-		_ = syscall.Kill(-c.pid, syscall.SIGKILL)
+		_ = syscall.Kill(-c.pid, c.component.stopSignal())
+		_ = syscall.Kill(-c.pid, syscall.SIGCONT)
+		kill.Reset(leftGrace)
 	}
 	_ = c.cmd.Wait() // does not block: it is a zombie, and no goroutine copies for it
-	c.reaped = c.groupIsEmpty()
-	empty := c.reaped
+	c.reaped = c.reapGroup(syscall.WNOHANG)
 	c.mu.Unlock()
-	if !empty {
-		c.awaitGroup()
-		c.mu.Lock()
-		c.reaped = true
-		c.mu.Unlock()
-	}
+	c.endRest()
+	kill.Stop()
+	c.mu.Lock()
+	c.reaped = true
+	c.mu.Unlock()
 	c.launcher.leaderEnded(c.pid)
 
-	// A process that left the group may hold the pipes open: what is in them now is
-	// all that was written before the end, and nothing more is waited for.
-	for _, r := range c.outputs {
-		_ = r.SetReadDeadline(time.Unix(1, 0))
+	// What outlives SIGKILL, or is another's, may hold the pipes open: what is in them now
+	// is passed on, and nothing more is waited for.
+	for _, p := range c.pumps {
+		p.wake(&p.ended)
 	}
 	select {
 	case <-c.drained:
 	case <-c.expired: // maybe a moment ago, by the SIGKILL that made this end
-		timer := time.NewTimer(outputGrace)
-		defer timer.Stop()
 		select {
 		case <-c.drained:
-		case <-timer.C:
+		case <-time.After(outputGrace):
 			end.lost = true
 		}
 	}
@@ -653,236 +787,82 @@ func (c *child) tendContainer(ended <-chan struct{}) {
 
 // run runs a command beside c: in its environment, folder and control group, or in its
 // container. The command leads a process group of its own, which is killed when ctx
-// ends, and of which nothing is left when run returns. lines are the last that it printed.
+// ends. lines are the last that it printed. Its end counts, whoever holds its output open. The caller
+// calls endBeside then.
 func (c *child) run(ctx context.Context, argv []string) (status syscall.WaitStatus, lines []string, err error) {
 	argv = c.container.inside(argv)
-	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
-	cmd.Env, cmd.Dir = c.cmd.Env, c.cmd.Dir
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	c.launcher.cgroup.hold(cmd.SysProcAttr)
-	var printed tail
-	cmd.Stdout, cmd.Stderr = &printed, &printed
-	cmd.WaitDelay = outputGrace // where what has left the group holds its output
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	if err := c.launcher.startLeader(cmd, c.component.ID); err != nil {
+	program, err := findProgram(argv[0], envMap(c.cmd.Env)["PATH"], c.cmd.Dir)
+	if err != nil {
 		return 0, nil, fmt.Errorf("cannot run %q: %v", argv[0], cause(err))
 	}
+	cmd := exec.CommandContext(ctx, program)
+	cmd.Args, cmd.Env, cmd.Dir = argv, c.cmd.Env, c.cmd.Dir
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	c.launcher.cgroup.hold(cmd.SysProcAttr)
+	r, w, err := os.Pipe()
+	if err != nil {
+		return 0, nil, fmt.Errorf("cannot run %q: %v", argv[0], err)
+	}
+	cmd.Stdout, cmd.Stderr = w, w
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	err = c.launcher.startLeader(cmd, started{c.component.ID, true})
+	w.Close()
+	if err != nil {
+		r.Close()
+		return 0, nil, fmt.Errorf("cannot run %q: %v", argv[0], cause(err))
+	}
+	var printed tail
+	output := newPump(c.component.ID, "", r, func(string, string, []byte, int) {}, &printed)
+	read := make(chan struct{})
+	go func() {
+		output.run()
+		close(read)
+	}()
 	awaitExit(cmd.Process)
-	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+	output.wake(&output.ended) // what others print from now on is none of it
+	<-read
+	pid := cmd.Process.Pid
+	_ = syscall.Kill(-pid, syscall.SIGTERM)
+	_ = syscall.Kill(-pid, syscall.SIGCONT)
 	_ = cmd.Wait() // how it ended is in its state
-	c.launcher.leaderEnded(cmd.Process.Pid)
+	c.beside = pid
 	return waitStatus(cmd), printed.lines(), nil
 }
 
-// pump emits what comes from r, in whole lines, until r ends. After reap has set a deadline
-// it ends when the pipe is empty, because a process that lives on may hold the other end.
-func (c *child) pump(id, stream string, r *os.File, emit emitter, flush func()) {
-	defer func() {
-		r.Close()
-		if flush != nil {
-			flush()
-		}
-		if c.pumping.Add(-1) == 0 {
-			close(c.drained)
-		}
-	}()
-	passOn := func(lines []byte) {
-		c.tail.add(lines)
-		emit(id, stream, lines)
+// endBeside ends what the last command of run has left of its process group: that got SIGTERM, and gets
+// SIGKILL after leftGrace, or when ctx ends.
+func (c *child) endBeside(ctx context.Context) {
+	if c.beside != 0 {
+		endGroup(ctx, c.beside)
+		c.launcher.leaderEnded(c.beside)
+		c.beside = 0
 	}
-	read := r.Read
-	buf := make([]byte, 0, minBuffer)
-	for {
-		room := min(cap(buf), max(len(buf), maxLine)+1) - len(buf) // no more of a line than tells whether it is too long
-		n, err := read(buf[len(buf) : len(buf)+room])
-		buf = passLines(buf[:len(buf)+n], passOn)
-		if n == room && cap(buf) < pipeSize {
-			buf = slices.Grow(buf, pipeSize-len(buf))
-		}
-		switch {
-		case errors.Is(err, os.ErrDeadlineExceeded):
-			read = readLeftover(r)
-		case err != nil:
-			if len(buf) > 0 {
-				passOn(append(buf, '\n'))
-			}
+}
+
+// pump runs p to the end of its output.
+func (c *child) pump(p *pump) {
+	p.run()
+	if flush := c.launcher.config.flush; flush != nil {
+		flush()
+	}
+	if c.pumping.Add(-1) == 0 {
+		close(c.drained)
+	}
+}
+
+// catchUp returns when all was passed on that c had printed when it was called, or when ctx ends. It
+// may be called once.
+func (c *child) catchUp(ctx context.Context) {
+	for _, p := range c.pumps {
+		p.wake(&p.asked)
+	}
+	for _, p := range c.pumps {
+		select {
+		case <-p.caughtUp:
+		case <-ctx.Done():
 			return
 		}
 	}
-}
-
-// passLines calls passOn with the whole lines of buf, or with the first maxLine bytes of a
-// line that is longer, and returns the rest with room to read more. A CR behind maxLine bytes
-// is waited with until the next byte shows whether it belongs to the end of the line.
-func passLines(buf []byte, passOn func([]byte)) []byte {
-	if i := bytes.LastIndexByte(buf, '\n'); i >= 0 {
-		passOn(buf[:i+1])
-		buf = buf[:copy(buf, buf[i+1:])]
-	}
-	switch {
-	case len(buf) > maxLine && (len(buf) > maxLine+1 || buf[maxLine] != '\r'):
-		n := maxLine
-		if buf[n-1] == '\r' { // which would be taken for the end of a line
-			n--
-		}
-		passOn(append(slices.Clip(buf[:n]), '\n'))
-		buf = buf[:copy(buf, buf[n:])]
-	case len(buf) == cap(buf):
-		grown := make([]byte, len(buf), min(2*cap(buf), maxLine+2))
-		copy(grown, buf)
-		buf = grown
-	}
-	return buf
-}
-
-// readLeftover returns a function that reads what a pipe holds, with EOF where a reader would
-// have to wait. It reads no more than a pipe can hold, so that a writer cannot go on for ever.
-func readLeftover(r *os.File) func([]byte) (int, error) {
-	_ = r.SetReadDeadline(time.Time{})
-	left := 16 << 20 // pipe(7): a pipe holds 1 MiB at most, unless root has enlarged it
-	return func(p []byte) (n int, err error) {
-		raw, err := r.SyscallConn()
-		if err != nil || left <= 0 {
-			return 0, io.EOF
-		}
-		rawErr := raw.Read(func(fd uintptr) bool {
-			n, err = syscall.Read(int(fd), p)
-			return true
-		})
-		if rawErr != nil || err != nil || n <= 0 {
-			return 0, io.EOF
-		}
-		left -= n
-		return n, nil
-	}
-}
-
-// tail keeps the last tailSize bytes that a process has printed.
-type tail struct {
-	mu  sync.Mutex
-	buf []byte
-	cut bool // something came before
-}
-
-func (t *tail) add(lines []byte) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if n := len(lines); n > tailSize {
-		lines, t.cut, t.buf = lines[n-tailSize:], true, t.buf[:0]
-	}
-	if over := len(t.buf) + len(lines) - tailSize; over > 0 {
-		t.buf, t.cut = t.buf[:copy(t.buf, t.buf[over:])], true
-	}
-	t.buf = append(t.buf, lines...)
-}
-
-// Write is add, for the output of a command.
-func (t *tail) Write(p []byte) (int, error) {
-	t.add(p)
-	return len(p), nil
-}
-
-// lines returns the last lines, ten at most.
-func (t *tail) lines() []string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	lines := strings.Split(strings.TrimSuffix(string(t.buf), "\n"), "\n")
-	if len(t.buf) == 0 {
-		return nil
-	}
-	if t.cut && len(lines) > 1 {
-		lines = lines[1:]
-	}
-	return lines[max(0, len(lines)-10):]
-}
-
-// describeStart returns err, of starting cmd, in the words of the pipeline file.
-func describeStart(cmd *exec.Cmd, err error) error {
-	dir, dirErr := os.Stat(cmp.Or(cmd.Dir, "."))
-	if dirErr == nil && !dir.IsDir() {
-		dirErr = syscall.ENOTDIR
-	}
-	if dirErr != nil {
-		return fmt.Errorf("cannot enter its working_dir %q: %v", cmd.Dir, cause(dirErr))
-	}
-	if err := syscall.Access(cmp.Or(cmd.Dir, "."), 1); err != nil { // X_OK
-		return fmt.Errorf("cannot enter its working_dir %q: %v", cmd.Dir, err)
-	}
-	return describeProgram(cmd.Args[0], cmd.Dir, err)
-}
-
-// describeProgram returns err, of running a program in the folder dir, with what to do about it.
-func describeProgram(program, dir string, err error) error {
-	file, fileErr := os.Stat(program)
-	why := cause(err).Error()
-	switch err := cause(err); {
-	case errors.Is(err, exec.ErrNotFound):
-		why = "it is not found in PATH"
-		if _, err := os.Stat(filepath.Join(dir, program)); err == nil {
-			why += fmt.Sprintf("; the file in its folder is %q", "./"+program)
-		}
-	case errors.Is(err, fs.ErrNotExist) && fileErr == nil:
-		if why = "the interpreter that it names, or its loader, does not exist"; scriptFault(program) == crlfLine {
-			why = crlfLine
-		}
-	case errors.Is(err, fs.ErrPermission) && fileErr == nil && file.IsDir():
-		why = "it is a folder"
-	case errors.Is(err, fs.ErrPermission) && fileErr == nil && file.Mode()&0o111 != 0:
-		why = "permission denied, to it or to the interpreter that it names"
-	case errors.Is(err, fs.ErrPermission) && fileErr == nil:
-		why = "it is not executable (chmod +x)"
-	case errors.Is(err, syscall.EAGAIN):
-		why = "the limit of processes is reached (ulimit -u, or TasksMax= of a unit)"
-	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
-		why = "the limit of open files is reached (ulimit -n, or LimitNOFILE= of a unit)"
-	case errors.Is(err, syscall.ENOEXEC):
-		why = noProgram
-	}
-	return &startError{fmt.Sprintf("cannot run %q: %s", program, why), err}
-}
-
-// startError is why a process could not be started: in words for who reads it, and the
-// error of the system call.
-type startError struct {
-	text string
-	err  error
-}
-
-func (e *startError) Error() string { return e.text }
-func (e *startError) Unwrap() error { return e.err }
-
-// Faults of scripts.
-const (
-	noProgram = "it is no program of this machine, and has no #! line"
-	crlfLine  = `its #! line ends in CRLF, of which the CR counts; remove it from every line: sed -i 's/\r$//'`
-)
-
-// scriptFault says what keeps an executable file from being run, "" for nothing: its #! line
-// (execve(2)), or that it is a text without one.
-func scriptFault(program string) string {
-	f, err := os.Open(program)
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	head := make([]byte, 256)
-	n, _ := io.ReadFull(f, head) // a shorter file is as good
-	line, ok := strings.CutPrefix(string(head[:n]), "#!")
-	if !ok && !strings.Contains(line, "\x00") {
-		return noProgram
-	}
-	line, _, _ = strings.Cut(line, "\n")
-	words := strings.Fields(line)
-	if !ok || len(words) == 0 {
-		return ""
-	}
-	if strings.HasSuffix(line, "\r") {
-		return crlfLine
-	}
-	if _, err := os.Stat(words[0]); err != nil {
-		return fmt.Sprintf("the interpreter that it names, %q, does not exist", words[0])
-	}
-	return ""
 }
 
 // waitStatus returns how cmd has ended, which was waited for.

@@ -1,20 +1,20 @@
 package main
 
-// What process.go has on Linux alone, in this order: the reaper, by which flowctl becomes the
-// parent of what its components orphan, so that nothing leaves its tree of processes; the
-// search for what has left its component; the control group; the guard, a process that ends
-// the tree when flowctl itself was killed.
+// What process.go has on Linux alone: the reaper, by which flowctl becomes the parent of what its
+// components orphan; the search for what has left its component; the control group; the guard, a
+// process that ends all of them when flowctl itself was killed.
 
 import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
 	"maps"
+	"math"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -34,40 +34,42 @@ const (
 	idTypePID           = 1  // P_PID of waitid(2)
 	idTypePIDFD         = 3  // P_PIDFD of waitid(2)
 
-	// guardName is what the guard is called, so that who kills flowctl by its name, as
-	// pkill does, does not kill the guard as well.
+	// guardName is another than flowctl's, so that pkill does not kill the guard as well, with
+	// -f either: all else that the guard knows it is told by its pipe.
 	guardName = "run-guard"
 
 	scanStep      = 20 * time.Millisecond  // between two scans for processes that no event tells of
 	scanTries     = 5                      // scans in a row that find nothing, after which the guard takes the run for ended
 	guardInterval = time.Second            // at most between two looks of the guard at what flowctl has adopted; it is scanStep after a start
+	guardSilence  = 5                      // guardIntervals without a sign of life, after which a guard is continued, and then killed
 	guardGrace    = time.Second            // for a guard that is dismissed to end
 	guardProven   = time.Minute            // a guard that has lived so long is replaced at once
 	minGuardPause = 100 * time.Millisecond // before a guard that was killed again is replaced: without one there is a risk
 	maxGuardPause = 2 * time.Second
 )
 
-// reaper starts flowctl's children, and reaps those that flowctl has adopted: orphans. A
-// process has one.
+// reaper starts flowctl's children, and reaps orphans that it has adopted. A process has one.
 type reaper struct {
 	sigchld   chan os.Signal
 	closed    chan struct{} // closed to end the reaping of orphans
 	reaping   sync.WaitGroup
 	reaped    chan struct{} // gets a token when an orphan was reaped
 	inherited map[int]bool  // children that this process had before it became flowctl
+	adopts    bool          // adopt was called: other children that were not started here are orphans of components
 
-	mu    sync.Mutex     // guards known; held while a child starts and while orphans are looked for, so that no child is taken for one
-	known map[int]string // the processes that flowctl has started, by pid: of which component, "" for helpers
+	starting sync.Mutex // held while a child starts and while orphans are looked for, so that no child is taken for one
+	mu       sync.Mutex // guards known; nobody who holds it waits
+	known    map[int]started
 }
 
 func newReaper() *reaper {
 	inherited := make(map[int]bool)
-	for _, pid := range children() {
+	for _, pid := range childPIDs(os.Getpid()) {
 		inherited[pid] = true
 	}
 	return &reaper{
 		sigchld: make(chan os.Signal, 1), closed: make(chan struct{}), reaped: make(chan struct{}, 1),
-		inherited: inherited, known: make(map[int]string),
+		inherited: inherited, known: make(map[int]started),
 	}
 }
 
@@ -76,6 +78,7 @@ func (r *reaper) adopt() error {
 	if err := becomeSubreaper(); err != nil {
 		return err
 	}
+	r.adopts = true
 	signal.Notify(r.sigchld, syscall.SIGCHLD)
 	r.reaping.Go(func() {
 		for {
@@ -103,21 +106,49 @@ func (r *reaper) close() {
 	r.reaping.Wait()
 }
 
-// start starts a helper, such as the guard or a command of a container engine. The caller
-// calls wait.
-func (r *reaper) start(cmd *exec.Cmd) error { return r.startLeader(cmd, "") }
+// start starts a helper, such as the guard or an engine's command. The caller calls wait.
+func (r *reaper) start(cmd *exec.Cmd) error { return r.startLeader(cmd, started{}) }
 
-// startLeader starts a process of component id, or the command after --. The caller waits for
-// it and calls leaderEnded.
-func (r *reaper) startLeader(cmd *exec.Cmd, id string) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	err := cmd.Start()
+// startLeader starts a process, of a component unless what is none. The caller waits for it and
+// calls leaderEnded.
+func (r *reaper) startLeader(cmd *exec.Cmd, what started) (err error) {
+	r.starting.Lock()
+	defer r.starting.Unlock()
+	if what.id == "" {
+		err = cmd.Start()
+	} else {
+		if cmd.SysProcAttr == nil {
+			cmd.SysProcAttr = &syscall.SysProcAttr{}
+		}
+		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL // where there is no guard any more either
+		onStarter(func() { err = cmd.Start() })
+	}
 	if err == nil {
-		r.known[cmd.Process.Pid] = id
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.known[cmd.Process.Pid] = what
 	}
 	return err
 }
+
+// onStarter calls f on a thread that never ends: a parent-death signal is sent when the thread
+// ends that has started the process (go.dev/issue/27505).
+func onStarter(f func()) {
+	done := make(chan struct{})
+	starts() <- func() { f(); close(done) }
+	<-done
+}
+
+var starts = sync.OnceValue(func() chan<- func() {
+	calls := make(chan func())
+	go func() {
+		runtime.LockOSThread()
+		for f := range calls {
+			f()
+		}
+	}()
+	return calls
+})
 
 // wait waits for a helper.
 func (r *reaper) wait(cmd *exec.Cmd) error {
@@ -133,26 +164,72 @@ func (r *reaper) leaderEnded(pid int) {
 	delete(r.known, pid)
 }
 
-// leaders returns the component of each process that startLeader has started and that has
-// not ended, by pid.
+// leaders returns, by pid, the component of each process of startLeader that has not ended.
 func (r *reaper) leaders() map[int]string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	out := make(map[int]string)
-	for pid, id := range r.known {
-		if id != "" {
-			out[pid] = id
+	for pid, what := range r.known {
+		if what.id != "" {
+			out[pid] = what.id
 		}
 	}
 	return out
 }
 
-// reapOrphans reaps the orphans that have ended.
-func (r *reaper) reapOrphans() {
+// settledLeaders returns leaders once what is being started is among them.
+func (r *reaper) settledLeaders() map[int]string {
+	r.starting.Lock()
+	defer r.starting.Unlock()
+	return r.leaders()
+}
+
+// leaderOf returns the process of startLeader that is component id, 0 for none.
+func (r *reaper) leaderOf(id string) int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, pid := range children() {
-		if _, known := r.known[pid]; known {
+	for pid, what := range r.known {
+		if what == (started{id: id}) {
+			return pid
+		}
+	}
+	return 0
+}
+
+// helpers returns the pids of the processes of start that have not been waited for.
+func (r *reaper) helpers() map[int]bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := make(map[int]bool)
+	for pid, what := range r.known {
+		if what.id == "" {
+			out[pid] = true
+		}
+	}
+	return out
+}
+
+// leads tells whether leaders has pid, of component id.
+func (r *reaper) leads(pid int, id string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.known[pid].id == id
+}
+
+// isKnown tells whether flowctl has started process pid and not waited for it.
+func (r *reaper) isKnown(pid int) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	_, known := r.known[pid]
+	return known
+}
+
+// reapOrphans reaps the orphans that have ended.
+func (r *reaper) reapOrphans() {
+	r.starting.Lock()
+	defer r.starting.Unlock()
+	for _, pid := range childPIDs(os.Getpid()) {
+		if r.isKnown(pid) {
 			continue
 		}
 		if reaped, _ := syscall.Wait4(pid, nil, syscall.WNOHANG, nil); reaped == pid {
@@ -164,29 +241,36 @@ func (r *reaper) reapOrphans() {
 	}
 }
 
-// hasOrphans tells whether flowctl has orphans, zombies included.
-func (r *reaper) hasOrphans() bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return slices.ContainsFunc(children(), func(pid int) bool {
-		_, known := r.known[pid]
-		return !known && !r.inherited[pid]
-	})
+// orphans returns the pids of what flowctl has adopted, zombies included.
+func (r *reaper) orphans() []int {
+	r.starting.Lock()
+	defer r.starting.Unlock()
+	return slices.DeleteFunc(adoptedBy(os.Getpid()), func(pid int) bool { return r.isKnown(pid) || r.inherited[pid] })
 }
 
-// children returns the children of this process, zombies included.
-func children() []int {
-	var pids []int
-	lists, _ := filepath.Glob("/proc/self/task/*/children")
-	for _, list := range lists {
-		data, _ := os.ReadFile(list)
-		for _, field := range strings.Fields(string(data)) {
-			if pid, err := strconv.Atoi(field); err == nil {
-				pids = append(pids, pid)
+// stopOrphans stops the orphans that are to be, as fast as it can: one that forks and ends at
+// once is in no list of processes for long.
+func (r *reaper) stopOrphans(which func(procInfo) bool) {
+	const most = 2000 // looks
+	r.starting.Lock()
+	defer r.starting.Unlock()
+	seen := make(map[int]bool) // none of them is waited for from then on, so its pid is its own
+	for i, more := 0, true; more && i < most; i++ {
+		more = false
+		for _, pid := range adoptedBy(os.Getpid()) {
+			if r.isKnown(pid) || r.inherited[pid] || seen[pid] {
+				continue
+			}
+			more = true
+			if reaped, _ := syscall.Wait4(pid, nil, syscall.WNOHANG, nil); reaped == pid {
+				continue
+			}
+			seen[pid] = true
+			if p, ok := readProcess(pid); ok && which(p) {
+				_ = syscall.Kill(pid, syscall.SIGSTOP)
 			}
 		}
 	}
-	return pids
 }
 
 // awaitExit returns when the child p has ended, and leaves it a zombie: its pid, which is its
@@ -220,221 +304,291 @@ func hasExited(idType int, id uintptr) bool {
 	}
 }
 
-// groupIsEmpty tells whether nothing is left of the process group of c. The leader has been
-// waited for, so all members are flowctl's own children.
-func (c *child) groupIsEmpty() bool {
+// reapGroup reaps the group of c and tells whether it is empty: at once with WNOHANG, else when it is.
+// The leader has been waited for, so all members are flowctl's own children.
+func (c *child) reapGroup(options int) bool {
 	for {
-		switch pid, err := syscall.Wait4(-c.pid, nil, syscall.WNOHANG, nil); {
-		case err == syscall.EINTR || pid > 0:
-		case err != nil:
-			return true
-		default:
-			return false
+		if pid, err := syscall.Wait4(-c.pid, nil, options, nil); pid <= 0 && err != syscall.EINTR {
+			return err != nil
 		}
 	}
 }
 
-// awaitGroup returns when groupIsEmpty is true.
-func (c *child) awaitGroup() {
-	for {
-		if _, err := syscall.Wait4(-c.pid, nil, 0, nil); err != nil && err != syscall.EINTR {
+// endRest ends what is left of c, whose first process was waited for. Its group has got the stop signal;
+// what has left that gets it now. What lives on gets SIGKILL with the group. It returns when nothing
+// lives any more, or of what has left the group a moment after SIGKILL.
+func (c *child) endRest() {
+	l := c.launcher
+	isStray := sync.OnceValue(func() func(procInfo) bool { return l.strayOf(c) }) // most leave nothing
+	find := func() ([]procInfo, bool) {
+		left := l.orphanedTrees(func(p procInfo) bool { return isStray()(p) })
+		return left, len(left) == 0
+	}
+	told := make(map[int]uint64) // when each began that got the stop signal
+	for killed := false; ; {
+		left, none := find()
+		c.mu.Lock()
+		c.reaped = c.reapGroup(syscall.WNOHANG)
+		empty := c.reaped
+		c.mu.Unlock()
+		if none && empty {
 			return
 		}
-	}
-}
-
-// endStrays kills the processes that have left the group of component id, which has ended.
-// They are known by their environment. It does not wait for their end.
-func (l *launcher) endStrays(id string) {
-	if !l.config.reaper.hasOrphans() {
-		return // there are none: they would be orphans now
-	}
-	for _, p := range processes() {
-		if owner, ok := markedComponent(p.pid, runMark+"="+l.mark); ok && owner == id {
-			l.config.log.Warn("ending what left its process group", "component", id, "pid", p.pid, "name", p.name)
-			p.send(syscall.SIGKILL)
+		away := slices.DeleteFunc(slices.Clone(left), func(p procInfo) bool { return p.group == c.pid || told[p.pid] == p.begun })
+		if len(away) > 0 && !killed {
+			l.config.log.Warn("ending what left its process group", "component", c.component.ID, "processes", namesOf(away))
 		}
-	}
-}
-
-// descendants returns all processes below flowctl, except the guard and those that flowctl
-// has inherited.
-func (l *launcher) descendants() []procInfo {
-	all := slices.DeleteFunc(processes(), func(p procInfo) bool { return l.config.reaper.inherited[p.pid] })
-	self, guard := os.Getpid(), l.guard.pid() // read after the scan, which may have found a new guard
-	chosen := map[int]bool{self: true}
-	withDescendants(all, chosen)
-	return slices.DeleteFunc(all, func(p procInfo) bool { return !chosen[p.pid] || p.pid == self || p.pid == guard })
-}
-
-// sweep ends all that is left below flowctl when no component runs any more: by SIGTERM, and
-// after grace by SIGKILL. It gives up on what lives on after killPatience.
-func (l *launcher) sweep(grace time.Duration) {
-	sig, deadline := syscall.SIGTERM, time.Now().Add(grace)
-	told := make(map[int]bool)
-	for {
-		left := l.descendants()
-		// A scan of /proc can miss a process whose parent ends meanwhile, but not the
-		// child of flowctl's that it becomes.
-		if len(left) == 0 && !l.config.reaper.hasOrphans() {
+		for _, p := range away {
+			told[p.pid] = p.begun
+			p.send(c.component.stopSignal())
+			p.send(syscall.SIGCONT)
+		}
+		if killed {
+			c.reapGroup(0)
 			return
 		}
-		for _, p := range left {
-			if !told[p.pid] {
-				l.config.log.Warn("ending what left its component", "pid", p.pid, "name", p.name, "signal", sig.String())
-				told[p.pid] = true
-				p.send(sig)
+		select {
+		case <-time.After(scanStep):
+		case <-c.expired:
+			left, _ = find()
+			endAll(l.cgroup.retirePart(c.component.ID), left, find, func() { l.config.reaper.stopOrphans(isStray()) }, 0)
+			killed = true
+		}
+	}
+}
+
+// orphanedTrees returns the processes that are so of those that flowctl has adopted, and below them.
+// What is below a process that flowctl has started, and which runs, is none of them.
+func (l *launcher) orphanedTrees(are func(procInfo) bool) (out []procInfo) {
+	var add func(pid int)
+	add = func(pid int) {
+		p, ok := readProcess(pid)
+		if ok && !p.zombie && are(p) {
+			out = append(out, p)
+		}
+		for _, child := range childPIDs(pid) {
+			add(child)
+		}
+	}
+	for _, pid := range l.config.reaper.orphans() {
+		add(pid)
+	}
+	return out
+}
+
+// endGroup ends what is left of a process group whose leader was waited for, and which has got SIGTERM.
+// It gets SIGKILL after leftGrace, or when ctx ends.
+func endGroup(ctx context.Context, pid int) {
+	for grace := time.After(leftGrace); ; {
+		if n, err := syscall.Wait4(-pid, nil, syscall.WNOHANG, nil); n <= 0 && err != nil && err != syscall.EINTR {
+			return // there is none
+		}
+		select {
+		case <-time.After(scanStep):
+			continue
+		case <-grace:
+		case <-ctx.Done():
+		}
+		_ = syscall.Kill(-pid, syscall.SIGKILL)
+		return
+	}
+}
+
+// strayOf returns what tells whether ch, which has ended, has left a process: by its session, its
+// control group and its secret. What has none of these of any component is its own if it is older
+// than all others that run; else it is left to the end of the run.
+func (l *launcher) strayOf(ch *child) func(procInfo) bool {
+	id, leaders := ch.component.ID, l.leaders()
+	firstOther := sync.OnceValue(func() uint64 { // when the first of the others that run began
+		first := uint64(math.MaxUint64)
+		for pid, of := range leaders {
+			if p, ok := readProcess(pid); ok && of != id {
+				first = min(first, p.begun)
 			}
 		}
-		wait := time.Until(deadline)
-		if len(left) == 0 {
-			wait = scanStep // a child that the scan missed, or a zombie that is being reaped
+		return first
+	})
+	return func(p procInfo) bool {
+		group := l.cgroupOwner(p.pid)
+		switch {
+		case p.session == ch.pid, group == id, l.hasMark(p.pid, id):
+			return true
+		case !l.config.reaper.adopts, p.parent != os.Getpid(), group != "", leaders[p.session] != "", hasMark(p.pid, l.mark):
+			return false // it goes with its parent, or is another's
 		}
-		timer := time.NewTimer(wait)
-		select {
-		case <-l.config.reaper.reaped:
-		case <-timer.C:
+		first := firstOther()
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if p.begun >= first && l.doubted[p.pid] != p.begun {
+			l.doubted[p.pid] = p.begun
+			l.config.log.Warn("which component has left a process cannot be told: it is ended with the run", "ended", id, "process", namesOf([]procInfo{p}))
 		}
-		timer.Stop()
-		if time.Now().Before(deadline) {
-			continue
-		}
-		if sig == syscall.SIGKILL {
-			l.config.log.Error("still running after SIGKILL", "processes", len(left))
-			return
-		}
-		sig, deadline = syscall.SIGKILL, time.Now().Add(killPatience)
-		clear(told)
+		return p.begun < first
 	}
 }
 
-// cgroup is the control group of the run, where the system lets flowctl make one. Nothing that
-// starts in it leaves it, so killing it misses nothing. A nil one stands for none.
-type cgroup struct {
-	folder *os.File
-}
+// hasMark tells whether a process was started with the secret of component id, or by a flowctl
+// that was.
+func (l *launcher) hasMark(pid int, id string) bool { return hasMark(pid, l.markOf(id)) }
 
-// makeCgroup makes a control group below flowctl's own. It returns nil where that is not
-// possible or not allowed: systemd owns the tree except for what it has delegated.
-func makeCgroup(run string) *cgroup {
-	own := ownCgroup()
-	if own == "" {
-		return nil
-	}
-	if _, err := os.Stat("/run/systemd/system"); err == nil && !delegated(own) {
-		return nil
-	}
-	path := filepath.Join(own, "flowctl-"+filepath.Base(run))
-	if err := os.Mkdir(path, 0o755); err != nil {
-		return nil
-	}
-	folder, err := os.Open(path)
-	if err != nil {
-		_ = syscall.Rmdir(path)
-		return nil
-	}
-	g := &cgroup{folder}
-	if _, err := os.Stat(filepath.Join(path, "cgroup.kill")); err != nil || !g.works() { // since Linux 5.14
-		g.remove()
-		return nil
-	}
-	return g
-}
-
-// hold has what is started with attr start in the cgroup.
-func (g *cgroup) hold(attr *syscall.SysProcAttr) {
-	if g != nil {
-		attr.UseCgroupFD, attr.CgroupFD = true, int(g.folder.Fd())
-	}
-}
-
-// works tells whether a process can be started in the cgroup, which a seccomp filter can
-// forbid. It tries with a program that does not exist: the kernel notices that later.
-func (g *cgroup) works() bool {
-	cmd := exec.Command("/proc/self/no-such-program")
-	cmd.SysProcAttr = &syscall.SysProcAttr{}
-	g.hold(cmd.SysProcAttr)
-	return errors.Is(cmd.Start(), fs.ErrNotExist)
-}
-
-// ownCgroup returns the folder of the control group that flowctl runs in, "" without cgroup v2.
-func ownCgroup() string {
-	mounts, _ := os.ReadFile("/proc/self/mountinfo")
-	groups, _ := os.ReadFile("/proc/self/cgroup")
-	path, found := "", false
-	for line := range strings.Lines(string(groups)) {
-		if path, found = strings.CutPrefix(strings.TrimSpace(line), "0::"); found {
-			break
-		}
-	}
-	for line := range strings.Lines(string(mounts)) {
-		mount, kind, _ := strings.Cut(line, " - ")
-		if fields := strings.Fields(mount); found && strings.HasPrefix(kind, "cgroup2 ") && len(fields) > 4 && fields[3] == "/" {
-			return filepath.Join(fields[4], path)
+// markOwner returns the component, or commandID, whose secret a process was started with, "" for none.
+func (l *launcher) markOwner(pid int) string {
+	env := environ(pid)
+	for _, id := range l.leaders() {
+		if isMarked(env, l.markOf(id)) {
+			return id
 		}
 	}
 	return ""
 }
 
-// delegated tells whether systemd has left a control group to its owner (Delegate= of
-// systemd.resource-control(5)).
-func delegated(path string) bool {
-	value := make([]byte, 8)
-	for _, name := range []string{"trusted.delegate", "user.delegate"} {
-		if n, err := syscall.Getxattr(path, name, value); err == nil && n > 0 && value[0] == '1' {
-			return true
-		}
-	}
-	return false
-}
-
-// path returns the folder, "" for no cgroup.
-func (g *cgroup) path() string {
-	if g == nil {
+// cgroupOwner returns the component in whose control group a process is, "" for none.
+func (l *launcher) cgroupOwner(pid int) string {
+	rest, ok := strings.CutPrefix(processCgroup(pid), l.cgroup.path()+"/"+partPrefix)
+	if l.cgroup == nil || !ok {
 		return ""
 	}
-	return g.folder.Name()
+	part, _, _ := strings.Cut(rest, "/")
+	_, id, _ := strings.Cut(part, "-")
+	return id
 }
 
-// remove removes the cgroup, in which nothing lives any more.
-func (g *cgroup) remove() {
-	if g != nil {
-		removeCgroup(g.folder.Name())
-		g.folder.Close()
+// ownGroups tells whether components have control groups of their own that only root may join: where
+// flowctl's own user may, a component could move to that of another.
+func (l *launcher) ownGroups() bool {
+	var info syscall.Stat_t
+	return l.cgroup != nil && syscall.Stat(l.cgroup.path(), &info) == nil && info.Uid == 0
+}
+
+// descendants returns all processes below flowctl, except its helpers and those that flowctl
+// has inherited.
+func (l *launcher) descendants() []procInfo {
+	all := slices.DeleteFunc(processes(), func(p procInfo) bool { return l.config.reaper.inherited[p.pid] })
+	self, helpers := os.Getpid(), l.config.reaper.helpers() // read after the scan, which may have found a new guard
+	chosen := map[int]bool{self: true}
+	withDescendants(all, chosen)
+	return slices.DeleteFunc(all, func(p procInfo) bool { return !chosen[p.pid] || p.pid == self || helpers[p.pid] })
+}
+
+// sweep ends all that is left below flowctl when no component runs any more: by SIGTERM, and
+// after grace by SIGKILL. It returns what lives on in spite of that.
+func (l *launcher) sweep(grace time.Duration) []procInfo {
+	const most = 10 // processes that the log tells of, at least: some start others all the time
+	find := func() (left []procInfo, over bool) {
+		left = l.descendants()
+		// A scan of /proc can miss a process whose parent ends meanwhile, but not the
+		// child of flowctl's that it becomes.
+		return left, len(left) == 0 && len(l.config.reaper.orphans()) == 0
 	}
-}
-
-// removeCgroup removes an empty control group and those below it: a flowctl that was a
-// component of the run may have left some.
-func removeCgroup(path string) {
-	below, _ := os.ReadDir(path)
-	for _, entry := range below {
-		if entry.IsDir() {
-			removeCgroup(filepath.Join(path, entry.Name()))
+	told := make(map[int]uint64) // when each began that got SIGTERM
+	var left []procInfo
+	for deadline := time.Now().Add(grace); ; {
+		var over bool
+		if left, over = find(); over {
+			return nil
+		}
+		fresh := slices.DeleteFunc(slices.Clone(left), func(p procInfo) bool { return told[p.pid] == p.begun })
+		if len(fresh) > 0 && len(told) < most {
+			l.config.log.Warn("ending what left its component", "processes", namesOf(fresh))
+		}
+		wait := time.Until(deadline)
+		if wait <= 0 { // also where so much runs that a look takes that long
+			break
+		}
+		for _, p := range fresh {
+			told[p.pid] = p.begun
+			p.send(syscall.SIGTERM)
+		}
+		if len(left) == 0 {
+			wait = scanStep // a child that the scan missed, or a zombie that is being reaped
+		}
+		select {
+		case <-l.config.reaper.reaped:
+		case <-time.After(wait):
 		}
 	}
-	_ = syscall.Rmdir(path)
+	left = endAll(l.cgroup.path(), left, find, func() { l.config.reaper.stopOrphans(func(procInfo) bool { return true }) }, killPatience)
+	if len(left) > 0 {
+		l.config.log.Error("still running after SIGKILL", "processes", namesOf(left))
+	}
+	return left
+}
+
+// endAll kills left and what find returns, until find says that this is over or until no fewer
+// live for as long as patience, and returns what is left then. First all is stopped, until nothing
+// new appears: to kill one of many at the limit of processes makes room for another. catch stops
+// what forks and ends sooner than find can tell of it. cgroup is "" for none. Without patience it
+// does not wait.
+func endAll(cgroup string, left []procInfo, find func() ([]procInfo, bool), catch func(), patience time.Duration) []procInfo {
+	const rounds = 20 // of stopping: who can sends SIGCONT
+	deadline, fewest := time.Now().Add(patience), math.MaxInt
+	for {
+		seen, over := make(map[int]procInfo), false
+		for round := range rounds {
+			if cgroup != "" {
+				_ = os.WriteFile(filepath.Join(cgroup, "cgroup.kill"), []byte("1"), 0)
+			}
+			before := len(seen)
+			for _, p := range left {
+				if seen[p.pid].begun != p.begun {
+					seen[p.pid] = p
+					p.send(syscall.SIGSTOP)
+				}
+			}
+			if round > 0 && len(seen) == before {
+				break
+			}
+			catch()
+			left, over = find()
+		}
+		if over {
+			return nil
+		}
+		for _, p := range seen {
+			p.send(syscall.SIGKILL)
+		}
+		switch now := time.Now(); {
+		case patience == 0:
+			return left
+		case len(left) < fewest: // many need their time to end
+			deadline, fewest = now.Add(patience), len(left)
+		case now.After(deadline):
+			return left
+		}
+		time.Sleep(scanStep) // nothing tells of their ends
+	}
 }
 
 // guard is the guard as flowctl sees it: a process that ends the run when flowctl was killed.
 // It reads from a pipe which process groups there are; when the pipe ends without the line
-// "end", flowctl was killed. A guard that is killed itself is replaced.
+// "end", flowctl was killed. A guard that is killed itself, or lastingly stopped, is replaced.
 type guard struct {
-	args      []string // of the process
+	knows     guardFacts
 	reaper    *reaper
 	log       *slog.Logger
-	dismissed chan struct{} // closed when the guard is to end
+	dismissed context.Context // ends when the guard is to end
+	end       context.CancelFunc
 	keeping   sync.WaitGroup
+	beating   chan struct{} // closed by the first beat
 
-	mu  sync.Mutex // guards the fields below; nobody who holds it waits
-	cmd *exec.Cmd
-	in  *os.File // the pipe; it does not block
+	mu    sync.Mutex // guards the fields below; nobody who holds it waits
+	cmd   *exec.Cmd
+	in    *os.File // the pipe; it does not block
+	beats *os.File // gets a byte from it each guardInterval
 }
 
-// startGuard starts the guard of the run with that mark, and replaces it until dismiss is
-// called. cgroup and enginePath are "" for none.
+// guardFacts are the first line that a guard is told, in JSON.
+type guardFacts struct {
+	Run        string // the mark of the run
+	Flowctl    int    // pid
+	Cgroup     string // folder of the run's control group, "" for none
+	EnginePath string // "" for none
+}
+
+// startGuard starts the guard of a run, and replaces it until dismiss is called.
 func startGuard(run, cgroup, enginePath string, r *reaper, log *slog.Logger) (*guard, error) {
-	g := &guard{args: []string{run, strconv.Itoa(os.Getpid()), cgroup, enginePath}, reaper: r, log: log, dismissed: make(chan struct{})}
+	g := &guard{knows: guardFacts{run, os.Getpid(), cgroup, enginePath}, reaper: r, log: log, beating: make(chan struct{})}
+	g.dismissed, g.end = context.WithCancel(context.Background())
 	if err := g.start(); err != nil {
 		return nil, err
 	}
@@ -442,33 +596,49 @@ func startGuard(run, cgroup, enginePath string, r *reaper, log *slog.Logger) (*g
 	return g, nil
 }
 
-var errDismissed = errors.New("the guard is dismissed")
+// awaitBeat returns when the guard has its threads, which components could use up. It fails if
+// that takes longer than a guard may be silent.
+func (g *guard) awaitBeat() error {
+	select {
+	case <-g.beating:
+		return nil
+	case <-time.After(2 * guardSilence * guardInterval):
+		return errors.New("the guard gives no sign of life")
+	}
+}
 
-// start starts the process. It has a session of its own, where no terminal reaches it, and no
-// mark in its environment, so that it belongs to no run: neither to this one nor to that of
-// an outer flowctl.
+// start starts the process, unless the guard is dismissed. It has a session of its own, where no
+// terminal reaches it, and no mark: it belongs to no run, not to that of an outer flowctl either.
 func (g *guard) start() error {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.isDismissed(0) {
-		return errDismissed
+	if err := g.dismissed.Err(); err != nil {
+		return err
 	}
 	theirs, ours, err := os.Pipe()
 	if err != nil {
 		return err
 	}
 	defer theirs.Close()
-	// This link stays good when the file of the program is replaced.
-	cmd := exec.Command("/proc/self/exe", append([]string{"guard"}, g.args...)...)
+	beats, beating, err := os.Pipe()
+	if err != nil {
+		ours.Close()
+		return err
+	}
+	defer beating.Close()
+	cmd := exec.Command("/proc/self/exe", "guard") // a link that stays good when the file of the program is replaced
 	cmd.Args[0] = guardName
-	cmd.Stdin, cmd.Dir = theirs, "/"
+	cmd.Stdin, cmd.Stdout, cmd.Dir = theirs, beating, "/"
 	cmd.Env = baseEnv()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := g.reaper.start(cmd); err != nil {
 		ours.Close()
+		beats.Close()
 		return err
 	}
-	g.cmd, g.in = cmd, ours
+	g.cmd, g.in, g.beats = cmd, ours, beats
+	facts, _ := json.Marshal(g.knows) // of strings and numbers, which cannot fail
+	g.writeLocked(string(facts) + "\n")
 	for pid := range g.reaper.inherited {
 		g.tellLocked("spare", pid)
 	}
@@ -478,32 +648,59 @@ func (g *guard) start() error {
 	return nil
 }
 
-// keep waits for the guard and replaces it when it was killed: at once the first time, then
-// after a pause that grows.
+// beat waits for the guard's next sign of life, and is false if it has ended. The seconds are
+// counted one by one, so that a flowctl that was stopped itself does not count that time. One
+// that was stopped is continued, and killed if it is silent after that.
+func (g *guard) beat() bool {
+	var buf [64]byte
+	for silent := 1; ; silent++ {
+		_ = g.beats.SetReadDeadline(time.Now().Add(guardInterval))
+		_, err := g.beats.Read(buf[:])
+		switch {
+		case !errors.Is(err, os.ErrDeadlineExceeded):
+			return err == nil
+		case silent == guardSilence:
+			g.log.Warn("the guard is silent: it is continued, in case that it was stopped", "pid", g.cmd.Process.Pid)
+			_ = g.cmd.Process.Signal(syscall.SIGCONT)
+		case silent == 2*guardSilence:
+			_ = g.cmd.Process.Kill()
+		}
+	}
+}
+
+// keep replaces a guard that has ended: at once the first time, then after a pause that grows.
 func (g *guard) keep() {
 	pause := time.Duration(0)
+	var first sync.Once
 	for {
 		began := time.Now()
+		for g.beat() { // keep alone starts another one, so these fields do not change meanwhile
+			first.Do(func() { close(g.beating) })
+		}
 		_ = g.reaper.wait(g.cmd)
 		if time.Since(began) > guardProven {
 			pause = 0
 		}
-		if g.isDismissed(0) {
+		if g.dismissed.Err() != nil {
+			g.beats.Close()
 			return
 		}
 		g.log.Warn("the guard was killed: until there is another, a flowctl that is killed leaves components behind", "in", pause)
 		for {
-			if g.isDismissed(pause) {
+			select {
+			case <-g.dismissed.Done():
 				return
+			case <-time.After(pause):
 			}
 			pause = min(max(2*pause, minGuardPause), maxGuardPause)
 			g.in.Close()
+			g.beats.Close()
 			err := g.start()
-			if err == errDismissed {
-				return
-			}
 			if err == nil {
 				break
+			}
+			if g.dismissed.Err() != nil {
+				return
 			}
 			g.log.Error("cannot start the guard", "err", err)
 		}
@@ -511,47 +708,17 @@ func (g *guard) keep() {
 	}
 }
 
-// isDismissed returns true when the guard is dismissed, and false after d.
-func (g *guard) isDismissed(d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-g.dismissed:
-		return true
-	case <-timer.C:
-	}
-	select {
-	case <-g.dismissed:
-		return true
-	default:
-		return false
-	}
-}
-
-func (g *guard) pid() int {
+// tell tells the guard that the process group pid has "started", or that nothing is left of it
+// ("ended"). It never waits: a guard that does not read a full pipe is killed, and keep replaces it.
+func (g *guard) tell(word string, pid int) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return g.cmd.Process.Pid
+	g.tellLocked(word, pid)
 }
 
-// groupStarted tells the guard that the process group pid has started.
-func (g *guard) groupStarted(pid int) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.tellLocked("started", pid)
-}
+func (g *guard) tellLocked(word string, pid int) { g.writeLocked(fmt.Sprintf("%s %d\n", word, pid)) }
 
-// groupEnded tells the guard that nothing is left of the group of pid.
-func (g *guard) groupEnded(pid int) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.tellLocked("ended", pid)
-}
-
-// tellLocked writes a line to the guard, and never waits. A guard that does not read until the
-// pipe is full is killed, so that keep replaces it.
-func (g *guard) tellLocked(word string, pid int) {
-	line := fmt.Sprintf("%s %d\n", word, pid)
+func (g *guard) writeLocked(line string) {
 	raw, err := g.in.SyscallConn()
 	if err != nil {
 		return // closed, because the guard was killed: the next one gets it by start
@@ -567,7 +734,7 @@ func (g *guard) tellLocked(word string, pid int) {
 
 // dismiss tells the guard to end, and waits for that. After guardGrace it kills it.
 func (g *guard) dismiss() {
-	close(g.dismissed)
+	g.end()
 	g.mu.Lock()
 	g.tellLocked("end", 0)
 	g.in.Close()
@@ -577,55 +744,64 @@ func (g *guard) dismiss() {
 	timer.Stop()
 }
 
-// runGuard is the process of the guard. It returns when it was dismissed, or when flowctl was
-// killed and nothing is left of the run that can be killed.
-func runGuard(run, flowctl, cgroup, enginePath string, in io.Reader) {
+// runGuard is the process of the guard. It returns when it was dismissed, or when flowctl was killed and
+// nothing is left of the run that can be killed. It fails if no flowctl has started it.
+func runGuard(in io.Reader) error {
 	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE, syscall.SIGTSTP)
+	g := &guardState{leaders: make(map[int]uint64), below: make(map[int]uint64), spared: make(map[int]bool)}
+	scanner := bufio.NewScanner(in)
+	if !scanner.Scan() || json.Unmarshal(scanner.Bytes(), &g.guardFacts) != nil || g.Run == "" {
+		return usageErrorf("", "guard: flowctl starts it by itself")
+	}
 	_ = os.WriteFile("/proc/self/comm", []byte(guardName), 0)
 	runtime.GOMAXPROCS(1)
-	debug.SetGCPercent(10) // a few kilobytes live here, so collecting costs nothing
-	g := &guardState{run: run, leaders: make(map[int]uint64), adopted: make(map[int]uint64), spared: make(map[int]bool)}
-	g.flowctl, _ = strconv.Atoi(flowctl)
-	if p, ok := readProcess(g.flowctl); ok && g.flowctl == os.Getppid() {
+	debug.SetGCPercent(10)             // a few kilobytes live here, so collecting costs nothing
+	reserveThreads(4)                  // components may have used up all when it is needed
+	_, _ = os.FindProcess(os.Getpid()) // its first call starts a process, to see whether pidfds work
+	if p, ok := readProcess(g.Flowctl); ok && g.Flowctl == os.Getppid() {
 		g.begun = p.begun
 	}
 	lines := make(chan string)
 	go func() {
 		defer close(lines)
-		for scanner := bufio.NewScanner(in); scanner.Scan(); {
+		for scanner.Scan() {
 			lines <- scanner.Text()
 		}
 	}()
+	_ = syscall.SetNonblock(1, true) // who reads there may be stopped
 	if g.watch(lines) {
-		return
+		return nil
 	}
-	g.killRun(cgroup)
-	if enginePath != "" {
-		removeContainersOf(run, enginePath)
+	g.killRun()
+	if g.EnginePath != "" {
+		removeContainersOf(g.Run, g.EnginePath)
 	}
+	return nil
 }
 
 // guardState is what the guard knows of its run. The maps are by pid; their values say when
 // the process began, which tells it from a later one with its pid.
 type guardState struct {
-	run     string         // its mark
-	flowctl int            // pid
+	guardFacts
 	begun   uint64         // when flowctl began: what began before is not of the run
 	leaders map[int]uint64 // of process groups, and the command after --
-	adopted map[int]uint64 // orphans of flowctl: they may have neither the mark nor a leader
+	below   map[int]uint64 // what was seen below flowctl: it may have neither the mark nor a leader when flowctl has died
 	spared  map[int]bool   // children that flowctl has inherited
 }
 
-// watch takes in what flowctl tells. It returns true when flowctl dismisses the guard, and
-// false when flowctl was killed.
+// watch takes in what flowctl tells: true when it dismisses the guard, false when it was killed.
 func (g *guardState) watch(lines <-chan string) bool {
 	step := scanStep // a program that makes a daemon does so when it starts
-	timer := time.NewTimer(step)
+	timer, beat := time.NewTimer(step), time.NewTicker(guardInterval)
 	defer timer.Stop()
+	defer beat.Stop()
+	_, _ = syscall.Write(1, []byte{'.'})
 	for {
 		select {
+		case <-beat.C:
+			_, _ = syscall.Write(1, []byte{'.'})
 		case <-timer.C:
-			g.noteAdopted()
+			g.noteBelow(g.Flowctl)
 			if step < guardInterval && 2*step >= guardInterval {
 				dropProgram() // nothing has started for a while
 			}
@@ -684,51 +860,39 @@ func dropProgram() {
 	}
 }
 
-// noteAdopted notes the children of flowctl's main thread, which is the one that gets the
-// orphans (find_new_reaper in the kernel's exit.c). They are noted until they end, because a
-// flowctl that is dying has no children any more.
-func (g *guardState) noteAdopted() {
-	if os.Getppid() != g.flowctl {
+// noteBelow notes what is below a process: a flowctl that is dying has no children any more.
+func (g *guardState) noteBelow(pid int) {
+	if os.Getppid() != g.Flowctl {
 		return // flowctl has died, and its pid could be another process's
 	}
-	maps.DeleteFunc(g.adopted, func(pid int, begun uint64) bool {
-		p, ok := readProcess(pid)
-		return !ok || p.begun != begun
-	})
-	data, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", g.flowctl))
-	for _, field := range strings.Fields(string(data)) {
-		pid, _ := strconv.Atoi(field)
-		if p, ok := readProcess(pid); ok && p.parent == g.flowctl && pid != os.Getpid() && !g.spared[pid] {
-			g.adopted[pid] = p.begun
+	if pid == g.Flowctl {
+		maps.DeleteFunc(g.below, func(pid int, begun uint64) bool {
+			p, ok := readProcess(pid)
+			return !ok || p.begun != begun
+		})
+	}
+	for _, child := range childPIDs(pid) {
+		if p, ok := readProcess(child); ok && p.parent == pid && child != os.Getpid() && !g.spared[child] {
+			g.below[child] = p.begun
+			g.noteBelow(child)
 		}
 	}
 }
 
-// killRun kills what belongs to the run until nothing is found any more, for at most twice
-// killPatience, and removes its control group.
-func (g *guardState) killRun(cgroup string) {
-	deadline := time.Now().Add(2 * killPatience)
-	for quiet := 0; quiet < scanTries && time.Now().Before(deadline); {
-		quiet++
-		// The tree first, while it stands: the kernel passes over a process whose main
-		// thread has ended when it kills a cgroup.
-		left := g.processes()
-		if cgroup != "" {
-			_ = os.WriteFile(filepath.Join(cgroup, "cgroup.kill"), []byte("1"), 0)
-		}
-		for _, p := range left {
+// killRun kills what is of the run until nothing is found, and removes its control group.
+func (g *guardState) killRun() {
+	quiet := 0
+	endAll(g.Cgroup, nil, func() (left []procInfo, over bool) {
+		if left, quiet = g.processes(), quiet+1; len(left) > 0 {
 			quiet = 0
-			p.send(syscall.SIGKILL)
 		}
-		time.Sleep(scanStep) // nothing tells of a process that is about to be forked
-	}
-	if cgroup != "" {
-		removeCgroup(cgroup)
-	}
+		return left, quiet > scanTries // nothing tells of a process that is about to be forked
+	}, func() {}, 2*killPatience)
+	removeCgroup(g.Cgroup)
 }
 
-// processes returns what belongs to the run: the leaders and their groups, what flowctl has
-// adopted, what has the mark, and all descendants of those.
+// processes returns what belongs to the run: the leaders and their groups, what was seen below
+// flowctl, what has the mark, and all descendants of those.
 func (g *guardState) processes() []procInfo {
 	all := slices.DeleteFunc(processes(), func(p procInfo) bool { return p.begun < g.begun })
 	chosen := make(map[int]bool)
@@ -741,23 +905,23 @@ func (g *guardState) processes() []procInfo {
 	for _, p := range all {
 		_, leads := g.leaders[p.pid]
 		_, led := g.leaders[p.group]
-		begun, adopted := g.adopted[p.pid]
-		chosen[p.pid] = leads && !reused[p.pid] || led && !reused[p.group] || adopted && begun == p.begun || hasMark(p.pid, g.run)
+		begun, seen := g.below[p.pid]
+		chosen[p.pid] = leads && !reused[p.pid] || led && !reused[p.group] || seen && begun == p.begun || hasMark(p.pid, g.Run)
 	}
 	withDescendants(all, chosen)
 	return slices.DeleteFunc(all, func(p procInfo) bool { return !chosen[p.pid] || p.pid == os.Getpid() })
 }
 
-// hasMark tells whether a process has the mark of run in its environment, or that of a flowctl
-// which is a component of run.
-func hasMark(pid int, run string) bool {
-	env := environ(pid)
-	mark := "\x00" + runMark + "=" + run
-	return bytes.Contains(env, []byte(mark+"\x00")) || bytes.Contains(env, []byte(mark+"/"))
+// hasMark tells whether a process was started with that value of runMark, or by a flowctl that
+// was.
+func hasMark(pid int, mark string) bool { return isMarked(environ(pid), mark) }
+
+func isMarked(env []byte, mark string) bool {
+	entry := "\x00" + runMark + "=" + mark
+	return bytes.Contains(env, []byte(entry+"\x00")) || bytes.Contains(env, []byte(entry+"/"))
 }
 
-// removeContainersOf removes the containers of run. It looks again for a while, because the
-// engine may still be making one for a command line that was killed.
+// removeContainersOf removes the containers of run, for a while: the engine may still be making one.
 func removeContainersOf(run, enginePath string) {
 	e, err := findEngine(enginePath)
 	if err != nil {

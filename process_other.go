@@ -7,6 +7,7 @@ package main
 // flowctl that was killed.
 
 import (
+	"context"
 	"io"
 	"log/slog"
 	"os"
@@ -24,17 +25,23 @@ func (r *reaper) close()                    {}
 func (r *reaper) start(cmd *exec.Cmd) error { return cmd.Start() }
 func (r *reaper) wait(cmd *exec.Cmd) error  { return cmd.Wait() }
 
-func (r *reaper) startLeader(cmd *exec.Cmd, _ string) error { return cmd.Start() }
-func (r *reaper) leaderEnded(int)                           {}
-func (r *reaper) leaders() map[int]string                   { return nil }
+func (r *reaper) startLeader(cmd *exec.Cmd, _ started) error { return cmd.Start() }
+func (r *reaper) leaderEnded(int)                            {}
+func (r *reaper) leaders() map[int]string                    { return nil }
+func (r *reaper) settledLeaders() map[int]string             { return nil }
+func (r *reaper) leaderOf(string) int                        { return 0 }
+func (r *reaper) leads(int, string) bool                     { return false }
 
-// awaitGroup returns when the output of the group is closed, or when it was killed: who is left
-// in it cannot be known.
-func (c *child) awaitGroup() {
+// reapGroup cannot know who is left: the group is empty when its output is closed or it was killed.
+func (c *child) reapGroup(options int) bool {
+	if options == syscall.WNOHANG {
+		return false
+	}
 	select {
 	case <-c.drained:
 	case <-c.expired:
 	}
+	return true
 }
 
 // awaitExit returns when the child p has ended, and leaves it a zombie: its pid, which is its
@@ -50,26 +57,24 @@ func awaitExit(p *os.Process) {
 	}
 }
 
-type cgroup struct{}
-
-func makeCgroup(string) *cgroup             { return nil }
-func (g *cgroup) hold(*syscall.SysProcAttr) {}
-func (g *cgroup) path() string              { return "" }
-func (g *cgroup) remove()                   {}
-
-func (c *child) groupIsEmpty() bool { return false }
-
 func (l *launcher) descendants() []procInfo { return nil }
-func (l *launcher) endStrays(string)        {}
-func (l *launcher) sweep(time.Duration)     {}
+func (l *launcher) markOwner(int) string    { return "" }
+func (l *launcher) ownGroups() bool         { return false }
+func (l *launcher) cgroupOwner(int) string  { return "" }
+func (c *child) endRest()                   { c.reapGroup(0) }
+
+// endGroup kills what is left of a process group: who is in it, nothing tells.
+func endGroup(_ context.Context, pid int) { _ = syscall.Kill(-pid, syscall.SIGKILL) }
 
 type guard struct{}
 
 func startGuard(run, cgroup, enginePath string, r *reaper, log *slog.Logger) (*guard, error) {
 	return &guard{}, nil
 }
-func (g *guard) groupStarted(int) {}
-func (g *guard) groupEnded(int)   {}
+func (g *guard) tell(string, int) {}
+func (g *guard) awaitBeat() error { return nil }
 func (g *guard) dismiss()         {}
 
-func runGuard(run, flowctl, cgroup, enginePath string, in io.Reader) {}
+func runGuard(in io.Reader) error { return nil }
+
+func (l *launcher) sweep(time.Duration) []procInfo { return nil }

@@ -3,11 +3,8 @@
 package main
 
 import (
-	"bytes"
 	"fmt"
-	"io"
 	"log/slog"
-	"maps"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -54,7 +51,7 @@ func TestRun_NothingOutlivesIt(t *testing.T) {
 // What flowctl itself may die of besides a signal that asks it to end.
 func TestRun_NothingOutlivesACrash(t *testing.T) {
 	t.Parallel()
-	for _, sig := range []syscall.Signal{syscall.SIGQUIT, syscall.SIGSEGV, syscall.SIGABRT, syscall.SIGBUS} {
+	for _, sig := range []syscall.Signal{syscall.SIGSEGV, syscall.SIGABRT, syscall.SIGBUS} {
 		t.Run(sig.String(), func(t *testing.T) {
 			t.Parallel()
 			h := newHerd()
@@ -77,9 +74,7 @@ func TestRun_EndsStoppedProcesses(t *testing.T) {
 			p := launch(t, writePipeline(t, shell("a", h.script(daemons+`; sleep T & exec sleep T`))), "-stop-timeout", "500ms")
 			p.waitReady()
 			for pid := range h.await(p, 4) {
-				if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
-					t.Fatal(err)
-				}
+				h.signal(pid, syscall.SIGSTOP)
 			}
 			h.end(p, sig)
 		})
@@ -97,7 +92,7 @@ func TestRun_KilledWhileStarting(t *testing.T) {
 	pipeline := func(h herd) string {
 		return writePipeline(t, component(h, "a"), component(h, "b"), component(h, "c", "a"), component(h, "d", "c"))
 	}
-	flowctlProgram(t) // building it is not to be measured
+	flowctlProgram() // building it is not to be measured
 	h := newHerd()
 	began := time.Now()
 	p := launch(t, pipeline(h))
@@ -224,6 +219,28 @@ func TestRun_FloodWhileStopping(t *testing.T) {
 	}
 }
 
+// What a member of the group says when the leader has died of the stop signal is heard.
+func TestRun_MemberOfTheGroupIsHeardWhileStopping(t *testing.T) {
+	t.Parallel()
+	c := shell("a", "(trap 'sleep 0.2; echo flushed; exit' TERM; echo up; while :; do sleep 0.05; done) & exec sleep 1000")
+	c.StopTimeout = Duration(patience)
+	p := launch(t, writePipeline(t, c))
+	p.waitOut("a | up\n")
+	p.stop()
+	p.has(p.stdout, "a | flushed\n")
+}
+
+func TestRun_OutputOfAComponentBlocks(t *testing.T) {
+	t.Parallel()
+	p := launch(t, writePipeline(t, shell("a", `sed -n 's/^flags:\t//p' /proc/self/fdinfo/1 /proc/self/fdinfo/2`)))
+	p.exit(exitOK)
+	for i := range 2 {
+		if flags, err := strconv.ParseUint(p.lines("a")[i], 8, 64); err != nil || flags&syscall.O_NONBLOCK != 0 {
+			t.Errorf("O_NONBLOCK is set on a component's output: %o, %v", flags, err)
+		}
+	}
+}
+
 func TestGuard_IsReplaced(t *testing.T) {
 	t.Parallel()
 	h := newHerd()
@@ -252,10 +269,8 @@ func TestGuard_IsNotKilledByName(t *testing.T) {
 	h.await(p, 3)
 	living, _ := childrenOf(p.cmd.Process.Pid)
 	for _, pid := range append(living, p.cmd.Process.Pid) {
-		comm, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
-		line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-		name, _, _ := bytes.Cut(line, []byte{0})
-		if strings.TrimSpace(string(comm)) == "flowctl" || filepath.Base(string(name)) == "flowctl" { // pkill, killall, pidof
+		line := procFile(pid, "cmdline")
+		if procFile(pid, "comm") == "flowctl\n" || strings.Contains(line, "flowctl") { // pkill, killall, pidof, pkill -f
 			_ = syscall.Kill(pid, syscall.SIGKILL)
 		}
 	}
@@ -332,17 +347,22 @@ func TestGuard_KeepsLittleInMemory(t *testing.T) {
 func TestGuard_NotReadingIsReplaced(t *testing.T) {
 	t.Parallel()
 	l := newTestLauncher(t)
-	old := l.guard.pid()
+	guardPID := func() int {
+		l.guard.mu.Lock()
+		defer l.guard.mu.Unlock()
+		return l.guard.cmd.Process.Pid
+	}
+	old := guardPID()
 	if err := syscall.Kill(old, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	l.run(sh("a", forever, nil))
+	l.run(comp("a", sleeping))
 	told := make(chan struct{})
 	go func() {
 		defer close(told)
 		for range 10_000 { // more than the pipe holds
-			l.guard.groupStarted(os.Getpid())
-			l.guard.groupEnded(os.Getpid())
+			l.guard.tell("started", os.Getpid())
+			l.guard.tell("ended", os.Getpid())
 		}
 	}()
 	select {
@@ -350,7 +370,7 @@ func TestGuard_NotReadingIsReplaced(t *testing.T) {
 	case <-time.After(patience):
 		t.Fatal("telling the guard waits for it to read")
 	}
-	eventually(t, "another guard", func() bool { return l.guard.pid() != old })
+	eventually(t, "another guard", func() bool { return guardPID() != old })
 }
 
 // A component may be a flowctl: it and its guard answer for what it runs.
@@ -359,7 +379,7 @@ func TestRun_AsAComponent(t *testing.T) {
 	nest := func(t *testing.T, policy string) (p *process, outer, inner herd, pid int) {
 		outer, inner = newHerd(), newHerd()
 		file := writePipeline(t, shell("leaf", inner.script(daemons+` & exec sleep T`)))
-		nested := Component{ID: "nested", Command: []string{flowctlProgram(t), "run", file, "-control-plane-port", "0", "-stop-timeout", "500ms"}, Register: new(false), RestartPolicy: policy}
+		nested := Component{ID: "nested", Command: []string{flowctlProgram(), "run", file, "-control-plane-port", "0", "-stop-timeout", "500ms"}, Register: new(false), RestartPolicy: policy}
 		nested.Env = map[string]string{"XDG_RUNTIME_DIR": t.TempDir()} // the names are the same
 		p = launch(t, writePipeline(t, nested, shell("beside", outer.script(`exec sleep T`))))
 		p.waitReady()
@@ -432,18 +452,20 @@ func TestRun_EndsProcessWithoutMainThread(t *testing.T) {
 	for _, sig := range endings {
 		t.Run(sig.String(), func(t *testing.T) {
 			t.Parallel()
-			path, gone := fifo(t)
 			c := actor("a", role{})
 			c.Register = new(false)
-			c.Env[headlessVar] = path
+			c.Env[headlessVar] = "1"
 			c.Command = append([]string{"setsid", "-w"}, c.Command...) // in a session of its own, below a/sh
 			p := launch(t, writePipeline(t, c), "-stop-timeout", "500ms")
-			p.waitOut("a | headless\n")
+			p.waitOut("a | headless ")
+			pid, err := strconv.Atoi(strings.TrimPrefix(p.lines("a")[0], "headless "))
+			if err != nil {
+				t.Fatal(err)
+			}
+			headless := handle(t, pid)
 			p.signal(sig)
 			<-p.done
-			select {
-			case <-gone:
-			case <-time.After(killGrace()):
+			if _, ok := ends(t, killGrace(), headless); !ok {
 				t.Errorf("it lives\n%s", p)
 			}
 			p.awaitGuard()
@@ -472,42 +494,10 @@ func TestRun_LeavesNoZombies(t *testing.T) {
 	h.end(p, syscall.SIGTERM)
 }
 
-// fifo returns a path for a process to hold open and a channel that is closed when
-// the last process that does has ended.
-func fifo(t *testing.T) (string, <-chan struct{}) {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "fifo")
-	if err := syscall.Mkfifo(path, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	gone := make(chan struct{})
-	go func() {
-		defer close(gone)
-		f, err := os.Open(path) // waits for the first writer
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		defer f.Close()
-		_, _ = io.Copy(io.Discard, f)
-	}()
-	return path, gone
-}
-
-func waitGone(t *testing.T, gone <-chan struct{}) {
-	t.Helper()
-	select {
-	case <-gone:
-	case <-time.After(patience):
-		t.Fatal("a process of the group still lives")
-	}
-}
-
 // testLauncher is a launcher without a run.
 type testLauncher struct {
 	*launcher
 	t       testing.TB
-	rec     *recorder // what the children print
 	running map[*child]bool
 }
 
@@ -515,11 +505,11 @@ type testLauncher struct {
 // waited for.
 func newTestLauncher(t testing.TB) *testLauncher {
 	t.Helper()
-	l := &testLauncher{t: t, rec: &recorder{}, running: make(map[*child]bool)}
+	l := &testLauncher{t: t, running: make(map[*child]bool)}
 	var err error
 	l.launcher, err = newLauncher(launchConfig{
 		endpoint: "127.0.0.1:1", heartbeat: 10 * time.Second, reaper: newReaper(),
-		emit: l.rec.lines, log: slog.New(slog.NewTextHandler(t.Output(), nil)),
+		emit: func(string, string, []byte, int) {}, log: slog.New(slog.NewTextHandler(t.Output(), nil)),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -566,165 +556,35 @@ func (l *testLauncher) end() childEnd {
 	}
 }
 
-func TestLauncher_GroupEndsWithItsLeader(t *testing.T) {
+// What has open who starts flowctl is not passed on to components, to their checks and to the guard. The
+// command after -- has it under the same numbers.
+func TestRun_DescriptorsOfTheCaller(t *testing.T) {
 	t.Parallel()
-	path, gone := fifo(t)
-	l := newTestLauncher(t)
-	// The member ignores SIGTERM and holds neither of the pipes.
-	l.run(sh("a", "(trap '' TERM; exec 3>"+path+" >/dev/null 2>&1; touch "+path+".up; exec sleep 1000) & until [ -e "+path+".up ]; do sleep 0.01; done; exit 3", nil))
-	if end := l.end(); end.status.ExitStatus() != 3 {
-		t.Errorf("it ended with %s", describeExit(end.status))
+	theirs := writeFile(t, filepath.Join(t.TempDir(), "theirs"), "from the caller\n")
+	a := shell("a", `for fd in 7 9; do test ! -e /proc/self/fd/$fd || exit 1; done; exec sleep 300`)
+	a.HealthCheck = "exec:sh -c '! test -e /proc/self/fd/7 && ! test -e /proc/self/fd/9'"
+	p := start(t, runArgs(writePipeline(t, a), "--", "sh", "-c", "cat <&7; readlink /proc/self/fd/9; ls /proc/self/fd; exec sleep 300"),
+		afterCommand("exec 7<"+theirs+" 9>>"+theirs+" &&"))
+	p.waitOut("\n9\n")
+	p.has(p.stdout, "from the caller\n", theirs+"\n0\n", "\n7\n")
+	for _, fd := range []int{7, 9} {
+		if to, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", guardOf(p), fd)); err == nil && to == theirs {
+			t.Errorf("the guard has descriptor %d of the caller", fd)
+		}
 	}
-	waitGone(t, gone)
+	p.signal(syscall.SIGTERM)
+	p.exit(128 + int(syscall.SIGTERM))
 }
 
-func TestLauncher_KillReachesTheGroup(t *testing.T) {
+// Each start of a component tells its number, and all tell the one run.
+func TestRestart_IsCounted(t *testing.T) {
 	t.Parallel()
-	path, gone := fifo(t)
-	l := newTestLauncher(t)
-	ch := l.run(sh("a", "trap '' TERM; (exec 3>"+path+"; echo up; sleep 1000) & wait; wait", nil))
-	waitForText(t, l.rec, "a/stdout", "up")
-	l.signal(ch, syscall.SIGKILL)
-	if end := l.end(); end.status.Signal() != syscall.SIGKILL {
-		t.Errorf("it ended with %s", describeExit(end.status))
-	}
-	waitGone(t, gone)
-}
-
-func TestLauncher_MemberOfTheGroupIsHeardWhileStopping(t *testing.T) {
-	t.Parallel()
-	l := newTestLauncher(t)
-	// The leader dies of SIGTERM at once, the member says something first.
-	ch := l.run(sh("a", "(trap 'sleep 0.2; echo flushed; exit' TERM; echo up; while :; do sleep 0.05; done) & exec sleep 1000", nil))
-	waitForText(t, l.rec, "a/stdout", "up")
-	l.signal(ch, syscall.SIGTERM)
-	l.end()
-	if got := l.rec.text("a/stdout"); got != "up\nflushed\n" {
-		t.Errorf("output %q, want up and flushed", got)
-	}
-}
-
-func TestLauncher_DaemonThatHoldsThePipeHoldsNothingUp(t *testing.T) {
-	t.Parallel()
-	if _, err := os.Stat("/usr/bin/setsid"); err != nil {
-		t.Skip("needs setsid of util-linux")
-	}
-	path, gone := fifo(t)
-	l := newTestLauncher(t)
-	l.run(sh("a", "setsid sh -c 'exec 3>"+path+"; touch "+path+".up; exec sleep 1000' & yes 0123456789 | head -n 5000; until [ -e "+path+".up ]; do sleep 0.01; done; printf last", nil))
-	if end := l.end(); end.status != 0 || end.lost {
-		t.Errorf("it ended with %s, output lost: %t", describeExit(end.status), end.lost)
-	}
-	if got, want := l.rec.text("a/stdout"), strings.Repeat("0123456789\n", 5000)+"last\n"; got != want {
-		t.Errorf("output of %d bytes, want %d", len(got), len(want))
-	}
-	l.endStrays("a")
-	waitGone(t, gone)
-}
-
-func TestLauncher_OutputOfAComponentBlocks(t *testing.T) {
-	t.Parallel()
-	l := newTestLauncher(t)
-	l.run(sh("a", "sed -n 's/^flags:.*\\(.\\)....$/\\1/p' /proc/self/fdinfo/1 /proc/self/fdinfo/2", nil))
-	l.end()
-	// The fifth octal digit from the right is O_NONBLOCK's (04000) neighbourhood.
-	for _, digit := range strings.Fields(l.rec.text("a/stdout")) {
-		if strings.ContainsAny(digit, "4567") {
-			t.Errorf("O_NONBLOCK is set on a component's output: %q", l.rec.text("a/stdout"))
-		}
-	}
-}
-
-// environment starts a component that prints its environment, and returns that.
-func (l *testLauncher) environment(id string, more map[string]any) map[string]string {
-	l.t.Helper()
-	fields := map[string]any{"id": id, "command": []string{"env"}, "register": false}
-	maps.Copy(fields, more)
-	l.run(fields)
-	l.end()
-	return parseEnv(strings.Split(l.rec.text(id+"/stdout"), "\n"))
-}
-
-func parseEnv(entries []string) map[string]string {
-	out := make(map[string]string)
-	for _, entry := range entries {
-		if name, value, ok := strings.Cut(entry, "="); ok {
-			out[name] = value
-		}
-	}
-	return out
-}
-
-func TestLauncher_Environment(t *testing.T) {
-	t.Setenv("FROM_OUTSIDE", "yes")
-	t.Setenv("COMPONENT_ID", "of the user's own")
-	l := newTestLauncher(t)
-	secret := writeFile(t, filepath.Join(t.TempDir(), "secret"), "hush\n")
-	port, err := l.healthPort(l.component(sh("plain", "", nil)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, tt := range []struct {
-		id     string
-		fields map[string]any
-		want   map[string]string
-	}{
-		{"plain", nil, map[string]string{
-			"ENABLE_FLOWCTL": "true", "FLOWCTL_ENABLED": "true", "FLOWCTL_ENDPOINT": "127.0.0.1:1", "FLOWCTL_HEARTBEAT_INTERVAL": "10000ms",
-			"FLOWCTL_COMPONENT_ID": "plain", "FLOWCTL_SERVICE_ID": "plain", "COMPONENT_ID": "plain", "SERVICE_ID": "plain", "FLOWCTL_RUN": l.mark,
-			"HEALTH_PORT": port, "HEALTH_ENDPOINT": "http://localhost:" + port + "/health", "FROM_OUTSIDE": "yes",
-		}},
-		{"own", map[string]any{
-			"env":       map[string]string{"HEALTH_PORT": "8088", "COMPONENT_ID": "mine", "FLOWCTL_HEARTBEAT_INTERVAL": "2s", "BOTH": "env"},
-			"config":    map[string]any{"retries": 3, "both": "config"},
-			"env_files": map[string]string{"TOKEN": secret},
-		}, map[string]string{
-			"HEALTH_PORT": "8088", "HEALTH_ENDPOINT": "http://localhost:8088/health", "COMPONENT_ID": "mine", "SERVICE_ID": "own",
-			"FLOWCTL_COMPONENT_ID": "own", "FLOWCTL_HEARTBEAT_INTERVAL": "2s", "RETRIES": "3", "BOTH": "env", "TOKEN": "hush",
-		}},
-	} {
-		got := l.environment(tt.id, tt.fields)
-		for name, want := range tt.want {
-			if got[name] != want {
-				t.Errorf("%s: %s=%q, want %q", tt.id, name, got[name], want)
-			}
-		}
-	}
-	if got := parseEnv(l.commandEnv()); got["COMPONENT_ID"] != "of the user's own" || got["FLOWCTL_COMPONENT_ID"] != "" {
-		t.Errorf("the command after -- has %q", got)
-	}
-}
-
-// What is told to flowctl alone is not passed on; what only looks like that is.
-func TestLauncher_WordsToFlowctlAreNotPassedOn(t *testing.T) {
-	own := []string{
-		"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID",
-		"FLOWCTL_TLS_CA", "FLOWCTL_TLS_CERT", "FLOWCTL_TLS_KEY",
-	}
-	for _, name := range own {
-		t.Setenv(name, "1")
-	}
-	t.Setenv("JOURNAL_STREAM", "8:1")
-	t.Setenv("LISTEN_ADDR", ":80")
-	t.Setenv("WATCHDOG_MODE", "loud")
-	t.Setenv("FLOWCTL_TLS_HOME", "/tls")
-	l := newTestLauncher(t)
-	for who, got := range map[string]map[string]string{"component": l.environment("a", nil), "command": parseEnv(l.commandEnv())} {
-		for _, name := range own {
-			if value, ok := got[name]; ok {
-				t.Errorf("%s: %s=%q is passed on", who, name, value)
-			}
-		}
-		for name, want := range map[string]string{"LISTEN_ADDR": ":80", "WATCHDOG_MODE": "loud", "FLOWCTL_TLS_HOME": "/tls"} {
-			if got[name] != want {
-				t.Errorf("%s: %s=%q, want %q", who, name, got[name], want)
-			}
-		}
-		// Only the command has flowctl's standard error.
-		if _, ok := got["JOURNAL_STREAM"]; ok != (who == "command") {
-			t.Errorf("%s: JOURNAL_STREAM is passed on: %t", who, ok)
-		}
-	}
+	a := shell("a", `echo "attempt $FLOWCTL_ATTEMPT of $FLOWCTL_RUN_ID"; test "$FLOWCTL_ATTEMPT" = 2`)
+	a.RestartPolicy = "on-failure"
+	p := launch(t, writePipeline(t, a, shell("b", `echo "attempt $FLOWCTL_ATTEMPT of $FLOWCTL_RUN_ID"`)))
+	p.exit(exitOK)
+	first := p.lines("b")[0]
+	wantEqual(t, "a", p.lines("a"), []string{first, strings.Replace(first, "attempt 1", "attempt 2", 1)})
 }
 
 func TestReadEnvFile(t *testing.T) {
@@ -737,11 +597,8 @@ func TestReadEnvFile(t *testing.T) {
 		{"a\x00b", "", "holds a NUL byte, which no variable can"},
 		{strings.Repeat("x", 128<<10+1), "", "is larger than 131072 bytes, the most that a variable can hold"},
 	} {
-		path := filepath.Join(t.TempDir(), "value")
-		if err := os.WriteFile(path, []byte(tt.content), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		got, err := readEnvFile(path)
+		path := writeFile(t, filepath.Join(t.TempDir(), "value"), tt.content)
+		got, err := readVariable(path)
 		if got != tt.want || (err == nil) != (tt.err == "") || err != nil && err.Error() != path+" "+tt.err {
 			t.Errorf("%.20q: got %q, %v; want %q, %s", tt.content, got, err, tt.want, tt.err)
 		}
@@ -754,14 +611,14 @@ func TestLauncher_PortIsHeldUntilItsComponentStarts(t *testing.T) {
 	l := newTestLauncher(t)
 	var ports []string
 	for _, id := range []string{"a", "b"} {
-		c := l.component(sh(id, forever, nil))
+		c := l.component(comp(id, sleeping))
 		port, err := l.healthPort(c)
 		if again, _ := l.healthPort(c); err != nil || again != port || slices.Contains(ports, port) {
 			t.Fatalf("port %s, then %s, beside %q: %v", port, again, ports, err)
 		}
 		ports = append(ports, port)
 	}
-	l.run(sh("a", forever, nil))
+	l.run(comp("a", sleeping))
 	for i, held := range []bool{false, true} {
 		if conn, err := net.Dial("tcp", "127.0.0.1:"+ports[i]); err == nil {
 			conn.Close()
@@ -777,154 +634,26 @@ func TestLauncher_PortIsHeldUntilItsComponentStarts(t *testing.T) {
 	}
 }
 
-func TestTail_KeepsTheLastLines(t *testing.T) {
-	t.Parallel()
-	long := strings.Repeat("x", 3000)
-	for _, tt := range []struct {
-		name string
-		add  []string
-		want []string
-	}{
-		{"nothing", nil, nil},
-		{"one line", []string{"a\n"}, []string{"a"}},
-		{"an empty line", []string{"a\n\n"}, []string{"a", ""}},
-		{"more than ten", []string{"1\n2\n3\n4\n5\n6\n", "7\n8\n9\n10\n11\n12\n"}, strings.Fields("3 4 5 6 7 8 9 10 11 12")},
-		{"cut lines are left out", []string{long + "\n", long + "\n", "end\n"}, []string{long, "end"}},
-		{"one line too long", []string{"a\n" + strings.Repeat("y", 2*tailSize) + "\n"}, []string{strings.Repeat("y", tailSize-1)}},
-	} {
-		var tail tail
-		for _, s := range tt.add {
-			tail.add([]byte(s))
-		}
-		if got := tail.lines(); !slices.Equal(got, tt.want) {
-			t.Errorf("%s: got %q, want %q", tt.name, got, tt.want)
-		}
-	}
-}
+var endings = []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGKILL}
 
-// pumpAll runs a pump over what write writes and returns what it handed on.
-func pumpAll(t testing.TB, write func(io.Writer)) []byte {
-	t.Helper()
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &child{drained: make(chan struct{})}
-	c.pumping.Store(1)
-	var got []byte
-	go c.pump("a", "stdout", r, func(_, _ string, lines []byte) {
-		if len(lines) == 0 || lines[len(lines)-1] != '\n' {
-			t.Errorf("handed on %.20q, not whole lines", lines)
-		}
-		got = append(got, lines...)
-	}, nil)
-	write(w)
-	w.Close()
-	<-c.drained
-	return got
-}
-
-func TestPump_EmitsWholeLines(t *testing.T) {
-	t.Parallel()
-	piece := strings.Repeat("z", maxLine)
-	for _, tt := range []struct{ name, in, want string }{
-		{"nothing", "", ""},
-		{"lines", "a\nb\n", "a\nb\n"},
-		{"unterminated", "a\nb", "a\nb\n"},
-		{"empty lines", "\n\n", "\n\n"},
-		{"NUL and no UTF-8", "a\x00b\xff\n", "a\x00b\xff\n"},
-		{"longer than the first buffer", strings.Repeat("q", 3*minBuffer) + "\nr\n", strings.Repeat("q", 3*minBuffer) + "\nr\n"},
-		{"one byte below a piece", piece[1:] + "\n", piece[1:] + "\n"},
-		{"a piece and CRLF", piece + "\r\nnext\r\n" + piece + "\r\n" + piece[1:] + "\r\n", piece + "\r\nnext\r\n" + piece + "\r\n" + piece[1:] + "\r\n"},
-		{"a piece and CR", piece + "\rx\n" + piece + "\r\r\n" + piece + "\r", piece + "\n\rx\n" + piece + "\n\r\r\n" + piece + "\r\n"},
-		{"a byte above a piece", "a\n" + piece + "y\n" + piece + "y\n", "a\n" + piece + "\ny\n" + piece + "\ny\n"},
-		{"longer than a piece", piece + piece + "tail\nnext\n", piece + "\n" + piece + "\ntail\nnext\n"},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			got := pumpAll(t, func(w io.Writer) { _, _ = io.WriteString(w, tt.in) })
-			if string(got) != tt.want {
-				t.Errorf("got %d bytes %.40q, want %d bytes %.40q", len(got), got, len(tt.want), tt.want)
-			}
-		})
-	}
-}
-
-func FuzzPassLines(f *testing.F) {
-	f.Add([]byte("a\nbc\n\nd"), uint8(2))
-	f.Add([]byte("\r\n\x00\xff\n"), uint8(1))
-	f.Fuzz(func(t *testing.T, in []byte, step uint8) {
-		var got []byte
-		buf := make([]byte, 0, 4)
-		for rest := in; len(rest) > 0; {
-			n := copy(buf[len(buf):min(cap(buf), len(buf)+int(step)+1)], rest)
-			rest = rest[n:]
-			buf = passLines(buf[:len(buf)+n], func(lines []byte) { got = append(got, lines...) })
-			if len(buf) == cap(buf) {
-				t.Fatal("no room to read more")
-			}
-		}
-		if got = append(got, buf...); !bytes.Equal(got, in) {
-			t.Errorf("got %q, want %q", got, in)
-		}
-	})
-}
-
-// BenchmarkPump is what a line costs from the pipe to the console's writer.
-func BenchmarkPump(b *testing.B) {
-	lines := []byte(strings.Repeat(strings.Repeat("x", 99)+"\n", 600))
-	out := newConsole(io.Discard.Write, formatText, false, []string{"a"})
-	r, w, err := os.Pipe()
-	if err != nil {
-		b.Fatal(err)
-	}
-	c := &child{drained: make(chan struct{})}
-	c.pumping.Store(1)
-	go c.pump("a", "stdout", r, out.lines, nil)
-	b.SetBytes(int64(len(lines)))
-	b.ReportAllocs()
-	for b.Loop() {
-		if _, err := w.Write(lines); err != nil {
-			b.Fatal(err)
-		}
-	}
-	w.Close()
-	<-c.drained
-}
-
-var endings = []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGKILL}
-
-const forever = "exec sleep 1000"
-
-// waitForText waits until the recorder has text. It polls: the pump tells nobody.
-func waitForText(t testing.TB, rec *recorder, key, text string) {
-	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !strings.Contains(rec.text(key), text); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%s has %q, want %q in it", key, rec.text(key), text)
-		}
-	}
-}
+// sleeping is a command for comp.
+var sleeping = map[string]any{"command": []string{"sleep", "1000"}}
 
 // headlessVar makes this test binary a process whose main thread has ended: ps shows a
-// zombie, and it lives. It holds the FIFO that the variable names.
+// zombie, and it lives.
 const headlessVar = "TEST_COMPONENT_HEADLESS"
 
 // init runs on the main thread, as nothing after it does for sure.
 func init() {
-	path := os.Getenv(headlessVar)
-	if path == "" {
+	if os.Getenv(headlessVar) == "" {
 		return
 	}
 	ready := make(chan bool)
 	go func() {
 		signal.Ignore(syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
-		if f, err := os.OpenFile(path, os.O_WRONLY, 0); err == nil {
-			close(ready)
-			fmt.Println("headless")
-			time.Sleep(time.Hour)
-			f.Close()
-		}
+		close(ready)
+		fmt.Println("headless", os.Getpid())
+		time.Sleep(time.Hour)
 	}()
 	<-ready
 	_, _, _ = syscall.Syscall(syscall.SYS_EXIT, 0, 0, 0)

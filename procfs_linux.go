@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net"
 	"net/netip"
@@ -14,12 +15,14 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 )
 
 const (
 	netlinkSockDiag  = 4  // NETLINK_SOCK_DIAG
 	sockDiagByFamily = 20 // SOCK_DIAG_BY_FAMILY
+	diagCgroup       = 21 // INET_DIAG_CGROUP_ID of linux/inet_diag.h, since Linux 5.9
 
 	// States of a TCP socket, of net/tcp_states.h.
 	tcpEstablished = 1
@@ -31,10 +34,10 @@ const (
 
 // procInfo is what /proc says of a process.
 type procInfo struct {
-	pid, parent, group int
-	zombie             bool
-	begun              uint64 // in clock ticks since boot: tells it from a later one with its pid
-	name               string
+	pid, parent, group, session int
+	zombie                      bool
+	begun                       uint64 // in clock ticks since boot: tells it from a later one with its pid
+	name                        string
 }
 
 // diagID is struct inet_diag_sockid. Ports and addresses are in network byte order.
@@ -109,16 +112,29 @@ func (p procInfo) send(sig syscall.Signal) {
 	}
 }
 
-// markedComponent returns the component that the environment of a process names. It is ok
-// only if mark, an entry NAME=value, is in the environment as well: each run has its own.
-func markedComponent(pid int, mark string) (id string, ok bool) {
-	env := environ(pid)
-	_, rest, ok := bytes.Cut(env, []byte("\x00FLOWCTL_COMPONENT_ID="))
-	name, _, _ := bytes.Cut(rest, []byte{0})
-	if !ok || !bytes.Contains(env, []byte("\x00"+mark+"\x00")) {
-		return "", false
+// childPIDs returns the children of a process, zombies included. It can miss some while
+// others end.
+func childPIDs(pid int) []int {
+	var pids []int
+	lists, _ := filepath.Glob("/proc/" + strconv.Itoa(pid) + "/task/*/children")
+	for _, list := range lists {
+		pids = append(pids, childrenIn(list)...)
 	}
-	return string(name), true
+	return pids
+}
+
+// adoptedBy returns the children of a process's main thread, the one that gets its orphans
+// (find_new_reaper in the kernel's exit.c), zombies included.
+func adoptedBy(pid int) []int { return childrenIn(fmt.Sprintf("/proc/%d/task/%[1]d/children", pid)) }
+
+func childrenIn(list string) (pids []int) {
+	data, _ := os.ReadFile(list)
+	for _, field := range strings.Fields(string(data)) {
+		if pid, err := strconv.Atoi(field); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 // environ returns the environment that a process was started with, each entry between two
@@ -148,6 +164,7 @@ func readProcess(pid int) (procInfo, bool) {
 	p.zombie = fields[0] == "X" || fields[0] == "Z" && fields[17] <= "1"
 	p.parent, _ = strconv.Atoi(fields[1])
 	p.group, _ = strconv.Atoi(fields[2])
+	p.session, _ = strconv.Atoi(fields[3])
 	p.begun, _ = strconv.ParseUint(fields[19], 10, 64)
 	return p, true
 }
@@ -159,20 +176,49 @@ func procIsOurs() bool {
 	return self == strconv.Itoa(os.Getpid())
 }
 
-// peerPID returns the process that connected to a unix socket (SO_PEERCRED of unix(7)), 0 for
-// one of another pid namespace.
-func peerPID(conn *net.UnixConn) int {
+// peerProcess returns the process that connected to a unix socket, 0 for one of a pid namespace
+// that is not below flowctl's, and its user (SO_PEERCRED of unix(7)).
+func peerProcess(conn *net.UnixConn) (pid, uid int) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
-		return 0
+		return 0, -1
 	}
-	pid := 0
+	uid = -1
 	_ = raw.Control(func(fd uintptr) {
 		if cred, err := syscall.GetsockoptUcred(int(fd), syscall.SOL_SOCKET, syscall.SO_PEERCRED); err == nil {
-			pid = int(cred.Pid)
+			pid, uid = int(cred.Pid), int(cred.Uid)
 		}
 	})
-	return pid
+	return pid, uid
+}
+
+// processCgroup returns the folder of the control group that a process is in, "" without
+// cgroup v2.
+func processCgroup(pid int) string {
+	mounts, _ := os.ReadFile("/proc/self/mountinfo")
+	groups, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cgroup")
+	path, found := "", false
+	for line := range strings.Lines(string(groups)) {
+		if path, found = strings.CutPrefix(strings.TrimSpace(line), "0::"); found {
+			break
+		}
+	}
+	for line := range strings.Lines(string(mounts)) {
+		mount, kind, _ := strings.Cut(line, " - ")
+		if fields := strings.Fields(mount); found && strings.HasPrefix(kind, "cgroup2 ") && len(fields) > 4 && fields[3] == "/" {
+			return filepath.Join(fields[4], path)
+		}
+	}
+	return ""
+}
+
+// fileInode returns the inode of a file, 0 for none.
+func fileInode(path string) uint64 {
+	var stat syscall.Stat_t
+	if syscall.Stat(path, &stat) != nil {
+		return 0
+	}
+	return stat.Ino
 }
 
 // portHolder returns the process that listens on a port, or keeps others from listening there.
@@ -189,41 +235,92 @@ func portHolder(address string, port int) (pid int, name string, ok bool) {
 	return socketHolder(inode)
 }
 
-// socketOwner returns the inode of the TCP socket from local to remote in this network
-// namespace, and the user who made it. It is not ok
+// tcpSocket is a TCP socket that some process holds.
+type tcpSocket struct {
+	inode  uint64
+	uid    int    // who has made it
+	cgroup uint64 // inode of the control group in which it was made, 0 where the kernel does not tell
+}
+
+// findSocket returns the TCP socket from local to remote in this network namespace. It is nil
 //   - without such a socket,
 //   - while no process holds it: it was not accepted yet, or is closed,
-//   - where the kernel cannot tell: it has no tcp_diag, or the address has a zone.
+//   - where the kernel has no tcp_diag, or the address has a zone.
 //
 // It fails if the kernel cannot be asked, for lack of a descriptor or of memory.
-func socketOwner(local, remote netip.AddrPort) (inode uint64, uid int, ok bool, err error) {
+func findSocket(local, remote netip.AddrPort) (*tcpSocket, error) {
 	local, remote = unmap(local), unmap(remote)
-	found, ok, err := lookUpSocket(local, remote)
-	if !ok || found.local() != local || found.remote() != remote {
-		return 0, 0, false, err // what was found is a listener
+	found, cgroup, ok, err := lookUpSocket(local, remote)
+	if !ok || found.local() != local || found.remote() != remote || found.Inode == 0 {
+		return nil, err // what was found is a listener
 	}
 	switch found.State {
 	case tcpEstablished, tcpCloseWait, tcpFinWait1, tcpFinWait2:
-		return uint64(found.Inode), int(found.UID), found.Inode != 0, nil
+		return &tcpSocket{uint64(found.Inode), int(found.UID), cgroup}, nil
 	}
-	return 0, 0, false, nil
+	return nil, nil
 }
 
-// canSeeSockets tells whether the kernel tells of sockets at all. It looks for a connection of
-// flowctl to itself.
-func canSeeSockets() bool {
+// spareFiles are descriptors that are kept for look-ups, as there may be none left when one
+// is needed.
+var spareFiles struct {
+	sync.RWMutex // held by who uses them, and for reading by who looks without them and would take them away
+	files        [4]*os.File
+}
+
+// withSpareFiles calls f while there are descriptors for it, for one caller at a time. It fails,
+// and what f has found means nothing, where others have taken them.
+func withSpareFiles(f func()) error {
+	spareFiles.Lock()
+	defer spareFiles.Unlock()
+	for n := range spareFiles.files {
+		spareFiles.files[n].Close() // which a nil one refuses
+	}
+	f()
+	for n := range spareFiles.files {
+		var err error
+		if spareFiles.files[n], err = os.Open(os.DevNull); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// withoutSpareFiles calls f, which may find no descriptors, for any number of callers at a time.
+func withoutSpareFiles(f func()) {
+	spareFiles.RLock()
+	defer spareFiles.RUnlock()
+	f()
+}
+
+// checkPeers fails where the kernel can never tell who is at the other end of a connection. It
+// looks for a connection of flowctl to itself. Where there can be none, as others hold all ports,
+// it does not fail: nobody is believed for that, and each look-up tells.
+func checkPeers() error {
+	if !procIsOurs() {
+		return errors.New("/proc is that of another pid namespace")
+	}
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
-		return false
+		return nil
 	}
 	defer lis.Close()
 	conn, err := net.Dial("tcp", lis.Addr().String())
 	if err != nil {
-		return false
+		return nil
 	}
 	defer conn.Close()
-	_, _, ok, _ := socketOwner(conn.LocalAddr().(*net.TCPAddr).AddrPort(), conn.RemoteAddr().(*net.TCPAddr).AddrPort())
-	return ok
+	socket, err := findSocket(conn.LocalAddr().(*net.TCPAddr).AddrPort(), conn.RemoteAddr().(*net.TCPAddr).AddrPort())
+	switch {
+	case err != nil:
+		return fmt.Errorf("the kernel cannot be asked about sockets: %v (a unit with RestrictAddressFamilies= needs AF_NETLINK)", err)
+	case socket == nil:
+		return errors.New("the kernel does not tell of sockets")
+	}
+	if held, _ := holdsSocket(os.Getpid(), socket.inode); !held {
+		return errors.New("/proc does not show who holds a socket")
+	}
+	return nil
 }
 
 // socketHolder returns a process that has the socket with this inode open. It is not ok where
@@ -302,7 +399,7 @@ func listenerInode(addr netip.AddrPort) (inode uint64, ok bool) {
 		if want.Addr().Is4() {
 			none = netip.IPv4Unspecified()
 		}
-		found, ok, _ := lookUpSocket(want, netip.AddrPortFrom(none, 0))
+		found, _, ok, _ := lookUpSocket(want, netip.AddrPortFrom(none, 0))
 		if ok && found.State == tcpListen && found.Inode != 0 && found.local().Port() == want.Port() &&
 			(found.local().Addr() == want.Addr() || found.local().Addr().IsUnspecified()) {
 			return uint64(found.Inode), true
@@ -311,15 +408,49 @@ func listenerInode(addr netip.AddrPort) (inode uint64, ok bool) {
 	return 0, false
 }
 
-// lookUpSocket asks the kernel for the socket that a packet from remote to local would reach:
-// that of a connection, or else a listener. It fails if it cannot ask.
-func lookUpSocket(local, remote netip.AddrPort) (found diagAnswer, ok bool, err error) {
+// diagSocket is the netlink socket by which the kernel is asked. It is kept open, as there may
+// be no descriptor left when it is needed.
+var diagSocket = struct {
+	sync.Mutex // held while the kernel is asked
+	fd         int
+}{fd: -1}
+
+// askKernel sends a netlink message and returns the first answer, nil where there is none.
+func askKernel(message []byte) ([]byte, error) {
+	diagSocket.Lock()
+	defer diagSocket.Unlock()
+	if diagSocket.fd < 0 {
+		fd, err := syscall.Socket(syscall.AF_NETLINK, syscall.SOCK_DGRAM|syscall.SOCK_CLOEXEC, netlinkSockDiag)
+		if err != nil {
+			return nil, os.NewSyscallError("socket", err)
+		}
+		diagSocket.fd = fd
+	}
+	if err := syscall.Sendto(diagSocket.fd, message, 0, &syscall.SockaddrNetlink{Family: syscall.AF_NETLINK}); err != nil {
+		return nil, os.NewSyscallError("sendto", err)
+	}
+	var buf [1024]byte
+	n, _, err := syscall.Recvfrom(diagSocket.fd, buf[:], syscall.MSG_DONTWAIT) // the kernel answers before Sendto returns
+	if err != nil {
+		return nil, os.NewSyscallError("recvfrom", err)
+	}
+	answers, err := syscall.ParseNetlinkMessage(buf[:n])
+	if err != nil || len(answers) == 0 || answers[0].Header.Type != sockDiagByFamily { // that is NLMSG_ERROR: there is none
+		return nil, err
+	}
+	return answers[0].Data, nil
+}
+
+// lookUpSocket asks the kernel for the socket that a packet from remote to local would reach,
+// that of a connection, or else a listener, and for the inode of its control group. It fails
+// if it cannot ask.
+func lookUpSocket(local, remote netip.AddrPort) (found diagAnswer, cgroup uint64, ok bool, err error) {
 	family := uint8(syscall.AF_INET) // finds IPv6 sockets with mapped addresses as well
 	if local.Addr().Is6() {
 		family = syscall.AF_INET6
 	}
 	if local.Addr().Is6() != remote.Addr().Is6() {
-		return found, false, nil
+		return found, 0, false, nil
 	}
 	request := diagRequest{Family: family, Protocol: syscall.IPPROTO_TCP, States: ^uint32(0)}
 	request.Header = syscall.NlMsghdr{Len: uint32(binary.Size(request)), Type: sockDiagByFamily, Flags: syscall.NLM_F_REQUEST}
@@ -330,28 +461,28 @@ func lookUpSocket(local, remote netip.AddrPort) (found diagAnswer, ok bool, err 
 	copy(request.ID.Remote[:], remote.Addr().AsSlice())
 	message, err := binary.Append(nil, binary.NativeEndian, request)
 	if err != nil {
-		return found, false, err
+		return found, 0, false, err
 	}
-
-	fd, err := syscall.Socket(syscall.AF_NETLINK, syscall.SOCK_DGRAM|syscall.SOCK_CLOEXEC, netlinkSockDiag)
+	answer, err := askKernel(message)
+	if err != nil || answer == nil {
+		return found, 0, false, err
+	}
+	n, err := binary.Decode(answer, binary.NativeEndian, &found)
 	if err != nil {
-		return found, false, err
+		return found, 0, false, err
 	}
-	defer syscall.Close(fd)
-	if err := syscall.Sendto(fd, message, 0, &syscall.SockaddrNetlink{Family: syscall.AF_NETLINK}); err != nil {
-		return found, false, err
+	// Attributes follow, each with its length and its type, at steps of four bytes.
+	for rest := answer[n:]; len(rest) >= 4; {
+		size, kind := int(binary.NativeEndian.Uint16(rest)), binary.NativeEndian.Uint16(rest[2:])
+		if size < 4 || size > len(rest) {
+			break
+		}
+		if kind == diagCgroup && size >= 12 {
+			cgroup = binary.NativeEndian.Uint64(rest[4:])
+		}
+		rest = rest[min(len(rest), (size+3)&^3):]
 	}
-	var buf [1024]byte
-	n, _, err := syscall.Recvfrom(fd, buf[:], syscall.MSG_DONTWAIT) // the kernel answers before Sendto returns
-	if err != nil {
-		return found, false, err
-	}
-	answers, err := syscall.ParseNetlinkMessage(buf[:n])
-	if err != nil || len(answers) == 0 || answers[0].Header.Type != sockDiagByFamily { // that is NLMSG_ERROR: there is none
-		return found, false, err
-	}
-	_, err = binary.Decode(answers[0].Data, binary.NativeEndian, &found)
-	return found, err == nil, err
+	return found, cgroup, true, nil
 }
 
 func (a *diagAnswer) local() netip.AddrPort { return a.addr(a.ID.Local, a.ID.LocalPort) }
@@ -370,4 +501,20 @@ func (a *diagAnswer) addr(ip [16]byte, port [2]byte) netip.AddrPort {
 // report it differently.
 func unmap(a netip.AddrPort) netip.AddrPort {
 	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port())
+}
+
+// shortPath returns another path of a folder or socket, which is short enough for the address
+// of a socket, until done is called. A link is refused.
+func shortPath(path string) (short string, done func(), err error) {
+	const oPath = 0x200000 // O_PATH of open(2)
+	fd, err := syscall.Open(path, oPath|syscall.O_NOFOLLOW|syscall.O_CLOEXEC, 0)
+	if err != nil {
+		return "", nil, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	var info syscall.Stat_t
+	if err := syscall.Fstat(fd, &info); err != nil || info.Mode&syscall.S_IFMT == syscall.S_IFLNK {
+		syscall.Close(fd)
+		return "", nil, fmt.Errorf("%s must not be a link", path)
+	}
+	return "/proc/self/fd/" + strconv.Itoa(fd), func() { syscall.Close(fd) }, nil
 }

@@ -38,35 +38,27 @@ func (p *tcpPair) connect(tb testing.TB, dial string) {
 	if dial != "" {
 		to = net.JoinHostPort(dial, fmt.Sprint(p.lis.Addr().(*net.TCPAddr).Port))
 	}
-	client, err := net.Dial("tcp", to)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	server, err := p.lis.AcceptTCP()
-	if err != nil {
-		tb.Fatal(err)
-	}
+	client := get(net.Dial("tcp", to))(tb)
+	server := get(p.lis.AcceptTCP())(tb)
 	p.server, p.client = server, client.(*net.TCPConn)
 	tb.Cleanup(func() { server.Close(); client.Close() })
 }
 
 // inodeBetween is the inode of the socket between two addresses.
 func inodeBetween(local, remote netip.AddrPort) (inode uint64, ok bool) {
-	inode, _, ok, _ = socketOwner(local, remote)
-	return inode, ok
+	socket, _ := findSocket(local, remote)
+	if socket == nil {
+		return 0, false
+	}
+	return socket.inode, true
 }
 
 // inodeOf returns the inode of a connection by fstat(2).
 func inodeOf(tb testing.TB, conn syscall.Conn) uint64 {
 	tb.Helper()
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		tb.Fatal(err)
-	}
+	raw := get(conn.SyscallConn())(tb)
 	var info syscall.Stat_t
-	if err := raw.Control(func(fd uintptr) { err = syscall.Fstat(int(fd), &info) }); err != nil {
-		tb.Fatal(err)
-	}
+	must(tb, raw.Control(func(fd uintptr) { must(tb, syscall.Fstat(int(fd), &info)) }))
 	return info.Ino
 }
 
@@ -133,10 +125,7 @@ func TestSocketOwner_FindsEitherEnd(t *testing.T) {
 func TestSocketOwner_NobodyBeforeAccept(t *testing.T) {
 	t.Parallel()
 	p := connectPair(t, "tcp4", "127.0.0.1", "")
-	client, err := net.Dial("tcp", p.lis.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	client := get(net.Dial("tcp", p.lis.Addr().String()))(t)
 	defer client.Close()
 	if got, ok := inodeBetween(addrPort(p.lis.Addr()), addrPort(client.LocalAddr())); ok {
 		t.Errorf("inodeBetween = %d", got)
@@ -179,17 +168,12 @@ func TestListenerInode_FindsWhoKeepsOthersFromAnAddress(t *testing.T) {
 // handOver starts a process that has conn open and does nothing with it.
 func handOver(t *testing.T, conn interface{ File() (*os.File, error) }, attr *syscall.SysProcAttr) *exec.Cmd {
 	t.Helper()
-	file, err := conn.File()
-	if err != nil {
-		t.Fatal(err)
-	}
+	file := get(conn.File())(t)
 	defer file.Close()
 	cmd := exec.Command("sleep", "300")
 	cmd.ExtraFiles = []*os.File{file}
 	cmd.SysProcAttr = attr
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must(t, cmd.Start())
 	t.Cleanup(func() {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
@@ -268,9 +252,7 @@ func TestHoldsSocket_UnreadableProcess(t *testing.T) {
 				held, readable = holdsSocket(cmd.Process.Pid, inode)
 				done <- err
 			}()
-			if err := <-done; err != nil {
-				t.Fatal(err)
-			}
+			must(t, <-done)
 			if held || readable {
 				t.Errorf("held %t, readable %t", held, readable)
 			}
@@ -293,26 +275,4 @@ func dropCapabilities(some uint32) error {
 		return errno
 	}
 	return nil
-}
-
-func BenchmarkSocketOwner(b *testing.B) {
-	p := connectPair(b, "tcp4", "127.0.0.1", "")
-	server, client := addrPort(p.server.LocalAddr()), addrPort(p.client.LocalAddr())
-	b.ReportAllocs()
-	for b.Loop() {
-		if _, ok := inodeBetween(client, server); !ok {
-			b.Fatal("not found")
-		}
-	}
-}
-
-func BenchmarkHoldsSocket(b *testing.B) {
-	p := connectPair(b, "tcp4", "127.0.0.1", "")
-	inode := inodeOf(b, p.client)
-	b.ReportAllocs()
-	for b.Loop() {
-		if held, _ := holdsSocket(os.Getpid(), inode); !held {
-			b.Fatal("not held")
-		}
-	}
 }

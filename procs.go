@@ -1,8 +1,7 @@
 package main
 
-// The supervisor decides which component starts, restarts and stops when. It is a state
-// machine: it is told what happens and at what time, and starts and signals processes by
-// a starter.
+// The supervisor decides which component starts, restarts and stops when. It is a state machine: it
+// is told what happens and at what time, and starts and signals processes by a starter.
 
 import (
 	"cmp"
@@ -20,17 +19,18 @@ const (
 	minBackoff   = time.Second      // before the first restart
 	maxBackoff   = 30 * time.Second // the longest pause before a restart, without its jitter
 	healthyReset = time.Minute      // a component that was ready this long starts over with minBackoff
+	maxTries     = 3                // restarts in a row of one that is unhealthy
+
+	settleTime   = time.Second            // that one which is ready by running alone must live, before the pipeline is ready
+	signalWindow = 500 * time.Millisecond // between an end and a signal to flowctl that are taken for one signal to all
 
 	noticedLate = 100 * time.Millisecond // a timeout that is noticed later than this may be one in which flowctl did not run
 	secondLook  = time.Second            // until such a timeout is judged
 )
 
-// starter starts the processes of components and signals them. Its methods do not wait
-// for any process.
+// starter starts the processes of components and signals their groups. It does not wait for any.
 type starter interface {
-	// start starts the process of c.
 	start(c *Component) (*child, error)
-	// signal sends sig to the process group of ch.
 	signal(ch *child, sig syscall.Signal)
 }
 
@@ -41,6 +41,7 @@ const (
 	procWaiting   procState = iota // for what it waits on, or to be started again
 	procStarting                   // its process runs and was not ready yet
 	procReady                      // its process was ready once; how it is now is in health
+	procEnded                      // its process ended as it should not; that is judged at deadline
 	procBackoff                    // its process ended; it is started again at deadline
 	procStopping                   // it got its stop signal, and gets SIGKILL at deadline
 	procKilled                     // it got SIGKILL; at deadline it counts as stuck
@@ -50,7 +51,7 @@ const (
 )
 
 func (s procState) String() string {
-	return [...]string{"waiting", "starting", "ready", "backoff", "stopping", "killed", "completed", "failed", "stopped"}[s]
+	return [...]string{"waiting", "starting", "ready", "ended", "backoff", "stopping", "killed", "completed", "failed", "stopped"}[s]
 }
 
 // failKind says by what a component failed. Reports print it.
@@ -90,6 +91,7 @@ type failure struct {
 	wasReady   bool                // the process had been ready
 	status     *syscall.WaitStatus // nil: the process had not ended
 	tail       []string            // its last lines
+	explained  bool                // reason has what the control plane knows
 }
 
 // healthInfo is how a component is, as the control plane told it last.
@@ -120,12 +122,16 @@ type proc struct {
 	unhealthySince time.Time // zero unless the state is procReady and health is not ok
 	lookedAgain    bool      // at its start or unhealthy timeout, see lookAgain
 
-	attempts int // restarts since it was last ready for healthyReset
+	attempts int  // restarts since it was last ready for healthyReset
+	tries    int  // restarts because it was unhealthy, since it was last healthy
+	ill      bool // it is asked to end because it is unhealthy, and then started again
 	restarts int
 	failure  *failure // nil unless it failed
 
 	retiring    bool       // a reload has it stopped and taken out
 	replacement *Component // takes its place then, nil for none
+	brought     bool       // a reload or restart has brought it, and it has not worked since: if it fails, the run goes on
+	renewed     bool       // it is such a replacement
 }
 
 func (p *proc) id() string { return p.component.ID }
@@ -134,6 +140,9 @@ func (p *proc) id() string { return p.component.ID }
 func (p *proc) over() bool {
 	return p.state == procCompleted || p.state == procFailed || p.state == procStopped
 }
+
+// wasReadyNow tells whether its last process was ready.
+func (p *proc) wasReadyNow() bool { return !p.readyAt.IsZero() && !p.readyAt.Before(p.started) }
 
 // runs tells whether it has a process that was not asked to end.
 func (p *proc) runs() bool { return p.state == procStarting || p.state == procReady }
@@ -145,9 +154,8 @@ type procTimes struct {
 	stop      time.Duration // from the stop signal to SIGKILL
 }
 
-// supervisor starts, restarts and stops the components of a pipeline. One goroutine owns
-// it and calls its methods. It is told the time and never asks; next says when a deadline
-// is due.
+// supervisor starts, restarts and stops the components of a pipeline. One goroutine calls its methods.
+// It is told the time and never asks; next says when a deadline is due.
 type supervisor struct {
 	times      procTimes
 	log        *slog.Logger
@@ -156,12 +164,17 @@ type supervisor struct {
 	byID       map[string]*proc
 	before     map[string][]stopEdge // by id: what has to stop before it
 	stopping   bool
-	pending    *Pipeline // what a reload leads to once all that retire have ended; nil for none
-	generation int       // counts the changes of procs
+	watching   bool           // what fails waits for a change of its files, and ends no run
+	complete   bool           // stopping because all but services have completed
+	signal     syscall.Signal // that asked flowctl last to stop, 0 for none
+	signalled  time.Time      // when
+	loaded     *Pipeline      // what was asked for last
+	pending    *Pipeline      // what a reload leads to once all that retire have ended; nil for none
+	generation int            // counts the changes of procs
 }
 
 func newSupervisor(p *Pipeline, times procTimes, st starter, log *slog.Logger) *supervisor {
-	s := &supervisor{times: times, log: log, starter: st, byID: make(map[string]*proc), before: p.stopAfter()}
+	s := &supervisor{times: times, log: log, starter: st, loaded: p, byID: make(map[string]*proc), before: stopOrder(p.components())}
 	for _, c := range p.components() {
 		s.procs = append(s.procs, s.newProc(c))
 	}
@@ -175,23 +188,61 @@ func (s *supervisor) newProc(c *Component) *proc {
 	return p
 }
 
-// startable returns what may start now, in file order.
+// startable returns what may start now, in file order. What a reload brings may want a port of what it stops.
 func (s *supervisor) startable() []*proc {
 	if s.stopping {
 		return nil
 	}
 	var out []*proc
+	services := s.services()
 	for _, p := range s.procs {
-		if p.state == procWaiting && !p.retiring && !slices.ContainsFunc(p.component.waitsFor(), func(id string) bool { return !p.mayFollow(s.byID[id]) }) {
+		if p.state == procWaiting && !p.retiring && !(p.brought && s.pending != nil) && !slices.ContainsFunc(p.waitsFor(services), func(id string) bool { return !p.mayFollow(s.byID[id]) }) {
 			out = append(out, p)
 		}
 	}
 	return out
 }
 
-// mayFollow tells whether p, which waits for first, may start. The first process of p
-// needs first to be ready now. A restart of p needs only that first was ready once: its
-// former process would have gone on as well, whatever became of first.
+// services returns the ids of the services.
+func (s *supervisor) services() (ids []string) {
+	for _, p := range s.procs {
+		if p.component.Role == roleService {
+			ids = append(ids, p.id())
+		}
+	}
+	return ids
+}
+
+// waitsFor returns the ids of what has to be ready before p starts: what it names, and the services.
+func (p *proc) waitsFor(services []string) []string {
+	if p.component.Role == roleService {
+		return p.component.waitsFor()
+	}
+	return append(p.component.waitsFor(), services...)
+}
+
+// failedBefore returns what has failed of what p, which was not started, waits for, directly or not, "" for nothing.
+func (s *supervisor) failedBefore(p *proc) string {
+	services, seen := s.services(), make(map[string]bool)
+	for queue := []*proc{p}; len(queue) > 0; queue = queue[1:] {
+		if queue[0].failure != nil {
+			return queue[0].id()
+		}
+		if queue[0].state != procWaiting {
+			continue
+		}
+		for _, id := range queue[0].waitsFor(services) {
+			if first := s.byID[id]; first != nil && !seen[id] {
+				seen[id] = true
+				queue = append(queue, first)
+			}
+		}
+	}
+	return ""
+}
+
+// mayFollow tells whether p, which waits for first, may start. Its first process needs first to be
+// ready now. A restart needs only that first was ready once: its former process would have gone on.
 func (p *proc) mayFollow(first *proc) bool {
 	if p.started.IsZero() {
 		return !first.retiring && (first.state == procCompleted || first.state == procReady && first.health.ok)
@@ -199,14 +250,16 @@ func (p *proc) mayFollow(first *proc) bool {
 	return first.wasReady
 }
 
-// start starts the process of p. On an error p has failed; but if p was ready once, the
-// error counts as one more end of its process, because a program that is being replaced
-// can be run a moment later.
+// start starts the process of p. On an error p has failed; but if p was ready once, the error counts
+// as one more end of its process: a program that is being replaced can be run a moment later.
 func (s *supervisor) start(p *proc, now time.Time) error {
-	if p.readyBy.IsZero() || p.wasReady || !now.Before(p.readyBy) { // it may be past where p waited for others
+	switch {
+	case p.component.Oneshot && p.component.StartTimeout == 0:
+		p.readyBy = time.Time{}
+	case p.readyBy.IsZero() || p.wasReady || !now.Before(p.readyBy): // it may be past where p waited for others
 		p.readyBy = now.Add(s.startTimeout(p))
 	}
-	p.started, p.health = now, healthInfo{}
+	p.started, p.health, p.stopSent, p.ill = now, healthInfo{}, time.Time{}, false
 	child, err := s.starter.start(p.component)
 	if err != nil {
 		if p.wasReady && p.wantsRestart(false) {
@@ -254,17 +307,24 @@ func (s *supervisor) tell(p *proc, h healthInfo, now time.Time) {
 }
 
 func (s *supervisor) ready(p *proc, now time.Time) {
-	p.readyAt, p.wasReady, p.readyBy = now, true, time.Time{}
+	p.readyAt, p.tries = now, 0
 	s.transition(p, procReady, time.Time{})
+	p.settle(now)
 	p.log.Info("ready", "after", now.Sub(p.started).Round(time.Millisecond))
+}
+
+// settle notes that p, which is ready, has shown that it works, once it has.
+func (p *proc) settle(now time.Time) {
+	if p.state == procReady && !p.retiring && !now.Before(p.settledAt()) {
+		p.wasReady, p.readyBy, p.brought = true, time.Time{}, false
+	}
 }
 
 // exited takes in the end of a process and decides what becomes of its component.
 func (s *supervisor) exited(e childEnd, now time.Time) {
 	p := s.byID[e.child.component.ID]
 	p.child, p.ended, p.status = nil, now, &e.status
-	reason := describeExit(e.status)
-	p.log.Info("ended", "pid", e.child.pid, "reason", reason, "lived", now.Sub(p.started).Round(time.Millisecond))
+	p.log.Info("ended", "pid", e.child.pid, "reason", describeExit(e.status), "lived", now.Sub(p.started).Round(time.Millisecond))
 	if e.lost {
 		p.log.Error("the rest of its output is lost: standard output is not read")
 	}
@@ -273,23 +333,90 @@ func (s *supervisor) exited(e childEnd, now time.Time) {
 	}
 	success := e.status.Exited() && e.status.ExitStatus() == 0
 	wasReady := p.state == procReady
-	asked := p.state == procStopping || p.state == procKilled || s.stopping || p.retiring
+	if p.settle(now); success && wasReady {
+		p.settle(p.settledAt()) // a job that is soon done works, too
+	}
 	switch {
 	case p.failure != nil:
 		s.transition(p, procFailed, time.Time{})
-	case asked:
+	case p.ill && !s.stopping && !p.retiring:
+		s.backOff(p, false, now)
+	case s.complete && !p.retiring && !(e.unasked && !success):
+		s.transition(p, procCompleted, time.Time{})
+	case !e.unasked && (p.state == procStopping || p.state == procKilled), p.retiring, s.stopping && (success || s.isBySignal(e.status, now)):
 		s.transition(p, procStopped, time.Time{})
-	case p.wantsRestart(success):
+	case s.inputStops(p, now) && !(success && s.stopping):
+		p.log.Warn("ended after what it reads from was stopped", "reason", describeExit(e.status))
+		if s.stopping {
+			s.transition(p, procStopped, time.Time{})
+		} else {
+			s.backOff(p, wasReady, now)
+		}
+	case !s.stopping && p.wantsRestart(success) && (p.tries < maxTries || wasReady):
+		if p.tries > 0 {
+			p.tries++
+		}
 		s.backOff(p, wasReady, now)
-	case success && wasReady:
+	case !s.stopping && s.isBySignal(e.status, now):
+		s.transition(p, procStopped, time.Time{})
+	case success && (wasReady || !p.component.registers()):
+		p.wasReady, p.brought = true, false
 		s.transition(p, procCompleted, time.Time{})
 	default:
-		if !wasReady && !p.usedUp() {
-			reason += " before it was ready"
-		}
-		s.fail(p, failEnded, p.withUsedUp(reason), now)
-		s.transition(p, procFailed, time.Time{})
+		s.transition(p, procEnded, now.Add(signalWindow))
 	}
+}
+
+// heed takes in a signal to flowctl that asks for a stop: what ended just before, or does so just
+// after, may have got it as well. Such an end is a stop.
+func (s *supervisor) heed(sig syscall.Signal, now time.Time) {
+	s.signal, s.signalled = sig, now
+	for _, p := range s.procs {
+		if p.state == procEnded {
+			s.transition(p, procStopped, time.Time{})
+		}
+	}
+}
+
+// isBySignal tells whether a process that ended with status can have got the signal that flowctl got.
+func (s *supervisor) isBySignal(status syscall.WaitStatus, now time.Time) bool {
+	if s.signal == 0 {
+		return false
+	}
+	same := status.Signaled() && status.Signal() == s.signal || status.ExitStatus() == 128+int(s.signal)
+	return same && s.stopping || now.Sub(s.signalled) < signalWindow
+}
+
+// inputStops tells whether something that p reads from, directly or not, was told to stop and does not
+// run again, or was replaced since p was started: p may end by what it reads then, as it likes, and has as
+// long for that as for a stop.
+func (s *supervisor) inputStops(p *proc, now time.Time) bool {
+	ids, seen := slices.Clone(p.component.Inputs), make(map[string]bool)
+	for i := 0; i < len(ids); i++ {
+		q := s.byID[ids[i]]
+		if q == nil || seen[q.id()] {
+			continue
+		}
+		if !q.stopSent.IsZero() || q.renewed && (q.started.IsZero() || p.started.Before(q.started) && now.Sub(q.started) < s.stopTimeout(p)) {
+			return true
+		}
+		seen[q.id()] = true
+		ids = append(ids, q.component.Inputs...)
+	}
+	return false
+}
+
+// judge fails p, which ended as it should not.
+func (s *supervisor) judge(p *proc, now time.Time) {
+	reason := describeExit(*p.status)
+	switch {
+	case p.tries >= maxTries:
+		reason = fmt.Sprintf("%s, and %d restarts have not healed it", reason, p.tries)
+	case !p.wasReadyNow() && !p.usedUp():
+		reason += " before it was ready"
+	}
+	s.fail(p, failEnded, p.withUsedUp(reason), now)
+	s.transition(p, procFailed, time.Time{})
 }
 
 // wantsRestart tells whether the restart policy of p has it started again after an end.
@@ -304,8 +431,7 @@ func (p *proc) usedUp() bool {
 	return p.component.MaxRestarts > 0 && p.attempts >= p.component.MaxRestarts
 }
 
-// withUsedUp adds to the reason of a failure that the restarts of p are used up, if they
-// are.
+// withUsedUp adds to the reason of a failure that the restarts of p are used up, if so.
 func (p *proc) withUsedUp(reason string) string {
 	if p.usedUp() {
 		return fmt.Sprintf("%s, and max_restarts (%d) is used up", reason, p.component.MaxRestarts)
@@ -313,8 +439,7 @@ func (p *proc) withUsedUp(reason string) string {
 	return reason
 }
 
-// backOff plans the next start of p. A jitter of a tenth keeps components that failed
-// together from coming back together.
+// backOff plans the next start of p. A jitter keeps what failed together from coming back together.
 func (s *supervisor) backOff(p *proc, wasReady bool, now time.Time) {
 	if wasReady && now.Sub(p.readyAt) >= healthyReset {
 		p.attempts = 0
@@ -330,8 +455,7 @@ func (s *supervisor) backOff(p *proc, wasReady bool, now time.Time) {
 	p.log.Warn("restarting", "in", wait.Round(time.Millisecond), "restarts", p.restarts)
 }
 
-// next is the earliest moment at which expire, overdue or a stop has something to do,
-// zero for none.
+// next is when expire, overdue or a stop has something to do, zero for never.
 func (s *supervisor) next(now time.Time) time.Time {
 	var next time.Time
 	for _, p := range s.procs {
@@ -339,11 +463,30 @@ func (s *supervisor) next(now time.Time) time.Time {
 		if at := s.releaseReadersAt(p); p.state == procStopping && at.After(now) {
 			next = earliest(next, at)
 		}
+		if at := p.settledAt(); at.After(now) && !s.stopping {
+			next = earliest(next, at)
+		}
 		if !p.unhealthySince.IsZero() && !s.stopping {
 			next = earliest(next, p.unhealthySince.Add(s.times.unhealthy))
 		}
 	}
 	return next
+}
+
+// settledAt is when p, of which its own word does not tell that it works, has run for settleTime. Zero: no need to wait.
+func (p *proc) settledAt() time.Time {
+	switch c := p.component; {
+	case p.state != procReady || c.registers() || p.wasReady:
+		return time.Time{}
+	case c.HealthCheck != "":
+		return p.started.Add(settleTime) // a program that somebody else runs may have passed it
+	}
+	return p.readyAt.Add(settleTime)
+}
+
+// settled tells whether all have run for long enough to be called ready.
+func (s *supervisor) settled(now time.Time) bool {
+	return !slices.ContainsFunc(s.procs, func(p *proc) bool { return now.Before(p.settledAt()) || p.child != nil && p.child.hasEnded() })
 }
 
 // earliest is the earlier of two times, of which the zero time stands for never.
@@ -354,8 +497,7 @@ func earliest(a, b time.Time) time.Time {
 	return a
 }
 
-// readyDeadline is when all that keeps the pipeline from being ready is ready or has
-// failed, or has been started again.
+// readyDeadline is when all that is not ready is ready or has failed, or has been started again.
 func (s *supervisor) readyDeadline() time.Time {
 	var last time.Time
 	for _, p := range s.procs {
@@ -372,8 +514,7 @@ func (s *supervisor) readyDeadline() time.Time {
 	return last
 }
 
-// delay puts off start and unhealthy timeouts by the time d in which flowctl itself was
-// stopped.
+// delay puts off start and unhealthy timeouts by the time in which flowctl itself was stopped.
 func (s *supervisor) delay(d time.Duration) {
 	for _, p := range s.procs {
 		if !p.readyBy.IsZero() {
@@ -388,10 +529,10 @@ func (s *supervisor) delay(d time.Duration) {
 	}
 }
 
-// expire acts on the deadlines that are due. A deadline belongs to a state and goes with
-// it.
+// expire acts on the deadlines that are due. A deadline belongs to a state and goes with it.
 func (s *supervisor) expire(now time.Time) {
 	for _, p := range s.procs {
+		p.settle(now)
 		if p.deadline.IsZero() || now.Before(p.deadline) {
 			continue
 		}
@@ -402,8 +543,17 @@ func (s *supervisor) expire(now time.Time) {
 				p.deadline = p.readyBy
 				continue
 			}
-			s.failNotReady(p, now)
+			if p.tries > 0 {
+				s.treat(p, now)
+				continue
+			}
+			if s.failNotReady(p, now); p.brought {
+				s.tellStop(p, now)
+				continue
+			}
 			p.deadline = time.Time{}
+		case procEnded:
+			s.judge(p, now)
 		case procBackoff:
 			if !p.readyBy.IsZero() && !now.Before(p.readyBy) {
 				s.failNotReady(p, now)
@@ -423,10 +573,9 @@ func (s *supervisor) expire(now time.Time) {
 	}
 }
 
-// lookAgain tells whether p, whose timeout was over at the time at, is to be judged a moment
-// later. Where that is noticed late flowctl may not have run, and what p did meanwhile has
-// yet to be heard. It is true once for each timeout, so that a busy machine puts none off
-// again and again.
+// lookAgain tells whether p, whose timeout was over at the time at, is to be judged a moment later:
+// where that is noticed late flowctl may not have run, and has yet to hear what p did meanwhile.
+// It is true once for each timeout, so that a busy machine puts none off again and again.
 func (p *proc) lookAgain(at, now time.Time) bool {
 	if p.lookedAgain || now.Sub(at) <= noticedLate {
 		return false
@@ -456,9 +605,29 @@ func (s *supervisor) overdue(now time.Time) []*proc {
 	return out
 }
 
-// failUnhealthy fails p, which overdue has returned.
-func (s *supervisor) failUnhealthy(p *proc, now time.Time) {
-	s.fail(p, failUnhealthy, fmt.Sprintf("unhealthy for %s (-unhealthy-timeout): %s", s.times.unhealthy, p.health.cause), now)
+// treat has p, which is unhealthy, stopped and started again. It fails p where its policy does not
+// allow that, or that has not healed it often enough.
+func (s *supervisor) treat(p *proc, now time.Time) {
+	if !p.unhealthySince.IsZero() && p.unhealthySince.Sub(p.readyAt) >= healthyReset {
+		p.attempts = 0
+	}
+	cause := cmp.Or(p.health.cause, fmt.Sprintf("not ready within its start timeout of %s", s.startTimeout(p)))
+	if p.tries < maxTries && p.wantsRestart(false) {
+		p.tries++
+		p.ill = true
+		p.log.Warn("unhealthy, restarting", "cause", cause, "try", p.tries)
+		s.tellStop(p, now)
+		return
+	}
+	reason := fmt.Sprintf("unhealthy for %s (-unhealthy-timeout)", s.times.unhealthy)
+	if p.tries > 0 {
+		reason = fmt.Sprintf("still unhealthy after %d restarts", p.tries)
+	}
+	if s.fail(p, failUnhealthy, p.withUsedUp(reason+": "+cause), now); p.brought {
+		s.tellStop(p, now)
+		return
+	}
+	p.deadline = time.Time{}
 }
 
 func (s *supervisor) failNotReady(p *proc, now time.Time) {
@@ -474,31 +643,35 @@ func (s *supervisor) fail(p *proc, kind failKind, reason string, now time.Time) 
 	if p.last != nil {
 		f.pid, f.registered, f.tail = p.last.pid, p.health.registered, p.last.tail.lines()
 		f.lived, f.status = cmp.Or(p.ended, now).Sub(p.started), p.status
-		f.wasReady = !p.readyAt.Before(p.started)
+		f.wasReady = p.wasReadyNow()
 	}
 	p.failure = f
+	p.brought = p.brought || s.watching
+	if kind == failStuck {
+		p.brought = false
+	}
 }
 
-// failures returns those that failed, in file order.
+// failures returns the failures that end the run, in file order.
 func (s *supervisor) failures() []*failure {
 	var out []*failure
 	for _, p := range s.procs {
-		if p.failure != nil {
+		if p.failure != nil && !p.brought {
 			out = append(out, p.failure)
 		}
 	}
 	return out
 }
 
-// affected returns what needs p, directly or not: the ids of those that were never
-// started, and of those that were stopped although they ran. It is for a run that is over.
+// affected returns what needs p, directly or not, in a run that is over: what was never started, and
+// what was stopped although it ran.
 func (s *supervisor) affected(p *proc) (never, stopped []string) {
 	never, stopped = []string{}, []string{} // empty in JSON, not null
-	needs := map[string]bool{p.id(): true}
+	needs, services := map[string]bool{p.id(): true}, s.services()
 	for more := true; more; {
 		more = false
 		for _, q := range s.procs {
-			if !needs[q.id()] && slices.ContainsFunc(q.component.waitsFor(), func(id string) bool { return needs[id] }) {
+			if !needs[q.id()] && slices.ContainsFunc(q.waitsFor(services), func(id string) bool { return needs[id] }) {
 				needs[q.id()], more = true, true
 			}
 		}
@@ -515,13 +688,31 @@ func (s *supervisor) affected(p *proc) (never, stopped []string) {
 	return never, stopped
 }
 
+// servicesAlone tells whether nothing but services runs or will.
+func (s *supervisor) servicesAlone() bool {
+	done, run := false, false
+	for _, p := range s.procs {
+		switch {
+		case p.component.Role == roleService:
+			run = run || !p.over()
+		case !p.over():
+			return false
+		default:
+			done = true
+		}
+	}
+	return done && run
+}
+
 // over tells whether nothing runs and nothing will.
 func (s *supervisor) over() bool {
+	if s.watching && !s.stopping && slices.ContainsFunc(s.procs, func(p *proc) bool { return p.failure != nil }) {
+		return false // it waits for a change
+	}
 	return !slices.ContainsFunc(s.procs, func(p *proc) bool { return !p.over() })
 }
 
-// beginStop ends all starts. Components without a process are stopped by that; the others
-// are stopped in their turn by advanceStop.
+// beginStop ends all starts. What has a process is stopped in its turn by advanceStop.
 func (s *supervisor) beginStop() {
 	s.stopping = true
 	if s.pending != nil { // the order is neither that of the old file nor of the new
@@ -553,12 +744,16 @@ func (s *supervisor) advanceStop(now time.Time) {
 	}
 }
 
-// stopInTurn sends p its stop signal if it runs and nothing that has to stop before it
-// blocks it.
+// stopInTurn sends p its stop signal if it runs and nothing that has to stop before it blocks it.
 func (s *supervisor) stopInTurn(p *proc, now time.Time) {
 	if !p.runs() || slices.ContainsFunc(s.before[p.id()], func(e stopEdge) bool { return s.blocks(e, now) }) {
 		return
 	}
+	s.tellStop(p, now)
+}
+
+// tellStop sends p, which runs, its stop signal.
+func (s *supervisor) tellStop(p *proc, now time.Time) {
 	sig := p.component.stopSignal()
 	p.log.Info("stopping", "pid", p.child.pid, "signal", sig.String())
 	p.stopSent = now
@@ -566,9 +761,8 @@ func (s *supervisor) stopInTurn(p *proc, now time.Time) {
 	s.transition(p, procStopping, now.Add(s.stopTimeout(p)))
 }
 
-// blocks tells whether the component that e names keeps another from being stopped: it is
-// to stop as well and has not ended. An input blocks its readers only until
-// releaseReadersAt.
+// blocks tells whether the component that e names keeps another from being stopped: it is to stop as
+// well and has not ended. An input blocks its readers only until releaseReadersAt.
 func (s *supervisor) blocks(e stopEdge, now time.Time) bool {
 	first := s.byID[e.id]
 	if first == nil || first.over() || !first.retiring && !s.stopping {
@@ -578,9 +772,8 @@ func (s *supervisor) blocks(e stopEdge, now time.Time) bool {
 	return !e.input || release.IsZero() || now.Before(release)
 }
 
-// releaseReadersAt is when those that read from p are stopped although p has not ended:
-// half its stop timeout after its stop signal, because some servers end only once their
-// reader has closed the stream. It is zero before the signal.
+// releaseReadersAt is when those that read from p are stopped although p has not ended, because some
+// servers end only once their reader has closed the stream. It is zero before the stop signal.
 func (s *supervisor) releaseReadersAt(p *proc) time.Time {
 	if p.stopSent.IsZero() {
 		return time.Time{}
@@ -633,10 +826,11 @@ type reloaded struct {
 	unchanged                 int
 }
 
-// reload begins to turn the components into those of next: what is new starts, what has
-// changed is stopped and started anew, what is gone is stopped, and the rest is left
-// alone. A reload that comes before the last one is finished adds to it.
-func (s *supervisor) reload(next *Pipeline) reloaded {
+// reload begins to turn the components into those of next: what is gone or has changed is stopped, then
+// what is new or has changed starts, and so does what has failed; the rest is left alone. A reload that
+// comes before the last one is finished adds to it. envFiles are the digests of what the env_files of
+// next hold, by path.
+func (s *supervisor) reload(next *Pipeline, envFiles map[string]digest) reloaded {
 	var out reloaded
 	listed := make(map[string]bool)
 	for _, c := range next.components() {
@@ -644,9 +838,15 @@ func (s *supervisor) reload(next *Pipeline) reloaded {
 		switch p := s.byID[c.ID]; {
 		case p == nil:
 			out.added = append(out.added, c.ID)
-			s.procs = append(s.procs, s.newProc(c))
-		case !p.retiring && reflect.DeepEqual(p.component, c):
+			s.procs = append(s.procs, s.bring(c))
+		case !p.retiring && p.state != procFailed && reflect.DeepEqual(p.component, c) && p.hasEnvFiles(envFiles):
 			out.unchanged++
+		case p.mayStay() && reflect.DeepEqual(p.component, c) && p.hasEnvFiles(envFiles):
+			out.unchanged++
+			p.retiring, p.replacement = false, nil
+			if p.wasReady = p.state == procReady; !p.wasReady {
+				p.deadline = p.readyBy
+			}
 		default:
 			out.restarted = append(out.restarted, c.ID)
 			s.retire(p, c)
@@ -658,20 +858,72 @@ func (s *supervisor) reload(next *Pipeline) reloaded {
 			s.retire(p, nil)
 		}
 	}
-	s.pending = next
+	s.loaded, s.pending = next, next
 	return out
 }
 
-// retire has p stopped, and then replaced, by nothing if replacement is nil. What waits
-// for p waits for its replacement.
+// bring makes the proc of c, which a reload or restart has brought.
+func (s *supervisor) bring(c *Component) *proc {
+	p := s.newProc(c)
+	p.brought = true
+	return p
+}
+
+// hasEnvFiles tells whether the env_files of p hold what its last process was started with.
+func (p *proc) hasEnvFiles(now map[string]digest) bool {
+	if p.last == nil {
+		return true
+	}
+	for _, path := range p.component.EnvFiles {
+		if p.last.envFiles[path] != now[path] {
+			return false
+		}
+	}
+	return true
+}
+
+// restart has the component id stopped and then replaced by itself, also one that is over. It fails,
+// and changes nothing, for an id that the loaded file does not have, and for a process that cannot be ended.
+func (s *supervisor) restart(id string) error {
+	if err := s.mayRestart(id); err != nil {
+		return err
+	}
+	p := s.byID[id]
+	p.failure = nil
+	if !p.retiring {
+		s.retire(p, p.component)
+	}
+	s.pending = s.loaded
+	return nil
+}
+
+// mayRestart fails where restart would.
+func (s *supervisor) mayRestart(id string) error {
+	p := s.byID[id]
+	switch {
+	case p == nil || p.retiring && p.replacement == nil:
+		return &unknownError{id, s.loaded.ids()}
+	case p.failure != nil && p.failure.kind == failStuck && p.child != nil:
+		return fmt.Errorf("component %s cannot be restarted: %s", id, p.failure.reason)
+	}
+	return nil
+}
+
+// mayStay tells whether p, which another reload has stopped and taken out, can be left as it is: it was not
+// told yet.
+func (p *proc) mayStay() bool {
+	return p.retiring && p.runs() && p.stopSent.IsZero() && p.failure == nil && p.replacement != p.component
+}
+
+// retire has p stopped and then replaced, by nothing if replacement is nil.
 func (s *supervisor) retire(p *proc, replacement *Component) {
 	p.retiring, p.replacement = true, replacement
 	p.wasReady, p.unhealthySince = false, time.Time{}
 	s.cancelStart(p)
 }
 
-// advanceReload stops those that retire, in the order of a stop, and finishes with those
-// that have ended. It returns the ids of which no component is left.
+// advanceReload stops those that retire, in the order of a stop, and replaces those that have ended.
+// It returns the ids of which no component is left.
 func (s *supervisor) advanceReload(now time.Time) (gone []string) {
 	if s.pending == nil || s.stopping {
 		return nil
@@ -684,26 +936,27 @@ func (s *supervisor) advanceReload(now time.Time) (gone []string) {
 	return s.finishRetiring()
 }
 
-// finishRetiring takes out those that retire and are over, and puts in their
-// replacements. After the last of them the reload is finished.
+// finishRetiring replaces those that retire, once all of them have ended. It returns the ids of which no
+// component is left.
 func (s *supervisor) finishRetiring() (gone []string) {
+	if len(s.failures()) > 0 || slices.ContainsFunc(s.procs, func(p *proc) bool { return p.retiring && !p.over() }) {
+		return nil
+	}
 	for i, p := range s.procs {
-		if !p.retiring || !p.over() || p.failure != nil {
+		if !p.retiring {
 			continue
 		}
 		delete(s.byID, p.id())
 		s.generation++
 		if s.procs[i] = nil; p.replacement != nil {
-			s.procs[i] = s.newProc(p.replacement)
+			s.procs[i] = s.bring(p.replacement)
+			s.procs[i].renewed = true
 		} else {
 			gone = append(gone, p.id())
 		}
 	}
 	s.procs = slices.DeleteFunc(s.procs, func(p *proc) bool { return p == nil })
-	if slices.ContainsFunc(s.procs, func(p *proc) bool { return p.retiring }) {
-		return gone
-	}
-	s.before = s.pending.stopAfter()
+	s.before = stopOrder(s.pending.components())
 	order := make(map[string]int)
 	for i, c := range s.pending.components() {
 		order[c.ID] = i

@@ -5,9 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	mathrand "math/rand/v2"
 	"os"
 	"slices"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -35,9 +36,10 @@ func (f *fakeStarter) signal(ch *child, sig syscall.Signal) {
 // comp is a component of a test that does not register. Its program is never run.
 func comp(id string, more map[string]any) map[string]any {
 	c := map[string]any{"id": id, "command": []string{"/bin/true"}, "register": false}
-	for k, v := range more {
-		c[k] = v
+	if more["oneshot"] != nil {
+		delete(c, "register")
 	}
+	maps.Copy(c, more)
 	return c
 }
 
@@ -96,12 +98,13 @@ func (m *machine) ail(id, cause string) {
 	m.tell(m.byID[id], healthInfo{cause: cause, registered: true}, m.now)
 }
 
-// readyAll starts and heals until nothing waits.
+// readyAll starts and heals until nothing waits, and until all have shown that they work.
 func (m *machine) readyAll() {
 	for batch := m.startable(); len(batch) > 0; batch = m.startable() {
 		m.startAll()
 		m.heal(ids(batch)...)
 	}
+	m.pass(settleTime)
 }
 
 // end ends the process of id.
@@ -166,27 +169,6 @@ func exitStatus(code int) syscall.WaitStatus { return syscall.WaitStatus(code <<
 
 const killedBySIGKILL = syscall.WaitStatus(syscall.SIGKILL)
 
-func TestStart_WaitsForInputsAndDependsOn(t *testing.T) {
-	t.Parallel()
-	m := newMachine(t, []map[string]any{comp("a", nil), comp("b", nil)}, []map[string]any{
-		comp("c", map[string]any{"inputs": []string{"a", "b"}}),
-		comp("d", map[string]any{"depends_on": []string{"c"}}),
-	})
-	m.wantStartable("a", "b")
-	m.startAll()
-	m.wantStartable()
-	m.heal("a")
-	m.wantStartable()
-	m.heal("b")
-	m.wantStartable("c")
-	m.ail("a", "it declared itself UNHEALTHY")
-	m.wantStartable()
-	m.heal("a")
-	m.startAll()
-	m.heal("c")
-	m.wantStartable("d")
-}
-
 func TestStart_TimeoutIsJudgedAtItsDeadline(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, []map[string]any{comp("a", nil), comp("b", map[string]any{"start_timeout": "5s"})}, nil)
@@ -241,6 +223,7 @@ func TestBackoff_FlowctlStoppedMeanwhileIsNoStartTimeout(t *testing.T) {
 func TestExited_BecomesWhatTheTableSays(t *testing.T) {
 	t.Parallel()
 	onFailure, always := map[string]any{"restart_policy": "on-failure"}, map[string]any{"restart_policy": "always"}
+	oneshot := map[string]any{"oneshot": true}
 	for _, tt := range []struct {
 		name   string
 		status syscall.WaitStatus
@@ -250,16 +233,20 @@ func TestExited_BecomesWhatTheTableSays(t *testing.T) {
 		reason string
 	}{
 		{"zero when ready", exitStatus(0), true, nil, procCompleted, ""},
-		{"zero before ready", exitStatus(0), false, nil, procFailed, "exit status 0 before it was ready"},
+		{"zero before ready", exitStatus(0), false, map[string]any{"register": true}, procFailed, "exit status 0 before it was ready"},
 		{"non-zero when ready", exitStatus(3), true, nil, procFailed, "exit status 3"},
 		{"non-zero before ready", exitStatus(3), false, nil, procFailed, "exit status 3 before it was ready"},
 		{"signal", killedBySIGKILL, true, nil, procFailed, "killed by signal 9 (killed)"},
 		{"on-failure, zero", exitStatus(0), true, onFailure, procCompleted, ""},
-		{"on-failure, zero before ready", exitStatus(0), false, onFailure, procFailed, "exit status 0 before it was ready"},
+		{"on-failure, zero before ready", exitStatus(0), false, map[string]any{"register": true, "restart_policy": "on-failure"}, procFailed, "exit status 0 before it was ready"},
 		{"on-failure, non-zero", exitStatus(3), true, onFailure, procBackoff, ""},
 		{"on-failure, non-zero before ready", exitStatus(3), false, onFailure, procBackoff, ""},
 		{"always, zero", exitStatus(0), true, always, procBackoff, ""},
 		{"always, zero before ready", exitStatus(0), false, always, procBackoff, ""},
+		{"register false, zero before ready", exitStatus(0), false, map[string]any{"register": false}, procCompleted, ""},
+		{"oneshot, zero", exitStatus(0), false, oneshot, procCompleted, ""},
+		{"oneshot, non-zero", exitStatus(3), false, oneshot, procFailed, "exit status 3 before it was ready"},
+		{"oneshot on-failure, non-zero", exitStatus(3), false, map[string]any{"oneshot": true, "restart_policy": "on-failure"}, procBackoff, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -269,6 +256,7 @@ func TestExited_BecomesWhatTheTableSays(t *testing.T) {
 				m.heal("a")
 			}
 			m.end("a", tt.status)
+			m.pass(signalWindow)
 			m.want("a", tt.want)
 			if tt.reason != "" {
 				m.wantFailure("a", failEnded, tt.reason)
@@ -287,6 +275,7 @@ func TestExited_FailureTellsOfTheLastProcess(t *testing.T) {
 	m.byID["a"].child.tail.add([]byte("last words\n"))
 	m.pass(7 * time.Second)
 	m.end("a", exitStatus(3))
+	m.pass(signalWindow)
 	f := m.byID["a"].failure
 	if f == nil || f.pid != 1 || !f.registered || !f.wasReady || f.lived != 7*time.Second || f.status == nil || *f.status != exitStatus(3) || !slices.Equal(f.tail, []string{"last words"}) {
 		t.Errorf("failure %+v, want pid 1, registered, ready, 7s, status 3, its last words", f)
@@ -300,7 +289,7 @@ func TestBackoff_DoublesAndStartsOverAfterHealth(t *testing.T) {
 		t.Helper()
 		m.wantStartable("a")
 		m.readyAll()
-		m.pass(lived)
+		m.pass(lived - settleTime)
 		m.end("a", exitStatus(1))
 		wait := m.byID["a"].deadline.Sub(m.now)
 		m.pass(wait - 1)
@@ -341,16 +330,195 @@ func TestBackoff_EndsWithTheStartTimeout(t *testing.T) {
 	}
 }
 
-func TestMaxRestarts_UsedUpIsAFailure(t *testing.T) {
+func TestOneshot_HoldsUpWhatDependsOnItUntilItHasEnded(t *testing.T) {
 	t.Parallel()
-	m := newMachine(t, []map[string]any{comp("a", map[string]any{"restart_policy": "always", "max_restarts": 2})}, nil)
-	for range 3 {
-		m.readyAll()
-		m.end("a", exitStatus(4))
-		m.pass(maxBackoff)
+	m := newMachine(t, []map[string]any{comp("schema", map[string]any{"oneshot": true, "restart_policy": "on-failure"}), comp("app", map[string]any{"depends_on": []string{"schema"}, "restart_policy": "always"})}, nil)
+	m.startAll()
+	m.pass(time.Hour) // it has no start timeout
+	m.end("schema", exitStatus(1))
+	m.pass(2 * time.Second)
+	m.wantStartable("schema")
+	m.startAll()
+	m.wantStartable()
+	m.end("schema", exitStatus(0))
+	m.wantStartable("app")
+	m.readyAll()
+	m.end("app", exitStatus(1))
+	m.pass(2 * time.Second)
+	m.wantStartable("app") // and the schema is not made again
+
+	m = newMachine(t, []map[string]any{comp("schema", map[string]any{"oneshot": true, "start_timeout": "5s"})}, nil)
+	m.startAll()
+	m.pass(5 * time.Second)
+	m.wantFailure("schema", failNotReady, "not ready within its start timeout of 5s")
+}
+
+// A signal that flowctl and its components get at the same time is a stop, whoever is seen first.
+func TestExited_WithASignalToFlowctlIsAStop(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name   string
+		status syscall.WaitStatus
+		at     time.Duration // of the end, after the signal
+		fails  bool
+	}{
+		{"by the signal, before", syscall.WaitStatus(syscall.SIGTERM), 1 - signalWindow, false},
+		{"by the signal, too long before", syscall.WaitStatus(syscall.SIGTERM), -signalWindow, true},
+		{"by the signal, later", syscall.WaitStatus(syscall.SIGTERM), time.Hour, false},
+		{"as a shell tells of it, later", exitStatus(128 + 15), time.Hour, false},
+		{"in its way, before", exitStatus(1), 1 - signalWindow, false},
+		{"in its way, just after", exitStatus(1), signalWindow - 1, false},
+		{"by itself, later", exitStatus(1), signalWindow, true},
+		{"by another signal, later", killedBySIGKILL, signalWindow, true},
+		{"with zero, later", exitStatus(0), time.Hour, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			m := newMachine(t, []map[string]any{comp("db", nil), comp("a", map[string]any{"depends_on": []string{"db"}})}, nil)
+			m.readyAll()
+			stop := func() {
+				m.heed(syscall.SIGTERM, m.now)
+				if m.failures() == nil {
+					m.beginStop()
+					m.advanceStop(m.now)
+					m.want("a", procStopping) // and db, which a needs, is not told yet
+				}
+			}
+			if tt.at < 0 {
+				m.end("db", tt.status)
+				m.pass(-tt.at)
+				stop()
+			} else {
+				stop()
+				m.now = m.now.Add(tt.at)
+				m.end("db", tt.status)
+			}
+			m.pass(signalWindow)
+			if got := m.failures() != nil; got != tt.fails {
+				t.Errorf("failures %s, want some: %v", describeFailures(m.failures()), tt.fails)
+			}
+		})
 	}
-	m.want("a", procFailed)
-	m.wantFailure("a", failEnded, "exit status 4, and max_restarts (2) is used up")
+}
+
+// What ends unasked fails the run also while others stop, unless what it reads from was told to stop.
+func TestExited_WhileOthersStop(t *testing.T) {
+	t.Parallel()
+	read := func(id string) map[string]any { return map[string]any{"inputs": []string{id}} }
+	m := newMachine(t, []map[string]any{comp("a", map[string]any{"depends_on": []string{"db", "cache"}}), comp("db", nil), comp("cache", nil)}, []map[string]any{comp("b", read("a"))})
+	m.readyAll()
+	m.beginStop()
+	m.advanceStop(m.now)
+	m.pass(time.Second)
+	m.end("b", exitStatus(1))
+	m.want("b", procStopped)
+	m.end("cache", exitStatus(0))
+	m.want("cache", procStopped)
+	m.end("db", exitStatus(3))
+	m.pass(signalWindow)
+	m.wantFailure("db", failEnded, "exit status 3")
+}
+
+// What reads from something that is restarted may end by it, whatever its policy, and comes back.
+func TestExited_WhileItsInputIsRestarted(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", map[string]any{"restart_policy": "on-failure"})}, []map[string]any{comp("b", map[string]any{"inputs": []string{"a"}})})
+	m.readyAll()
+	m.ail("a", "no heartbeat")
+	m.treat(m.byID["a"], m.now)
+	m.end("b", exitStatus(1))
+	m.want("b", procBackoff)
+	m.end("a", exitStatus(1))
+	m.pass(2 * time.Second)
+	m.wantStartable("a", "b")
+	m.readyAll()
+	m.end("b", exitStatus(1))
+	m.pass(signalWindow)
+	m.wantFailure("b", failEnded, "exit status 1")
+}
+
+func TestUnhealthy_IsRestartedByItsPolicy(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", map[string]any{"restart_policy": "on-failure"})}, nil)
+	a := m.byID["a"]
+	ill := func() {
+		t.Helper()
+		m.ail("a", "hangs")
+		m.pass(30 * time.Second)
+		for _, p := range m.overdue(m.now) {
+			m.treat(p, m.now)
+		}
+		m.want("a", procStopping)
+	}
+	restarted := func() {
+		t.Helper()
+		m.end("a", exitStatus(0))
+		m.want("a", procBackoff)
+		m.pass(maxBackoff * 2)
+		m.startAll()
+		m.want("a", procStarting)
+	}
+	m.readyAll()
+	for range 5 { // each of which heals it
+		ill()
+		restarted()
+		m.heal("a")
+		m.want("a", procReady)
+	}
+	ill()
+	restarted()
+	for range maxTries - 1 {
+		m.pass(30 * time.Second) // its start timeout
+		m.want("a", procStopping)
+		restarted()
+	}
+	m.tell(a, healthInfo{cause: "not registered"}, m.now)
+	m.pass(30 * time.Second)
+	m.wantFailure("a", failUnhealthy, "still unhealthy after 3 restarts: not registered")
+}
+
+func TestUnhealthy_RestartsHaveAnEnd(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", map[string]any{"restart_policy": "always"})}, nil)
+	m.readyAll()
+	m.ail("a", "hangs")
+	m.treat(m.byID["a"], m.now)
+	m.end("a", killedBySIGKILL)
+	for range maxTries {
+		m.pass(maxBackoff * 2)
+		m.startAll()
+		m.end("a", exitStatus(1)) // before it is ready
+	}
+	m.pass(signalWindow)
+	m.wantFailure("a", failEnded, "exit status 1, and 3 restarts have not healed it")
+
+	m = newMachine(t, []map[string]any{comp("a", map[string]any{"restart_policy": "on-failure", "max_restarts": 1})}, nil)
+	for range 2 {
+		m.pass(2 * time.Second)
+		m.readyAll()
+		m.ail("a", "hangs")
+		m.treat(m.byID["a"], m.now)
+		if m.byID["a"].state == procStopping {
+			m.end("a", exitStatus(0))
+		}
+	}
+	m.wantFailure("a", failUnhealthy, "unhealthy for 30s (-unhealthy-timeout): hangs, and max_restarts (1) is used up")
+}
+
+func TestReady_WhatMerelyRunsSettlesFirst(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", map[string]any{"register": false}), comp("b", nil), comp("c", map[string]any{"register": false, "health_check": "tcp://127.0.0.1:1"})}, nil)
+	m.startAll()
+	m.heal("a", "b", "c")
+	if got, want := m.next(m.now), m.now.Add(settleTime); !got.Equal(want) || m.settled(m.now) {
+		t.Errorf("next look in %s, want %s", got.Sub(m.now), settleTime)
+	}
+	if m.pass(settleTime - 1); m.settled(m.now) {
+		t.Error("settled before its time")
+	}
+	if m.pass(1); !m.settled(m.now) || !m.next(m.now).IsZero() {
+		t.Error("not settled after its time")
+	}
 }
 
 // A start that fails is an end like others, where the component was ready once.
@@ -407,7 +575,7 @@ func TestUnhealthy_ClockGoesOnFromOneBadStateToAnother(t *testing.T) {
 	if !slices.Equal(ids(got), []string{"a"}) {
 		t.Fatalf("overdue after 30s: %q, want a", ids(got))
 	}
-	m.failUnhealthy(got[0], m.now)
+	m.treat(got[0], m.now)
 	m.wantFailure("a", failUnhealthy, "unhealthy for 30s (-unhealthy-timeout): it declared itself UNHEALTHY")
 }
 
@@ -441,32 +609,6 @@ func TestUnhealthy_IsNotJudgedInAStop(t *testing.T) {
 	m.pass(time.Minute)
 	if got := m.overdue(m.now); len(got) != 0 {
 		t.Errorf("overdue: %q, want none", ids(got))
-	}
-}
-
-func TestStop_GoesInDataOrder(t *testing.T) {
-	t.Parallel()
-	// a → b, and both need d.
-	m := newMachine(t, []map[string]any{comp("a", map[string]any{"depends_on": []string{"d"}}), comp("d", nil)}, []map[string]any{
-		comp("b", map[string]any{"inputs": []string{"a"}, "depends_on": []string{"d"}, "stop_signal": "SIGINT"}),
-	})
-	m.readyAll()
-	m.beginStop()
-	for _, want := range []string{"a", "b", "d"} {
-		m.advanceStop(m.now)
-		for _, p := range m.procs {
-			if !p.over() && (p.state == procStopping) != (p.id() == want) {
-				t.Errorf("%s is %s when it is the turn of %s", p.id(), p.state, want)
-			}
-		}
-		m.end(want, exitStatus(1))
-		m.want(want, procStopped)
-	}
-	if !m.over() {
-		t.Error("not over although all have ended")
-	}
-	if want := []string{"a terminated", "b interrupt", "d terminated"}; !slices.Equal(m.fake.sent, want) {
-		t.Errorf("signals %q, want %q", m.fake.sent, want)
 	}
 }
 
@@ -531,22 +673,6 @@ func TestStop_StartsNothingAndJudgesNoStart(t *testing.T) {
 	}
 }
 
-func TestKillAll_SendsSIGKILLToAllThatRun(t *testing.T) {
-	t.Parallel()
-	m := newMachine(t, []map[string]any{comp("a", nil), comp("b", nil)}, []map[string]any{comp("c", map[string]any{"inputs": []string{"a"}})})
-	m.startAll()
-	m.killAll(m.now)
-	m.killAll(m.now)
-	if want := []string{"a killed", "b killed"}; !slices.Equal(m.fake.sent, want) {
-		t.Errorf("signals %q, want %q", m.fake.sent, want)
-	}
-	m.end("a", killedBySIGKILL)
-	m.end("b", killedBySIGKILL)
-	if !m.over() || len(m.failures()) != 0 {
-		t.Errorf("over %t, failures %s, want true and none", m.over(), describeFailures(m.failures()))
-	}
-}
-
 func TestStopBound_IsTheSlowestChain(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, []map[string]any{comp("a", map[string]any{"stop_timeout": "1s"}), comp("x", map[string]any{"stop_timeout": "4s"})},
@@ -556,51 +682,240 @@ func TestStopBound_IsTheSlowestChain(t *testing.T) {
 	}
 }
 
-func TestReload_StopsWhatChangedAndLeavesTheRest(t *testing.T) {
-	t.Parallel()
-	changed := func(text string) map[string]any {
-		return comp("changed", map[string]any{"depends_on": []string{"kept"}, "env": map[string]string{"V": text}})
-	}
-	m := newMachine(t, []map[string]any{comp("kept", nil), changed("1")}, []map[string]any{comp("gone", map[string]any{"inputs": []string{"changed"}})})
-	m.readyAll()
-	kept := m.byID["kept"]
-	out := m.reload(parseParts(t, []map[string]any{comp("kept", nil), comp("fresh", map[string]any{"depends_on": []string{"changed"}}), changed("2")}, nil))
-	if got, want := fmt.Sprint(out), "{[fresh] [gone] [changed] 1}"; got != want {
-		t.Errorf("reloaded %s, want %s", got, want)
-	}
-	m.wantStartable()
-	m.advanceReload(m.now)
-	m.want("changed", procStopping)
-	m.want("gone", procReady) // it reads from changed
-	m.end("changed", exitStatus(0))
-	m.advanceReload(m.now)
-	m.want("gone", procStopping)
-	m.wantStartable("changed")
-	m.end("gone", exitStatus(1))
-	if got := m.advanceReload(m.now); !slices.Equal(got, []string{"gone"}) {
-		t.Errorf("gone for good: %q, want gone", got)
-	}
-	m.readyAll()
-	if got, want := strings.Join(ids(m.procs), " "), "kept fresh changed"; got != want {
-		t.Errorf("components %q, want %q", got, want)
-	}
-	if m.byID["kept"] != kept || kept.state != procReady || kept.restarts != 0 {
-		t.Error("what has not changed was touched")
-	}
-	if f := m.failures(); len(f) != 0 {
-		t.Errorf("failures %s, want none", describeFailures(f))
-	}
-}
-
 func TestReload_WithoutARunningProcessReplacesAtOnce(t *testing.T) {
 	t.Parallel()
 	m := newMachine(t, []map[string]any{comp("a", nil)}, []map[string]any{comp("b", map[string]any{"inputs": []string{"a"}})})
 	m.startAll()
-	m.reload(parseParts(t, []map[string]any{comp("a", nil)}, []map[string]any{comp("b", map[string]any{"inputs": []string{"a"}, "type": "x"})}))
+	m.reload(parseParts(t, []map[string]any{comp("a", nil)}, []map[string]any{comp("b", map[string]any{"inputs": []string{"a"}, "type": "x"})}), nil)
 	m.advanceReload(m.now)
 	m.heal("a")
 	m.wantStartable("b")
 	if got := m.byID["b"].component.Type; got != "x" {
 		t.Errorf("b has the type %q, want that of the new file", got)
 	}
+}
+
+// A renamed component, or two that swap ports, want what those have that leave.
+func TestReload_StartsWhatIsNewOnceWhatLeavesHasEnded(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", map[string]any{"args": []string{"1"}}), comp("b", map[string]any{"args": []string{"2"}}), comp("c", nil), comp("kept", nil)}, nil)
+	m.readyAll()
+	m.reload(parseParts(t, []map[string]any{comp("a", map[string]any{"args": []string{"2"}}), comp("b", map[string]any{"args": []string{"1"}}), comp("d", nil), comp("kept", nil)}, nil), nil)
+	for _, id := range []string{"a", "b", "c"} {
+		m.advanceReload(m.now)
+		m.wantStartable()
+		m.end(id, exitStatus(0))
+	}
+	if gone := m.advanceReload(m.now); !slices.Equal(gone, []string{"c"}) {
+		t.Errorf("gone: %q, want c", gone)
+	}
+	m.wantStartable("a", "b", "d")
+	m.want("kept", procReady)
+}
+
+// A component that a reload brings and that never becomes ready fails alone.
+func TestReload_WhatItBringsFailsAlone(t *testing.T) {
+	t.Parallel()
+	kept := comp("kept", nil)
+	bring := func(name string, become func(m *machine), reason string, more map[string]any) {
+		m := newMachine(t, []map[string]any{kept}, nil)
+		m.readyAll()
+		m.reload(parseParts(t, []map[string]any{kept, comp("new", more)}, nil), nil)
+		m.advanceReload(m.now)
+		m.fake.broken["new"] = nil
+		if name == "cannot start" {
+			m.fake.broken["new"] = errors.New("no such program")
+		}
+		m.startAll()
+		if become != nil {
+			become(m)
+		}
+		m.want("new", procFailed)
+		if f := m.byID["new"].failure; f == nil || f.reason != reason {
+			t.Errorf("%s: failure %+v, want %q", name, f, reason)
+		}
+		if f := m.failures(); len(f) > 0 {
+			t.Errorf("%s: the run fails: %s", name, describeFailures(f))
+		}
+		m.want("kept", procReady)
+
+		m.fake.broken["new"] = nil
+		m.reload(parseParts(t, []map[string]any{kept, comp("new", more)}, nil), nil) // the same file: it is tried again
+		m.advanceReload(m.now)
+		m.wantStartable("new")
+		m.readyAll()
+		m.pass(settleTime + 1)
+		m.end("new", exitStatus(1))
+		m.pass(signalWindow)
+		m.wantFailure("new", failEnded, "exit status 1") // it was ready
+	}
+	bring("cannot start", nil, "no such program", nil)
+	bring("ends", func(m *machine) { m.end("new", exitStatus(2)); m.pass(signalWindow) }, "exit status 2 before it was ready", nil)
+	bring("merely runs", func(m *machine) {
+		m.heal("new")
+		m.pass(settleTime - 1)
+		m.end("new", exitStatus(2))
+		m.pass(signalWindow)
+	}, "exit status 2", nil)
+	bring("is not ready", func(m *machine) {
+		m.pass(30 * time.Second)
+		m.want("new", procStopping)
+		m.end("new", exitStatus(0))
+	}, "not ready within its start timeout of 30s", map[string]any{"register": true})
+}
+
+func TestReload_ComparesEnvFilesByContent(t *testing.T) {
+	t.Parallel()
+	one, two := digest{1}, digest{2}
+	p := parseParts(t, []map[string]any{comp("a", map[string]any{"env_files": map[string]string{"KEY": "/key"}}), comp("b", nil)}, nil)
+	m := newMachine(t, []map[string]any{comp("a", map[string]any{"env_files": map[string]string{"KEY": "/key"}}), comp("b", nil)}, nil)
+	if got := m.reload(p, map[string]digest{"/key": two}); got.unchanged != 2 {
+		t.Errorf("before its start: %+v, want nothing changed", got)
+	}
+	m.advanceReload(m.now)
+	m.readyAll()
+	m.byID["a"].last.envFiles = map[string]digest{"/key": one}
+	if got := m.reload(p, map[string]digest{"/key": one}); got.unchanged != 2 {
+		t.Errorf("the same: %+v, want nothing changed", got)
+	}
+	if got := m.reload(p, map[string]digest{"/key": two}); !slices.Equal(got.restarted, []string{"a"}) || got.unchanged != 1 {
+		t.Errorf("another: %+v, want a restarted", got)
+	}
+}
+
+// randomParts returns components, each of which waits at most for one that was drawn before it.
+func randomParts(random *mathrand.Rand) []map[string]any {
+	var out []map[string]any
+	for _, i := range random.Perm(8)[:1+random.IntN(7)] {
+		more := map[string]any{"type": fmt.Sprint(random.IntN(2))}
+		if i < 2 {
+			more["oneshot"] = true
+		}
+		if len(out) > 0 && random.IntN(2) == 0 {
+			more["depends_on"] = []string{out[random.IntN(len(out))]["id"].(string)}
+		}
+		out = append(out, comp(fmt.Sprintf("c%d", i), more))
+	}
+	random.Shuffle(len(out), func(i, j int) { out[i], out[j] = out[j], out[i] })
+	return out
+}
+
+// However reloads follow each other, in the end what the last file lists runs, and what no reload
+// has changed has the process that it had.
+func TestReload_AnySequenceComesToTheLastFile(t *testing.T) {
+	t.Parallel()
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	random := mathrand.New(mathrand.NewPCG(seed, 0))
+	m := newMachine(t, randomParts(random), nil)
+	pids, touched := make(map[string]int), make(map[string]bool) // touched by a reload since it was started
+	step := func(some bool) {
+		m.advanceReload(m.now)
+		for _, p := range m.startable() {
+			if pids[p.id()] != 0 && !touched[p.id()] {
+				t.Fatalf("%s is started again, which no reload has touched", p.id())
+			}
+			_ = m.start(p, m.now)
+			pids[p.id()], touched[p.id()] = p.child.pid, false
+		}
+		for _, p := range m.procs {
+			switch {
+			case some && random.IntN(2) == 0:
+			case p.state == procStarting && p.component.Oneshot, p.state == procStopping:
+				m.end(p.id(), exitStatus(0))
+			case p.state == procStarting:
+				m.heal(p.id())
+			}
+		}
+	}
+	for round := range 300 {
+		for range random.IntN(20) {
+			step(true)
+		}
+		parts := randomParts(random)
+		changed := m.reload(parseParts(t, parts, nil), nil)
+		for _, id := range slices.Concat(changed.added, changed.removed, changed.restarted) {
+			touched[id] = true
+		}
+		if round%3 > 0 {
+			continue // another reload before this one is finished
+		}
+		for range 50 {
+			step(false)
+		}
+		var listed []string
+		for _, part := range parts {
+			listed = append(listed, part["id"].(string))
+		}
+		wantEqual(t, fmt.Sprintf("components after round %d", round), fmt.Sprint(ids(m.procs)), fmt.Sprint(listed))
+		for _, p := range m.procs {
+			if want := map[bool]procState{true: procCompleted, false: procReady}[p.component.Oneshot]; p.state != want {
+				t.Fatalf("round %d: %s is %s, want %s", round, p.id(), p.state, want)
+			}
+		}
+		if f := m.failures(); len(f) > 0 {
+			t.Fatalf("round %d: failures %s", round, describeFailures(f))
+		}
+	}
+}
+
+// A second reload leaves alone what the first one has not told to stop yet, and what is now as it runs.
+func TestReload_SecondOneTakesBack(t *testing.T) {
+	t.Parallel()
+	file := func(of string) ([]map[string]any, []map[string]any) {
+		return []map[string]any{comp("a", map[string]any{"type": of})}, []map[string]any{comp("b", map[string]any{"inputs": []string{"a"}, "type": of})}
+	}
+	sources, sinks := file("1")
+	m := newMachine(t, sources, sinks)
+	m.readyAll()
+	sources, sinks = file("2")
+	m.reload(parseParts(t, sources, sinks), nil)
+	m.advanceReload(m.now)
+	m.want("a", procStopping)
+	m.want("b", procReady)
+	_, sinks = file("1")
+	if got := m.reload(parseParts(t, sources, sinks), nil); got.unchanged != 1 || !slices.Equal(got.restarted, []string{"a"}) {
+		t.Errorf("%+v, want a alone restarted", got)
+	}
+	m.end("a", exitStatus(0))
+	m.advanceReload(m.now)
+	m.readyAll()
+	m.want("a", procReady)
+	m.want("b", procReady)
+	if m.fake.started != 3 {
+		t.Errorf("%d starts, want a second one of a alone", m.fake.started)
+	}
+}
+
+// A job that is done within a second and started again, as always says, works: no start timeout ends it.
+func TestReady_ShortJobWorksOnceItHasEndedWell(t *testing.T) {
+	t.Parallel()
+	m := newMachine(t, []map[string]any{comp("a", map[string]any{"restart_policy": "always"})}, nil)
+	for range 20 {
+		m.startAll()
+		m.heal("a")
+		m.now = m.now.Add(settleTime / 2)
+		m.end("a", exitStatus(0))
+		m.want("a", procBackoff)
+		m.pass(2 * maxBackoff)
+	}
+	if f := m.failures(); len(f) > 0 {
+		t.Errorf("failures %s, want none", describeFailures(f))
+	}
+}
+
+// What a reload takes out lets nothing start again that needs it, though it has run for long.
+func TestReload_WhatRetiresIsNotLeanedOn(t *testing.T) {
+	t.Parallel()
+	needs := comp("b", map[string]any{"depends_on": []string{"a"}, "restart_policy": "always"})
+	m := newMachine(t, []map[string]any{comp("a", nil), needs}, nil)
+	m.readyAll()
+	m.end("b", exitStatus(1))
+	m.reload(parseParts(t, []map[string]any{comp("a", map[string]any{"type": "x"}), needs}, nil), nil)
+	m.advanceReload(m.now)
+	m.pass(5 * time.Second)
+	m.wantStartable()
+	m.end("a", exitStatus(0))
+	m.advanceReload(m.now)
+	m.wantStartable("a")
 }

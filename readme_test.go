@@ -26,10 +26,7 @@ type block struct {
 // page reads README.md or one of docs/.
 func page(t *testing.T, name string) string {
 	t.Helper()
-	data, err := os.ReadFile(name)
-	if err != nil {
-		t.Fatal(err)
-	}
+	data := get(os.ReadFile(name))(t)
 	return string(data)
 }
 
@@ -153,9 +150,7 @@ func (n *newcomer) launch(script string) {
 	n.screen, n.done = newTranscript(), make(chan struct{})
 	n.cmd = n.command(script)
 	n.cmd.Stdout, n.cmd.Stderr = n.screen, n.screen
-	if err := n.cmd.Start(); err != nil {
-		n.t.Fatal(err)
-	}
+	must(n.t, n.cmd.Start())
 	go func(cmd *exec.Cmd, done chan struct{}) {
 		_ = cmd.Wait() // how it ended is in its state
 		close(done)
@@ -211,9 +206,7 @@ func (n *newcomer) follow(blocks []block) {
 				n.t.Fatalf("the page does not say where this goes: %q", b.before)
 			}
 			file := filepath.Join(n.folder, name[1])
-			if err := os.MkdirAll(filepath.Dir(file), 0o777); err != nil {
-				n.t.Fatal(err)
-			}
+			must(n.t, os.MkdirAll(filepath.Dir(file), 0o777))
 			writeFile(n.t, file, b.text)
 		case "console":
 			for _, e := range typedIn(b.text) {
@@ -270,9 +263,7 @@ func clone(t *testing.T) string {
 			t.Fatal(err)
 		}
 		to := filepath.Join(folder, name)
-		if err := os.MkdirAll(filepath.Dir(to), 0o777); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.MkdirAll(filepath.Dir(to), 0o777))
 		writeFile(t, to, string(data))
 	}
 	return folder
@@ -351,10 +342,7 @@ func anchor(heading string) string {
 // leads to every page.
 func TestReadmeLinks(t *testing.T) {
 	t.Parallel()
-	pages, err := filepath.Glob("docs/*.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	pages := get(filepath.Glob("docs/*.md"))(t)
 	readme := page(t, "README.md")
 	for _, name := range pages {
 		if !strings.Contains(readme, "]("+name+")") {
@@ -452,9 +440,7 @@ func TestReadmeCI(t *testing.T) {
 				}
 			}
 			writeFile(t, filepath.Join(dir, "go.mod"), "module e2e\n")
-			if err := os.Mkdir(filepath.Join(dir, "e2e"), 0o700); err != nil {
-				t.Fatal(err)
-			}
+			must(t, os.Mkdir(filepath.Join(dir, "e2e"), 0o700))
 			writeFile(t, filepath.Join(dir, "e2e", "e2e_test.go"), `package e2e
 
 import (
@@ -488,4 +474,48 @@ func TestPipeline(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The page about a database: the files as they stand there, a sandbox, a run that uses it, and a change
+// of the program meanwhile.
+func TestReadmeServices(t *testing.T) {
+	t.Parallel()
+	flowctl, bin := plainFlowctl(), filepath.Dir(databaseProgram(t, "initdb"))
+	dir := t.TempDir()
+	port := freePort(t)
+	for _, b := range blocks(page(t, "docs/services.md")) {
+		name, _, found := strings.Cut(strings.TrimPrefix(b.before, "`"), "`")
+		if !found || !strings.HasPrefix(b.before, "`") {
+			continue
+		}
+		writeFile(t, filepath.Join(dir, name), strings.ReplaceAll(b.text, "5433", port))
+	}
+	must(t, os.Mkdir(filepath.Join(dir, "run"), 0o777))
+	if os.Getuid() == 0 { // PostgreSQL does not run as root
+		if out, err := exec.Command("chown", "-R", "postgres", dir).CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		must(t, os.Chmod(filepath.Dir(dir), 0o711))
+	}
+	must(t, os.Chmod(filepath.Join(dir, "run"), 0o700))
+	command := func(args ...string) *process {
+		argv := slices.Concat(asPostgres(t), []string{flowctl, args[0], "-control-plane-port", "0"}, args[1:])
+		return start(t, nil, inFolder(dir), withEnv("XDG_RUNTIME_DIR="+filepath.Join(dir, "run"), "PATH="+bin+":"+os.Getenv("PATH")),
+			func(p *process) { p.cmd.Path, p.cmd.Args = get(exec.LookPath(argv[0]))(t), argv })
+	}
+	box := command("sandbox", "-env-file", "db.env")
+	box.waitReady()
+	p := command("run", "-env-file", "db.env", "-watch")
+	p.waitErr("the services are those of the sandbox that runs")
+	p.waitOut("feed | wrote event 2\n")
+	feed := filepath.Join(dir, "feed.sh")
+	must(t, os.WriteFile(feed, []byte(strings.ReplaceAll(string(get(os.ReadFile(feed))(t)), "wrote", "stored")), 0o600))
+	p.waitErr(`msg="its files have changed, restarting" component=feed`)
+	p.waitOut("feed | stored event 1\n")
+	p.stop()
+	box.stop()
+	p = command("run", "-env-file", "db.env", "--", "psql", "-Atc", "select count(*) > 2 from events")
+	p.exit(exitOK)
+	wantEqual(t, "what the database keeps", p.stdout.String(), "t\n")
+	p.has(p.stderr, "msg=ended component=files ", "msg=ready component=db ", "msg=ended component=schema ", "msg=started component=feed ")
 }

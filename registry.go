@@ -70,6 +70,7 @@ type registry struct {
 	members     []*service          // components of the pipeline, in the order of the file
 	others      []*service          // in the order of first registration; what is gone is taken out now and then
 	otherCount  int                 // of others that are not gone
+	otherBytes  int                 // of what those say of themselves
 	byID        map[string]*service // by each id that one is known under
 	bySeq       map[int64]*service
 	byPort      map[string]*service // members by HEALTH_PORT; nil for a port of several
@@ -156,9 +157,11 @@ func (r *registry) register(reg registration, from origin, now time.Time) (ackno
 		return acknowledgement{}, 0, err
 	}
 	reg.id = cmp.Or(reg.id, s.component())
+	s.registerBy(from)
 	s.describe(reg)
-	r.nameLocked(s, now, reg.id, reg.componentID)
-	if r.byID[reg.id] != s { // it calls itself by another component's id
+	r.countLocked(s)
+	r.nameLocked(s, from, now, reg.id, reg.componentID)
+	if r.byID[reg.id] != s { // it calls itself by another's id
 		s.said.id = s.key()
 	}
 	s.registered, s.registeredAt = true, now // one that has ended stays so until starting
@@ -180,23 +183,58 @@ func (r *registry) recordLocked(reg *registration, from origin, now time.Time) (
 		reg.id = strings.ToLower(kind + "-" + rand.Text()[:10])
 	}
 	for _, id := range []string{reg.id, reg.componentID} { // nameLocked would take both from who has them
-		if s := r.byID[id]; s != nil {
+		if s := r.byID[id]; s != nil && (s.member != nil || s.stale == nil) {
 			if err := s.refuse(from); err != nil {
 				return nil, err
 			}
 		}
 	}
-	if s := r.byID[reg.id]; s != nil {
-		return s, nil
+	s := r.byID[reg.id]
+	if err := r.makeRoomLocked(s, reg.size(), now); err != nil || s != nil {
+		return s, err
 	}
-	if r.otherCount >= maxServices {
+	return r.addOtherLocked(), nil
+}
+
+// makeRoomLocked makes room for a service that is not of the pipeline, nil for a new one, and
+// so many bytes of text: those that have been stale for the longest time give way. Errors:
+// RESOURCE_EXHAUSTED.
+func (r *registry) makeRoomLocked(s *service, size int, now time.Time) error {
+	most, mostBytes := r.mostOthers()
+	for {
+		count, bytes := r.otherCount+1, r.otherBytes+size
+		if s != nil {
+			count, bytes = count-1, bytes-s.counted
+		}
 		silent := r.stale.Front()
-		if silent == nil {
-			return nil, status.Errorf(codes.ResourceExhausted, "the registry is full: it holds %d services, and none of them is stale", maxServices)
+		if silent != nil && silent.Value == s {
+			silent = silent.Next()
+		}
+		switch {
+		case count <= most && bytes <= mostBytes:
+			return nil
+		case silent == nil:
+			return status.Errorf(codes.ResourceExhausted, "the registry is full: what is not of a pipeline has at most %d services and %d bytes, and none of them is stale", most, mostBytes)
 		}
 		r.removeLocked(silent.Value.(*service), now)
 	}
-	return r.addOtherLocked(), nil
+}
+
+// mostOthers returns how many services there may be that are not of the pipeline, and how many
+// bytes they may have together.
+func (r *registry) mostOthers() (count, bytes int) {
+	if len(r.members) > 0 {
+		return maxGuests, maxGuestBytes
+	}
+	return maxServices, maxOtherBytes
+}
+
+// countLocked takes the size of s into that of all that are not of the pipeline.
+func (r *registry) countLocked(s *service) {
+	if s.member == nil {
+		r.otherBytes += s.bytes - s.counted
+		s.counted = s.bytes
+	}
 }
 
 // addOtherLocked makes a record of a service that is not of the pipeline. No id leads to it.
@@ -242,12 +280,14 @@ func (r *registry) memberLocked(id string) *service {
 }
 
 // nameLocked makes s known under ids. An id of another component of the pipeline stays that
-// component's, any other goes to who registered last; a component that chose it too is
-// still found by it through its own connections.
-func (r *registry) nameLocked(s *service, now time.Time, ids ...string) {
+// component's, and one of a guest that is not stale and is not the caller's stays that guest's:
+// nobody can take it, nor keep a component from registering by having it. Any other goes to who
+// registered last. A component that chose it too is still found by it through its own connections.
+func (r *registry) nameLocked(s *service, from origin, now time.Time, ids ...string) {
 	for _, id := range ids {
 		known := r.byID[id]
-		others := known != nil && known != s && known.component() == id
+		others := known != nil && known != s &&
+			(known.component() == id || known.member == nil && known.stale == nil && known.refuse(from) != nil)
 		if id == "" || id == s.component() || others && s.member == nil {
 			continue
 		}
@@ -335,7 +375,17 @@ func (r *registry) heartbeat(id string, from origin, declared flowctlv1.HealthSt
 	} else if newWord && !s.isPending {
 		r.publish(s.seq)
 	}
-	return number, s.merge(metrics)
+	return number, r.mergeLocked(s, metrics)
+}
+
+// mergeLocked takes metrics in, where there is room. Errors: RESOURCE_EXHAUSTED.
+func (r *registry) mergeLocked(s *service, metrics []metric) error {
+	if _, most := r.mostOthers(); s.member == nil && r.otherBytes+maxServiceBytes-s.counted > most && len(metrics) > 0 {
+		return errRegistryFull
+	}
+	err := s.merge(metrics)
+	r.countLocked(s)
+	return err
 }
 
 // callerLocked finds the service that calls itself id. Where two components of the pipeline
@@ -373,6 +423,9 @@ func (r *registry) unregister(id string, from origin, now time.Time) (uint64, er
 	if err != nil {
 		return 0, err
 	}
+	if slices.Contains(s.formerConns, from.conn) {
+		return 0, status.Errorf(codes.NotFound, "service %q has registered anew since, by another connection", clip(id))
+	}
 	if s.member == nil {
 		r.removeLocked(s, now)
 		return s.changeNumber, nil
@@ -388,6 +441,7 @@ func (r *registry) unregister(id string, from origin, now time.Time) (uint64, er
 // removeLocked takes out a service that is not of the pipeline.
 func (r *registry) removeLocked(s *service, now time.Time) {
 	r.otherCount--
+	r.otherBytes -= s.counted
 	r.forgetLocked(s, now)
 	if len(r.others) > 2*r.otherCount+batch {
 		r.others = slices.DeleteFunc(r.others, (*service).gone)
@@ -507,7 +561,7 @@ func (r *registry) changedLocked(s *service) {
 	if p.on {
 		p.changes++
 		s.changeNumber = p.changes
-		p.wake()
+		wake(p.dirty)
 	}
 	switch {
 	case !p.on || p.err != nil:
@@ -515,14 +569,6 @@ func (r *registry) changedLocked(s *service) {
 	case !s.isPending:
 		s.isPending = true
 		p.pending = append(p.pending, s)
-	}
-}
-
-// wake has the state file written.
-func (p *persistence) wake() {
-	select {
-	case p.dirty <- struct{}{}:
-	default:
 	}
 }
 
@@ -534,12 +580,13 @@ func (r *registry) notifyLocked(s *service) {
 	}
 	s.inChanged = true
 	r.changed = append(r.changed, s)
-	r.wakeLocked()
+	wake(r.wake)
 }
 
-func (r *registry) wakeLocked() {
+// wake leaves a token in c, which has room for one.
+func wake(c chan<- struct{}) {
 	select {
-	case r.wake <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }
@@ -561,7 +608,7 @@ func (r *registry) changes(now time.Time) []change {
 		s.notified = h.condition
 	}
 	if r.changed = r.changed[n:]; len(r.changed) > 0 {
-		r.wakeLocked()
+		wake(r.wake)
 	} else {
 		r.changed = nil
 	}

@@ -6,42 +6,37 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
+	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-
-	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
-
-	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 )
 
 // A full registry makes room for a new service by the one that has been silent for
-// the longest time, and never by one that lives.
+// the longest time, and never by one that lives. Whoever it knows may register again.
 func TestFullRegistryForgetsTheSilent(t *testing.T) {
 	t.Parallel()
-	r, now := newRegistry(testTTL, testInterval, "", nil), testEpoch
-	for i := range maxServices {
+	r, now := testRegistry(), testEpoch
+	for i := range maxGuests {
 		mustRegister(t, r, registration{id: fmt.Sprint("service-", i)}, now)
 	}
 	const silent = 1000
 	now = now.Add(testInterval)
-	for i := silent; i < maxServices; i++ {
-		if err := beat(r, fmt.Sprint("service-", i), now); err != nil {
-			t.Fatal(err)
-		}
+	for i := silent; i < maxGuests; i++ {
+		must(t, beat(r, fmt.Sprint("service-", i), now))
 	}
-	for now = now.Add(testInterval); !now.After(testEpoch.Add(testTTL)); now = now.Add(testInterval / 2) {
-		r.sweep(now)
-	}
-	for r.sweep(now).Equal(now) {
-	}
+	now = testEpoch.Add(testTTL + 1)
+	pass(r, now)
 	for i := range silent {
 		mustRegister(t, r, registration{id: fmt.Sprint("new-", i)}, now)
 		wantCode(t, "the longest silent", r.view(fmt.Sprint("service-", i), now, func(*service, time.Time) {}), codes.NotFound)
@@ -49,11 +44,16 @@ func TestFullRegistryForgetsTheSilent(t *testing.T) {
 			wantCode(t, "the next", r.view(fmt.Sprint("service-", i+1), now, func(*service, time.Time) {}), codes.OK)
 		}
 	}
-	_, _, err := r.register(registration{id: "one-more"}, origin{}, now)
+	_, _, err := r.register(registration{id: "one-more"}, origin{believed: true}, now)
 	wantCode(t, "one more", err, codes.ResourceExhausted)
-	for i := silent; i < maxServices; i++ {
+	wantCode(t, "heartbeat of the one refused", beat(r, "one-more", now), codes.NotFound)
+	for i := silent; i < maxGuests; i++ {
 		wantCode(t, "a live one", beat(r, fmt.Sprint("service-", i), now), codes.OK)
 	}
+	mustRegister(t, r, registration{id: "new-0"}, now)
+	mustRegister(t, r, registration{id: "own", componentID: "store"}, now)
+	get(r.unregister("new-0", origin{believed: true}, now))(t)
+	mustRegister(t, r, registration{id: "one-more"}, now)
 }
 
 // testEpoch is the time at which the tests that pass the time begin, and also a
@@ -77,7 +77,7 @@ func testMembers() []member {
 // mustRegister registers directly, at the time now, and returns the id.
 func mustRegister(t testing.TB, r *registry, reg registration, now time.Time) string {
 	t.Helper()
-	ack, _, err := r.register(reg, origin{}, now)
+	ack, _, err := r.register(reg, origin{believed: true}, now)
 	if err != nil {
 		t.Fatalf("registration %+v: %v", reg, err)
 	}
@@ -86,7 +86,7 @@ func mustRegister(t testing.TB, r *registry, reg registration, now time.Time) st
 
 // beat is a heartbeat without a status and metrics.
 func beat(r *registry, id string, now time.Time) error {
-	_, err := r.heartbeat(id, origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, nil, now)
+	_, err := r.heartbeat(id, origin{believed: true}, flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, nil, now)
 	return err
 }
 
@@ -137,8 +137,7 @@ func TestDeclaredStatusIsKeptUntilTheNext(t *testing.T) {
 			c := startPlane(t, testRegistry())
 			c.mustRegister(t, "v1", registration{id: "store"})
 			for _, declared := range test.beats {
-				_, err := c.v1.Heartbeat(t.Context(), &flowctlv1.HeartbeatRequest{ServiceId: "store", Status: declared})
-				wantCode(t, "heartbeat", err, codes.OK)
+				get(c.v1.Heartbeat(t.Context(), &flowctlv1.HeartbeatRequest{ServiceId: "store", Status: declared}))(t)
 			}
 			wantCode(t, "legacy heartbeat, which has no status", c.heartbeat(t.Context(), "legacy", "store"), codes.OK)
 			legacy, v1 := c.mustStatus(t, "store")
@@ -146,9 +145,8 @@ func TestDeclaredStatusIsKeptUntilTheNext(t *testing.T) {
 				t.Errorf("got %v, %v, want %v, %v", legacy.GetIsHealthy(), v1.GetStatus(), test.wantOK, test.want)
 			}
 			c.mustRegister(t, "legacy", registration{id: "store"})
-			if _, v1 := c.mustStatus(t, "store"); v1.GetStatus() != healthy {
-				t.Errorf("after another registration: got %v, want %v", v1.GetStatus(), healthy)
-			}
+			_, v1 = c.mustStatus(t, "store")
+			wantEqual(t, "after another registration", v1.GetStatus(), healthy)
 		})
 	}
 }
@@ -196,14 +194,10 @@ func TestRepeatedRegistrations(t *testing.T) {
 			t.Parallel()
 			r, now := testRegistry(), testEpoch
 			for _, reg := range test.regs {
-				if got, want := mustRegister(t, r, reg, now), cmp.Or(reg.id, reg.componentID); got != want {
-					t.Errorf("registration %+v: got id %q, want the one it chose, %q", reg, got, want)
-				}
+				wantEqual(t, "the id that it chose", mustRegister(t, r, reg, now), cmp.Or(reg.id, reg.componentID))
 				checkRegistry(t, r, now)
 			}
-			if got := listedIDs(t, r); !slices.Equal(got, test.listed) {
-				t.Errorf("listed: got %q, want %q", got, test.listed)
-			}
+			wantEqual(t, "listed", listedIDs(t, r), test.listed)
 			for id, want := range test.known {
 				wantCode(t, "heartbeat as "+id, beat(r, id, now), codes.OK)
 				r.view(id, now, func(s *service, _ time.Time) {
@@ -235,9 +229,7 @@ func TestServiceIsKnownUnderItsLatestIDs(t *testing.T) {
 				wantCode(t, "heartbeat as "+id(n), beat(r, id(n), now), codes.OK)
 			}
 			wantCode(t, "heartbeat under the first id of many", beat(r, id(0), now), codes.NotFound)
-			if got := listedIDs(t, r); len(got) != 1 {
-				t.Errorf("listed: got %q, want one service", got)
-			}
+			wantEqual(t, "services listed", len(listedIDs(t, r)), 1)
 		})
 	}
 }
@@ -256,19 +248,16 @@ func TestReturnedIDIsKnownWhenIDsAreFull(t *testing.T) {
 	}
 }
 
-// TestJanitorTellsOfEachChangeOnce runs the real janitor on the clock of a bubble.
+// The real janitor, on the clock of a bubble, tells of each change once.
 func TestJanitorTellsOfEachChangeOnce(t *testing.T) {
 	t.Parallel()
-	for _, dialect := range dialects {
-		t.Run(dialect, func(t *testing.T) {
-			t.Parallel()
-			synctest.Test(t, func(t *testing.T) { janitorTells(t, dialect) })
-		})
+	for _, ttl := range []time.Duration{testTTL, testInterval / 2} {
+		synctest.Test(t, func(t *testing.T) { janitorTells(t, ttl) })
 	}
 }
 
-func janitorTells(t *testing.T, dialect string) {
-	r := testRegistry()
+func janitorTells(t *testing.T, ttl time.Duration) {
+	r := newRegistry(ttl, testInterval, "", testMembers())
 	ctx, cancel := context.WithCancel(context.Background())
 	var janitor sync.WaitGroup
 	janitor.Go(func() { r.runJanitor(ctx) })
@@ -291,38 +280,32 @@ func janitorTells(t *testing.T, dialect string) {
 		}
 		wantChanges(t, r, time.Now(), want...)
 	}
-	heartbeat := func() {
-		t.Helper()
-		var err error
-		if dialect == "legacy" {
-			_, err = legacyServer{registry: r}.Heartbeat(ctx, &flowctlpb.ServiceHeartbeat{ServiceId: "store"})
-		} else {
-			_, err = v1Server{registry: r}.Heartbeat(ctx, &flowctlv1.HeartbeatRequest{ServiceId: "store"})
-		}
-		wantCode(t, "heartbeat", err, codes.OK)
-	}
 
 	told(time.Hour)
 	mustRegister(t, r, registration{id: "store"}, time.Now())
 	told(0, "store: unregistered > healthy")
-	told(testTTL)
+	told(ttl)
 	told(1, "store: healthy > unhealthy")
-	told(3 * testTTL)
-	heartbeat()
+	told(3 * ttl)
+	must(t, beat(r, "store", time.Now()))
 	told(0, "store: unhealthy > healthy")
 	for range 10 {
-		time.Sleep(testTTL / 3)
-		heartbeat()
+		time.Sleep(ttl / 3)
+		must(t, beat(r, "store", time.Now()))
 	}
-	told(testTTL)
+	told(ttl)
 	time.Sleep(time.Nanosecond) // stale and healed before the subscriber comes
 	synctest.Wait()
-	heartbeat()
-	<-r.wake
-	told(testTTL)
+	must(t, beat(r, "store", time.Now()))
+	if len(r.wake) == 1 {
+		<-r.wake
+	} else {
+		t.Error("what was stale, and healed, wakes nobody")
+	}
+	told(ttl)
 	mustRegister(t, r, registration{id: "x"}, time.Now())
 	told(1, "x: unregistered > healthy", "store: healthy > unhealthy")
-	told(testTTL, "x: healthy > unhealthy")
+	told(ttl, "x: healthy > unhealthy")
 	told(time.Hour)
 }
 
@@ -340,13 +323,11 @@ func TestChanges(t *testing.T) {
 	t.Parallel()
 	reg := func(id, componentID string) func(*registry, time.Time) {
 		return func(r *registry, now time.Time) {
-			r.register(registration{id: id, componentID: componentID}, origin{}, now)
+			r.register(registration{id: id, componentID: componentID}, origin{believed: true}, now)
 		}
 	}
 	beats := func(id string, declared flowctlv1.HealthStatus) func(*registry, time.Time) {
-		return func(r *registry, now time.Time) {
-			r.heartbeat(id, origin{}, declared, nil, now)
-		}
+		return func(r *registry, now time.Time) { r.heartbeat(id, origin{believed: true}, declared, nil, now) }
 	}
 	alive := beats("store", flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN)
 	both := func(first, second func(*registry, time.Time)) func(*registry, time.Time) {
@@ -361,7 +342,7 @@ func TestChanges(t *testing.T) {
 		return func(r *registry, now time.Time) { r.checked("store", failing, now) }
 	}
 	unregister := func(id string) func(*registry, time.Time) {
-		return func(r *registry, now time.Time) { r.unregister(id, origin{}, now) }
+		return func(r *registry, now time.Time) { r.unregister(id, origin{believed: true}, now) }
 	}
 	const ttl = testTTL
 	var (
@@ -433,7 +414,7 @@ func TestChanges(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			r, last := testRegistry(), time.Duration(0)
-			for i, step := range test.steps {
+			for _, step := range test.steps {
 				for at := last + testInterval/2; at < step.at && !step.stopped; at += testInterval / 2 {
 					r.sweep(testEpoch.Add(at))
 				}
@@ -442,9 +423,7 @@ func TestChanges(t *testing.T) {
 				if step.do != nil {
 					step.do(r, now)
 				}
-				if got := takeChanges(r, now); !slices.Equal(got, step.want) {
-					t.Errorf("step %d, at %v: got %q, want %q", i, step.at, got, step.want)
-				}
+				wantChanges(t, r, now, step.want...)
 				checkRegistry(t, r, now)
 				checkTold(t, r, now)
 				last = step.at
@@ -457,11 +436,10 @@ func TestNewProcessInheritsNothing(t *testing.T) {
 	t.Parallel()
 	r, now := testRegistry(), time.Now()
 	mustRegister(t, r, registration{id: "ledgers", endpoint: "h:1", version: "1", outputEvents: []string{"a"}}, now)
-	_, err := r.heartbeat("ledgers", origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, []metric{{name: "events", number: 1}}, now)
-	wantCode(t, "heartbeat", err, codes.OK)
+	get(r.heartbeat("ledgers", origin{believed: true}, flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, []metric{{name: "events", number: 1}}, now))(t)
 	r.checked("ledgers", "connection refused", now)
 	r.starting("ledgers", now)
-	ack, _, err := r.register(registration{id: "transfers"}, origin{}, now)
+	ack, _, err := r.register(registration{id: "transfers"}, origin{believed: true}, now)
 	if err != nil || ack.connectionInfo["ledgers"] != "" {
 		t.Errorf("connection_info: got %q, %v, with the endpoint of the old process", ack.connectionInfo, err)
 	}
@@ -491,11 +469,13 @@ func TestRegistry_UnknownIDIsNoPanic(t *testing.T) {
 		r.publishProcess(id, processReport{state: "ready"})
 		r.condition(id, now)
 	}
+	nobody, _, _ := r.condition("nobody", now)
+	wantEqual(t, "a component that does not exist", nobody, unregistered)
 	sameShown(t, shown(r, now), before)
 	gone := testMembers()
 	gone[2].inputs = []string{"ledgers", "removed"} // of a component that has gone
 	r.setMembers(gone[1:], now)
-	ack, _, err := r.register(registration{id: "store"}, origin{}, now)
+	ack, _, err := r.register(registration{id: "store"}, origin{believed: true}, now)
 	if err != nil || len(ack.connectionInfo) != 1 {
 		t.Errorf("a component whose inputs are gone: %v, %v", ack.connectionInfo, err)
 	}
@@ -509,7 +489,7 @@ func TestRegister_EndpointThatTheComponentWasGiven(t *testing.T) {
 	members[0].endpoint, members[1].endpoint = "172.17.0.1:8080", "127.0.0.1:9000"
 	r := newRegistry(testTTL, testInterval, "127.0.0.1:8080", members)
 	for id, want := range map[string]string{"ledgers": "172.17.0.1:8080", "transfers": "127.0.0.1:9000", "store": "127.0.0.1:8080", "other": "127.0.0.1:8080"} {
-		ack, _, err := r.register(registration{id: id}, origin{}, testEpoch)
+		ack, _, err := r.register(registration{id: id}, origin{believed: true}, testEpoch)
 		if err != nil || ack.connectionInfo["control_plane_endpoint"] != want {
 			t.Errorf("%s is told %v, %v, want %s", id, ack.connectionInfo, err, want)
 		}
@@ -527,21 +507,17 @@ func TestHealthIsJudgedWhenAsked(t *testing.T) {
 			after time.Duration
 			want  bool
 		}{{time.Second, true}, {1, false}} {
-			for left, step := test.after, time.Duration(0); left > 0; left -= step {
-				step = min(left, r.maxGap()/2)
-				time.Sleep(step)
+			for at := time.Now().Add(test.after); time.Now().Before(at); {
+				time.Sleep(min(time.Until(at), r.maxGap()/2))
 				r.unmatchedServices(time.Now()) // flowctl looks at the clock, it was not stopped
 			}
+			want := map[bool]flowctlv1.HealthStatus{true: flowctlv1.HealthStatus_HEALTH_STATUS_HEALTHY, false: flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY}[test.want]
 			one, _ := legacy.GetServiceStatus(t.Context(), &flowctlpb.ServiceInfo{ServiceId: "store"})
 			all, _ := legacy.ListServices(t.Context(), nil)
 			oneV1, _ := v1.GetComponentStatus(t.Context(), &flowctlv1.ComponentStatusRequest{ServiceId: "store"})
 			healthyV1, _ := v1.ListComponents(t.Context(), nil)
 			allV1, _ := v1.ListComponents(t.Context(), &flowctlv1.ListComponentsRequest{IncludeUnhealthy: true})
 			condition, _, cause := r.condition("store", time.Now())
-			want := flowctlv1.HealthStatus_HEALTH_STATUS_HEALTHY
-			if !test.want {
-				want = flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY
-			}
 			for what, got := range map[string]bool{
 				"GetServiceStatus": one.GetIsHealthy(), "ListServices": all.GetServices()[0].GetIsHealthy(),
 				"GetComponentStatus": oneV1.GetStatus() == flowctlv1.HealthStatus_HEALTH_STATUS_HEALTHY, "ListComponents": len(healthyV1.GetComponents()) == 1,
@@ -555,47 +531,6 @@ func TestHealthIsJudgedWhenAsked(t *testing.T) {
 	})
 }
 
-func TestCauseNamesWhatHappened(t *testing.T) {
-	t.Parallel()
-	declare := func(declared flowctlv1.HealthStatus) func(*registry, time.Time) {
-		return func(r *registry, now time.Time) {
-			r.heartbeat("store", origin{}, declared, nil, now)
-		}
-	}
-	for _, test := range []struct {
-		name  string
-		do    func(*registry, time.Time)
-		after time.Duration
-		want  condition
-		cause string
-	}{
-		{"healthy", nil, 0, healthy, ""},
-		{"stale", nil, testTTL + time.Second, unhealthy, "no heartbeat for 31s, the TTL is 30s"},
-		{"ended", func(r *registry, now time.Time) { r.finished("store", "exit status 3", now) }, 0, unhealthy, "exit status 3"},
-		{"check", func(r *registry, now time.Time) { r.checked("store", "connection refused", now) }, 0, unhealthy, "connection refused"},
-		{"unhealthy", declare(flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY), 0, unhealthy, "it declared itself UNHEALTHY"},
-		{"stopping", declare(flowctlv1.HealthStatus_HEALTH_STATUS_STOPPING), 0, unhealthy, "it declared itself STOPPING"},
-		{"degraded", declare(flowctlv1.HealthStatus_HEALTH_STATUS_DEGRADED), 0, degraded, "it declared itself DEGRADED"},
-		{"unregistered", func(r *registry, now time.Time) { r.unregister("store", origin{}, now) }, 0, unregistered, "not registered"},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			t.Parallel()
-			r := newRegistry(testTTL, time.Hour, "", []member{{id: "store", role: roleSink}})
-			mustRegister(t, r, registration{id: "store"}, testEpoch)
-			if test.do != nil {
-				test.do(r, testEpoch)
-			}
-			pass(r, testEpoch.Add(min(test.after, testTTL)))
-			if got, _, cause := r.condition("store", testEpoch.Add(test.after)); got != test.want || cause != test.cause {
-				t.Errorf("got %v, %q, want %v, %q", got, cause, test.want, test.cause)
-			}
-		})
-	}
-	if got, _, _ := testRegistry().condition("nobody", testEpoch); got != unregistered {
-		t.Errorf("a component that does not exist: got %v, want %v", got, unregistered)
-	}
-}
-
 // TestChangeIsNotLostToAnOlderTime has a subscriber that took the time just before
 // the janitor did, and the lock just after.
 func TestChangeIsNotLostToAnOlderTime(t *testing.T) {
@@ -605,9 +540,7 @@ func TestChangeIsNotLostToAnOlderTime(t *testing.T) {
 	wantChanges(t, r, testEpoch, "x: unregistered > healthy")
 	pass(r, testEpoch.Add(testTTL+1))
 	got := append(takeChanges(r, testEpoch.Add(testTTL)), takeChanges(r, testEpoch.Add(testTTL+2))...)
-	if want := []string{"x: healthy > unhealthy"}; !slices.Equal(got, want) {
-		t.Errorf("got %q, want %q", got, want)
-	}
+	wantEqual(t, "changes", got, []string{"x: healthy > unhealthy"})
 }
 
 // The registry's times are of the monotonic clock, so that it is no matter if the other
@@ -631,60 +564,8 @@ func pass(r *registry, at time.Time) {
 		if next.After(at) {
 			next = at
 		}
-		for swept := r.sweep(next); !swept.After(next); {
-			swept = r.sweep(next)
-		}
+		sweepAll(r, next)
 	}
-}
-
-func TestSweepReturnsWhenToComeAgain(t *testing.T) {
-	t.Parallel()
-	const s = time.Second
-	for _, test := range []struct {
-		name          string
-		ttl, interval time.Duration
-		seen          []time.Duration // registrations, each of another service
-		at, want      time.Duration
-	}{
-		{"nobody", 30 * s, 10 * s, nil, 0, 5 * s},
-		{"nobody, TTL below the interval", 6 * s, 10 * s, nil, 0, s},
-		{"expiry far off", 30 * s, 10 * s, []time.Duration{0}, 0, 5 * s},
-		{"expiry next", 30 * s, 10 * s, []time.Duration{0}, 27 * s, 30*s + 1},
-		{"expiry now", 30 * s, 10 * s, []time.Duration{0}, 30 * s, 30*s + 1},
-		{"expired", 30 * s, 10 * s, []time.Duration{0}, 30*s + 1, 35*s + 1},
-		{"the earliest of many", 30 * s, 10 * s, []time.Duration{2 * s, 4 * s}, 29 * s, 32*s + 1},
-		{"the earliest that is left", 30 * s, 10 * s, []time.Duration{2 * s, 4 * s}, 33 * s, 34*s + 1},
-		{"TTL below the interval", 6 * s, 10 * s, []time.Duration{0, s}, s, 2 * s},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			t.Parallel()
-			r := newRegistry(test.ttl, test.interval, "", nil)
-			for i, at := range test.seen {
-				mustRegister(t, r, registration{id: fmt.Sprint(i)}, testEpoch.Add(at))
-			}
-			r.sweep(testEpoch)
-			pass(r, testEpoch.Add(test.at-1))
-			if got := r.sweep(testEpoch.Add(test.at)).Sub(testEpoch); got != test.want {
-				t.Errorf("got %v, want %v", got, test.want)
-			}
-		})
-	}
-}
-
-func TestFullRegistryTakesOnlyWhatItKnows(t *testing.T) {
-	t.Parallel()
-	r, now := testRegistry(), testEpoch
-	mustRegister(t, r, registration{id: "x"}, now)
-	r.otherCount = maxServices // as if there were as many others
-	_, _, err := r.register(registration{id: "y"}, origin{}, now)
-	wantCode(t, "one too many", err, codes.ResourceExhausted)
-	wantCode(t, "heartbeat of the one refused", beat(r, "y", now), codes.NotFound)
-	mustRegister(t, r, registration{id: "x"}, now)
-	mustRegister(t, r, registration{id: "own", componentID: "store"}, now)
-	wantCode(t, "heartbeat", beat(r, "x", now), codes.OK)
-	_, err = r.unregister("x", origin{}, now)
-	wantCode(t, "deregistration", err, codes.OK)
-	mustRegister(t, r, registration{id: "y"}, now)
 }
 
 // checkRegistry checks what must hold of r at any time, of what a caller can see: a list has
@@ -720,9 +601,7 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 		default:
 			components[component] = true
 		}
-		if got := listV1[i].GetComponent().GetId(); got != id {
-			t.Errorf("the lists of the dialects differ: %q and %q", id, got)
-		}
+		wantEqual(t, "the list of the other dialect", listV1[i].GetComponent().GetId(), id)
 		var one *flowctlpb.ServiceStatus
 		err := r.view(id, now, func(s *service, now time.Time) { one = legacy.statusLocked(s, now) })
 		if err != nil || one.GetIsHealthy() != s.GetIsHealthy() || one.GetServiceId() != id {
@@ -799,12 +678,12 @@ func FuzzRegistry(f *testing.F) {
 					t.Errorf("registration %+v: got id %q", reg, got)
 				}
 			case 2, 3:
-				_, err := r.heartbeat(id, origin{}, flowctlv1.HealthStatus(b%7), []metric{{name: other, number: 1}}, at)
+				_, err := r.heartbeat(id, origin{believed: true}, flowctlv1.HealthStatus(b%7), []metric{{name: other, number: 1}}, at)
 				if code := status.Code(err); code != codes.OK && code != codes.NotFound && (code != codes.InvalidArgument || id != "") {
 					t.Errorf("heartbeat as %q: %v", id, err)
 				}
 			case 4:
-				r.unregister(id, origin{}, at)
+				r.unregister(id, origin{believed: true}, at)
 			case 5:
 				r.starting(component, at)
 				told[component] = unregistered
@@ -837,4 +716,112 @@ func FuzzRegistry(f *testing.F) {
 			checkRegistry(t, r, now)
 		}
 	})
+}
+
+// What is not of the pipeline is spoken for by who has registered it, and taken over only when
+// it is stale.
+func TestHeartbeat_OnlyTheOwnerSpeaksForAService(t *testing.T) {
+	t.Parallel()
+	alice, eve := origin{owner: "user 1000", conn: 1}, origin{owner: "user 1001", conn: 2}
+	remote := origin{unknown: "it calls from 10.1.2.3"}
+	r, now := testRegistry(), testEpoch
+	for from, id := range map[origin]string{alice: "alices", remote: "remotes"} {
+		get(first(r.register(registration{id: id}, from, now)))(t)
+	}
+	calls := func(id string, from origin) map[string]error {
+		_, _, registered := r.register(registration{id: id}, from, now)
+		_, beat := r.heartbeat(id, from, flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, nil, now)
+		return map[string]error{"register": registered, "heartbeat": beat, "unregister": second(r.unregister(id, from, now))}
+	}
+	for _, from := range []origin{eve, remote} {
+		for what, err := range calls("alices", from) {
+			wantCode(t, what+" of alice's by "+cmp.Or(from.owner, "another machine"), err, codes.PermissionDenied)
+		}
+	}
+	for what, err := range calls("remotes", alice) { // nobody can tell who has registered it
+		wantCode(t, what+" of another machine's by alice", err, codes.OK)
+	}
+	now = now.Add(testTTL + 1)
+	pass(r, now)
+	get(first(r.register(registration{id: "alices"}, eve, now)))(t)
+	wantCode(t, "heartbeat of the former owner", second(r.heartbeat("alices", alice, flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, nil, now)), codes.PermissionDenied)
+}
+
+// A guest keeps its id as long as it is not stale, and keeps no component from registering by it.
+func TestRegister_NoComponentTakesAGuestsID(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		t.Skip("only root can be another user")
+	}
+	program := publicProgram(t)
+	var components []Component
+	for _, dialect := range dialects {
+		c := actor(dialect, role{Dialect: dialect, Alias: "guest", Gate: true})
+		c.Command = []string{program}
+		components = append(components, c)
+	}
+	p := start(t, runArgs(publicPipeline(t, components...)), asNobody(65524))
+	c := dialPlane(t, p.endpoint())
+	c.mustRegister(t, "v1", registration{id: "guest", endpoint: "127.0.0.1:1"})
+	p.wait(p.stdout, "| waiting\n", len(dialects))
+	for _, dialect := range dialects {
+		p.tell(dialect, syscall.SIGUSR2)
+	}
+	p.waitReady()
+	must(t, c.heartbeat(t.Context(), "v1", "guest"))
+	shown := make(map[string]string)
+	for _, l := range c.listed(t) {
+		shown[l.GetId()] = l.GetHealth() + " " + l.GetServiceId()
+	}
+	wantEqual(t, "listed", shown, map[string]string{"legacy": "healthy ", "v1": "healthy ", "guest": "healthy "})
+	p.stop()
+}
+
+// first and second drop what a test does not look at.
+func first(_ acknowledgement, n uint64, err error) (uint64, error) { return n, err }
+
+func second(_ uint64, err error) error { return err }
+
+// A process that ends does not unregister the one that has taken its place.
+func TestUnregister_FormerConnectionTakesNothing(t *testing.T) {
+	t.Parallel()
+	r := testRegistry()
+	before, after, other := origin{owner: "user 1", conn: 1}, origin{owner: "user 1", conn: 2}, origin{owner: "user 1", conn: 3}
+	for _, from := range []origin{before, after} {
+		get(first(r.register(registration{id: "x"}, from, testEpoch)))(t)
+	}
+	wantCode(t, "by the former connection", second(r.unregister("x", before, testEpoch)), codes.NotFound)
+	must(t, beat(r, "x", testEpoch))
+	must(t, second(r.unregister("x", other, testEpoch)))
+	get(first(r.register(registration{id: "x"}, before, testEpoch)))(t)
+	must(t, second(r.unregister("x", before, testEpoch)))
+}
+
+// Guests of a run take no more than their share, and its components always have room.
+func TestRegister_GuestsHaveABound(t *testing.T) {
+	t.Parallel()
+	r, text := testRegistry(), strings.Repeat("x", maxText)
+	full, n := error(nil), 0
+	for ; full == nil; n++ {
+		_, _, full = r.register(registration{id: fmt.Sprint("guest-", n), description: text, name: text, version: text}, origin{believed: true}, testEpoch)
+	}
+	wantCode(t, "one too many", full, codes.ResourceExhausted)
+	if want := maxGuestBytes / (3 * maxText); n < want-want/100 || n > want+1 {
+		t.Errorf("%d guests, want about %d", n, want)
+	}
+	wantCode(t, "metrics of a guest", beatWith(r, "guest-0", metric{name: "n", text: text, isText: true}), codes.ResourceExhausted)
+	for _, id := range []string{"ledgers", "transfers", "store"} {
+		mustRegister(t, r, registration{id: id, description: text}, testEpoch)
+		must(t, beatWith(r, id, metric{name: "n", text: text, isText: true}))
+	}
+	for i := range n - 1 {
+		must(t, second(r.unregister(fmt.Sprint("guest-", i), origin{believed: true}, testEpoch)))
+	}
+	if r.otherBytes != 0 {
+		t.Errorf("%d bytes are counted when all have gone", r.otherBytes)
+	}
+}
+
+func beatWith(r *registry, id string, metrics ...metric) error {
+	return second(r.heartbeat(id, origin{believed: true}, flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, metrics, testEpoch))
 }

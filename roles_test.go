@@ -14,19 +14,20 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
-
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/health"
-	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"unsafe"
 
 	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
 	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 )
 
 // This test binary plays the components of tests: TestMain plays the role that roleVar
@@ -97,6 +98,7 @@ type role struct {
 	Check     string `json:",omitempty"` // "http", "tcp" or "grpc": serve health checks on HEALTH_PORT
 	Journal   string `json:",omitempty"` // file for a line at start, SIGTERM and end
 	Floor     bool   `json:",omitempty"` // it is no component: it serves the floor until SIGTERM
+	NoNetlink bool   `json:",omitempty"` // it is no component: it becomes its arguments, which get no socket of AF_NETLINK
 }
 
 const longPiece = "0123456789abcdef"
@@ -107,6 +109,10 @@ func (r role) id() string { return os.Getenv("FLOWCTL_COMPONENT_ID") }
 func (r role) play() int {
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGUSR1, syscall.SIGUSR2)
+	if r.NoNetlink {
+		fmt.Fprintln(os.Stderr, withoutNetlink(os.Args[1:]))
+		return 2
+	}
 	if r.Floor {
 		server, endpoint, err := serveFloor()
 		if err != nil {
@@ -153,7 +159,7 @@ func (r role) play() int {
 	if r.ends("early") {
 		return r.Code
 	}
-	check.set(true)
+	check(true)
 	alive := func(flowctlv1.HealthStatus) {}
 	if r.Dialect != "" {
 		var err error
@@ -169,8 +175,31 @@ func (r role) play() int {
 	return r.live(signals, served, check, alive)
 }
 
+// withoutNetlink becomes a program in which socket(AF_NETLINK) fails as with RestrictAddressFamilies=
+// of a unit.
+func withoutNetlink(args []string) error {
+	runtime.LockOSThread()          // whose filter the program gets
+	filter := []syscall.SockFilter{ // over struct seccomp_data of linux/seccomp.h
+		{Code: syscall.BPF_LD | syscall.BPF_W | syscall.BPF_ABS, K: 0},
+		{Code: syscall.BPF_JMP | syscall.BPF_JEQ | syscall.BPF_K, K: syscall.SYS_SOCKET, Jf: 3},
+		{Code: syscall.BPF_LD | syscall.BPF_W | syscall.BPF_ABS, K: 16}, // the first argument, on little-endian
+		{Code: syscall.BPF_JMP | syscall.BPF_JEQ | syscall.BPF_K, K: syscall.AF_NETLINK, Jf: 1},
+		{Code: syscall.BPF_RET | syscall.BPF_K, K: 0x00050000 | uint32(syscall.EAFNOSUPPORT)}, // SECCOMP_RET_ERRNO
+		{Code: syscall.BPF_RET | syscall.BPF_K, K: 0x7fff0000},                                // SECCOMP_RET_ALLOW
+	}
+	program := syscall.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	const noNewPrivs, seccompMode = 38, 2 // PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER
+	if _, _, errno := syscall.RawSyscall6(syscall.SYS_PRCTL, noNewPrivs, 1, 0, 0, 0, 0); errno != 0 {
+		return errno
+	}
+	if _, _, errno := syscall.RawSyscall(syscall.SYS_PRCTL, syscall.PR_SET_SECCOMP, seccompMode, uintptr(unsafe.Pointer(&program))); errno != 0 {
+		return errno
+	}
+	return syscall.Exec(args[0], args, slices.DeleteFunc(os.Environ(), func(entry string) bool { return strings.HasPrefix(entry, roleVar+"=") }))
+}
+
 // live is the life of a component that is up.
-func (r role) live(signals <-chan os.Signal, served <-chan struct{}, check *checkServer, alive func(flowctlv1.HealthStatus)) int {
+func (r role) live(signals <-chan os.Signal, served <-chan struct{}, check func(pass bool), alive func(flowctlv1.HealthStatus)) int {
 	interval, err := time.ParseDuration(os.Getenv("FLOWCTL_HEARTBEAT_INTERVAL"))
 	if err != nil {
 		interval = time.Hour
@@ -187,7 +216,7 @@ func (r role) live(signals <-chan os.Signal, served <-chan struct{}, check *chec
 			switch {
 			case sig == syscall.SIGUSR2:
 				mute = r.Mute
-				check.set(true)
+				check(true)
 				alive(flowctlv1.HealthStatus_HEALTH_STATUS_HEALTHY)
 				fmt.Println("resumed")
 			case sig == syscall.SIGTERM && r.Deaf:
@@ -204,7 +233,7 @@ func (r role) live(signals <-chan os.Signal, served <-chan struct{}, check *chec
 			case r.OnUSR1 == "unhealthy":
 				alive(flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY)
 			case r.OnUSR1 == "fail":
-				check.set(false)
+				check(false)
 			}
 		}
 	}
@@ -296,7 +325,8 @@ func (r role) stream() <-chan struct{} {
 	return gone
 }
 
-func (r role) serveCheck() *checkServer {
+// serveCheck serves what a health_check asks. It fails until it is set to pass.
+func (r role) serveCheck() func(pass bool) {
 	address := net.JoinHostPort("127.0.0.1", os.Getenv("HEALTH_PORT"))
 	listen := func() net.Listener {
 		lis, err := net.Listen("tcp", address)
@@ -314,17 +344,17 @@ func (r role) serveCheck() *checkServer {
 				w.WriteHeader(http.StatusServiceUnavailable)
 			}
 		}))
-		return &checkServer{passes.Store}
+		return passes.Store
 	case "tcp":
 		var lis net.Listener
-		return &checkServer{func(pass bool) {
+		return func(pass bool) {
 			if pass && lis == nil {
 				lis = listen()
 			} else if !pass && lis != nil {
 				lis.Close()
 				lis = nil
 			}
-		}}
+		}
 	case "grpc":
 		state := health.NewServer()
 		server := grpc.NewServer()
@@ -336,9 +366,9 @@ func (r role) serveCheck() *checkServer {
 		}
 		set(false)
 		go server.Serve(listen())
-		return &checkServer{set}
+		return set
 	}
-	return &checkServer{func(bool) {}}
+	return func(bool) {}
 }
 
 // register registers by r's dialect and returns what sends a heartbeat.
@@ -393,11 +423,6 @@ func (r role) register() (func(flowctlv1.HealthStatus), error) {
 		defer cancel()
 		_, _ = client.Heartbeat(ctx, &flowctlpb.ServiceHeartbeat{ServiceId: ack.GetServiceId(), Metrics: map[string]float64{"records": 7}})
 	}, known(ack.GetServiceId(), err)
-}
-
-// checkServer is what a health_check asks. It fails until it is set to pass.
-type checkServer struct {
-	set func(pass bool)
 }
 
 // actor returns a component that plays r. The caller sets what else it is to have.

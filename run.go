@@ -1,17 +1,16 @@
 package main
 
-// A run of a pipeline: runPipeline opens what it needs, one thing after the other; its loop
-// takes in what happens and decides what follows from it. It is where the processes and the
-// control plane meet.
+// A run of a pipeline, where the processes and the control plane meet: runPipeline opens what it
+// needs; its loop takes in what happens and decides what follows from it.
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"syscall"
@@ -23,6 +22,10 @@ import (
 // repeatTime is how long after a signal the same one is taken for the same request.
 const repeatTime = 50 * time.Millisecond
 
+// garbageLimit is the memory in bytes from which the garbage collector comes more and more often. What is in
+// use stays below it: see the bounds in limits.go.
+const garbageLimit = 144 << 20
+
 // Events that -until can name.
 const (
 	untilStopped = "stopped"
@@ -30,140 +33,126 @@ const (
 	untilDone    = "done"
 )
 
-// runConfig says how a pipeline is run.
-type runConfig struct {
-	file             string // the pipeline file
-	version          string // of flowctl
-	listen           listenConfig
-	tls              tlsFlags
-	ttl              time.Duration // of a heartbeat
-	interval         time.Duration // of the janitor
-	state            stateConfig
-	format           string // of the log, never formatAuto
-	logLevel         slog.Level
-	logDir           string // one file per component, "" for none
-	logDirOptional   bool   // it is only a warning that logDir cannot be used
-	showStatus       bool
-	startTimeout     time.Duration
-	unhealthyTimeout time.Duration
-	stopTimeout      time.Duration
-	until            string
-	engine           *engine  // nil for none
-	command          []string // after --
-}
-
-// read reads the pipeline file. It fails also for a pipeline that cannot be run in this way.
-func (c *runConfig) read() (*Pipeline, error) {
-	p, err := readPipeline(c.file, os.LookupEnv)
-	if err != nil {
-		return nil, err
-	}
-	if err := cmp.Or(c.tls.checkComponents(p.speakTLS(true)), c.engine.checkImages(p)); err != nil {
-		return nil, fmt.Errorf("%s: %v", c.file, err)
-	}
-	return p, nil
-}
-
-// run is one run of a pipeline. One goroutine, in loop, owns it: everything that happens
-// reaches it as an event, and it alone decides. It never waits for another process.
+// run is one run of a pipeline. One goroutine, in loop, owns it: everything that happens reaches it as
+// an event, and it alone decides. It never waits for another process.
 type run struct {
 	config   runConfig
+	once     bool // the file cannot be read again; asked before the loop, which waits for no disk
 	log      *slog.Logger
 	out      *outputs
 	systemd  *notifier
-	watchdog watchdog
-	info     pipelineInfo // what is shown of the run as a whole
+	watchdog <-chan time.Time // systemd's: when to feed it, nil for none
+	info     pipelineInfo     // what is shown of the run as a whole
 	launcher *launcher
 	sup      *supervisor
 	checks   *checks
 	plane    *plane
 	wrapped  *wrapped // nil for none
+	warner   *warner
 	reloads  *reloads
+	watcher  *fileWatcher // nil for none
+	restarts *restarts
 
 	generation int           // of sup's components, that the registry knows
 	stopped    time.Duration // how long flowctl itself was stopped, that sup knows
 	heeded     heededSignal
-	code       int   // the exit code, once a stop has begun
-	err        error // why the code is not 0; nil where a component is the reason
+	others     changeLog  // of what is not of the pipeline
+	code       int        // the exit code, once a stop has begun
+	err        error      // why the code is not 0; nil where a component is the reason
+	left       []procInfo // what SIGKILL has not ended
+	closers    []func()   // to be called when the run is over or cannot begin, the last first
 }
 
 // runPipeline runs p and returns an *exitError for everything but success.
 func runPipeline(p *Pipeline, config runConfig) error {
-	var opened cleanups
-	defer opened.run()
-	r := &run{config: config, info: pipelineInfo{name: p.Metadata.Name, version: config.version, started: time.Now()}}
-	r.out = openOutputs(outputConfig{pipeline: r.info.name, ids: p.ids(), format: config.format, level: config.logLevel, footer: config.showStatus})
-	opened.add(r.out.close)
+	limitGarbage()
+	r := &run{config: config, once: fromStandardInput(config.file), info: pipelineInfo{name: p.Metadata.Name, version: config.version, started: time.Now()}}
+	defer r.close()
+	r.out = openOutputs(outputConfig{pipeline: r.info.name, ids: p.ids(), format: config.format, level: config.logLevel, footer: config.showStatus, command: len(config.command) > 0})
+	r.closeLater(r.out.close)
 	r.log = r.out.log
+	r.warner = newWarner(config.engine, config.ttl, r.log)
+	r.others = changeLog{log: r.log, most: guestLines}
 	r.systemd = newNotifier(r.log)
-	opened.add(r.systemd.close)
-	r.watchdog.interval = watchdogInterval(r.log)
+	r.closeLater(r.systemd.close)
+	r.watchdog = watchdogTicks(r.log)
+	if config.servicesOf != 0 {
+		r.log.Info("the services are those of the sandbox that runs", "pid", config.servicesOf)
+	}
 	signals := catchSignals()
 	var err error
 	if r.wrapped, err = newWrapped(config.command); err != nil {
 		return &exitError{code: exitUsage, err: err}
 	}
-	file, children, err := r.claim(&opened)
+	file, children, err := r.claim()
 	if err != nil {
 		return err
 	}
+	r.warner.warn(p)
 	sig, err := r.prepareEngine(signals, p)
 	if err != nil {
-		return &exitError{code: exitUsage, err: err}
+		return err
 	}
 	if sig != nil {
-		if code, err := r.wrapped.notRun(sig); err != nil {
+		if code, err := r.cutShort(sig); err != nil {
 			return &exitError{code: code, err: err}
 		}
 		return nil
 	}
-	if err := r.open(p, file, children, &opened); err != nil {
+	if err := r.open(p, file, children); err != nil {
 		return err
 	}
 	r.loop(signals)
+	r.wrapped.close()
 	r.reloads.close()
 	r.checks.close()
-	r.launcher.close()
+	r.left = r.launcher.close()
 	r.plane.stop()
 	return r.end()
 }
 
-// cleanups are to be called when a run is over or cannot begin.
-type cleanups []func()
+// limitGarbage has the garbage collector come sooner, unless its own variables say otherwise: callers make
+// the control plane hold much for a moment, and the rest of a run takes little.
+func limitGarbage() {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(50)
+	}
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(garbageLimit)
+	}
+}
 
-func (c *cleanups) add(f func()) { *c = append(*c, f) }
+func (r *run) closeLater(f func()) { r.closers = append(r.closers, f) }
 
-// run calls them, the last first.
-func (c *cleanups) run() {
-	for _, f := range slices.Backward(*c) {
+func (r *run) close() {
+	for _, f := range slices.Backward(r.closers) {
 		f()
 	}
 }
 
-// claim claims the name of the pipeline and makes flowctl the parent of what its
-// descendants orphan, before anything happens that others could see.
-func (r *run) claim(opened *cleanups) (*runFile, *reaper, error) {
+// claim claims the name of the pipeline and makes flowctl the parent of what its descendants orphan,
+// before anything happens that others could see.
+func (r *run) claim() (*runFile, *reaper, error) {
 	file, err := claimRun(runInfo{Pipeline: r.info.name, TLS: r.config.tls.cert != ""})
-	if running := (*runningError)(nil); errors.As(err, &running) {
+	if _, running := errors.AsType[*runningError](err); running {
 		return nil, nil, &exitError{exitPlane, err, "flowctl list"}
 	} else if err != nil {
 		r.log.Warn("list cannot find this run by itself, and a second one would not be refused", "err", err)
 	}
-	opened.add(file.release)
+	r.closeLater(file.release)
 	children := newReaper()
 	if err := children.adopt(); err != nil {
 		r.log.Warn("processes that leave their process group cannot be ended", "err", err)
 	}
-	opened.add(children.close)
+	r.closeLater(children.close)
 	if engine := r.config.engine; engine != nil {
 		engine.commands, engine.env, engine.pipeline, engine.ownerLabel = children, baseEnv(), r.info.name, file.ownerLabel()
 	}
 	return file, children, nil
 }
 
-// open opens what the loop needs: the control plane's listeners, the launcher and the
-// supervisor, and the control plane.
-func (r *run) open(p *Pipeline, file *runFile, children *reaper, opened *cleanups) error {
+// open opens what the loop needs: listeners, launcher, supervisor and control plane.
+func (r *run) open(p *Pipeline, file *runFile, children *reaper) error {
 	certs, err := openCertificates(r.config.tls, r.log)
 	if err != nil {
 		return &exitError{code: exitPlane, err: err}
@@ -172,8 +161,14 @@ func (r *run) open(p *Pipeline, file *runFile, children *reaper, opened *cleanup
 	if err != nil {
 		return &exitError{code: exitPlane, err: err}
 	}
-	opened.add(func() { lis.Close() }) // once more, if a control plane has served it
-	if err := file.publish(endpoint); err != nil {
+	r.closeLater(func() { lis.Close() }) // once more, if a control plane has served it
+	operators, err := file.listen()
+	if err != nil {
+		r.log.Warn("operators have no socket here", "err", err)
+	} else {
+		r.closeLater(func() { operators.Close() })
+	}
+	if err := file.publish(endpoint); err != nil { // not before: who finds the endpoint looks for that socket
 		r.log.Warn("list cannot find this run by itself", "err", err)
 	}
 	access, err := openComponentAccess(certs, endpoint, p.speakTLS(true), p.speakTLS(false), r.log)
@@ -181,34 +176,44 @@ func (r *run) open(p *Pipeline, file *runFile, children *reaper, opened *cleanup
 		return &exitError{code: exitPlane, err: err}
 	}
 	if access.listener != nil {
-		opened.add(func() { access.listener.Close() })
+		r.closeLater(func() { access.listener.Close() })
 	}
 	launch := launchConfig{
-		endpoint: access.endpoint, tlsEndpoint: endpoint, containerEndpoint: containerEndpoint(lis.Addr(), endpoint), tlsEnv: access.tlsEnv, heartbeat: r.config.ttl / 3,
+		endpoint: access.endpoint, tlsEndpoint: endpoint, containerEndpoint: containerEndpoint(lis.Addr(), endpoint), tlsEnv: access.tlsEnv, heartbeat: r.config.ttl / 3, commandEnv: r.config.variables.environ(),
 		engine: r.config.engine, reaper: children, emit: r.out.emit, flush: r.out.flush, log: r.log,
 	}
 	identify, err := r.openProcesses(p, launch)
 	if err != nil {
 		return err
 	}
-	r.reloads = &reloads{file: r.config.file, read: r.config.read, engine: r.config.engine, fits: func(next *Pipeline) error {
+	again, err := r.config.absolute()
+	if err != nil {
+		return &exitError{code: exitUsage, err: err}
+	}
+	r.reloads = &reloads{watch: r.watch(again.envFiles), file: again.file, envFiles: again.envFiles, read: again.readFile, refresh: r.out.refresh, warner: r.warner, engine: r.config.engine, fits: func(next *Pipeline) error {
 		if ids := next.speakTLS(false); certs != nil && access.listener == nil && len(ids) > 0 {
 			return fmt.Errorf("%s: %s would need a listener without TLS, which there is not: restart flowctl, or set \"tls\": true", r.config.file, enumerate(ids))
 		}
 		return launch.checkReach(next)
 	}}
 	r.reloads.start(p)
-	st, err := openState(r.config.state, r.info.name, r.log)
+	st, err := openStore(r.config.state, r.info.name, r.log)
 	if err == nil {
 		r.plane, err = newPlane(planeConfig{
 			listener: lis, endpoint: endpoint, componentListener: access.listener, ttl: r.config.ttl, interval: r.config.interval,
-			members: r.members(), pipeline: r.info, store: st, certs: certs, peer: identify.identifyPeer, requests: r.reloads, log: r.log,
+			members: r.members(), pipeline: r.info, store: st, certs: certs, identifier: identify,
+			operatorListener: operators, operators: r.config.operators, requests: r.reloads, lines: r.out.lines, log: r.log,
 		})
 	}
 	if err != nil {
 		st.close()
 		r.launcher.close()
 		return &exitError{code: exitPlane, err: err}
+	}
+	if err := r.launcher.guard.awaitBeat(); err != nil {
+		r.plane.stop()
+		r.launcher.close()
+		return &exitError{code: exitFailed, err: err}
 	}
 	r.generation = r.sup.generation
 	return nil
@@ -220,12 +225,15 @@ func (r *run) openProcesses(p *Pipeline, launch launchConfig) (*identifier, erro
 		return nil, &exitError{code: exitUsage, err: err}
 	}
 	if r.config.logDir != "" {
-		err := r.out.openFiles(r.config.logDir, p.ids())
+		var err error
+		r.out.files, err = openLogFiles(r.config.logDir, p.ids(), r.log)
 		switch {
-		case err != nil && r.config.logDirOptional:
+		case err != nil && r.config.logDirOptional, errors.Is(err, errNotOurs): // who has put the folder there ends no run
 			r.log.Warn("no log files", "err", err)
 		case err != nil:
 			return nil, &exitError{code: exitUsage, err: fmt.Errorf("-log-dir: %v", err)}
+		default:
+			r.out.lines.path = r.out.files.path
 		}
 	}
 	var err error
@@ -236,12 +244,10 @@ func (r *run) openProcesses(p *Pipeline, launch launchConfig) (*identifier, erro
 		r.launcher.close()
 		return nil, &exitError{code: exitFailed, err: err}
 	}
-	times := procTimes{start: r.config.startTimeout, unhealthy: r.config.unhealthyTimeout, stop: r.config.stopTimeout}
-	r.sup = newSupervisor(p, times, r.launcher, r.log)
-	identify := &identifier{
-		leaders: r.launcher.leaders, descendants: r.launcher.descendants,
-		mark: runMark + "=" + r.launcher.mark, containers: launch.engine.usable(),
-	}
+	r.sup = newSupervisor(p, r.config.times, r.launcher, r.log)
+	r.sup.watching = r.config.watch
+	r.restarts = &restarts{sup: r.sup, log: r.log}
+	identify := newIdentifier(r.launcher, r.log)
 	r.checks = newChecks(identify.componentOf, r.log)
 	return identify, nil
 }
@@ -256,9 +262,8 @@ func (r *run) reservePorts(p *Pipeline) error {
 	return nil
 }
 
-// prepareEngine has the engine remove what killed runs have left and pull the images that
-// are missing, which may take minutes. It returns early, with the signal, when one asks for
-// an end.
+// prepareEngine has the engine remove what killed runs have left and pull missing images, which may
+// take minutes. It returns early, with the signal, when one asks for an end.
 func (r *run) prepareEngine(signals <-chan os.Signal, p *Pipeline) (os.Signal, error) {
 	if len(p.images()) == 0 {
 		return nil, nil
@@ -284,10 +289,21 @@ func (r *run) prepareEngine(signals <-chan os.Signal, p *Pipeline) (os.Signal, e
 		}
 		done <- err
 	}()
+	var timeout <-chan time.Time
+	if r.config.timeout > 0 {
+		timeout = time.After(time.Until(r.info.started.Add(r.config.timeout)))
+	}
 	for {
 		select {
 		case err := <-done:
-			return nil, err
+			if err != nil { // it can pass by itself
+				return nil, &exitError{code: exitPlane, err: err}
+			}
+			return nil, nil
+		case <-timeout:
+			cancel()
+			<-done
+			return nil, &exitError{code: exitFailed, err: fmt.Errorf("-timeout %s is over: images are not here yet: %s", r.config.timeout, enumerate(p.images()))}
 		case sig := <-signals:
 			if asksReload(sig) {
 				continue // it asks for a reload, and the file has just been read
@@ -302,20 +318,18 @@ func (r *run) prepareEngine(signals <-chan os.Signal, p *Pipeline) (os.Signal, e
 
 // loop runs until every component is over, and the wrapped command too.
 func (r *run) loop(signals <-chan os.Signal) {
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	broken := r.out.broken
+	broken := r.out.console.broken
 	for {
+		r.takeSignals(signals) // before an end is judged, which the same signal may have caused
 		now := time.Now()
 		r.advance(now)
-		if r.sup.over() && !r.wrapped.runs() {
+		if r.sup.over() && !r.wrapped.runs() && r.wrapped.prepared() == nil {
 			r.log.Info("all components have ended", "after", now.Sub(r.info.started).Round(time.Millisecond))
 			return
 		}
-		if due := r.next(now); due.IsZero() {
-			timer.Stop()
-		} else {
-			timer.Reset(time.Until(due))
+		var timer <-chan time.Time
+		if due := earliest(earliest(r.sup.next(now), r.timeoutAt()), earliest(r.wrapped.due(), r.others.due())); !due.IsZero() {
+			timer = time.After(time.Until(due))
 		}
 		select {
 		case sig := <-signals:
@@ -325,81 +339,91 @@ func (r *run) loop(signals <-chan os.Signal) {
 			r.exited(e, time.Now())
 		case result := <-r.checks.results:
 			r.checked(result, time.Now())
+		case <-r.wrapped.prepared():
+			r.startCommand(time.Now())
 		case status := <-r.wrapped.end():
 			r.commandEnded(status, time.Now())
 		case request := <-r.reloads.requests:
-			result, err := r.reload(request)
-			request.answer <- reloadAnswer{result, err}
+			request.result, request.err = r.reload(request)
+			if request.brought != nil && request.err == nil {
+				r.restarts.await(request.brought, slices.Concat(request.result.added, request.result.restarted))
+			}
+			close(request.done)
+		case c := <-r.watcher.requests():
+			r.changed(c)
+		case request := <-r.reloads.restarts:
+			r.restarts.begin(request)
+		case <-r.reloads.stops:
+			if !r.sup.stopping { // a second signal would kill
+				r.log.Info("an operator asks for the end")
+				r.signalled(syscall.SIGTERM, time.Now())
+				r.heeded = heededSignal{at: time.Now()} // no signal came: the first is yet to stop in order
+			}
 		case <-broken:
 			broken = nil
-			err := fmt.Errorf("standard output cannot be written: %v", r.out.brokenErr())
-			r.log.Error("standard output cannot be written, stopping", "err", r.out.brokenErr())
-			r.stopBy(exitFailed, err, time.Now())
-		case <-r.out.footerDue():
-		case <-timer.C:
+			name, err := r.out.console.name, r.out.console.err
+			r.log.Error(name+" cannot be written, stopping", "err", err)
+			r.stop(exitFailed, fmt.Errorf("%s cannot be written: %v", name, err), time.Now())
+		case <-r.watchdog:
+			r.takeChanges(time.Now()) // which needs the registry: if that hangs, systemd hears no more
+			r.systemd.send(daemon.SdNotifyWatchdog)
+		case <-r.out.screen.due():
+		case <-timer:
 		}
 	}
 }
 
-// next is when loop has to look again although nothing happens, zero for never.
-func (r *run) next(now time.Time) time.Time {
-	return earliest(r.sup.next(now), earliest(r.wrapped.due(), r.watchdog.due()))
+// takeSignals takes in the signals that have come.
+func (r *run) takeSignals(signals <-chan os.Signal) {
+	for {
+		select {
+		case sig := <-signals:
+			r.signalled(sig, time.Now())
+		default:
+			return
+		}
+	}
 }
 
 // advance does all that the state of things asks for at the time now.
 func (r *run) advance(now time.Time) {
-	r.takeChanges(now) // which needs the registry: if that hangs, systemd hears no more
-	if r.watchdog.feed(now) {
-		r.systemd.send(daemon.SdNotifyWatchdog)
-	}
+	r.takeChanges(now)
 	r.sup.expire(now)
 	r.expireCommand(now)
 	for _, id := range r.sup.advanceReload(now) {
 		r.launcher.forget(id)
+		r.out.forget(id)
 	}
-	r.syncMembers(now)
+	if r.generation != r.sup.generation {
+		r.generation = r.sup.generation
+		r.plane.registry.setMembers(r.members(), now)
+	}
 	r.expireUnhealthy(now)
+	r.expireTimeout(now)
 	for _, p := range r.sup.startable() {
 		r.start(p)
 	}
+	r.explainFailures(now)
 	if failures := r.sup.failures(); len(failures) > 0 && !r.sup.stopping {
 		r.failed(failures, now)
 	}
 	if !r.info.ready && !r.sup.stopping {
 		r.checkReady(now)
 	}
+	if r.info.ready && !r.sup.stopping && !r.wrapped.runs() && r.sup.servicesAlone() {
+		r.log.Info("all components have completed, stopping the services")
+		r.sup.complete = true
+		r.stop(exitOK, nil, now)
+	}
 	if r.sup.stopping {
 		r.sup.advanceStop(now)
 	}
 	r.showStatus()
-	r.out.updateFooter(now, func() []string { return r.footerRows(now) })
+	r.restarts.answer(now)
+	r.out.screen.update(now, func() []string { return r.footerRows(now) })
 }
 
-// watchdog is systemd's: it wants to hear at least once in interval that the loop turns.
-type watchdog struct {
-	interval time.Duration // 0 for none
-	fed      time.Time
-}
-
-// due is when it is to be fed again, zero for never.
-func (w *watchdog) due() time.Time {
-	if w.interval == 0 {
-		return time.Time{}
-	}
-	return w.fed.Add(w.interval / 2)
-}
-
-// feed tells whether it is to be fed at the time now, and notes that it is.
-func (w *watchdog) feed(now time.Time) bool {
-	if w.interval == 0 || now.Before(w.due()) {
-		return false
-	}
-	w.fed = now
-	return true
-}
-
-// start starts p. The registry hears of it first, because a quick component could register
-// before start returns.
+// start starts p. The registry hears of it first: a quick component registers before start returns.
 func (r *run) start(p *proc) {
 	c, registry := p.component, r.plane.registry
 	registry.starting(c.ID, time.Now())
@@ -409,9 +433,11 @@ func (r *run) start(p *proc) {
 		registry.finished(c.ID, err.Error(), time.Now())
 	case c.HealthCheck != "" || c.readyOnceRunning():
 		if c.HealthCheck != "" && !c.registers() {
-			registry.checked(c.ID, "health_check "+c.HealthCheck+" has not been answered yet", time.Now())
+			registry.checked(c.ID, "health_check "+shownCheck(p.child.fill(c.HealthCheck))+" has not been answered yet", time.Now())
 		}
 		r.checks.start(c, p.child)
+	case c.Oneshot:
+		registry.checked(c.ID, "it has not ended yet, and is ready once it has", time.Now())
 	case !c.registers():
 		registry.markReady(c.ID, time.Now())
 	}
@@ -419,7 +445,7 @@ func (r *run) start(p *proc) {
 
 // checked takes in the result of a health check.
 func (r *run) checked(result checkResult, now time.Time) {
-	p := r.sup.byID[result.id]
+	p := r.sup.byID[result.child.component.ID]
 	if p == nil || p.child != result.child {
 		return // it is of a process that has ended
 	}
@@ -432,9 +458,13 @@ func (r *run) checked(result checkResult, now time.Time) {
 // takeChanges takes in what the registry tells of services.
 func (r *run) takeChanges(now time.Time) {
 	r.putOff(now)
+	r.others.flush(now)
 	for _, c := range r.plane.registry.changes(now) {
 		p := r.sup.byID[c.component]
-		if p == nil || p.state == procReady && !p.retiring {
+		switch {
+		case p == nil:
+			r.others.add(c, now)
+		case p.state == procReady && !p.retiring:
 			logChange(r.log, c)
 		}
 		if p != nil {
@@ -443,9 +473,8 @@ func (r *run) takeChanges(now time.Time) {
 	}
 }
 
-// putOff puts start and unhealthy timeouts off by the time in which flowctl itself was
-// stopped since the last call: it has yet to hear what its components did meanwhile. It comes
-// before anything that sets a timeout from now on.
+// putOff puts timeouts off by the time in which flowctl itself was stopped since the last call: it has
+// yet to hear what its components did meanwhile. It comes before anything that sets a timeout.
 func (r *run) putOff(now time.Time) {
 	stopped := r.plane.registry.stopped(now)
 	if d := stopped - r.stopped; d > 0 {
@@ -463,31 +492,55 @@ func healthOf(c condition, cause string) healthInfo {
 // hints are what may help where the registry says why a component is not healthy.
 var hints = map[why]hint{whyUnregistered: hintRegister, whyCheck: hintCheck, whyDeclared: hintDeclared, whySilent: hintHeartbeat}
 
-// expireUnhealthy fails the components that have been unhealthy for too long and, asked now,
-// still are.
+// expireUnhealthy restarts or fails what has been unhealthy for too long and, asked now, still is.
 func (r *run) expireUnhealthy(now time.Time) {
 	for _, p := range r.sup.overdue(now) {
 		c, why, cause := r.plane.registry.condition(p.id(), now)
 		r.sup.tell(p, healthOf(c, cause), now)
 		if !p.health.ok {
-			r.sup.failUnhealthy(p, now)
-			p.failure.hint = hints[why]
+			if r.sup.treat(p, now); p.failure != nil {
+				p.failure.hint = hints[why]
+			}
 		}
 	}
 }
 
-// exited takes in the end of a process. What the process did before that, such as registering,
-// is taken in first.
+// timeoutAt is when -timeout is over, zero for never.
+func (r *run) timeoutAt() time.Time {
+	if r.config.timeout == 0 || r.sup.stopping {
+		return time.Time{}
+	}
+	return r.info.started.Add(r.config.timeout)
+}
+
+// expireTimeout stops a run that takes longer than -timeout.
+func (r *run) expireTimeout(now time.Time) {
+	at := r.timeoutAt()
+	if at.IsZero() || now.Before(at) {
+		return
+	}
+	what := "it was not stopped"
+	switch o := r.overview(); {
+	case r.wrapped.runs():
+		what = fmt.Sprintf("the command %q after -- had not ended", r.wrapped.argv[0])
+	case !r.info.ready:
+		what = o.String()
+	case r.config.until == untilDone:
+		what = "not completed: " + enumerate(o.left)
+	}
+	err := fmt.Errorf("-timeout %s is over: %s", r.config.timeout, what)
+	r.log.Error("the run takes too long, stopping", "err", err)
+	r.stop(exitFailed, err, now)
+}
+
+// exited takes in the end of a process, after what the process did before, such as registering.
 func (r *run) exited(e childEnd, now time.Time) {
 	p := r.sup.byID[e.child.component.ID]
 	if p.component.readyOnceRunning() && e.status.Exited() && e.status.ExitStatus() == 0 {
-		r.checked(checkResult{child: e.child, id: p.id()}, now) // it has run, though it was over before that was seen
+		r.checked(checkResult{child: e.child}, now) // it has run, though it was over before that was seen
 	}
 	r.takeChanges(now)
 	r.checks.stop(p.id())
-	if !r.sup.stopping { // else the launcher ends what is left when it is closed
-		r.launcher.endStrays(p.id())
-	}
 	r.sup.exited(e, now)
 	cause := ""
 	if p.state != procCompleted {
@@ -496,10 +549,16 @@ func (r *run) exited(e childEnd, now time.Time) {
 	r.plane.registry.finished(p.id(), cause, now)
 }
 
-// failed ends the run because of failures. The first decides the exit code.
-func (r *run) failed(failures []*failure, now time.Time) {
-	for _, f := range failures {
-		if f.kind == failNotReady {
+// explainFailures adds to new failures what the control plane knows of them, and tells of those with
+// which the run goes on.
+func (r *run) explainFailures(now time.Time) {
+	for _, p := range r.sup.procs {
+		f := p.failure
+		if f == nil || f.explained {
+			continue
+		}
+		f.explained = true
+		if f.kind == failNotReady && !f.component.Oneshot {
 			c, why, cause := r.plane.registry.condition(f.component.ID, now)
 			f.reason, f.hint = f.reason+": "+cause, hints[why]
 			if others := r.plane.registry.unmatchedServices(now); c == unregistered && f.component.registers() && len(others) > 0 {
@@ -507,22 +566,35 @@ func (r *run) failed(failures []*failure, now time.Time) {
 				f.hint = hintUnmatched
 			}
 		}
+		if p.brought && !r.sup.stopping {
+			p.log.Error("what a reload or restart brought has failed, the others go on", "reason", f.reason)
+		}
 	}
+}
+
+// failed ends the run because of failures. The first decides the exit code.
+func (r *run) failed(failures []*failure, now time.Time) {
 	code := exitFailed
 	if failures[0].kind == failNotReady {
 		code = exitNotReady
 	}
-	r.stop(code, now)
+	r.stop(code, nil, now)
 }
 
-// signalled takes in a signal. The first begins the stop, or is for the command if there is
-// one, of which the second begins the stop; the next one kills.
+// signalled takes in a signal. The first is for the command, if there is one; the next begins the
+// stop, and another one kills.
 func (r *run) signalled(sig os.Signal, now time.Time) {
-	switch {
-	case asksReload(sig):
+	if asksReload(sig) {
 		r.reloads.requestBySignal()
 		return
+	}
+	r.sup.heed(sig.(syscall.Signal), now)
+	switch {
 	case sig == syscall.SIGHUP && r.sup.stopping, r.heeded.isRepeated(sig, now):
+		return
+	case r.sup.stopping && r.heeded.sig == nil:
+		r.log.Info("it is stopping already; another signal kills", "signal", sig.String())
+		r.heeded = heededSignal{sig, now}
 		return
 	case r.sup.stopping:
 		r.log.Warn("another signal, killing what still runs", "signal", sig.String())
@@ -531,17 +603,31 @@ func (r *run) signalled(sig os.Signal, now time.Time) {
 		return
 	}
 	r.heeded = heededSignal{sig, now}
-	if r.wrapped.runs() && r.wrapped.forward(sig, now, r.config.stopTimeout) {
+	if r.wrapped.runs() && r.wrapped.forward(sig, now, r.config.times.stop) {
 		attrs := []any{"signal", sig.String(), "pid", r.wrapped.pid}
 		if !r.wrapped.due().IsZero() {
-			attrs = append(attrs, "at_most", r.config.stopTimeout)
+			attrs = append(attrs, "at_most", r.config.times.stop)
 		}
 		r.log.Info("waiting for the command to end", attrs...)
 		return
 	}
 	r.log.Info("stop requested", "signal", sig.String(), "at_most", r.sup.stopBound())
-	code, err := r.wrapped.notRun(sig)
-	r.stopBy(code, err, now)
+	code, err := r.cutShort(sig)
+	r.stop(code, err, now)
+}
+
+// cutShort returns flowctl's exit code, and the reason, for a signal that ends the run. Before what
+// -until or the command after -- waits for it is no success.
+func (r *run) cutShort(sig os.Signal) (int, error) {
+	number, _ := sig.(syscall.Signal)
+	code, until := 128+int(number), r.config.until
+	switch {
+	case r.wrapped != nil && r.wrapped.pid == 0:
+		return code, fmt.Errorf("the command %q after -- was not run: signal %d (%s) came first", r.wrapped.argv[0], number, sig)
+	case until == untilDone, until == untilReady && !r.info.ready:
+		return code, fmt.Errorf("-until %s was not reached: signal %d (%s) came first", until, number, sig)
+	}
+	return exitOK, nil
 }
 
 // heededSignal is the last signal that the run heeded before its stop.
@@ -558,26 +644,18 @@ func (h heededSignal) isRepeated(sig os.Signal, now time.Time) bool {
 		return !h.at.IsZero() && now.Sub(h.at) < repeatTime
 	}
 	if sig == syscall.SIGHUP {
-		return h.sig != nil && h.sig != syscall.SIGINT
+		return h.sig != nil && !isInterrupt(h.sig)
 	}
 	return sig == h.sig && now.Sub(h.at) < repeatTime
 }
 
-// stopBy is stop for a reason that is not in a component.
-func (r *run) stopBy(code int, err error, now time.Time) {
-	if !r.sup.stopping {
-		r.err = err
-	}
-	r.stop(code, now)
-}
-
-// stop begins the end of the run, with the exit code that the first reason gives.
-func (r *run) stop(code int, now time.Time) {
+// stop begins the end of the run, with the exit code and the error of the first reason.
+func (r *run) stop(code int, err error, now time.Time) {
 	if r.sup.stopping {
 		return
 	}
-	r.code = code
-	r.wrapped.stop(now, r.config.stopTimeout)
+	r.code, r.err = code, err
+	r.wrapped.stop(now, r.config.times.stop)
 	r.sup.beginStop()
 	r.systemd.send(daemon.SdNotifyStopping, extendTimeout(r.sup.stopBound()))
 }
@@ -593,49 +671,90 @@ func (r *run) commandEnded(status syscall.WaitStatus, now time.Time) {
 		return
 	}
 	r.heeded = heededSignal{at: now} // one that ended the command may be about to arrive here too
-	r.stopBy(code, err, now)
+	if status.Signaled() {
+		r.sup.heed(status.Signal(), now)
+	}
+	r.stop(code, err, now)
 }
 
-// expireCommand kills a command that has not ended in time, and goes on without one that
-// outlives that.
+// expireCommand kills a command that has not ended in time, and gives up one that outlives that.
 func (r *run) expireCommand(now time.Time) {
 	err := r.wrapped.expire(now, r.log)
 	if err == nil {
 		return
 	}
 	r.log.Error("the command cannot be ended", "err", err)
-	r.stopBy(exitFailed, err, now)
+	r.stop(exitFailed, err, now)
 	if r.code == exitOK {
 		r.code, r.err = exitFailed, err
 	}
 }
 
-// checkReady tells systemd and people when all components are ready, and starts the command.
+// checkReady tells systemd and people when all components are ready, and prepares the start of the command.
 func (r *run) checkReady(now time.Time) {
-	if o := r.overview(); o.ready < o.total {
+	if o := r.overview(); o.ready < o.total || !r.sup.settled(now) {
 		return
 	}
 	r.info.ready = true
 	r.log.Info("pipeline ready", "components", len(r.sup.procs), "endpoint", r.plane.registry.endpoint, "after", now.Sub(r.info.started).Round(time.Millisecond))
 	r.showStatus() // who is told that all are ready finds it so when asking
+	r.plane.registry.publishPipeline(r.info)
 	r.systemd.send(daemon.SdNotifyReady)
+	if r.config.sandbox {
+		r.tellServices()
+	}
 	if r.config.until == untilReady {
-		r.stop(exitOK, now)
-	} else if r.config.format == formatText && isTerminal(os.Stderr) {
+		r.stop(exitOK, nil, now)
+	} else if r.out.format == formatText && isTerminal(os.Stderr) {
 		r.log.Info("in another terminal", r.commands()...)
 	}
-	if r.wrapped == nil {
-		return
-	}
-	r.out.removeFooter() // the terminal is the command's now
-	if err := r.wrapped.start(r.launcher); err != nil {
-		r.log.Error("the command did not start", "err", err)
-		r.stopBy(exitUsage, err, now)
+	if r.wrapped != nil {
+		r.settle()
 	}
 }
 
-// commands returns, as attributes of the log, the commands that a person may want while the
-// pipeline runs.
+// settle has all written that was said and printed so far, and then the command started: the terminal,
+// and standard output, are the command's from then on.
+func (r *run) settle() {
+	var children []*child
+	for _, p := range r.sup.procs {
+		if p.child != nil {
+			children = append(children, p.child)
+		}
+	}
+	r.wrapped.prepare(func(ctx context.Context) {
+		for _, ch := range children {
+			ch.catchUp(ctx)
+		}
+		r.out.settle(ctx)
+	})
+}
+
+// startCommand starts the command after --.
+func (r *run) startCommand(now time.Time) {
+	if err := r.wrapped.start(r.launcher); err != nil {
+		r.log.Error("the command did not start", "err", err)
+		r.stop(exitUsage, err, now)
+	}
+}
+
+// tellServices tells what others can connect to, as far as the file says.
+func (r *run) tellServices() {
+	for _, p := range r.sup.procs {
+		if p.child == nil {
+			continue // a oneshot
+		}
+		attrs := []any{"health_port", p.child.healthPort}
+		if c := p.component; len(c.Ports) > 0 {
+			attrs = []any{"ports", enumerate(c.Ports)}
+		} else if c.HealthCheck != "" && len(c.HealthCommand) == 0 {
+			attrs = []any{"at", shownCheck(p.child.fill(c.HealthCheck))}
+		}
+		p.log.Info("service", attrs...)
+	}
+}
+
+// commands returns, as attributes of the log, what a person may want to run beside the pipeline.
 func (r *run) commands() []any {
 	with := ""
 	if r.config.tls.cert != "" {
@@ -645,7 +764,7 @@ func (r *run) commands() []any {
 		}
 	}
 	out := []any{"see", "flowctl list" + with}
-	if !fromStandardInput(r.config.file) {
+	if !r.once {
 		out = append(out, "reload", "flowctl reload"+with)
 	}
 	return out
@@ -662,6 +781,8 @@ func (r *run) overview() overview {
 			o.unhealthy = append(o.unhealthy, fmt.Sprintf("%s (%s)", p.id(), p.health.cause))
 		case p.state == procBackoff:
 			o.restarting = append(o.restarting, p.id())
+		case p.state == procFailed:
+			o.failed = append(o.failed, p.id())
 		default:
 			o.waiting = append(o.waiting, p.id())
 		}
@@ -679,12 +800,12 @@ func (r *run) showStatus() {
 	}
 	o := r.overview()
 	status := o.String()
-	if status == r.info.status || len(o.left) == 0 {
+	if status == r.info.status || r.sup.over() {
 		return
 	}
 	r.info.status = status
 	r.plane.registry.publishPipeline(r.info)
-	if r.config.showStatus && !r.out.showsFooter() {
+	if r.config.showStatus && !r.out.screen.shows() {
 		r.log.Info("status", o.attrs()...)
 	}
 	states := []string{"STATUS=" + status}
@@ -700,12 +821,7 @@ func (r *run) footerRows(now time.Time) []string {
 	f := footer{pipeline: r.info.name, endpoint: registry.endpoint, status: r.info.status}
 	snapshots := registry.memberSnapshots(now)
 	for _, p := range r.sup.procs {
-		s := snapshots[p.id()]
-		row := footerComponent{id: p.id(), state: p.state.String(), health: s.health, lastSeen: s.lastSeen, restarts: p.restarts, metrics: s.metrics}
-		if p.child != nil {
-			row.pid, row.started = p.child.pid, p.started
-		}
-		f.components = append(f.components, row)
+		f.components = append(f.components, footerComponent{p.id(), processOf(p), snapshots[p.id()]})
 	}
 	return f.rows(now)
 }
@@ -719,18 +835,34 @@ func processOf(p *proc) processReport {
 	return out
 }
 
-// syncMembers tells the registry which components there are, when that has changed.
-func (r *run) syncMembers(now time.Time) {
-	if r.generation == r.sup.generation {
-		return
+// watch returns what has the files of a pipeline and of -env-file looked at, with -watch.
+func (r *run) watch(envFiles []string) func(file string, p *Pipeline) {
+	if r.config.watch {
+		r.watcher = newWatcher()
+		r.closeLater(r.watcher.close)
 	}
-	r.generation = r.sup.generation
-	r.plane.registry.setMembers(r.members(), now)
+	return func(file string, p *Pipeline) {
+		files := slices.DeleteFunc(append([]string{file}, envFiles...), fromStandardInput)
+		r.watcher.look(watched{files, p.components()})
+	}
 }
 
-// reload begins to turn what runs into the pipeline of request. On an error everything is as it
-// was.
-func (r *run) reload(request reloadRequest) (out reloadResult, err error) {
+// changed takes in that files have changed.
+func (r *run) changed(c fileChange) {
+	if c.reload {
+		r.log.Info("files have changed, reloading")
+		r.reloads.requestBySignal()
+	}
+	for _, id := range c.ids {
+		if r.sup.mayRestart(id) == nil && !r.sup.stopping {
+			r.log.Info("its files have changed, restarting", "component", id)
+			_ = r.sup.restart(id) // it may
+		}
+	}
+}
+
+// reload begins to turn what runs into the pipeline of request. On an error nothing has changed.
+func (r *run) reload(request *reloadRequest) (out reloadResult, err error) {
 	if r.sup.stopping {
 		return out, errStopping
 	}
@@ -747,27 +879,25 @@ func (r *run) reload(request reloadRequest) (out reloadResult, err error) {
 		}
 		return out, err
 	}
-	changed := r.sup.reload(request.pipeline)
-	out = reloadResult(changed)
-	r.log.Info("reloaded", "file", r.config.file, "added", enumerate(out.added), "removed", enumerate(out.removed), "restarted", enumerate(out.restarted), "unchanged", out.unchanged)
+	changed := r.sup.reload(request.pipeline, request.envFiles)
+	out = reloadResult{added: changed.added, removed: changed.removed, restarted: changed.restarted, unchanged: changed.unchanged}
+	r.log.Info("reloaded", "file", request.file, "added", enumerate(out.added), "removed", enumerate(out.removed), "restarted", enumerate(out.restarted), "unchanged", out.unchanged)
 	return out, nil
 }
 
-// makeRoom reserves ports for the components of p that are new and opens what their lines go
-// to. On an error the ports are given back.
+// makeRoom reserves ports for the components of p that are new and makes them known to what
+// their lines go to. On an error the ports are given back.
 func (r *run) makeRoom(p *Pipeline) error {
-	err := r.reservePorts(p)
-	if err == nil {
-		err = r.out.add(p.ids())
-	}
-	if err != nil {
+	if err := r.reservePorts(p); err != nil {
 		for _, id := range p.ids() {
 			if r.sup.byID[id] == nil {
 				r.launcher.forget(id)
 			}
 		}
+		return err
 	}
-	return err
+	r.out.add(p.ids())
+	return nil
 }
 
 // members returns what the control plane has to know of the components.
@@ -781,7 +911,7 @@ func (r *run) members() []member {
 		}
 		out = append(out, member{
 			id: c.ID, role: c.Role, healthPort: port, endpoint: r.launcher.config.endpointOf(c), inputs: c.Inputs,
-			inputEvents: c.InputEventTypes, outputEvents: c.OutputEventTypes, inContainer: c.Image != "", kind: c.Type, labels: c.Labels,
+			inputEvents: c.InputEventTypes, outputEvents: c.OutputEventTypes, kind: c.Type, labels: c.Labels,
 		})
 	}
 	return out
@@ -789,9 +919,13 @@ func (r *run) members() []member {
 
 // end prints the failure report, if something failed, and then returns an *exitError.
 func (r *run) end() error {
-	r.out.removeFooter()
-	if len(r.sup.failures()) > 0 && r.code == exitOK {
-		r.code = exitFailed // found while stopping: a process that outlived SIGKILL
+	r.out.screen.remove()
+	if len(r.left) > 0 {
+		r.err = errors.Join(r.err, fmt.Errorf("still running after SIGKILL: %s", namesOf(r.left)))
+	}
+	failed := slices.ContainsFunc(r.sup.procs, func(p *proc) bool { return p.failure != nil })
+	if (failed || len(r.left) > 0) && r.code == exitOK {
+		r.code = exitFailed // found while stopping, or brought by a reload
 	}
 	if r.code == exitOK {
 		return nil
@@ -808,7 +942,7 @@ func (r *run) report() report {
 			out.Failures = append(out.Failures, r.describe(p))
 		}
 	}
-	if len(out.Failures) == 0 && r.err != nil {
+	if r.err != nil && len(out.Failures) == 0 || len(r.left) > 0 {
 		out.Error = r.err.Error()
 	}
 	return out
@@ -817,7 +951,7 @@ func (r *run) report() report {
 // describe returns what the failure report says about p, which failed.
 func (r *run) describe(p *proc) failedComponent {
 	f, file := p.failure, r.config.file
-	if fromStandardInput(file) {
+	if r.once {
 		file = ""
 	}
 	out := failedComponent{
@@ -830,18 +964,19 @@ func (r *run) describe(p *proc) failedComponent {
 	for _, line := range f.tail {
 		out.LastLines = append(out.LastLines, strings.TrimSuffix(line, "\r"))
 	}
-	out.LogFile = r.out.logFile(f.component.ID)
+	if r.out.files != nil {
+		out.LogFile = r.out.files.path(f.component.ID)
+	}
 	out.NeverStarted, out.Stopped = r.sup.affected(p)
 	return out
 }
 
-// catchSignals returns the signals that ask for an end. SIGHUP stays ignored where
-// flowctl was started so, by nohup; SIGINT does not, which a script's shell ignores
-// for whatever it starts in the background, and children would inherit that. SIGPIPE
-// is caught so that a closed standard output is an error of a write and not the end.
+// catchSignals returns the signals that ask for an end. SIGHUP stays ignored where flowctl was started
+// so, by nohup; SIGINT and SIGQUIT do not, which a script's shell ignores for what it starts in the
+// background, and children would inherit that. Without SIGPIPE a closed standard output is an error of a write.
 func catchSignals() <-chan os.Signal {
 	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT)
 	if !signal.Ignored(syscall.SIGHUP) {
 		signal.Notify(signals, syscall.SIGHUP)
 	}

@@ -4,6 +4,7 @@ package main
 
 import (
 	"os"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -27,6 +28,8 @@ func TestHeededSignal_IsRepeated(t *testing.T) {
 		{syscall.SIGHUP, syscall.SIGHUP, time.Hour, true}, // a shell may tell of it much later than the kernel
 		{syscall.SIGTERM, syscall.SIGHUP, time.Hour, true},
 		{syscall.SIGINT, syscall.SIGHUP, 0, false},
+		{syscall.SIGQUIT, syscall.SIGHUP, 0, false},
+		{syscall.SIGQUIT, syscall.SIGQUIT, repeatTime - 1, true},
 		{nil, syscall.SIGHUP, repeatTime, false},
 	} {
 		if got := (heededSignal{tt.heeded, now}).isRepeated(tt.next, now.Add(tt.after)); got != tt.want {
@@ -109,6 +112,15 @@ func TestRun_StoppedFlowctlPutsStartTimeoutsOffByThatTime(t *testing.T) {
 	}
 }
 
+// deafCommand is a wrapped command that runs and takes no notice of signals, which it
+// adds to sent.
+func deafCommand(sent *[]os.Signal) *wrapped {
+	return &wrapped{argv: []string{"deaf"}, pid: 7, signal: func(sig os.Signal) error {
+		*sent = append(*sent, sig)
+		return nil
+	}}
+}
+
 // A command that outlives SIGKILL does not keep flowctl, which says so and fails.
 func TestRun_CommandThatOutlivesSIGKILLIsLeft(t *testing.T) {
 	t.Parallel()
@@ -116,13 +128,15 @@ func TestRun_CommandThatOutlivesSIGKILLIsLeft(t *testing.T) {
 		m := newMachine(t, []map[string]any{comp("a", nil)}, nil)
 		m.readyAll()
 		var sent []os.Signal
-		r := &run{sup: m.supervisor, wrapped: deafCommand(&sent), log: m.log, config: runConfig{stopTimeout: 10 * time.Second}}
+		r := &run{sup: m.supervisor, wrapped: deafCommand(&sent), log: m.log, config: runConfig{times: procTimes{stop: 10 * time.Second}}}
 		for i := range signals {
 			r.signalled(syscall.SIGTERM, m.now.Add(time.Duration(i)*time.Second))
 		}
-		r.expireCommand(m.now.Add(10 * time.Second))
-		if want := syscall.SIGKILL; sent[len(sent)-1] != want {
-			t.Errorf("%d signals: the command got %v, want %s last", signals, sent, want)
+		for _, at := range []time.Duration{10*time.Second - 1, 10 * time.Second, 10*time.Second + killPatience - 1} {
+			r.expireCommand(m.now.Add(at))
+			if killed := slices.Contains(sent, os.Signal(syscall.SIGKILL)); killed != (at >= 10*time.Second) || r.err != nil {
+				t.Errorf("%d signals: after %s the command got %v, error %v", signals, at, sent, r.err)
+			}
 		}
 		r.expireCommand(m.now.Add(10*time.Second + killPatience))
 		if want := `the command "deaf" after --: pid 7 is still running 5s after SIGKILL`; r.code != exitFailed || r.err == nil || r.err.Error() != want {

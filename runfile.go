@@ -18,6 +18,8 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -29,11 +31,16 @@ import (
 )
 
 const (
-	folderLock = "lock"   // the file whose lock is held while a run file is added or removed
-	runSuffix  = ".json"  // of run files
-	maxRunName = 150      // bytes of the name of a run file; a hash replaces the rest
-	maxRunFile = 64 << 10 // bytes that are read of a run file
-	runsTick   = 20 * time.Millisecond
+	folderLock   = "lock"   // the file whose lock is held while a run file is added or removed
+	runSuffix    = ".json"  // of run files
+	socketSuffix = ".sock"  // in its place: of the operators' socket of a run
+	maxRunName   = 80       // bytes of the name of a run file; a hash replaces the rest
+	maxRunFile   = 64 << 10 // bytes that are read of a run file
+	maxTheirs    = 64       // run files that are looked at in a folder of another user, who can make any number
+	maxFolders   = 16       // folders that are looked at in such a folder
+	maxScanned   = 4096     // names of files that are read in such a folder
+	maxListener  = 2048     // a control plane opens its listener with a lower descriptor
+	runsTick     = 20 * time.Millisecond
 )
 
 // runInfo is what a run file says.
@@ -43,6 +50,10 @@ type runInfo struct {
 	Endpoint string    `json:"endpoint,omitempty"` // "" until the control plane listens
 	Started  time.Time `json:"started"`
 	TLS      bool      `json:"tls,omitempty"` // at Endpoint
+
+	path   string // of the run file that was read
+	owner  uint32 // of the file
+	holder int    // process that has its lock, 0 where that is not seen here
 }
 
 // runFile is the run file of this process. Methods of a nil one do nothing.
@@ -71,13 +82,25 @@ func (e *runningError) Error() string {
 	return fmt.Sprintf("%s (pid %d, endpoint %s)", text, e.by.PID, e.by.Endpoint)
 }
 
-// claimRun makes this process the one that runs the pipeline of info, or the control plane at
-// its endpoint, and writes info to a run file. It fails with a *runningError if another process
+// claimRun makes this process the one of its user that runs the pipeline of info, or the control plane
+// at its endpoint, and writes info to a run file. It fails with a *runningError if another process
 // runs that already. Any other error is of the folder. A process may have one run file.
 func claimRun(info runInfo) (*runFile, error) {
 	folder := runFolder()
 	if err := makeRunFolder(folder); err != nil {
 		return nil, err
+	}
+	folders, _ := runFolders()
+	folders = slices.DeleteFunc(folders, func(other string) bool { return other == folder || !owned(other) })
+	for _, other := range slices.Sorted(slices.Values(append(folders, folder))) { // in one order, so that no two wait for each other
+		if lock, err := lockRuns(other); err == nil {
+			defer lock.Close()
+		}
+	}
+	for _, other := range folders {
+		if by, live, _ := readRun(filepath.Join(other, info.fileName())); live && by.owner == uint32(os.Geteuid()) {
+			return nil, &runningError{info, by}
+		}
 	}
 	return claimRunIn(folder, info)
 }
@@ -140,8 +163,7 @@ func (r *runFile) publish(endpoint string) error {
 	return r.write()
 }
 
-// write writes the file in place, because the lock is on it. A reader of half of it takes the
-// run for one that is starting.
+// write writes the file in place: the lock is on it. Half of it reads as a run that is starting.
 func (r *runFile) write() error {
 	data, err := json.Marshal(r.info)
 	if err != nil {
@@ -153,15 +175,14 @@ func (r *runFile) write() error {
 	return r.file.Truncate(int64(len(data) + 1))
 }
 
-// release removes the file and gives up its lock.
+// release removes the file. Its lock stays until this process has ended, for awaitEnd.
 func (r *runFile) release() {
 	if r == nil {
 		return
 	}
-	defer r.file.Close()
 	lock, err := lockRuns(filepath.Dir(r.file.Name()))
 	if err != nil {
-		return // the folder is gone, or else the file stays without a lock
+		return // the folder is gone, or else the file stays, without a lock once this process has ended
 	}
 	defer lock.Close()
 	ours, err := r.file.Stat()
@@ -170,45 +191,144 @@ func (r *runFile) release() {
 	}
 	if there, err := os.Lstat(r.file.Name()); err == nil && os.SameFile(ours, there) {
 		os.Remove(r.file.Name())
+		os.Remove(socketOf(r.file.Name()))
 	}
 }
 
-// findRuns returns what runs, sorted by name, and removes the files that dead processes have
-// left in this user's folders. A process that has a run file must not call it.
-func findRuns() ([]runInfo, error) {
-	var runs []runInfo
-	for _, folder := range runFolders() {
-		entries, err := os.ReadDir(folder)
-		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
-			return nil, err
+// findRuns returns what runs, sorted by name, and why run files of other users are ignored. It removes
+// the files that dead processes have left in this user's folders. A process that has a run file must
+// not call it.
+func findRuns() (runs []runInfo, ignored []error, err error) {
+	folders, ignored := runFolders()
+	for _, folder := range folders {
+		names, more, err := runNames(folder)
+		if err != nil {
+			return nil, nil, err
 		}
-		for _, entry := range entries {
-			if !strings.HasSuffix(entry.Name(), runSuffix) {
-				continue
-			}
-			info, live, err := readRun(filepath.Join(folder, entry.Name()))
+		if more {
+			ignored = append(ignored, fmt.Errorf("%s is another user's and has many files: only %d run files are looked at", folder, len(names)))
+		}
+		for _, name := range names {
+			info, live, err := readRun(filepath.Join(folder, name))
 			switch {
+			case live && info.ofAnother():
+				if err := info.judge(); err != nil {
+					ignored = append(ignored, fmt.Errorf("%s is ignored: %v", info.path, err))
+					continue
+				}
+				fallthrough
 			case live:
 				runs = append(runs, info)
 			case err == nil:
-				removeStale(folder, entry.Name())
+				removeStale(folder, name)
 			}
 		}
 	}
 	slices.SortStableFunc(runs, func(a, b runInfo) int {
 		return cmp.Or(cmp.Compare(a.Pipeline, b.Pipeline), cmp.Compare(a.Endpoint, b.Endpoint))
 	})
-	return runs, nil
+	return runs, ignored, nil
 }
 
-// awaitRuns returns the runs whose control plane listens, at least one, and an error for each
-// that is starting. With wait it waits, until ctx ends, for the first that listens, with all
-// for all of them.
-func awaitRuns(ctx context.Context, wait, all bool) (runs []runInfo, starting []error, err error) {
-	ticker := time.NewTicker(runsTick)
-	defer ticker.Stop()
+// findSandbox returns the sandbox of this user's that runs the services of a pipeline. Its pid is 0 for none.
+func findSandbox(pipeline string) runInfo {
+	runs, _, _ := findRuns() // what cannot be read is no sandbox of ours
+	for _, run := range runs {
+		if run.Pipeline == pipeline+sandboxSuffix && !run.ofAnother() {
+			return run
+		}
+	}
+	return runInfo{}
+}
+
+// runNames returns the names of the run files in a folder, sorted. With more it has left some out.
+func runNames(folder string) (names []string, more bool, err error) {
+	dir, err := os.Open(folder)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
+		return nil, false, nil
+	} else if err != nil {
+		return nil, false, err
+	}
+	defer dir.Close()
+	info, err := dir.Stat()
+	if err != nil {
+		return nil, false, err
+	}
+	most := 0 // all
+	if ofAnother(ownerOf(info)) {
+		most = maxScanned
+	}
+	all, err := dir.Readdirnames(most)
+	if err != nil && err != io.EOF {
+		return nil, false, err
+	}
+	names = slices.DeleteFunc(slices.Clone(all), func(name string) bool { return !strings.HasSuffix(name, runSuffix) })
+	slices.Sort(names)
+	if most > 0 && (len(all) == most || len(names) > maxTheirs) {
+		return names[:min(len(names), maxTheirs)], true, nil
+	}
+	return names, false, nil
+}
+
+// ofAnother tells whether neither this user nor root has written the file.
+func (i *runInfo) ofAnother() bool { return ofAnother(i.owner) }
+
+// judge fails unless the run file of another user can be that of a service: in a folder of the same
+// user, and of the process that it names, whose control plane is on this machine. Whoever reads it
+// connects there with their own rights.
+func (i *runInfo) judge() error {
+	folder := filepath.Dir(i.path)
+	stat, err := os.Stat(folder)
+	if err != nil {
+		return err
+	}
+	addr, _ := netip.ParseAddrPort(i.Endpoint) // names of hosts and ports may lead anywhere
+	socket, isSocket := i.socket()
+	switch {
+	case ownerOf(stat) != i.owner:
+		return fmt.Errorf("it belongs to user %d, and its folder does not", i.owner)
+	case i.PID <= 0 || i.holder != 0 && i.PID != i.holder:
+		return fmt.Errorf("it names process %d, and process %d has its lock", i.PID, i.holder)
+	case i.fileName() != filepath.Base(i.path) || i.Pipeline != "" && checkName(i.Pipeline) != nil:
+		return fmt.Errorf("it is not that of pipeline %s", quote(i.Pipeline))
+	case i.Endpoint == "": // it is starting
+		return nil
+	case isSocket && socket != filepath.Join(folder, filepath.Base(socket)), // a ".." may follow a link
+		!isSocket && !isOwnAddress(net.ParseIP(addr.Addr().String())): // nil for one with a zone
+		return fmt.Errorf("its endpoint %s is neither an address of this machine nor a socket in its folder", quote(i.Endpoint))
+	case isSocket:
+		return nil
+	}
+	if inode, ok := listenerInode(addr); ok && os.Geteuid() == 0 && !holdsListener(i.PID, inode) { // only root can see that
+		return fmt.Errorf("it names process %d, and that is not who listens at its endpoint %s", i.PID, i.Endpoint)
+	}
+	return nil
+}
+
+// holdsListener tells whether process pid has the socket with this inode open. It looks at so many
+// descriptors only: a process of another user may have any number.
+func holdsListener(pid int, inode uint64) bool {
+	link := fmt.Sprintf("socket:[%d]", inode)
+	for fd := range maxListener {
+		if to, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", pid, fd)); to == link {
+			return true
+		}
+	}
+	return false
+}
+
+// socket returns the path of a control plane that listens at one.
+func (i *runInfo) socket() (path string, ok bool) {
+	path, ok = strings.CutPrefix(i.Endpoint, "unix:")
+	return strings.TrimPrefix(path, "//"), ok
+}
+
+// awaitRuns returns the runs whose control plane listens, at least one, and an error for each that is
+// starting. With wait it waits, until ctx ends, for the first that listens, with all for all. warn hears
+// which files are ignored.
+func awaitRuns(ctx context.Context, wait, all bool, warn func(error)) (runs []runInfo, starting []error, err error) {
 	for {
-		found, err := findRuns()
+		found, ignored, err := findRuns()
 		if err != nil {
 			return nil, nil, err
 		}
@@ -222,14 +342,18 @@ func awaitRuns(ctx context.Context, wait, all bool) (runs []runInfo, starting []
 		}
 		if wait && (len(runs) == 0 || all && len(starting) > 0) {
 			select {
-			case <-ticker.C:
+			case <-time.After(runsTick):
 				continue
 			case <-ctx.Done():
 			}
 		}
+		for _, err := range ignored {
+			warn(err)
+		}
+		folders, _ := runFolders()
 		switch {
 		case len(found) == 0:
-			return nil, nil, fmt.Errorf("no pipeline is running: there is none in %s; name a control plane with -endpoint host:port", strings.Join(runFolders(), ", "))
+			return nil, nil, fmt.Errorf("no pipeline is running: there is none in %s; name a control plane with -endpoint host:port", strings.Join(folders, ", "))
 		case len(runs) == 0:
 			return nil, nil, errors.Join(starting...)
 		}
@@ -237,25 +361,43 @@ func awaitRuns(ctx context.Context, wait, all bool) (runs []runInfo, starting []
 	}
 }
 
+// openEnd returns the run file of i, by which awaitEnd hears of the end of its process.
+func (i *runInfo) openEnd() (*os.File, error) {
+	return os.OpenFile(i.path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+}
+
+// awaitEnd returns when the process whose run file f is has ended: then nobody holds its lock.
+func awaitEnd(f *os.File) error {
+	for {
+		err := syscall.FcntlFlock(f.Fd(), syscall.F_SETLKW, &syscall.Flock_t{Type: syscall.F_RDLCK})
+		if err != syscall.EINTR {
+			return err
+		}
+	}
+}
+
 // readRun reads a run file and tells whether its process lives. The info of a process that
-// lives is zero while its file is not complete.
+// lives says nothing while its file is not complete.
 func readRun(path string) (info runInfo, live bool, err error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0) // does not wait if it is a FIFO
 	if err != nil {
 		return runInfo{}, false, err
 	}
 	defer f.Close()
-	if stat, err := f.Stat(); err != nil || !stat.Mode().IsRegular() {
+	stat, err := f.Stat()
+	if err != nil || !stat.Mode().IsRegular() {
 		return runInfo{}, false, cmp.Or(err, fmt.Errorf("%s is no regular file", path))
 	}
-	if live, err = isLocked(f); err != nil || !live {
+	holder, live, err := lockHolder(f)
+	if err != nil || !live {
 		return runInfo{}, false, err
 	}
 	data, err := io.ReadAll(io.LimitReader(f, maxRunFile))
 	if err != nil || json.Unmarshal(data, &info) != nil {
-		return runInfo{}, true, err
+		info = runInfo{}
 	}
-	return info, true, nil
+	info.path, info.owner, info.holder = path, ownerOf(stat), holder
+	return info, true, err
 }
 
 // removeStale removes a file that a dead process has left. It does nothing in a folder of
@@ -275,7 +417,50 @@ func removeStale(folder, name string) {
 	path := filepath.Join(folder, name)
 	if _, live, err := readRun(path); err == nil && !live { // else a new run has it
 		os.Remove(path)
+		os.Remove(socketOf(path))
 	}
+}
+
+// socketOf returns the path of the operators' socket of a run file.
+func socketOf(path string) string { return strings.TrimSuffix(path, runSuffix) + socketSuffix }
+
+// listen listens on the operators' socket, of mode 0600. Nothing else may run yet that could
+// create a file under the mask that it sets.
+func (r *runFile) listen() (net.Listener, error) {
+	if r == nil {
+		return nil, errors.New("there is no run file")
+	}
+	path := socketOf(r.file.Name())
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	folder, err := filepath.EvalSymlinks(filepath.Dir(path))
+	if err != nil {
+		return nil, err
+	}
+	short, done, err := shortPath(folder)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	defer syscall.Umask(syscall.Umask(0o177))
+	lis, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(short, filepath.Base(path)), Net: "unix"})
+	if err != nil {
+		return nil, cause(err)
+	}
+	lis.SetUnlinkOnClose(false) // release removes it
+	return lis, nil
+}
+
+// dialSocket connects to the socket at path. What is there but a socket, such as a link to another
+// one, is refused.
+func dialSocket(ctx context.Context, path string) (net.Conn, error) {
+	short, done, err := shortPath(path)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	return new(net.Dialer).DialContext(ctx, "unix", short)
 }
 
 // lockRuns waits for the lock of a folder and returns the file to close to give it back. Each
@@ -292,8 +477,7 @@ func lockRuns(folder string) (*os.File, error) {
 	return f, nil
 }
 
-// lockFile locks all of f for writing: with F_SETLK at once or not at all, with F_SETLKW it
-// waits.
+// lockFile locks f for writing: with F_SETLK at once or not at all, with F_SETLKW it waits.
 func lockFile(f *os.File, command int) error {
 	for {
 		err := syscall.FcntlFlock(f.Fd(), command, &syscall.Flock_t{Type: syscall.F_WRLCK})
@@ -303,13 +487,14 @@ func lockFile(f *os.File, command int) error {
 	}
 }
 
-// isLocked tells whether another process holds the lock of f.
-func isLocked(f *os.File) (bool, error) {
+// lockHolder returns the process that holds the lock of f, 0 where it is in a pid namespace that is
+// not seen here.
+func lockHolder(f *os.File) (pid int, locked bool, err error) {
 	ask := syscall.Flock_t{Type: syscall.F_RDLCK} // a lock for reading would have to wait for one for writing
 	if err := syscall.FcntlFlock(f.Fd(), syscall.F_GETLK, &ask); err != nil {
-		return false, fmt.Errorf("cannot see whether %s is locked: %v", f.Name(), err)
+		return 0, false, fmt.Errorf("cannot see whether %s is locked: %v", f.Name(), err)
 	}
-	return ask.Type != syscall.F_UNLCK, nil
+	return int(ask.Pid), ask.Type != syscall.F_UNLCK, nil
 }
 
 // fileName returns the name of the run file, a valid one for any name of a pipeline.
@@ -319,15 +504,16 @@ func (i runInfo) fileName() string {
 		name = "server-" + url.PathEscape(i.Endpoint)
 	}
 	if len(name) > maxRunName {
-		name = fmt.Sprintf("%s-%x", name[:maxRunName-65], sha256.Sum256([]byte(name)))
+		hash := sha256.Sum256([]byte(name))
+		name = fmt.Sprintf("%s-%x", name[:maxRunName-33], hash[:16])
 	}
 	return name + runSuffix
 }
 
 // runFolder is where this process keeps its run file.
 func runFolder() string {
-	if folder, _, _ := strings.Cut(os.Getenv("RUNTIME_DIRECTORY"), ":"); folder != "" {
-		return filepath.Clean(folder) // made by systemd
+	if folder := unitRuns(); folder != "" {
+		return folder
 	}
 	if folder := os.Getenv("XDG_RUNTIME_DIR"); owned(folder) { // not owned after su(1)
 		return filepath.Join(folder, "flowctl")
@@ -336,19 +522,87 @@ func runFolder() string {
 	if _, err := os.Stat(shared); os.Geteuid() == 0 && (owned(shared) || errors.Is(err, fs.ErrNotExist)) {
 		return shared
 	}
+	if folder := userRuns(); folder != "" {
+		return folder
+	}
 	return temporaryRuns()
 }
 
-// runFolders are the folders where run files of this user may be, and those of services that
-// all users may see.
-func runFolders() []string {
-	var folders []string
-	for _, folder := range []string{runFolder(), sharedRuns(), temporaryRuns()} {
-		if !slices.Contains(folders, folder) && (folder != temporaryRuns() || checkPrivate(folder) == nil) {
-			folders = append(folders, folder)
+// runFolders are where runs of this user may be, and services that all users may see. ignored says
+// which are left out.
+func runFolders() (folders []string, ignored []error) {
+	add := func(more ...string) {
+		for _, folder := range more {
+			if folder != "" && !slices.Contains(folders, folder) {
+				folders = append(folders, folder)
+			}
 		}
 	}
-	return folders
+	shared := sharedRuns()
+	add(runFolder(), userRuns(), shared)
+	if checkPrivate(temporaryRuns()) == nil {
+		add(temporaryRuns())
+	}
+	for _, of := range []struct{ parent, prefix string }{
+		{filepath.Dir(shared), filepath.Base(shared) + "-"}, // of a unit that is a template
+		{shared, ""}, // of an operator
+	} {
+		more, err := foldersIn(of.parent, of.prefix)
+		add(more...)
+		if err != nil {
+			ignored = append(ignored, err)
+		}
+	}
+	return folders, ignored
+}
+
+// foldersIn returns the folders in parent whose names begin with prefix. A link counts where root has made
+// it, as systemd does for DynamicUser=. It fails where another user has made so many that some are left out.
+func foldersIn(parent, prefix string) (folders []string, err error) {
+	dir, err := os.Open(parent)
+	if err != nil {
+		return nil, nil // there are none
+	}
+	defer dir.Close()
+	names, _ := dir.Readdirnames(maxScanned)
+	slices.Sort(names)
+	for _, name := range names {
+		if !strings.HasPrefix(name, prefix) {
+			continue
+		}
+		path := filepath.Join(parent, name)
+		info, err := os.Lstat(path)
+		if err == nil && info.Mode()&fs.ModeSymlink != 0 && ownerOf(info) == 0 {
+			info, err = os.Stat(path)
+		}
+		if err == nil && info.IsDir() {
+			folders = append(folders, path)
+		}
+	}
+	if info, err := dir.Stat(); err == nil && ofAnother(ownerOf(info)) && len(folders) > maxFolders {
+		return folders[:maxFolders], fmt.Errorf("%s is another user's and has many folders: only %d are looked at", parent, maxFolders)
+	}
+	return folders, nil
+}
+
+// unitRuns is the folder that systemd has made for this service, "" for none.
+func unitRuns() string {
+	folder, _, _ := strings.Cut(os.Getenv("RUNTIME_DIRECTORY"), ":")
+	if folder == "" {
+		return ""
+	}
+	return filepath.Clean(folder)
+}
+
+// userRuns is the folder of a user who is logged in, or was: cron does not say where it is. It is ""
+// for none.
+func userRuns() string {
+	for _, base := range []string{os.Getenv("XDG_RUNTIME_DIR"), fmt.Sprintf("/run/user/%d", os.Geteuid())} {
+		if owned(base) { // not owned after su(1)
+			return filepath.Join(base, "flowctl")
+		}
+	}
+	return ""
 }
 
 // sharedRuns is the folder of root, and of a unit with RuntimeDirectory=flowctl.
@@ -379,14 +633,13 @@ func makeRunFolder(folder string) error {
 	return nil
 }
 
-// checkPrivate fails for a folder that another user owns or can read or write: in the temporary
-// directory anyone can make one.
+// checkPrivate fails for a folder that is not this user's alone: in /tmp anyone can make one.
 func checkPrivate(folder string) error {
 	info, err := os.Lstat(folder)
 	if err != nil {
 		return err
 	}
-	if !info.IsDir() || info.Sys().(*syscall.Stat_t).Uid != uint32(os.Geteuid()) || info.Mode().Perm()&0o077 != 0 {
+	if !info.IsDir() || ownerOf(info) != uint32(os.Geteuid()) || info.Mode().Perm()&0o077 != 0 {
 		return fmt.Errorf("%s is not a folder of this user alone: its owner must be %d and its mode 0700, not %s", folder, os.Geteuid(), info.Mode())
 	}
 	return nil
@@ -395,5 +648,5 @@ func checkPrivate(folder string) error {
 // owned tells whether this user owns a folder.
 func owned(folder string) bool {
 	info, err := os.Stat(folder)
-	return err == nil && info.IsDir() && info.Sys().(*syscall.Stat_t).Uid == uint32(os.Geteuid())
+	return err == nil && info.IsDir() && ownerOf(info) == uint32(os.Geteuid())
 }

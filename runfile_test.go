@@ -5,22 +5,23 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 )
 
 // runFiles returns the names of the run files in a folder.
 func runFiles(tb testing.TB, folder string) []string {
 	tb.Helper()
-	names, err := filepath.Glob(filepath.Join(folder, "*"+runSuffix))
-	if err != nil {
-		tb.Fatal(err)
-	}
+	names := get(filepath.Glob(filepath.Join(folder, "*"+runSuffix)))(tb)
 	for i := range names {
 		names[i] = filepath.Base(names[i])
 	}
@@ -43,13 +44,9 @@ func TestRun_SecondOfAPipelineIsRefused(t *testing.T) {
 	second := start(t, runArgs(file), runsIn(dir))
 	second.exit(exitPlane)
 	want := fmt.Sprintf("flowctl: pipeline \"test\" is already running (pid %d, endpoint %s)\nTry: flowctl list\n", first.cmd.Process.Pid, first.endpoint())
-	if got := second.stderr.String(); got != want {
-		t.Errorf("the second prints %q, want %q", got, want)
-	}
+	wantEqual(t, "the second", second.stderr.String(), want)
 	first.stop()
-	if left := runFiles(t, filepath.Join(dir, "flowctl")); left != nil {
-		t.Errorf("left: %q", left)
-	}
+	wantEqual(t, "left", runFiles(t, filepath.Join(dir, "flowctl")), nil)
 	third := start(t, runArgs(file), runsIn(dir))
 	third.waitReady()
 	third.signal(syscall.SIGKILL)
@@ -58,6 +55,51 @@ func TestRun_SecondOfAPipelineIsRefused(t *testing.T) {
 	fourth.waitReady()
 	fourth.stop()
 	third.awaitGuard()
+}
+
+// A user's second run is refused wherever the first has its run file: cron gives no XDG_RUNTIME_DIR, and a
+// shell does.
+func TestRun_SecondOfAUserIsRefusedInAnyFolder(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		t.Skip("only root can be a user without /run/user/UID")
+	}
+	shared := publicDir(t)
+	must(t, os.Chmod(shared, 0o777))
+	options := []option{asNobody(65523), withEnv("TMPDIR=" + shared)}
+	file := publicPipeline(t, shell("a", "exec sleep 300"))
+	first := start(t, runArgs(file), append(options, withEnv("XDG_RUNTIME_DIR="))...)
+	first.waitReady()
+	second := start(t, runArgs(file), options...)
+	second.exit(exitPlane)
+	second.has(second.stderr, fmt.Sprintf("flowctl: pipeline \"test\" is already running (pid %d, endpoint %s)\n", first.cmd.Process.Pid, first.endpoint()))
+	list := start(t, []string{"list"}, options...)
+	list.exit(exitOK)
+	list.has(list.stdout, "test: 1 of 1 ready")
+	first.stop()
+	third := start(t, append(runArgs(file), "-until", "ready"), options...)
+	third.exit(exitOK)
+}
+
+// Runs are found in the folders of units that are templates, and of operators, whose names are not known.
+func TestRun_FoldersOfUnitsAreSearched(t *testing.T) {
+	t.Parallel()
+	if out, err := exec.Command("unshare", "-rm", "mount", "-t", "tmpfs", "none", "/run").CombinedOutput(); err != nil {
+		t.Skipf("this system lets us mount nothing: %v: %s", err, out)
+	}
+	file := sleeper(t)
+	for _, folder := range []string{"/run/flowctl-x", "/run/flowctl/y", "/run/user/0/flowctl"} {
+		script := `unset RUNTIME_DIRECTORY XDG_RUNTIME_DIR; "$0" list; "$0" run "$1" -control-plane-port 0; echo "second: $?"`
+		p := start(t, runArgs(file, "--", "sh", "-c", script, flowctlProgram(), file), withEnv("RUNTIME_DIRECTORY="+folder, "XDG_RUNTIME_DIR="),
+			afterCommand("mount -t tmpfs none /run && mkdir -p /run/flowctl-x /run/flowctl/y /run/user/0 &&"), func(p *process) {
+				p.cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS
+				p.cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}
+				p.cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
+			})
+		p.exit(exitOK)
+		p.has(p.stdout, "test: 1 of 1 ready (pid ", "second: 3\n")
+		p.has(p.stderr, `pipeline "test" is already running (pid `)
+	}
 }
 
 // Of many that start at once one runs, also after one that was killed, and while list cleans up.
@@ -103,18 +145,11 @@ func TestRun_LockOfAReaderRefusesNothing(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	folder := filepath.Join(dir, "flowctl")
-	if err := os.Mkdir(folder, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(folder, 0o700))
 	left := writeFile(t, filepath.Join(folder, "pipeline-test.json"), fmt.Sprintf(`{"pid": %d, "pipeline": "test", "endpoint": "127.0.0.1:1"}`, os.Getpid()))
-	f, err := os.Open(left)
-	if err != nil {
-		t.Fatal(err)
-	}
+	f := get(os.Open(left))(t)
 	defer f.Close()
-	if err := syscall.FcntlFlock(f.Fd(), syscall.F_SETLK, &syscall.Flock_t{Type: syscall.F_RDLCK}); err != nil {
-		t.Fatal(err)
-	}
+	must(t, syscall.FcntlFlock(f.Fd(), syscall.F_SETLK, &syscall.Flock_t{Type: syscall.F_RDLCK}))
 	p := start(t, runArgs(sleeper(t)), runsIn(dir))
 	p.waitReady()
 	p.stop()
@@ -144,9 +179,7 @@ func TestRunFolder_IsThatOfTheUnit(t *testing.T) {
 		return
 	}
 	// Who has become another user by su(1) may still have the first one's folder.
-	if err := os.Chown(xdg, 65534, 65534); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Chown(xdg, 65534, 65534))
 	p = start(t, []string{"list", "-wait=false"}, runsIn(xdg))
 	<-p.done
 	p.hasNot(p.stderr, xdg)
@@ -159,9 +192,7 @@ func TestRunFolder_OfAnotherUserIsNotTrusted(t *testing.T) {
 	for _, err := range []error{
 		os.Mkdir(good, 0o700), os.Mkdir(open, 0o700), os.Chmod(open, 0o770), os.Symlink(good, link), os.Mkdir(theirs, 0o700),
 	} {
-		if err != nil {
-			t.Fatal(err)
-		}
+		must(t, err)
 	}
 	bad := []string{open, link}
 	if os.Chown(theirs, 65534, 65534) == nil {
@@ -236,22 +267,13 @@ func TestList_WaitsForAnEndpoint(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	folder := filepath.Join(dir, "flowctl")
-	if err := os.Mkdir(folder, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := syscall.Mkfifo(filepath.Join(folder, "pipe.json"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink("pipe.json", filepath.Join(folder, "link.json")); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(folder, 0o700))
+	must(t, syscall.Mkfifo(filepath.Join(folder, "pipe.json"), 0o600))
+	must(t, os.Symlink("pipe.json", filepath.Join(folder, "link.json")))
 	server := start(t, []string{"server", "-control-plane-port", "0"})
 	endpoint := server.endpoint()
 	// This process must open the file only once: see runfile.go.
-	run, err := claimRunIn(folder, runInfo{Pipeline: "slow"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	run := get(claimRunIn(folder, runInfo{Pipeline: "slow"}))(t)
 	starting := fmt.Sprintf("flowctl: pipeline \"slow\" (pid %d) is starting: its control plane does not listen yet\n", os.Getpid())
 	p := start(t, []string{"list", "-wait=false"}, runsIn(dir))
 	p.exit(exitPlane)
@@ -260,11 +282,12 @@ func TestList_WaitsForAnEndpoint(t *testing.T) {
 		t.Fatal("cannot write half of it:", err)
 	}
 	p = start(t, []string{"list"}, runsIn(dir))
-	if err := run.publish(endpoint); err != nil {
-		t.Fatal(err)
-	}
+	must(t, run.publish(endpoint))
 	p.exit(exitOK)
 	p.has(p.stdout, "nothing is registered")
+	p = start(t, []string{"list", "-json"}, runsIn(dir))
+	p.exit(exitOK)
+	p.has(p.stdout, `"components": []`)
 	run.release()
 	if left := runFiles(t, folder); len(left) != 2 {
 		t.Errorf("left: %q", left)
@@ -280,17 +303,12 @@ func TestList_StartingRunHoldsUpNoOther(t *testing.T) {
 	server.waitErr("msg=listening")
 	folder := filepath.Join(dir, "flowctl")
 	eventually(t, "a run file", func() bool { return len(runFiles(t, folder)) == 1 })
-	run, err := claimRunIn(folder, runInfo{Pipeline: "slow"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	run := get(claimRunIn(folder, runInfo{Pipeline: "slow"}))(t)
 	for _, tt := range []struct{ endpoint, want string }{
 		{"", fmt.Sprintf("flowctl: pipeline \"slow\" (pid %d) is starting: its control plane does not listen yet\n", os.Getpid())},
 		{"a\x7f:80", "flowctl: endpoint \"a\\x7f:80\": "},
 	} {
-		if err := run.publish(tt.endpoint); err != nil {
-			t.Fatal(err)
-		}
+		must(t, run.publish(tt.endpoint))
 		begun := time.Now()
 		p := start(t, []string{"list"}, runsIn(dir))
 		p.exit(exitFailed)
@@ -306,4 +324,156 @@ func TestList_StartingRunHoldsUpNoOther(t *testing.T) {
 	}
 	run.release()
 	server.stop()
+}
+
+// Whatever the run file of another user names, list goes nowhere but to a control plane that can be
+// that of the user's own service, and says why.
+func TestList_RunFilesOfOthersAreJudged(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		t.Skip("only root can be another user")
+	}
+	const other = 65534
+	dir := shortDir(t)
+	run, err := claimRunIn(dir, runInfo{Pipeline: "theirs"})
+	must(t, err)
+	t.Cleanup(run.release)
+	for _, path := range []string{dir, run.file.Name()} {
+		must(t, os.Chown(path, other, other))
+	}
+	plane := fakePlane{watch: func(_ *operatorv1.WatchRequest, send func(*operatorv1.WatchResponse) error) error {
+		send(&operatorv1.WatchResponse{Reset_: true, Complete: true, Pipeline: &operatorv1.Pipeline{Name: "theirs", Status: "fine"}})
+		return nil
+	}}
+	here, pid := plane.serve(t), os.Getpid()
+	_, foreign := startAlone(t, []string{"-no-persistence"})
+	private := filepath.Join(shortDir(t), "private")
+	lis := get(net.ListenUnix("unix", &net.UnixAddr{Name: private}))(t)
+	t.Cleanup(func() { lis.Close() })
+	must(t, os.Symlink(private, filepath.Join(dir, "link")))
+	must(t, os.Mkdir(private+".d", 0o700))
+	must(t, os.Symlink(private+".d", filepath.Join(dir, "folder")))
+	for _, tt := range []struct {
+		name, endpoint string
+		pid, owner     int
+		out, want      string
+	}{
+		{"a service", here, pid, other, "theirs: fine", ""},
+		{"another process", here, 1, other, "", fmt.Sprintf("is ignored: it names process 1, and process %d has its lock", pid)},
+		{"another's port", foreign, pid, other, "", fmt.Sprintf("is ignored: it names process %d, and that is not who listens at its endpoint "+foreign, pid)},
+		{"another's folder", here, pid, 0, "", "is ignored: it belongs to user 65534, and its folder does not"},
+		{"another machine", "192.0.2.1:80", pid, other, "", `is ignored: its endpoint "192.0.2.1:80" is neither an address of this machine nor a socket in its folder`},
+		{"a name", "localhost.example:80", pid, other, "", "is ignored: its endpoint"},
+		{"a socket elsewhere", "unix://" + private, pid, other, "", "is ignored: its endpoint"},
+		{"a link on the way", "unix://" + dir + "/folder/../private", pid, other, "", "is ignored: its endpoint"},
+		{"the name of a port", "127.0.0.1:http", pid, other, "", "is ignored: its endpoint"},
+		{"a zone", "[::1%lo]:80", pid, other, "", "is ignored: its endpoint"},
+		{"a link to it", "unix://" + filepath.Join(dir, "link"), pid, other, "", "link must not be a link"},
+		{"nothing yet", "", pid, other, "", "pipeline \"theirs\" (pid "},
+	} {
+		run.info.PID = tt.pid
+		must(t, run.publish(tt.endpoint))
+		must(t, os.Chown(dir, tt.owner, tt.owner))
+		p := start(t, []string{"list", "-wait=false"}, withEnv("RUNTIME_DIRECTORY="+dir))
+		<-p.done
+		if out := p.stdout.String(); !strings.Contains(p.stderr.String(), tt.want) || (out == "") != (tt.out == "") || !strings.Contains(out, tt.out) {
+			t.Errorf("%s: want %q and %q\n%s", tt.name, tt.out, tt.want, p)
+		}
+	}
+	must(t, lis.SetDeadline(time.Now()))
+	if conn, err := lis.Accept(); err == nil {
+		conn.Close()
+		t.Error("list came to a socket of this user")
+	}
+}
+
+// claimTheirs puts run files of pipelines into a folder, which become user other's.
+func claimTheirs(t *testing.T, dir string, other int, endpoint string, pipelines ...string) {
+	t.Helper()
+	for _, name := range pipelines {
+		run := get(claimRunIn(dir, runInfo{Pipeline: name}))(t)
+		t.Cleanup(run.release)
+		must(t, run.publish(endpoint))
+		must(t, os.Chown(run.file.Name(), other, other))
+	}
+	must(t, os.Chmod(dir, 0o755))
+	must(t, os.Chown(dir, other, other))
+}
+
+// Another user can make any number of run files: so many are looked at, and the rest is told.
+func TestList_ManyRunFilesOfOthers(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		t.Skip("only root can be another user")
+	}
+	for _, count := range []int{maxTheirs, maxTheirs + 1} {
+		dir := shortDir(t)
+		var names []string
+		for i := range count {
+			names = append(names, fmt.Sprint("p", i))
+		}
+		claimTheirs(t, dir, 65534, "", names...)
+		p := start(t, []string{"list", "-wait=false"}, withEnv("RUNTIME_DIRECTORY="+dir))
+		p.exit(exitPlane)
+		wantEqual(t, "pipelines", strings.Count(p.stderr.String(), " is starting: "), maxTheirs)
+		wantEqual(t, "told", strings.Contains(p.stderr.String(), "flowctl: "+dir+" is another user's and has many files: only 64 run files are looked at\n"), count > maxTheirs)
+	}
+}
+
+// Who names the endpoint of another's control plane gets none of the calls that are meant for that.
+func TestList_EndpointIsNotBorrowed(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		t.Skip("only root can be another user")
+	}
+	_, endpoint := startAlone(t, []string{"-no-persistence"})
+	dir := publicDir(t)
+	claimTheirs(t, dir, 65534, endpoint, "theirs")
+	socket := filepath.Join(dir, "pipeline-theirs.sock")
+	lis := get(net.ListenUnix("unix", &net.UnixAddr{Name: socket}))(t)
+	t.Cleanup(func() { lis.Close() })
+	must(t, os.Chmod(socket, 0o666))
+	for _, option := range []option{asNobody(65525), func(*process) {}} {
+		list := start(t, []string{"list", "-endpoint", endpoint}, option, withEnv("RUNTIME_DIRECTORY="+dir))
+		list.exit(exitOK)
+		list.has(list.stdout, "nothing is registered\n")
+	}
+	must(t, lis.SetDeadline(time.Now()))
+	if conn, err := lis.Accept(); err == nil {
+		conn.Close()
+		t.Error("list came to the socket of who names the endpoint")
+	}
+}
+
+// Less TLS than is asked for is none: a run without it is not dialled.
+func TestList_NoLessTLSThanAsked(t *testing.T) {
+	t.Parallel()
+	dir, ca := t.TempDir(), newCA(t)
+	files := newFiles(t, issue(t, ca, nil), ca)
+	p := start(t, runArgs(sleeper(t)), runsIn(dir))
+	p.waitReady()
+	list := start(t, []string{"list", "-tls-ca-cert", files.ca}, runsIn(dir))
+	list.exit(exitPlane)
+	list.has(list.stderr, "flowctl: endpoint \""+p.endpoint()+"\": it has no TLS, which -tls-cert, -tls-key and -tls-ca-cert ask for\n")
+	p.stop()
+	if os.Getuid() != 0 {
+		return
+	}
+	theirs := shortDir(t)
+	run := get(claimRunIn(theirs, runInfo{Pipeline: "theirs", TLS: true}))(t)
+	t.Cleanup(run.release)
+	socket := filepath.Join(theirs, "socket")
+	lis := get(net.Listen("unix", socket))(t)
+	t.Cleanup(func() { lis.Close() })
+	must(t, run.publish("unix://"+socket))
+	for _, path := range []string{theirs, run.file.Name()} {
+		must(t, os.Chown(path, 65534, 65534))
+	}
+	start(t, []string{"list", "-tls-ca-cert", files.ca}, withEnv("RUNTIME_DIRECTORY="+theirs))
+	conn := get(lis.Accept())(t)
+	defer conn.Close()
+	first := make([]byte, 1)
+	if _, err := conn.Read(first); err != nil || first[0] != 22 { // a handshake, of RFC 8446
+		t.Errorf("a socket that says it has TLS gets %q, %v", first, err)
+	}
 }

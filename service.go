@@ -73,7 +73,6 @@ type member struct {
 	inputs       []string
 	inputEvents  []string // used where it registers without them, as outputEvents
 	outputEvents []string
-	inContainer  bool              // a process that flowctl cannot see may speak for it
 	kind         string            // the type that the pipeline file gives it: free text
 	labels       map[string]string // of the pipeline file
 }
@@ -123,6 +122,9 @@ type service struct {
 	said         registration // what it said last, with what the pipeline file adds; id is the one that it goes by
 	names        []string     // ids that it chose, the latest last; one may lead to another component by now
 	member       *memberState // nil: not of the pipeline
+	owner        string       // the user or certificate that registered it, "" for whom nobody can tell from others; not of the pipeline
+	conn         int64        // the connection by which it registered last
+	formerConns  []int64      // those of former registrations, maxFormer at most
 	registered   bool
 	noTTL        bool // never stale: it has no heartbeat, its process stands for it
 	registeredAt time.Time
@@ -130,6 +132,7 @@ type service struct {
 	declared     flowctlv1.HealthStatus
 	metrics      []metric // in the order of their names
 	bytes        int      // of what it said, and of its metrics
+	counted      int      // of these, in registry.otherBytes
 	history      []healthChange
 	noted        serviceHealth // as it was judged last for history
 	notified     condition     // that the run was told of last
@@ -175,22 +178,33 @@ func (reg *registration) check() error {
 		}
 	}
 	if n := reg.size(); n > maxServiceBytes {
-		return status.Errorf(codes.ResourceExhausted, "the registration has %d bytes of text: at most %d are allowed", n, maxServiceBytes)
+		return status.Errorf(codes.ResourceExhausted, "the registration has %d bytes of text, as JSON has it: at most %d are allowed", n, maxServiceBytes)
 	}
 	return nil
 }
 
-// size is how many bytes of text reg has.
+// size is how many bytes the texts of reg take in the state file.
 func (reg *registration) size() int {
-	n := len(reg.id) + len(reg.componentID) + len(reg.name) + len(reg.description) + len(reg.version) + len(reg.endpoint)
-	for _, event := range reg.inputEvents {
-		n += len(event)
-	}
-	for _, event := range reg.outputEvents {
-		n += len(event)
-	}
+	n := textSize(reg.id, reg.componentID, reg.name, reg.description, reg.version, reg.endpoint) + textSize(reg.inputEvents...) + textSize(reg.outputEvents...)
 	for k, v := range reg.metadata {
-		n += len(k) + len(v)
+		n += textSize(k, v)
+	}
+	return n
+}
+
+// textSize is how many bytes texts take in JSON, in about: each has two quotes and a comma
+// or colon, and some characters are escaped, as \u003c is.
+func textSize(texts ...string) (n int) {
+	for _, text := range texts {
+		n += len(text) + 3
+		for i := range len(text) {
+			switch c := text[i]; {
+			case c < ' ', c == '<', c == '>', c == '&':
+				n += 5
+			case c == '"', c == '\\', c > '~':
+				n++
+			}
+		}
 	}
 	return n
 }
@@ -202,20 +216,42 @@ func checkLength(what, text string, most int) error {
 	return nil
 }
 
-// refuse fails with PERMISSION_DENIED where s is a component that flowctl started and the
-// caller is known to be of another process tree.
+// refuse fails with PERMISSION_DENIED where the caller may not speak for s: only who is proven
+// to be of a component that flowctl started may speak for it, and for any other service the
+// user or certificate that registered it.
 func (s *service) refuse(from origin) error {
-	if s.member == nil || !from.known || from.component == s.member.id || from.unseen && s.member.inContainer {
+	switch {
+	case from.believed:
+		return nil
+	case s.member == nil && s.owner != "" && s.owner != from.owner:
+		return status.Errorf(codes.PermissionDenied, "service %q was registered by %s: nobody else can speak for it", clip(s.said.id), printable(s.owner))
+	case s.member == nil || from.component == s.member.id:
 		return nil
 	}
 	who := "component " + from.component
-	switch from.component {
-	case "":
+	switch {
+	case from.unknown != "":
+		return status.Errorf(codes.PermissionDenied, "flowctl cannot tell whether a process of component %s calls: %s", s.member.id, from.unknown)
+	case from.component == "":
 		who = "a process that is no component of this pipeline"
-	case commandID:
-		who = "the command after --"
+	case from.component == commandID:
+		who = commandID
 	}
 	return status.Errorf(codes.PermissionDenied, "%s cannot speak for component %s: only its own processes can", who, s.member.id)
+}
+
+// registerBy notes who registers s, and by which connection.
+func (s *service) registerBy(from origin) {
+	s.owner = from.owner
+	if from.conn == s.conn {
+		return
+	}
+	if s.conn != 0 {
+		s.formerConns = append(s.formerConns, s.conn)
+		s.formerConns = s.formerConns[max(0, len(s.formerConns)-maxFormer):]
+	}
+	s.conn = from.conn
+	s.formerConns = slices.DeleteFunc(s.formerConns, func(conn int64) bool { return conn == s.conn })
 }
 
 // localPort returns the port in a URL or a host:port with or without a path, "" if there is
@@ -267,7 +303,10 @@ func (s *service) gone() bool { return s.member == nil && !s.registered }
 func (s *service) describe(reg registration) {
 	s.bytes = reg.size()
 	if s.member != nil {
-		reg.kind = flowctlpb.ServiceType(s.member.role) + flowctlpb.ServiceType_SERVICE_TYPE_SOURCE
+		reg.kind = flowctlpb.ServiceType_SERVICE_TYPE_UNSPECIFIED
+		if s.member.role != roleService {
+			reg.kind = flowctlpb.ServiceType(s.member.role) + flowctlpb.ServiceType_SERVICE_TYPE_SOURCE
+		}
 		if len(reg.inputEvents) == 0 {
 			reg.inputEvents = s.member.inputEvents
 		}
@@ -300,9 +339,8 @@ func (s *service) topics() []string {
 
 var (
 	errNoServiceID     = status.Error(codes.InvalidArgument, "service_id is empty")
+	errRegistryFull    = status.Error(codes.ResourceExhausted, "the registry is full: it has no room for metrics of what is not of the pipeline")
 	errTooManyMetrics  = status.Errorf(codes.ResourceExhausted, "too many metrics: a service has %d at most", maxEntries)
-	errMetricName      = status.Errorf(codes.ResourceExhausted, "the name of a metric has more than %d bytes", maxID)
-	errMetricValue     = status.Errorf(codes.ResourceExhausted, "the value of a metric has more than %d bytes", maxText)
 	errMetricsTooLarge = status.Errorf(codes.ResourceExhausted, "what the service said and its metrics have more than %d bytes", maxServiceBytes)
 )
 
@@ -314,7 +352,7 @@ func (s *service) merge(metrics []metric) (failed error) {
 	}
 	for _, m := range metrics {
 		i, known := slices.BinarySearchFunc(s.metrics, m.name, func(has metric, name string) int { return strings.Compare(has.name, name) })
-		more := len(m.name) + len(m.text)
+		more := m.size()
 		if known {
 			more -= s.metrics[i].size()
 		}
@@ -336,16 +374,19 @@ func (s *service) merge(metrics []metric) (failed error) {
 	return failed
 }
 
-func (m *metric) size() int { return len(m.name) + len(m.text) }
+// numberSize is the most that a number takes in JSON.
+const numberSize = 24
+
+// size is how many bytes m takes in the state file.
+func (m *metric) size() int {
+	if m.isText {
+		return textSize(m.name, m.text)
+	}
+	return textSize(m.name) + numberSize
+}
 
 func (m *metric) check() error {
-	switch {
-	case len(m.name) > maxID:
-		return errMetricName
-	case len(m.text) > maxText:
-		return errMetricValue
-	}
-	return nil
+	return cmp.Or(checkLength("the name of a metric", m.name, maxID), checkLength("the value of a metric", m.text, maxText))
 }
 
 func (m *metric) String() string {

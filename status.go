@@ -31,6 +31,7 @@ type overview struct {
 	waiting      []string // not ready yet
 	unhealthy    []string // were ready and are unhealthy now, with the cause
 	restarting   []string
+	failed       []string // brought by a reload: another failure ends the run
 	stopping     bool
 	left         []string // still running while stopping
 }
@@ -45,7 +46,7 @@ func (o overview) parts() []part {
 	if o.stopping {
 		return []part{{"stopping", "stopping", o.left}}
 	}
-	parts := []part{{"waiting", "waiting for", o.waiting}, {"restarting", "restarting", o.restarting}, {"unhealthy", "unhealthy:", o.unhealthy}}
+	parts := []part{{"waiting", "waiting for", o.waiting}, {"restarting", "restarting", o.restarting}, {"failed", "failed:", o.failed}, {"unhealthy", "unhealthy:", o.unhealthy}}
 	return slices.DeleteFunc(parts, func(p part) bool { return len(p.ids) == 0 })
 }
 
@@ -81,16 +82,12 @@ type footer struct {
 }
 
 type footerComponent struct {
-	id, state, health string
-	pid               int       // 0 where no process runs
-	started           time.Time // of that process
-	lastSeen          time.Time // zero for never
-	restarts          int
-	metrics           map[string]any // float64 or string
+	id string
+	processReport
+	memberSnapshot
 }
 
-// rows are the lines of the footer: one for the pipeline, the head of a table, and one
-// for each component.
+// rows are the lines of the footer: the pipeline, and a table of its components.
 func (f footer) rows(now time.Time) []string {
 	var table strings.Builder
 	tw := newColumns(&table)
@@ -156,26 +153,18 @@ type failedComponent struct {
 	expected bool // to register
 }
 
-// newReport is the report of an error that ends flowctl. say is false where there is
-// nothing to report besides the exit code.
+// newReport is the report of an error that ends flowctl. say is false for an exit code alone.
 func newReport(err error) (out report, say bool) {
-	out = report{Time: time.Now(), Level: "ERROR", Msg: reportMsg, ExitCode: exitFailed}
-	var exit *exitError
-	var file *fileErrors
-	if errors.As(err, &exit) {
-		out.ExitCode, out.Try = exit.code, exit.try
+	out, say = report{Time: time.Now(), Level: "ERROR", Msg: reportMsg, ExitCode: exitFailed, Error: err.Error()}, true
+	if exit, ok := errors.AsType[*exitError](err); ok {
+		out.ExitCode, out.Try, say = exit.code, exit.try, exit.err != nil
 	}
-	switch {
-	case exit != nil && exit.err == nil:
-		return out, false
-	case errors.As(err, &file):
+	if file, ok := errors.AsType[*fileErrors](err); ok {
 		out.ExitCode, out.File, out.Errors, out.More = exitUsage, file.name, file.list, file.more
 	}
-	out.Error = err.Error()
-	return out, true
+	return out, say
 }
 
-// writeText writes the report for a person.
 func (r report) writeText(w io.Writer) {
 	switch {
 	case len(r.Errors) > 0:
@@ -232,25 +221,21 @@ func (f failedComponent) circumstances() string {
 	return text + ")"
 }
 
-// writeJSON writes the report as a line of JSON. There is nobody to tell if that fails.
-func (r report) writeJSON(w io.Writer) { _ = writeJSON(w, r, false) }
-
-// forms is the report in all its forms.
-func (r report) forms() runReport {
+// forms is the report as text, as a line of JSON and for the journal.
+func (r report) forms() (asText, asJSON []byte, journal []journalEntry) {
 	var text, line bytes.Buffer
 	r.writeText(&text)
-	r.writeJSON(&line)
-	out := runReport{text: text.Bytes(), json: line.Bytes()}
+	_ = writeJSON(&line, r, false) // a Buffer always takes it
 	if r.Error != "" {
-		out.journal = append(out.journal, journalEntry{message: r.Error})
+		journal = append(journal, journalEntry{message: r.Error})
 	}
 	for _, f := range r.Failures {
 		var text strings.Builder
 		f.writeText(&text, true)
 		message := strings.ReplaceAll("\n"+strings.TrimSuffix(text.String(), "\n"), "\nflowctl: ", "\n")[1:]
-		out.journal = append(out.journal, journalEntry{message, f.Component, f.Reason})
+		journal = append(journal, journalEntry{message, f.Component, f.Reason})
 	}
-	return out
+	return text.Bytes(), line.Bytes(), journal
 }
 
 // hintTexts say what may help against a failure. %s is the id of the component.
@@ -306,12 +291,12 @@ func (f *failure) tryExit() string {
 	c := f.component
 	status := *f.status
 	switch {
-	case c.Image != "":
-		return f.tryContainer(status)
 	case status.Signaled():
 		return trySignal(status.Signal())
+	case c.Image != "":
+		return f.tryContainer(status.ExitStatus())
 	case status.ExitStatus() == 127:
-		return "127 is how a shell says that a program is not found: PATH is that of flowctl, the folder is " + shellWord(c.WorkingDir)
+		return "127 is how a shell says that a program is not found: PATH is that of its env, else flowctl's, the folder is " + shellWord(c.WorkingDir)
 	case status.ExitStatus() == 126:
 		return "126 is how a shell says that a file is no program, or not executable (chmod +x)"
 	case status.ExitStatus() == 0 && !f.registered && c.registers():
@@ -324,12 +309,10 @@ func (f *failure) tryExit() string {
 	return ""
 }
 
-// tryContainer is tryExit for the engine's command line, which ends as the container
-// did, or by a code of its own (docker-run(1), podman-run(1)).
-func (f *failure) tryContainer(status syscall.WaitStatus) string {
-	switch code := status.ExitStatus(); {
-	case status.Signaled():
-		return trySignal(status.Signal())
+// tryContainer is tryExit for an engine, which ends as the container did, or by a code of its own
+// (docker-run(1), podman-run(1)).
+func (f *failure) tryContainer(code int) string {
+	switch {
 	case code == 125:
 		return "the engine has refused to run the container: its lines say why"
 	case code == 126 || code == 127:
@@ -342,8 +325,7 @@ func (f *failure) tryContainer(status syscall.WaitStatus) string {
 	return ""
 }
 
-// trySignal is what may help where flowctl has not sent the signal that ended a
-// process.
+// trySignal is what may help where flowctl has not sent the signal that ended a process.
 func trySignal(sig syscall.Signal) string {
 	switch sig {
 	case syscall.SIGKILL:
@@ -408,8 +390,7 @@ type listedChange struct {
 	Cause  string    `json:"cause,omitempty"`
 }
 
-// listedEvent is a change in what list -watch prints. One of Component, Removed, Status
-// and Ended is set.
+// listedEvent is a change in list -watch. One of Component, Removed, Status and Ended is set.
 type listedEvent struct {
 	Time       time.Time        `json:"time"`
 	Pipeline   string           `json:"pipeline"`
@@ -424,8 +405,7 @@ type listedEvent struct {
 	durability string // NotDurable in words, where it has changed
 }
 
-// writePipelines writes pipelines for a person: a table of each or, with an id, all that
-// is known of the components of that id.
+// writePipelines writes a table of each pipeline or, with an id, all that is known of that.
 func writePipelines(w io.Writer, pipelines []listedPipeline, id string) error {
 	now := time.Now()
 	out := bufio.NewWriter(w) // keeps the first error, for Flush
@@ -492,7 +472,6 @@ func (p *listedPipeline) durability() string {
 	return "what is registered would not survive a restart: " + printable(p.NotDurable)
 }
 
-// writeDetails writes all that is known of a component.
 func (l *listedComponent) writeDetails(w *bufio.Writer, p *listedPipeline, now time.Time) {
 	tw := newColumns(w)
 	line := func(name, value string) {
@@ -550,18 +529,9 @@ func (l *listedComponent) writeDetails(w *bufio.Writer, p *listedPipeline, now t
 	}
 }
 
-// rank sorts the components of the pipeline before others.
-func (l *listedComponent) rank() int {
-	if l.InPipeline {
-		return 0
-	}
-	return 1
-}
-
 func (l *listedComponent) is(id string) bool { return l.ID == id || l.ServiceID == id }
 
-// setMetric keeps a metric, a float64 or a string. A number that JSON does not have, such
-// as infinity, becomes a text.
+// setMetric keeps a metric. A number that JSON does not have, such as infinity, becomes a text.
 func (l *listedComponent) setMetric(name string, value any) {
 	if l.Metrics == nil {
 		l.Metrics = make(map[string]any)
@@ -590,7 +560,6 @@ func (l *listedComponent) age(now time.Time) string {
 	return ago(now.Sub(*l.LastSeen))
 }
 
-// write writes an event as a line.
 func (e *listedEvent) write(w io.Writer, asJSON bool) error {
 	if asJSON {
 		return writeJSON(w, e, false)

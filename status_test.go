@@ -3,12 +3,20 @@ package main
 import (
 	"bufio"
 	"math"
-	"slices"
+	"reflect"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 )
+
+// wantEqual checks that what a test has got is what it wants.
+func wantEqual[T any](t testing.TB, what string, got, want T) {
+	t.Helper()
+	if !reflect.DeepEqual(got, want) {
+		t.Errorf("%s:\n got %v\nwant %v", what, got, want)
+	}
+}
 
 func TestOverview(t *testing.T) {
 	t.Parallel()
@@ -29,12 +37,8 @@ func TestOverview(t *testing.T) {
 			"0 of 7 ready, waiting for a, b, c, d, e and 2 more", []any{"ready", 0, "total", 7, "waiting", "a, b, c, d, e and 2 more"},
 		},
 	} {
-		if got := tt.o.String(); got != tt.line {
-			t.Errorf("got %q, want %q", got, tt.line)
-		}
-		if got := tt.o.attrs(); !slices.Equal(got, tt.attrs) {
-			t.Errorf("got %v, want %v", got, tt.attrs)
-		}
+		wantEqual(t, "line", tt.o.String(), tt.line)
+		wantEqual(t, "attributes", tt.o.attrs(), tt.attrs)
 	}
 }
 
@@ -43,10 +47,10 @@ func TestFooter_Rows(t *testing.T) {
 	now := time.Unix(1_000_000, 0)
 	f := footer{pipeline: "p\x1b[2J", endpoint: "127.0.0.1:8080", status: "1 of 2 ready", components: []footerComponent{
 		{
-			id: "a", state: "ready", health: "healthy", pid: 12, started: now.Add(-90 * time.Second), lastSeen: now.Add(-1250 * time.Millisecond),
-			restarts: 3, metrics: map[string]any{"lag": 2.5, "mode": "fast\x07"},
+			"a", processReport{state: "ready", pid: 12, started: now.Add(-90 * time.Second), restarts: 3},
+			memberSnapshot{health: "healthy", lastSeen: now.Add(-1250 * time.Millisecond), metrics: map[string]any{"lag": 2.5, "mode": "fast\x07"}},
 		},
-		{id: "longer", state: "waiting", health: "unregistered"},
+		{"longer", processReport{state: "waiting"}, memberSnapshot{health: "unregistered"}},
 	}}
 	want := []string{
 		"p\ufffd[2J (127.0.0.1:8080): 1 of 2 ready",
@@ -54,9 +58,7 @@ func TestFooter_Rows(t *testing.T) {
 		"a       ready    healthy       12   1m30s   1.3s ago   3         lag=2.5, mode=fast\ufffd",
 		"longer  waiting  unregistered  -    -       -          0         -",
 	}
-	if got := f.rows(now); !slices.Equal(got, want) {
-		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
-	}
+	wantEqual(t, "footer", strings.Join(f.rows(now), "\n"), strings.Join(want, "\n"))
 }
 
 // A report tries to say what helps: by the last lines, by the typed hint, by how the
@@ -115,14 +117,12 @@ func TestReport_Text(t *testing.T) {
 	want := "flowctl: component a failed: exit status 3 (pid 7, ran for 2s, not registered)\n" +
 		"flowctl: the last lines of a (all are in logs/a.log):\n  one\n  two\n" +
 		"flowctl: never started, waiting for a: b\nflowctl: stopped, needing a: c\nflowctl: try: something\n"
-	if got := text.String(); got != strings.Repeat(want, mostShown)+"flowctl: component last failed: exit status 4\n" {
-		t.Errorf("got\n%s", got)
+	wantEqual(t, "report", text.String(), strings.Repeat(want, mostShown)+"flowctl: component last failed: exit status 4\n")
+	asText, asJSON, journal := r.forms()
+	if string(asText) != text.String() || strings.Count(string(asJSON), "\n") != 1 || len(journal) != 6 {
+		t.Errorf("forms: %s%s%v", asText, asJSON, journal)
 	}
-	forms := r.forms()
-	if string(forms.text) != text.String() || strings.Count(string(forms.json), "\n") != 1 || len(forms.journal) != 6 {
-		t.Errorf("forms: %s%s%v", forms.text, forms.json, forms.journal)
-	}
-	if e := forms.journal[0]; e.component != "a" || e.reason != f.Reason || strings.Contains(e.message, "flowctl: ") || !strings.HasPrefix(e.message, "component a failed: exit status 3") {
+	if e := journal[0]; e.component != "a" || e.reason != f.Reason || strings.Contains(e.message, "flowctl: ") || !strings.HasPrefix(e.message, "component a failed: exit status 3") {
 		t.Errorf("for the journal: %q", e)
 	}
 }
@@ -144,7 +144,5 @@ func TestListedComponent_Details(t *testing.T) {
 	want := "id:         a\npipeline:   p\ntype:       sink\nlabels:     a=1, b=2\nstate:      ready, restarts 2, pid 7, started 1m0s ago\n" +
 		"health:     unhealthy: no heartbeat for 9s\nlast seen:  9s ago\nreads:      x, y\ufffd\nmetrics:    inf=+Inf, n=3\nhistory:\n  " +
 		now.Local().Format(time.DateTime) + "  unhealthy: no heartbeat for 9s\n"
-	if text.String() != want {
-		t.Errorf("got\n%swant\n%s", text.String(), want)
-	}
+	wantEqual(t, "details", text.String(), want)
 }

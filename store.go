@@ -144,10 +144,8 @@ func (p *persister) run(ctx context.Context) {
 
 // gather waits for a part of what the last write took.
 func (p *persister) gather(ctx context.Context) {
-	timer := time.NewTimer(min(p.took/4, maxGather))
-	defer timer.Stop()
 	select {
-	case <-timer.C:
+	case <-time.After(min(p.took/4, maxGather)):
 	case <-ctx.Done():
 	}
 }
@@ -157,10 +155,7 @@ func (p *persister) write(ctx context.Context, urgent bool) {
 	var changes uint64
 	done, goesOn := make(chan error, 1), make(chan struct{}, 1)
 	rest := func() {
-		select {
-		case goesOn <- struct{}{}:
-		default:
-		}
+		wake(goesOn)
 		if !urgent {
 			urgent = p.rest(ctx)
 		}
@@ -189,13 +184,11 @@ func (p *persister) write(ctx context.Context, urgent bool) {
 
 // rest waits for batchPause. It returns true at once where somebody waits for the next write.
 func (p *persister) rest(ctx context.Context) (urgent bool) {
-	timer := time.NewTimer(batchPause)
-	defer timer.Stop()
 	select {
-	case <-timer.C:
+	case <-time.After(batchPause):
 		return false
 	case <-p.registry.persistence.dirty:
-		p.registry.persistence.wake() // what has changed meanwhile may not be in this write
+		wake(p.registry.persistence.dirty) // what has changed meanwhile may not be in this write
 	case <-ctx.Done():
 	}
 	return true
@@ -227,7 +220,8 @@ type savedService struct {
 	Endpoint     string        `json:"endpoint,omitempty"`
 	MaxInflight  int32         `json:"max_inflight,omitempty"`
 	Metadata     savedTexts    `json:"metadata,omitempty"`
-	Registered   time.Time     `json:"registered_at,omitzero"` // zero: it is not
+	Owner        string        `json:"registered_by,omitempty"` // a user or a certificate
+	Registered   time.Time     `json:"registered_at,omitzero"`  // zero: it is not
 	LastSeen     time.Time     `json:"last_seen,omitzero"`
 	Declared     string        `json:"declared,omitempty"`
 	Metrics      savedMetrics  `json:"metrics,omitempty"`
@@ -369,7 +363,7 @@ func (out *savedService) set(s *service) {
 		ID: said.id, Component: s.component(), Names: s.names, Type: typeName(said.kind),
 		Name: said.name, Description: said.description, Version: said.version,
 		InputEvents: said.inputEvents, OutputEvents: said.outputEvents,
-		Endpoint: said.endpoint, MaxInflight: said.maxInflight, Metadata: said.metadata,
+		Endpoint: said.endpoint, MaxInflight: said.maxInflight, Metadata: said.metadata, Owner: s.owner,
 		LastSeen: s.lastSeen.UTC(), Declared: statusName(s.declared), Metrics: metrics,
 		Health: s.noted.condition.String(), History: history,
 	}
@@ -385,7 +379,10 @@ func (r *registry) save(w io.Writer, pipeline string, rest func()) (uint64, erro
 	r.mu.Lock()
 	changes := r.persistence.changes
 	r.persistence.heard = false
-	all := slices.Concat(r.members, r.others)
+	all := slices.Clone(r.members) // what is not of a pipeline does not outlive its run
+	if len(all) == 0 {
+		all = slices.Clone(r.others)
+	}
 	r.mu.Unlock()
 	owner, err := json.Marshal(pipeline)
 	if err == nil {
@@ -434,7 +431,7 @@ func (r *registry) restore(state iter.Seq2[savedService, error], now time.Time) 
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
 	r.persistence.on = true
-	r.persistence.wake() // whether the disk takes it is to be known early
+	wake(r.persistence.dirty) // whether the disk takes it is to be known early
 	r.graceFrom = now
 	var back []*service
 	for in, err := range state {
@@ -529,7 +526,8 @@ func (r *registry) restoreLocked(in savedService, now time.Time) *service {
 	for _, m := range in.Metrics {
 		s.bytes += m.size()
 	}
-	s.metrics = slices.Clone(in.Metrics)
+	s.metrics, s.owner = slices.Clone(in.Metrics), in.Owner
+	r.countLocked(s)
 	s.history = in.history()
 	s.noted.condition = conditionNamed(in.Health)
 	r.publish(s.seq)
@@ -547,19 +545,29 @@ type store struct {
 	seen     os.FileInfo // of the file as it was read or written last, nil for none
 }
 
-// openStore locks the state file at path, which read then reads. It fails where another
-// process has it. A disk that cannot be written is not a reason to fail: write says so.
-func openStore(path, pipeline string, own bool, log *slog.Logger) (*store, error) {
-	path, err := filepath.Abs(resolve(path))
+// stateConfig says where the registry's state is kept.
+type stateConfig struct {
+	file string // "" for memory
+	own  bool   // its folder is flowctl's own, which is made
+}
+
+// openStore locks the state file of a pipeline, which read then reads. It returns nil where there
+// is to be none, and fails where another process has it. A disk that cannot be written is not
+// a reason to fail: write says so.
+func openStore(config stateConfig, pipeline string, log *slog.Logger) (*store, error) {
+	if config.file == "" {
+		return nil, nil
+	}
+	path, err := filepath.Abs(resolve(config.file))
 	if err != nil {
 		return nil, err
 	}
-	st := &store{path: path, pipeline: pipeline, own: own, log: log}
+	st := &store{path: path, pipeline: pipeline, own: config.own, log: log}
 	if st.seen, err = os.Stat(path); err == nil && !st.seen.Mode().IsRegular() {
 		return nil, fmt.Errorf("state file %s: it must be a plain file", path)
 	}
 	var locked *lockedError
-	if err := st.acquire(); errors.As(err, &locked) || errors.Is(err, fs.ErrNotExist) && !own {
+	if err := st.acquire(); errors.As(err, &locked) || errors.Is(err, fs.ErrNotExist) && !config.own {
 		return nil, err
 	}
 	if st.seen, err = os.Stat(path); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) && !st.outOfReach() {
@@ -755,17 +763,14 @@ func readState(f io.Reader, path, pipeline string, take func(savedService) bool)
 // checkOwner fails for a state file that is another pipeline's, or a control plane's alone,
 // of which the name is "". Those of the first version do not say it.
 func checkOwner(path, owner, pipeline string) error {
+	whose := "a control plane alone"
+	if owner != "" {
+		whose = fmt.Sprintf("pipeline %q", clip(owner))
+	}
 	if owner != pipeline {
-		return fmt.Errorf("state file %s is that of %s and kept as it is: choose another with -db-path", path, ownerName(owner))
+		return fmt.Errorf("state file %s is that of %s and kept as it is: choose another with -db-path", path, whose)
 	}
 	return nil
-}
-
-func ownerName(pipeline string) string {
-	if pipeline == "" {
-		return "a control plane alone"
-	}
-	return fmt.Sprintf("pipeline %q", clip(pipeline))
 }
 
 // checkFormat fails for the format of a file that is not for this version.

@@ -12,7 +12,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,10 +20,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
-
-	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 )
 
 // awaitDurable waits until the plane says that its state is on disk, or not, in each
@@ -33,16 +31,11 @@ func (c planeClient) awaitDurable(t testing.TB, p *process, want bool) {
 	t.Helper()
 	wantStatus := map[bool]healthpb.HealthCheckResponse_ServingStatus{true: healthpb.HealthCheckResponse_SERVING, false: healthpb.HealthCheckResponse_NOT_SERVING}[want]
 	check := func(service string) healthpb.HealthCheckResponse_ServingStatus {
-		out, err := healthpb.NewHealthClient(c.conn).Check(t.Context(), &healthpb.HealthCheckRequest{Service: service})
-		if err != nil {
-			t.Fatal(err)
-		}
+		out := get(healthpb.NewHealthClient(c.conn).Check(t.Context(), &healthpb.HealthCheckRequest{Service: service}))(t)
 		return out.GetStatus()
 	}
 	eventually(t, fmt.Sprintf("%s is %s\n%s", durableService, wantStatus, p), func() bool { return check(durableService) == wantStatus })
-	if got := check(""); got != healthpb.HealthCheckResponse_SERVING {
-		t.Errorf("the plane is %s", got)
-	}
+	wantEqual(t, "the plane", check(""), healthpb.HealthCheckResponse_SERVING)
 	_, table, _ := call(t, "list", "-e", c.conn.Target())
 	_, asJSON, _ := call(t, "list", "-e", c.conn.Target(), "-json")
 	if strings.Contains(table, "would not survive a restart: ") == want || strings.Contains(asJSON, `"not_durable": "`) == want {
@@ -57,14 +50,8 @@ func TestFullDisk(t *testing.T) {
 	p, c := serve(t, file, "-heartbeat-ttl", "1m", "-janitor-interval", "100ms")
 	c.mustRegister(t, "v1", registration{id: "before"})
 	c.awaitDurable(t, p, true)
-	whole, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	other, err := os.Create(filepath.Join(disk, "other"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	whole := get(os.ReadFile(file))(t)
+	other := get(os.Create(filepath.Join(disk, "other")))(t)
 	if n, err := io.Copy(other, strings.NewReader(strings.Repeat("x", 64<<10))); !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("the disk took %d bytes more: %v", n, err)
 	}
@@ -75,14 +62,11 @@ func TestFullDisk(t *testing.T) {
 	c.awaitDurable(t, p, false)
 	wantCode(t, "heartbeat", c.heartbeat(t.Context(), "v1", "meanwhile-4"), codes.OK)
 	p.waitErr("msg=healthy id=meanwhile-4")
-	if got, err := os.ReadFile(file); err != nil || len(got) < len(whole) {
-		t.Errorf("what was on disk is no more: %v, %q", err, got)
-	} else if _, err := savedIn(file); err != nil {
-		t.Error(err)
+	if got := get(os.ReadFile(file))(t); len(got) < len(whole) {
+		t.Errorf("what was on disk is no more: %q", got)
 	}
-	if err := os.Remove(other.Name()); err != nil {
-		t.Fatal(err)
-	}
+	get(savedIn(file))(t)
+	must(t, os.Remove(other.Name()))
 	c.awaitDurable(t, p, true)
 	p.has(p.stderr, `level=ERROR msg="the registry's state is not durable, flowctl goes on without" err=`, "no space left on device", `level=INFO msg="the registry's state is durable again" file=`+file)
 	for _, once := range []string{"not durable", "durable again"} {
@@ -92,9 +76,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	p.signal(syscall.SIGKILL)
 	<-p.done
-	if services, err := savedIn(file); err != nil || len(services) != 6 {
-		t.Errorf("%d services in the file: %v", len(services), err)
-	}
+	wantSaved(t, file, 6)
 }
 
 // A folder or a file system where nothing can be written when flowctl starts is no
@@ -116,17 +98,13 @@ func TestReadOnlyDisk(t *testing.T) {
 				release = func() error { return os.Chmod(dir, 0o777) }
 				options = []option{asNobody(65534)}
 				writeFile(t, file, string(smallState(t)))
-				if err := os.Chmod(file, 0o644); err != nil {
-					t.Fatal(err)
-				}
+				must(t, os.Chmod(file, 0o644))
 			} else {
 				disk := smallDisk(t, 0, "64k")
 				file = writeFile(t, filepath.Join(disk, "state.json"), string(smallState(t)))
 				remount := func(flags uintptr) error { return syscall.Mount("", disk, "", syscall.MS_REMOUNT|flags, "") }
 				release = func() error { return remount(0) }
-				if err := remount(syscall.MS_RDONLY); err != nil {
-					t.Fatal(err)
-				}
+				must(t, remount(syscall.MS_RDONLY))
 			}
 			p := start(t, []string{"server", "-control-plane-port", "0", "-db-path", file, "-janitor-interval", "100ms"}, options...)
 			c := dialPlane(t, p.endpoint())
@@ -135,14 +113,10 @@ func TestReadOnlyDisk(t *testing.T) {
 			if got := c.listed(t); len(got) != 3 {
 				t.Errorf("listed: %v", got)
 			}
-			if err := release(); err != nil {
-				t.Fatal(err)
-			}
+			must(t, release())
 			c.awaitDurable(t, p, true)
 			p.stop()
-			if services, err := savedIn(file); err != nil || len(services) != 3 {
-				t.Errorf("%d services in the file: %v", len(services), err)
-			}
+			wantSaved(t, file, 3)
 			if n := strings.Count(p.stderr.String(), "not durable"); n != 1 {
 				t.Errorf("it is told %d times\n%s", n, p)
 			}
@@ -168,22 +142,15 @@ func TestDiskThatHangs(t *testing.T) {
 	}
 	c.awaitDurable(t, p, false)
 	p.has(p.stderr, "the disk takes nothing for "+maxWrite.String())
-	reader, err := os.Open(file + ".tmp")
-	if err != nil {
-		t.Fatal(err)
-	}
+	reader := get(os.Open(file + ".tmp"))(t)
 	go func() {
 		_, _ = io.Copy(io.Discard, reader) // a FIFO cannot be synced: it fails and is removed
 		reader.Close()
 	}()
 	c.mustRegister(t, "v1", registration{id: "late"})
 	c.awaitDurable(t, p, true)
-	if services, err := savedIn(file); err != nil || len(services) != 4 {
-		t.Errorf("%d services in the file: %v", len(services), err)
-	}
-	if err := syscall.Mkfifo(file+".tmp", 0o600); err != nil {
-		t.Fatal(err)
-	}
+	wantSaved(t, file, 4)
+	must(t, syscall.Mkfifo(file+".tmp", 0o600))
 	p.stop()
 }
 
@@ -191,9 +158,7 @@ func TestDiskThatHangs(t *testing.T) {
 func TestSlowDiskIsNoFailure(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "state.json")
-	if err := syscall.Mkfifo(file+".tmp", 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must(t, syscall.Mkfifo(file+".tmp", 0o600))
 	first, second := shell("first", "true"), shell("second", "true")
 	second.Inputs = []string{"first"}
 	p := launch(t, writePipeline(t, first, second), "-db-path", file)
@@ -204,11 +169,7 @@ func TestSlowDiskIsNoFailure(t *testing.T) {
 // savedMetric returns a metric of the only service in a state file, nil for none.
 func savedMetric(t *testing.T, path, name string) any {
 	t.Helper()
-	services, err := savedIn(path)
-	if err != nil || len(services) != 1 {
-		t.Fatal(services, err)
-	}
-	for _, m := range services[0].Metrics {
+	for _, m := range wantSaved(t, path, 1)[0].Metrics {
 		if m.name == name {
 			return m.number
 		}
@@ -222,10 +183,7 @@ func TestChangesWaitForTheDisk(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
-		st, err := openStore(filepath.Join(dir, "state.json"), "", false, slog.New(slog.DiscardHandler))
-		if err != nil {
-			t.Fatal(err)
-		}
+		st := get(openStore(stateConfig{file: filepath.Join(dir, "state.json")}, "", slog.New(slog.DiscardHandler)))(t)
 		defer st.close()
 		r := newRegistry(testTTL, testInterval, "", nil)
 		restoreAll(t, r, nil, time.Now())
@@ -244,19 +202,13 @@ func TestChangesWaitForTheDisk(t *testing.T) {
 			t.Fatal(change, err)
 		}
 		synctest.Wait()
-		if got := savedMetric(t, st.path, "lag"); got != nil {
-			t.Errorf("written at once: %v", got)
-		}
+		wantEqual(t, "written at once", savedMetric(t, st.path, "lag"), nil)
 		time.Sleep(testInterval + 10*batchPause)
 		synctest.Wait()
-		if got := savedMetric(t, st.path, "lag"); got != 7.0 {
-			t.Errorf("not written within an interval: %v", got)
-		}
+		wantEqual(t, "written within an interval", savedMetric(t, st.path, "lag"), 7.0)
 
 		// The folder is gone.
-		if err := os.RemoveAll(dir); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.RemoveAll(dir))
 		change, err := r.heartbeat("a", origin{}, flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, nil, time.Now())
 		if change == 0 || err != nil {
 			t.Fatal(change, err)
@@ -266,20 +218,14 @@ func TestChangesWaitForTheDisk(t *testing.T) {
 		}
 		synctest.Wait()
 		wantChanges(t, r, time.Now(), "a: healthy > unhealthy")
-		if err := os.Mkdir(dir, 0o700); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.Mkdir(dir, 0o700))
 		time.Sleep(testInterval)
 		synctest.Wait()
-		if !slices.Equal(turns, []bool{false, true}) {
-			t.Errorf("it was durable: %v", turns)
-		}
+		wantEqual(t, "it was durable", turns, []bool{false, true})
 		mustRegister(t, r, registration{id: "b"}, time.Now())
 		cancel()
 		keeping.Wait()
-		if services, err := savedIn(st.path); err != nil || len(services) != 2 {
-			t.Errorf("%d services in the file at the end: %v", len(services), err)
-		}
+		wantSaved(t, st.path, 2)
 	})
 }
 
@@ -375,10 +321,7 @@ func TestServerIsKilled(t *testing.T) {
 		if _, err := os.Lstat(file + ".tmp"); err == nil {
 			cut++
 		}
-		services, err := savedIn(file)
-		if err != nil {
-			t.Fatal(err)
-		}
+		services := get(savedIn(file))(t)
 		most = max(most, len(services))
 		health := make(map[string]string)
 		for _, s := range services {
@@ -423,9 +366,7 @@ func quickDir(t testing.TB) string {
 func smallDisk(t testing.TB, flags uintptr, size string) string {
 	t.Helper()
 	disk := filepath.Join(t.TempDir(), "disk")
-	if err := os.Mkdir(disk, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(disk, 0o700))
 	if err := syscall.Mount("tmpfs", disk, "tmpfs", flags, "size="+size); err != nil {
 		t.Skip("this system does not let us mount a small disk: ", err)
 	}

@@ -21,33 +21,18 @@ import (
 	"testing"
 	"time"
 
-	"google.golang.org/grpc/codes"
-
 	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
 	operatorv1 "github.com/withobsrvr/flowctl/proto/flowctl/operator/v1"
 	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
+	"google.golang.org/grpc/codes"
 )
-
-// What is in the file
 
 // textOf is what r would write to its state file.
 func textOf(t testing.TB, r *registry) []byte {
 	t.Helper()
 	var text bytes.Buffer
-	if _, err := r.save(&text, "", func() {}); err != nil {
-		t.Fatal(err)
-	}
+	get(r.save(&text, "", func() {}))(t)
 	return text.Bytes()
-}
-
-// readText reads what textOf returns.
-func readText(t testing.TB, text []byte) []savedService {
-	t.Helper()
-	services, err := savedIn(writeFile(t, filepath.Join(t.TempDir(), "registry.json"), string(text)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return services
 }
 
 // savedIn is what a state file has, of whatever pipeline.
@@ -67,11 +52,29 @@ func savedIn(path string) (services []savedService, err error) {
 	return services, nil
 }
 
+// wantSaved checks how many services a state file has, and returns them.
+func wantSaved(tb testing.TB, path string, want int) []savedService {
+	tb.Helper()
+	services := get(savedIn(path))(tb)
+	if len(services) != want {
+		tb.Fatalf("%d services are saved, want %d: %v", len(services), want, services)
+	}
+	return services
+}
+
+// wantText checks what is in a file.
+func wantText(tb testing.TB, path, want string) {
+	tb.Helper()
+	if got := string(get(os.ReadFile(path))(tb)); got != want {
+		tb.Errorf("%s: got %q, want %q", path, got, want)
+	}
+}
+
 // restored is a registry of a control plane alone that took over what text says.
 func restored(t testing.TB, text []byte, now time.Time) *registry {
 	t.Helper()
 	r := newRegistry(testTTL, testInterval, "127.0.0.1:8080", nil)
-	restoreAll(t, r, readText(t, text), now)
+	restoreAll(t, r, get(savedIn(writeFile(t, filepath.Join(t.TempDir(), "registry.json"), string(text))))(t), now)
 	return r
 }
 
@@ -88,19 +91,9 @@ func shown(r *registry, now time.Time) map[string]*operatorv1.Component {
 	return out
 }
 
-// walk lets the time go by, as the janitor does.
-func walk(r *registry, from, to time.Time) {
-	for ; from.Before(to); from = from.Add(testInterval / 2) {
-		r.sweep(from)
-	}
-	r.sweep(to)
-}
-
 func sameShown(t testing.TB, got, want map[string]*operatorv1.Component) {
 	t.Helper()
-	if !slices.Equal(slices.Sorted(maps.Keys(got)), slices.Sorted(maps.Keys(want))) {
-		t.Errorf("got the services %q, want %q", slices.Sorted(maps.Keys(got)), slices.Sorted(maps.Keys(want)))
-	}
+	wantEqual(t, "services", slices.Sorted(maps.Keys(got)), slices.Sorted(maps.Keys(want)))
 	for id, w := range want {
 		wantProto(t, id, got[id], w)
 	}
@@ -110,11 +103,11 @@ func sameShown(t testing.TB, got, want map[string]*operatorv1.Component) {
 // knew it, and writes what it read.
 func TestRestoreIsWhatWasSaved(t *testing.T) {
 	t.Parallel()
-	r := newRegistry(testTTL, testInterval, "", nil)
-	now := testEpoch
+	r, now := newRegistry(testTTL, testInterval, "", nil), testEpoch
+	r.sweep(now)
 	at := func(d time.Duration) time.Time {
-		walk(r, now, testEpoch.Add(d))
 		now = testEpoch.Add(d)
+		pass(r, now)
 		return now
 	}
 	mustRegister(t, r, registration{
@@ -130,25 +123,17 @@ func TestRestoreIsWhatWasSaved(t *testing.T) {
 	}
 	for id, declared := range map[string]flowctlv1.HealthStatus{"component": flowctlv1.HealthStatus_HEALTH_STATUS_DEGRADED, "new": flowctlv1.HealthStatus_HEALTH_STATUS_STOPPING, "names": flowctlv1.HealthStatus_HEALTH_STATUS_STARTING} {
 		metrics := []metric{{name: "n", number: 1e21}, {name: "inf", text: "+Inf", isText: true}, {name: "text", text: "x", isText: true}, {name: "number", text: "1.50", isText: true}}
-		if _, err := r.heartbeat(id, origin{}, declared, metrics, at(40*time.Second)); err != nil {
-			t.Fatal(err)
-		}
+		get(r.heartbeat(id, origin{believed: true}, declared, metrics, at(40*time.Second)))(t)
 	}
 	at(41 * time.Second)
 	text := textOf(t, r)
 	again := restored(t, text, now)
 	checkRegistry(t, again, now)
 	sameShown(t, shown(again, now), shown(r, now))
-	if got := textOf(t, again); !bytes.Equal(got, text) {
-		t.Errorf("written first\n%s\nthen\n%s", text, got)
-	}
-	if got, want := listedIDs(t, again), listedIDs(t, r); !slices.Equal(got, want) {
-		t.Errorf("listed as %q, before as %q", got, want)
-	}
+	wantEqual(t, "written again", string(textOf(t, again)), string(text))
+	wantEqual(t, "listed", listedIDs(t, again), listedIDs(t, r))
 	for id := range r.byID {
-		if err := beat(again, id, now); err != nil {
-			t.Errorf("heartbeat as %s: %v", id, err)
-		}
+		wantCode(t, "heartbeat as "+id, beat(again, id, now), codes.OK)
 	}
 	wantChanges(t, again, now) // all that heartbeats have healed is held until it is on disk
 	again.finishWrite(again.persistence.changes, nil)
@@ -162,9 +147,9 @@ func TestRestoreGivesOneTTL(t *testing.T) {
 	r := newRegistry(testTTL, testInterval, "", nil)
 	mustRegister(t, r, registration{id: "stale"}, testEpoch)
 	late := testEpoch.Add(testTTL - time.Second)
-	walk(r, testEpoch, late)
+	pass(r, late)
 	mustRegister(t, r, registration{id: "healthy"}, late)
-	walk(r, late, testEpoch.Add(testTTL+time.Nanosecond))
+	pass(r, testEpoch.Add(testTTL+time.Nanosecond))
 	text := textOf(t, r)
 	for _, after := range []time.Duration{0, time.Second, time.Hour, 1000 * time.Hour, -time.Hour} { // the last is a clock that was set back
 		t.Run(after.String(), func(t *testing.T) {
@@ -172,11 +157,9 @@ func TestRestoreGivesOneTTL(t *testing.T) {
 			r := restored(t, text, now)
 			r.finishWrite(r.persistence.changes, nil)
 			checkRegistry(t, r, now)
-			walked := now
 			health := func(at time.Duration, want string) {
 				t.Helper()
-				walk(r, walked, now.Add(at))
-				walked = now.Add(at)
+				pass(r, now.Add(at))
 				r.finishWrite(r.persistence.changes, nil)
 				if got := shown(r, now.Add(at)); fmt.Sprint(got["healthy"].GetHealth(), " ", got["stale"].GetHealth()) != want {
 					t.Errorf("after %s: %v, want %s", at, got, want)
@@ -192,9 +175,7 @@ func TestRestoreGivesOneTTL(t *testing.T) {
 			wantChanges(t, r, now.Add(testTTL-time.Millisecond))
 			health(testTTL+time.Nanosecond, "unhealthy unhealthy")
 			wantChanges(t, r, now.Add(testTTL+time.Nanosecond), "healthy: healthy > unhealthy")
-			if err := beat(r, "stale", now.Add(testTTL+time.Second)); err != nil {
-				t.Error(err)
-			}
+			must(t, beat(r, "stale", now.Add(testTTL+time.Second)))
 			health(testTTL+time.Second, "unhealthy healthy")
 			checkRegistry(t, r, now.Add(testTTL+time.Second))
 		})
@@ -225,16 +206,14 @@ func TestSavedDuringReload(t *testing.T) {
 // is to read it so.
 func TestOldStateFileIsRead(t *testing.T) {
 	t.Parallel()
-	text, err := os.ReadFile("testdata/registry-1.json")
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := get(os.ReadFile("testdata/registry-1.json"))(t)
 	now := time.Date(2026, 1, 2, 4, 0, 10, 0, time.UTC)
 	r := restored(t, text, now)
 	r.finishWrite(r.persistence.changes, nil)
 	checkRegistry(t, r, now)
 	var got []string
-	for _, l := range []string{"stellar-source", "silent", "leaving", "pipeline-1", "bare"} {
+	ids := []string{"stellar-source", "silent", "leaving", "pipeline-1", "bare"}
+	for _, l := range ids {
 		if err := r.view(l, now, func(s *service, _ time.Time) {
 			h, w, metrics := r.healthLocked(s, now), &s.said, make(map[string]string)
 			for i := range s.metrics {
@@ -253,23 +232,15 @@ func TestOldStateFileIsRead(t *testing.T) {
 		`pipeline-1 ["store-alias" "pipeline-1"] pipeline "" "" "" [] [] "" 0 map[] 2026-01-02T03:00:00Z 2026-01-02T03:59:59Z healthy map[] healthy () 0`,
 		`bare ["bare"] unspecified "" "" "" [] [] "" 0 map[] 2026-01-02T03:59:50Z 2026-01-02T03:59:50Z unknown map[] healthy () 1`,
 	}
-	for i, line := range got {
-		if line != want[i] {
-			t.Errorf("got  %s\nwant %s", line, want[i])
-		}
-	}
-	if got := listedIDs(t, r); !slices.Equal(got, []string{"stellar-source", "silent", "leaving", "pipeline-1", "bare"}) {
-		t.Errorf("listed: %q", got)
-	}
+	wantEqual(t, "services", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	wantEqual(t, "listed", listedIDs(t, r), ids)
 	wantChanges(t, r, now, "bare: unregistered > healthy")
 	last := r.byID["stellar-source"].history[1]
 	if last.cause != "it declared itself DEGRADED" || last.condition != degraded || !last.at.Equal(time.Date(2026, 1, 2, 3, 30, 0, 0, time.UTC)) {
 		t.Errorf("history: %v", last)
 	}
 	for _, id := range []string{"old-name", "ledgers", "stellar-source", "store-alias"} {
-		if err := beat(r, id, now); err != nil {
-			t.Error(err)
-		}
+		wantCode(t, "heartbeat as "+id, beat(r, id, now), codes.OK)
 	}
 }
 
@@ -293,7 +264,7 @@ func TestRunTakesOverHistory(t *testing.T) {
 	gated := actor("ledgers", role{Dialect: "v1", Gate: true})
 	p = launch(t, writePipeline(t, gated, shell("third", "exec sleep 300")), "-db-path", file)
 	p.waitOut("waiting")
-	p.has(p.stderr, `msg="services of an earlier run are not taken over" services=2 file=`+file, `msg="registry restored" services=1`)
+	p.has(p.stderr, `msg="services of an earlier run are not taken over" services=1 file=`+file, `msg="registry restored" services=1`)
 	c := dialPlane(t, p.endpoint())
 	listed := c.listed(t)
 	if len(listed) != 2 || listed[0].GetHealth() != "unregistered" || listed[0].GetRegisteredAt() != nil {
@@ -312,8 +283,6 @@ func TestRunTakesOverHistory(t *testing.T) {
 	}
 	p.stop()
 }
-
-// The server's process
 
 // serve starts a control plane alone, with its state in file, and returns it with a
 // client.
@@ -341,20 +310,14 @@ func TestRegistryOutlivesServer(t *testing.T) {
 				}
 			}
 			c.mustRegister(t, "v1", registration{id: "gone"})
-			if _, err := c.v1.UnregisterComponent(t.Context(), &flowctlv1.UnregisterRequest{ServiceId: "gone"}); err != nil {
-				t.Fatal(err)
-			}
+			get(c.v1.UnregisterComponent(t.Context(), &flowctlv1.UnregisterRequest{ServiceId: "gone"}))(t)
 			for _, declared := range []flowctlv1.HealthStatus{flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY, flowctlv1.HealthStatus_HEALTH_STATUS_DEGRADED} {
-				if _, err := c.v1.Heartbeat(t.Context(), &flowctlv1.HeartbeatRequest{ServiceId: "v1-alias", Status: declared, Metrics: map[string]string{"state": "late"}}); err != nil {
-					t.Fatal(err)
-				}
+				get(c.v1.Heartbeat(t.Context(), &flowctlv1.HeartbeatRequest{ServiceId: "v1-alias", Status: declared, Metrics: map[string]string{"state": "late"}}))(t)
 				if data, err := os.ReadFile(file); err != nil || !bytes.Contains(data, []byte(`"declared":"`+statusName(declared)+`"`)) {
 					t.Errorf("acknowledged and not in the file (%v): %s", err, data)
 				}
 			}
-			if _, err := c.legacy.Heartbeat(t.Context(), &flowctlpb.ServiceHeartbeat{ServiceId: "legacy-alias", Metrics: map[string]float64{"lag": 2.5}}); err != nil {
-				t.Fatal(err)
-			}
+			get(c.legacy.Heartbeat(t.Context(), &flowctlpb.ServiceHeartbeat{ServiceId: "legacy-alias", Metrics: map[string]float64{"lag": 2.5}}))(t)
 			if sig == syscall.SIGKILL {
 				eventually(t, "the metrics in the file", func() bool {
 					data, err := os.ReadFile(file)
@@ -392,10 +355,6 @@ func TestRegistryOutlivesServer(t *testing.T) {
 
 func TestStateFileOptions(t *testing.T) {
 	t.Parallel()
-	code, _, stderr := call(t, "server", "-db-path", "x", "-no-persistence")
-	if code != exitUsage || !strings.Contains(stderr, "-db-path and -no-persistence") {
-		t.Errorf("exit %d\n%s", code, stderr)
-	}
 	state, xdg, home := t.TempDir(), t.TempDir(), t.TempDir()
 	pipeline := writePipeline(t, shell("a", "true"))
 	for _, tt := range []struct {
@@ -436,8 +395,6 @@ func TestStateFileOptions(t *testing.T) {
 		})
 	}
 }
-
-// What is no state file of this version
 
 // smallState is a state file with two services.
 func smallState(t testing.TB) []byte {
@@ -488,9 +445,7 @@ func TestDamagedStateFileIsKept(t *testing.T) {
 		} else if !strings.Contains(err.Error(), file) {
 			t.Errorf("%s: the error does not name the file: %v", name, err)
 		}
-		if got, err := os.ReadFile(file); err != nil || string(got) != text {
-			t.Errorf("%s: the file was changed: %v, %q", name, err, got)
-		}
+		wantText(t, file, text)
 	}
 	for _, name := range []string{"garbage", "empty", "something else", "newer", "cut off in the middle"} {
 		for _, command := range []string{"server", "run"} {
@@ -505,9 +460,7 @@ func TestDamagedStateFileIsKept(t *testing.T) {
 				p.exit(exitPlane)
 				p.has(p.stderr, "flowctl: ", file)
 				p.hasNot(p.stdout, "it runs")
-				if got, err := os.ReadFile(file); err != nil || string(got) != damaged[name] {
-					t.Errorf("the file was changed: %v, %q", err, got)
-				}
+				wantText(t, file, damaged[name])
 			})
 		}
 	}
@@ -516,18 +469,12 @@ func TestDamagedStateFileIsKept(t *testing.T) {
 func TestStateFileThatCannotBeRead(t *testing.T) {
 	t.Parallel()
 	dir := publicDir(t)
-	if err := os.Chmod(dir, 0o777); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Chmod(dir, 0o777))
 	secret := writeFile(t, filepath.Join(dir, "secret.json"), string(smallState(t)))
 	folder := filepath.Join(dir, "folder")
-	if err := os.Mkdir(folder, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Mkdir(folder, 0o755))
 	loop := filepath.Join(dir, "loop")
-	if err := os.Symlink(loop, loop); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Symlink(loop, loop))
 	for _, file := range []string{secret, folder, loop, filepath.Join(dir, "missing", "state.json")} {
 		t.Run(filepath.Base(file), func(t *testing.T) {
 			t.Parallel()
@@ -550,9 +497,7 @@ func TestStateFileIsOfOneProcess(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	file, link := filepath.Join(dir, "state.json"), filepath.Join(dir, "link")
-	if err := os.Symlink("state.json", link); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Symlink("state.json", link))
 	first, c := serve(t, link) // a link to what is not there yet
 	c.mustRegister(t, "v1", registration{id: "a"})
 	for _, name := range []string{file, link} {
@@ -572,9 +517,7 @@ func TestStateFileIsOfOneProcess(t *testing.T) {
 	if info, err := os.Lstat(link); err != nil || info.Mode().Type() != fs.ModeSymlink {
 		t.Errorf("the link: %v, %v", info, err)
 	}
-	if services, err := savedIn(file); err != nil || len(services) != 2 {
-		t.Errorf("%v, %v", services, err)
-	}
+	wantSaved(t, file, 2)
 	if _, err := os.Lstat(file + ".tmp"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("the temporary file is still there: %v", err)
 	}
@@ -588,9 +531,7 @@ func TestStateFileWhoseLockIsRemoved(t *testing.T) {
 	first, c := serve(t, file, "-janitor-interval", "100ms")
 	c.mustRegister(t, "v1", registration{id: "a"})
 	first.signal(syscall.SIGSTOP) // else it may lock the file again at once
-	if err := os.Remove(file + ".lock"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Remove(file+".lock"))
 	second, other := serve(t, file)
 	other.mustRegister(t, "v1", registration{id: "b"})
 	first.signal(syscall.SIGCONT)
@@ -603,8 +544,8 @@ func TestStateFileWhoseLockIsRemoved(t *testing.T) {
 		return strings.Contains(table, "written by another process")
 	})
 	first.stop()
-	if services, err := savedIn(file); err != nil || len(services) != 2 || services[1].ID != "b" {
-		t.Errorf("%v, %v", services, err)
+	if services := wantSaved(t, file, 2); services[1].ID != "b" {
+		t.Errorf("saved: %v", services)
 	}
 }
 
@@ -616,63 +557,38 @@ func TestStateFileBesideLinks(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
 			file, victim := filepath.Join(dir, "state.json"), writeFile(t, filepath.Join(dir, "victim"), "precious")
-			if err := link(victim, file+".tmp"); err != nil {
-				t.Fatal(err)
-			}
+			must(t, link(victim, file+".tmp"))
 			p, c := serve(t, file)
 			c.mustRegister(t, "v1", registration{id: "a"})
 			p.stop()
-			if err := errors.Join(os.Remove(file+".lock"), link(victim, file+".lock")); err != nil {
-				t.Fatal(err)
-			}
+			must(t, errors.Join(os.Remove(file+".lock"), link(victim, file+".lock")))
 			p, c = serve(t, file)
 			c.awaitDurable(t, p, false)
 			p.has(p.stderr, file+".lock must be a plain file of its own")
 			p.stop()
-			if text, err := os.ReadFile(victim); err != nil || string(text) != "precious" {
-				t.Errorf("the other file: %q, %v", text, err)
-			}
+			wantText(t, victim, "precious")
 		})
 	}
 }
 
-// A run and a control plane alone, or two pipelines, do not take each other's file.
-func TestStateFileOfAnother(t *testing.T) {
+// A state file that does not say that it is of a pipeline, as one of the first version, is that
+// of a control plane alone. A run leaves it as it is, and that of another pipeline too.
+func TestStateFile_OfAnotherIsKept(t *testing.T) {
 	t.Parallel()
-	file := filepath.Join(t.TempDir(), "state.json")
-	p, c := serve(t, file)
-	c.mustRegister(t, "v1", registration{id: "a"})
-	p.stop()
-	before, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	p = launch(t, writePipeline(t, actor("a", role{Dialect: "v1"})), "-db-path", file)
-	p.exit(exitPlane)
-	p.has(p.stderr, file, "is that of a control plane alone")
-	if after, err := os.ReadFile(file); err != nil || !bytes.Equal(after, before) {
-		t.Errorf("the file was changed: %v, %s", err, after)
-	}
-}
-
-// A state file of the first version does not say whose it is: a control plane's alone. A run
-// leaves it as it is.
-func TestStateFile_WithoutAPipelineIsNoRuns(t *testing.T) {
-	t.Parallel()
-	text, err := os.ReadFile("testdata/registry-1.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, text := range map[string]string{
-		"none": string(text), "after the services": `{"format": "flowctl-registry/1", "services": [], "pipeline": "another"}`, "null": `{"format": "flowctl-registry/1", "pipeline": null, "services": []}`,
+	for _, tt := range []struct{ name, text, owner string }{
+		{"of a control plane", string(smallState(t)), "a control plane alone"},
+		{"of the first version", string(get(os.ReadFile("testdata/registry-1.json"))(t)), "a control plane alone"},
+		{"null", `{"format": "flowctl-registry/1", "pipeline": null, "services": []}`, "a control plane alone"},
+		{"after the services", `{"format": "flowctl-registry/1", "services": [], "pipeline": "another"}`, `pipeline "another"`},
 	} {
-		file := writeFile(t, filepath.Join(t.TempDir(), "state.json"), text)
-		p := launch(t, writePipeline(t, shell("a", "echo it runs")), "-db-path", file)
-		p.exit(exitPlane)
-		p.has(p.stderr, file, "kept as it is")
-		if after, err := os.ReadFile(file); err != nil || string(after) != text {
-			t.Errorf("%s: the file was changed: %v, %s", name, err, after)
-		}
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			file := writeFile(t, filepath.Join(t.TempDir(), "state.json"), tt.text)
+			p := launch(t, writePipeline(t, shell("a", "echo it runs")), "-db-path", file)
+			p.exit(exitPlane)
+			p.has(p.stderr, file+" is that of "+tt.owner+" and kept as it is")
+			wantText(t, file, tt.text)
+		})
 	}
 }
 
@@ -707,22 +623,16 @@ func TestServerWithoutAFolder(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			home := publicDir(t)
-			if err := prepare(home); err != nil {
-				t.Fatal(err)
-			}
+			must(t, prepare(home))
 			p := start(t, []string{"server", "-control-plane-port", "0", "-janitor-interval", "100ms"}, asNobody(65534), withEnv("XDG_STATE_HOME="+home))
 			c := dialPlane(t, p.endpoint())
 			c.mustRegister(t, "v1", registration{id: "a"})
 			c.awaitDurable(t, p, false)
 			p.has(p.stderr, "no place for the registry's state")
-			if err := os.Chmod(home, 0o777); err != nil {
-				t.Fatal(err)
-			}
+			must(t, os.Chmod(home, 0o777))
 			c.awaitDurable(t, p, true)
 			p.stop()
-			if services, err := savedIn(filepath.Join(home, "flowctl", "registry.json")); err != nil || len(services) != 1 {
-				t.Errorf("%v, %v", services, err)
-			}
+			wantSaved(t, filepath.Join(home, "flowctl", "registry.json"), 1)
 		})
 	}
 }
@@ -733,13 +643,7 @@ func TestIdleServerWritesNothing(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "state.json")
 	p, c := serve(t, file, "-janitor-interval", "50ms", "-heartbeat-ttl", "1m")
 	c.mustRegister(t, "v1", registration{id: "a"})
-	last := func() os.FileInfo {
-		info, err := os.Stat(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return info
-	}
+	last := func() os.FileInfo { return get(os.Stat(file))(t) }
 	var settled os.FileInfo
 	eventually(t, "the last write", func() bool {
 		before := last()
@@ -747,9 +651,7 @@ func TestIdleServerWritesNothing(t *testing.T) {
 		settled = last()
 		return os.SameFile(before, settled)
 	})
-	if err := c.heartbeat(t.Context(), "v1", "a"); err != nil {
-		t.Fatal(err)
-	}
+	must(t, c.heartbeat(t.Context(), "v1", "a"))
 	eventually(t, "a heartbeat on disk", func() bool { return !os.SameFile(settled, last()) })
 	p.stop()
 }
@@ -760,29 +662,18 @@ func TestPersist_LargeServices(t *testing.T) {
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "state.json")
 	p, endpoint := startAlone(t, []string{"-db-path", file, "-janitor-interval", "200ms"}, withBinary(plainFlowctl()))
-	registerLarge(t, endpoint, 1000, "\x01") // six bytes each in JSON
+	before := memory(t, p.cmd.Process.Pid, "VmRSS")
+	registerLarge(t, endpoint, 1000, "x")
 	check := neighbour(t, endpoint)
-	written := func() os.FileInfo {
-		info, err := os.Stat(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return info
-	}
+	written := func() os.FileInfo { return get(os.Stat(file))(t) }
 	for range 3 {
 		before := written().ModTime()
 		eventually(t, "another write", func() bool { return written().ModTime().After(before) })
 	}
 	check()
-	memoryGrew(t, p, 0, 2*2*mib(int(written().Size())))
+	memoryGrew(t, p, before, 2*4*mib(int(written().Size())))
 	p.stop()
 }
-
-// Disks that do not take it
-
-// keep, at its own time
-
-// SIGKILL
 
 // gone is the health, in a test's list, of what is not registered.
 const gone = "gone"

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"maps"
 	"net"
 	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -21,21 +23,15 @@ import (
 	journald "github.com/coreos/go-systemd/v22/journal"
 )
 
-// What systemd gives and is told: readiness and the watchdog, sockets that it opened
-// before flowctl started, and its journal.
+// What systemd gives and is told: readiness, the watchdog, sockets that it has opened, its journal.
 
 // planeSocket is the FileDescriptorName= of the socket that the control plane serves.
 const planeSocket = "control-plane"
 
-// notifyTimeout is how long systemd may leave a message unread before flowctl warns of
-// it, and how long flowctl waits at its end for the last ones to be read.
-const notifyTimeout = 5 * time.Second
-
-// maxPending is how many messages wait for systemd to read them. The kernel queues ten
-// more (net.unix.max_dgram_qlen).
-const maxPending = 64
-
 const (
+	notifyTimeout = 5 * time.Second // how long systemd may leave a message unread before flowctl warns of it, or ends
+	maxPending    = 64              // messages that wait for systemd to read them; the kernel queues ten more (net.unix.max_dgram_qlen)
+
 	journalTimeout = 10 * time.Second       // how long lines wait for a journal that takes none
 	journalRetry   = 100 * time.Millisecond // between tries: nothing tells that the journal is back
 	flushTime      = 5 * time.Second        // how long flowctl waits at its end for the last lines of a log
@@ -46,8 +42,7 @@ const (
 	journalPiece = 64 << 10
 )
 
-// planeSocketPassed tells whether systemd has passed a socket of that name to this
-// process (sd_listen_fds(3)).
+// planeSocketPassed tells whether systemd has passed that socket (sd_listen_fds(3)).
 func planeSocketPassed() bool {
 	return os.Getenv("LISTEN_PID") == strconv.Itoa(os.Getpid()) &&
 		slices.Contains(strings.Split(os.Getenv("LISTEN_FDNAMES"), ":"), planeSocket)
@@ -84,39 +79,35 @@ func passedListener(log *slog.Logger) (net.Listener, error) {
 	return nil, fmt.Errorf("the socket %q that systemd has passed is of the network %q: it must be tcp or unix", planeSocket, lis.Addr().Network())
 }
 
-// asksReload tells whether sig is the SIGHUP by which systemd asks a service for a reload.
-// Any other SIGHUP is that of a terminal that closes, and ends a run.
+// asksReload tells a SIGHUP by which systemd asks for a reload from that of a terminal that closes.
 func asksReload(sig os.Signal) bool {
 	service := os.Getenv("NOTIFY_SOCKET") != "" || os.Getenv("SYSTEMD_EXEC_PID") == strconv.Itoa(os.Getpid())
 	return sig == syscall.SIGHUP && service
 }
 
-// watchdogInterval returns how often systemd wants to hear from flowctl (WatchdogSec= of
-// the unit), 0 for never.
-func watchdogInterval(log *slog.Logger) time.Duration {
+// watchdogTicks tells when to feed systemd's watchdog (WatchdogSec= of the unit), nil for never.
+func watchdogTicks(log *slog.Logger) <-chan time.Time {
 	interval, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
 		log.Warn("the watchdog of systemd is not fed", "err", err)
 	}
-	return interval
+	return time.Tick(interval / 2)
 }
 
-// extendTimeout returns the message that asks systemd to wait for d longer. The margin is
-// for flowctl's own work: the longest is to write the last lines of a log to a slow reader.
+// extendTimeout asks systemd to wait for d longer, and a margin for the last lines to a slow reader.
 func extendTimeout(d time.Duration) string {
 	return fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", (d + 10*time.Second).Microseconds())
 }
 
-// notifier tells systemd how flowctl is (sd_notify(3)). A goroutine writes the messages
-// in order, so that a systemd that does not read holds up nobody else. A nil notifier,
-// for a flowctl that no unit started, tells nobody.
+// notifier tells systemd how flowctl is (sd_notify(3)). A goroutine writes the messages in order, so
+// that a systemd that does not read holds up nobody else. A nil one, without a unit, tells nobody.
 type notifier struct {
 	log  *slog.Logger
 	addr *net.UnixAddr
 	done chan struct{} // closed when the goroutine has ended
 
 	mu      sync.Mutex // guards the fields below
-	changed *sync.Cond
+	changed sync.Cond
 	pending []string
 	giveUp  time.Time // when close stops waiting, zero before close
 }
@@ -128,13 +119,12 @@ func newNotifier(log *slog.Logger) *notifier {
 		return nil
 	}
 	n := &notifier{log: log, addr: &net.UnixAddr{Name: path, Net: "unixgram"}, done: make(chan struct{})}
-	n.changed = sync.NewCond(&n.mu)
+	n.changed.L = &n.mu
 	go n.run()
 	return n
 }
 
-// send tells systemd states, as one message. It never blocks. Where systemd does not
-// read, old statuses give way to new messages.
+// send tells systemd states, as one message. It never blocks: old statuses give way to new messages.
 func (n *notifier) send(states ...string) {
 	if n == nil {
 		return
@@ -154,8 +144,7 @@ func isRepeated(message string) bool {
 	return strings.HasPrefix(message, "STATUS=") || message == daemon.SdNotifyWatchdog
 }
 
-// close returns when systemd has got every message, or after notifyTimeout. Nothing may
-// be sent after it.
+// close returns when systemd has got every message, or after notifyTimeout. Nothing may be sent after it.
 func (n *notifier) close() {
 	if n == nil {
 		return
@@ -198,8 +187,7 @@ func (n *notifier) run() {
 	}
 }
 
-// write returns when the kernel has taken the message, or with os.ErrDeadlineExceeded
-// when close waits no longer.
+// write hands the kernel a message. It fails with os.ErrDeadlineExceeded when close waits no longer.
 func (n *notifier) write(message string) error {
 	conn, err := net.DialUnix("unixgram", nil, n.addr)
 	if err != nil {
@@ -207,15 +195,10 @@ func (n *notifier) write(message string) error {
 	}
 	defer conn.Close()
 	for warned := false; ; warned = true {
-		now := time.Now()
 		n.mu.Lock()
 		giveUp := n.giveUp
 		n.mu.Unlock()
-		deadline := now.Add(notifyTimeout)
-		if !giveUp.IsZero() {
-			deadline = giveUp
-		}
-		_ = conn.SetWriteDeadline(deadline) // an open connection has deadlines
+		_ = conn.SetWriteDeadline(cmp.Or(giveUp, time.Now().Add(notifyTimeout))) // an open connection has deadlines
 		if _, err = conn.Write([]byte(message)); !errors.Is(err, os.ErrDeadlineExceeded) || !giveUp.IsZero() {
 			return err
 		}
@@ -225,16 +208,12 @@ func (n *notifier) write(message string) error {
 	}
 }
 
-// journalLog writes to systemd's journal by its native protocol, a record for each line.
-// A slow journal slows the components, as a slow reader of standard output does. When the
-// journal has failed for journalTimeout, lines are dropped until it is back; then a record
-// says how many.
+// journalLog writes to systemd's journal by its native protocol, a record for each line. A slow
+// journal slows the components, as a slow reader of standard output does. When it has failed for
+// journalTimeout, lines are dropped until it is back; then a record says how many.
 type journalLog struct {
 	send func(message string, priority journald.Priority, fields map[string]string) error
 	base map[string]string // of flowctl's own records; never changes
-
-	mu     sync.RWMutex                 // guards fields
-	fields map[string]map[string]string // by component; an entry never changes
 
 	dropped      atomic.Int64 // lines
 	failingSince atomic.Int64 // Unix time in nanoseconds, 0 while the journal works
@@ -248,66 +227,73 @@ type journalRecord struct {
 	message  string
 	priority journald.Priority
 	fields   map[string]string
-	last     bool // there is no message, and no record comes after it
+	reached  chan struct{} // to be closed when all records before are written, of one without a message; else nil
+	last     bool          // there is no message, and no record comes after it
 }
 
-// openJournal opens the journal for the components ids of a pipeline. A control plane
-// alone has neither. close ends its goroutine.
-func openJournal(pipeline string, ids []string) *journalLog {
+// openJournal opens the journal for a pipeline, "" for a control plane alone. close ends its goroutine.
+func openJournal(pipeline string) *journalLog {
 	j := &journalLog{
-		send: journald.Send, base: map[string]string{"SYSLOG_IDENTIFIER": "flowctl"}, fields: make(map[string]map[string]string),
+		send: journald.Send, base: map[string]string{"SYSLOG_IDENTIFIER": "flowctl"},
 		records: make(chan journalRecord, journalQueue), done: make(chan struct{}),
 	}
 	if pipeline != "" {
 		j.base["PIPELINE"] = pipeline
 	}
-	for _, id := range ids {
-		j.add(id)
-	}
 	go func() {
 		defer close(j.done)
 		for r := range j.records {
-			if r.last {
+			switch {
+			case r.last:
 				return
+			case r.reached != nil:
+				close(r.reached)
+			default:
+				j.write(r.message, r.priority, r.fields)
 			}
-			j.write(r.message, r.priority, r.fields)
 		}
 	}()
 	return j
 }
 
-// add makes the component id known, before its first line.
-func (j *journalLog) add(id string) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	// journalctl shows the identifier before each line.
-	j.fields[id] = map[string]string{"SYSLOG_IDENTIFIER": id, "COMPONENT": id, "PIPELINE": j.base["PIPELINE"]}
-}
-
-// close writes what is left of flowctl's own log. After flushTime it leaves the rest, and
-// the goroutine that a journal holds up. j may be nil.
+// close writes what is left of flowctl's own log, for at most flushTime. j may be nil.
 func (j *journalLog) close() {
 	if j == nil {
 		return
 	}
-	timer := time.NewTimer(flushTime)
-	defer timer.Stop()
+	late := time.After(flushTime)
 	select {
 	case j.records <- journalRecord{last: true}:
-	case <-timer.C:
+	case <-late:
 		return
 	}
 	select {
 	case <-j.done:
-	case <-timer.C:
+	case <-late:
+	}
+}
+
+// await returns when all of flowctl's own log is written, or when ctx ends. j may be nil.
+func (j *journalLog) await(ctx context.Context) {
+	if j == nil {
+		return
+	}
+	reached := make(chan struct{})
+	select {
+	case j.records <- journalRecord{reached: reached}:
+	case <-ctx.Done():
+		return
+	}
+	select {
+	case <-reached:
+	case <-ctx.Done():
 	}
 }
 
 // lines writes lines of a component, each a record.
 func (j *journalLog) lines(id, stream string, lines []byte) {
-	j.mu.RLock()
-	known := j.fields[id]
-	j.mu.RUnlock()
+	// journalctl shows the identifier before each line.
+	known := map[string]string{"SYSLOG_IDENTIFIER": id, "COMPONENT": id, "PIPELINE": j.base["PIPELINE"]}
 	for len(lines) > 0 {
 		var line []byte
 		line, lines = cutLine(lines)
@@ -326,9 +312,8 @@ func (j *journalLog) lines(id, stream string, lines []byte) {
 	}
 }
 
-// linePriority returns the priority of a line, and the line without the <N> that may name
-// it (sd-daemon(3)). The highest is err: the journal shows an emergency on all terminals,
-// and that of a component is not one of the machine.
+// linePriority returns the priority of a line, and the line without the <N> that may name it (sd-daemon(3)).
+// The highest is err: the journal shows an emergency on all terminals.
 func linePriority(line []byte, stream string) ([]byte, journald.Priority) {
 	if len(line) >= 3 && line[0] == '<' && line[1] >= '0' && line[1] <= '7' && line[2] == '>' {
 		return line[3:], max(journald.Priority(line[1]-'0'), journald.PriErr)
@@ -349,9 +334,7 @@ func (j *journalLog) write(message string, priority journald.Priority, fields ma
 		j.dropped.Add(1)
 		return
 	}
-	if j.failingSince.Load() != 0 {
-		j.failingSince.Store(0)
-	}
+	j.failingSince.Store(0)
 	if n := j.dropped.Swap(0); n > 0 {
 		if err := j.send(fmt.Sprintf("%d lines are lost: the journal did not take them", n), journald.PriErr, j.base); err != nil {
 			j.dropped.Add(n)
@@ -373,8 +356,7 @@ func (j *journalLog) retry(message string, priority journald.Priority, fields ma
 	}
 }
 
-// log writes a record of flowctl's own log. It never blocks: a record is dropped, and
-// counted, when journalQueue others wait.
+// log writes a record of flowctl's own log. It never blocks: beyond journalQueue they are dropped.
 func (j *journalLog) log(r journalRecord) {
 	select {
 	case j.records <- r:
@@ -383,8 +365,7 @@ func (j *journalLog) log(r journalRecord) {
 	}
 }
 
-// journalEntry is a part of the report of a run that failed. component and reason are
-// empty where no component has failed.
+// journalEntry is a part of the report of a run that failed; component may be empty.
 type journalEntry struct{ message, component, reason string }
 
 // report writes the report of a run that failed.
@@ -398,42 +379,26 @@ func (j *journalLog) report(entries []journalEntry) {
 	}
 }
 
-// handler returns the handler of flowctl's own log.
-func (j *journalLog) handler(level slog.Level) slog.Handler {
-	return &journalHandler{journal: j, level: level}
-}
-
 // journalHandler writes records of slog to the journal. The message is the text with its
 // attributes behind it; each attribute is a field as well.
 type journalHandler struct {
 	journal *journalLog
 	level   slog.Level
-	group   string      // prefix of keys, "" or with a dot at its end
-	attrs   []slog.Attr // keys have the prefix
+	attrs   []slog.Attr
 }
 
 func (h *journalHandler) Enabled(_ context.Context, level slog.Level) bool { return level >= h.level }
 
-func (h *journalHandler) WithGroup(name string) slog.Handler {
-	with := *h
-	with.group += name + "."
-	return &with
-}
+// WithGroup is there for slog: flowctl's log has no groups.
+func (h *journalHandler) WithGroup(string) slog.Handler { return h }
 
 func (h *journalHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
-	with := *h
-	with.attrs = slices.Clip(h.attrs)
-	for _, a := range attrs {
-		a.Key = h.group + a.Key
-		with.attrs = append(with.attrs, a)
-	}
-	return &with
+	return &journalHandler{h.journal, h.level, slices.Concat(h.attrs, attrs)}
 }
 
 func (h *journalHandler) Handle(ctx context.Context, r slog.Record) error {
 	attrs := slices.Clip(h.attrs)
 	r.Attrs(func(a slog.Attr) bool {
-		a.Key = h.group + a.Key
 		attrs = append(attrs, a)
 		return true
 	})
@@ -464,22 +429,18 @@ func levelPriority(level slog.Level) journald.Priority {
 	return journald.PriDebug
 }
 
-// fieldName returns the name of a field for the attribute key: upper case, digits and
-// underscores, and no name that means something to the journal (systemd.journal-fields(7)).
+// What cannot be in the name of a field, and names that mean something to the journal (systemd.journal-fields(7)).
+var (
+	notInField    = regexp.MustCompile(`[^A-Z0-9]`)
+	reservedField = regexp.MustCompile(`^(_|[0-9]|MESSAGE_|CODE_|SYSLOG_|OBJECT_|COREDUMP_` +
+		`|(MESSAGE|PRIORITY|ERRNO|TID|UNIT|USER_UNIT|DOCUMENTATION|INVOCATION_ID|USER_INVOCATION_ID)?$)`)
+)
+
+// fieldName returns the name of a field for the attribute key.
 func fieldName(key string) string {
 	const most = 64
-	name := strings.Map(func(r rune) rune {
-		switch {
-		case r >= 'a' && r <= 'z':
-			return r - 'a' + 'A'
-		case r >= 'A' && r <= 'Z', r >= '0' && r <= '9':
-			return r
-		}
-		return '_'
-	}, key)
-	reserved := []string{"", "MESSAGE", "PRIORITY", "ERRNO", "TID", "UNIT", "USER_UNIT", "DOCUMENTATION", "INVOCATION_ID", "USER_INVOCATION_ID"}
-	prefixes := []string{"_", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "MESSAGE_", "CODE_", "SYSLOG_", "OBJECT_", "COREDUMP_"}
-	if slices.Contains(reserved, name) || slices.ContainsFunc(prefixes, func(p string) bool { return strings.HasPrefix(name, p) }) {
+	name := notInField.ReplaceAllString(strings.ToUpper(key), "_")
+	if reservedField.MatchString(name) {
 		name = "FLOWCTL_" + strings.TrimLeft(name, "_")
 	}
 	return name[:min(len(name), most)]
@@ -488,16 +449,19 @@ func fieldName(key string) string {
 // journalRuns tells whether there is a journal on this machine.
 func journalRuns() bool { return journald.Enabled() }
 
-// stderrIsJournal tells whether standard error leads to the journal.
-func stderrIsJournal() bool {
-	on, err := journald.StderrIsJournalStream()
+// isJournal tells whether standard error leads to the journal, or standard output, where f is that.
+func isJournal(f *os.File) bool {
+	ask := journald.StderrIsJournalStream
+	if f == os.Stdout {
+		ask = journald.StdoutIsJournalStream
+	}
+	on, err := ask()
 	return err == nil && on && journald.Enabled()
 }
 
-// markErrors returns text for standard error. Where that leads to the journal, each line
-// is marked as an error (sd-daemon(3)).
+// markErrors marks each line of text as an error for the journal (sd-daemon(3)), if stderr is that.
 func markErrors(text string) string {
-	if stderrIsJournal() {
+	if isJournal(os.Stderr) {
 		return "<3>" + strings.ReplaceAll(text, "\n", "\n<3>")
 	}
 	return text

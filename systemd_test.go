@@ -40,14 +40,9 @@ type lab struct {
 func openLab(t *testing.T) *lab {
 	t.Helper()
 	folder := t.TempDir()
-	if err := os.Chmod(folder, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, from := range map[string]string{"flowctl": flowctlProgram(t), "actor": self} {
+	must(t, os.Chmod(folder, 0o755))
+	self := get(os.Executable())(t)
+	for name, from := range map[string]string{"flowctl": flowctlProgram(), "actor": self} {
 		data, err := os.ReadFile(from)
 		if err == nil {
 			err = os.WriteFile(filepath.Join(folder, name), data, 0o755)
@@ -60,17 +55,9 @@ func openLab(t *testing.T) *lab {
 	cmd := exec.Command("testdata/systemd-lab", "-b", folder+":/lab", "sh", "-c", "echo $LAB_INIT; exec cat")
 	var said bytes.Buffer
 	cmd.Stderr = &said
-	in, err := cmd.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	in := get(cmd.StdinPipe())(t)
+	out := get(cmd.StdoutPipe())(t)
+	must(t, cmd.Start())
 	line, err := bufio.NewReader(out).ReadString('\n')
 	if err != nil {
 		_ = cmd.Wait()
@@ -108,10 +95,7 @@ func (l *lab) try(args ...string) (string, error) {
 
 func (l *lab) run(t *testing.T, args ...string) string {
 	t.Helper()
-	out, err := l.try(args...)
-	if err != nil {
-		t.Fatal(err)
-	}
+	out := get(l.try(args...))(t)
 	return out
 }
 
@@ -153,19 +137,13 @@ RestartSec=100ms
 // more lines for its [Service] section.
 func (l *lab) install(t *testing.T, name string, components []Component, args, more string) *unit {
 	t.Helper()
-	service, err := os.ReadFile("flowctl.service")
-	if err != nil {
-		t.Fatal(err)
-	}
+	service := get(os.ReadFile("flowctl.service"))(t)
 	for i := range components {
 		if components[i].Env[roleVar] != "" {
 			components[i].Command = []string{"/lab/actor"}
 		}
 	}
-	pipeline, err := os.ReadFile(writePipeline(t, components...))
-	if err != nil {
-		t.Fatal(err)
-	}
+	pipeline := get(os.ReadFile(writePipeline(t, components...)))(t)
 	l.write(t, "/etc/flowctl/"+name+".json", strings.Replace(string(pipeline), `"name":"test"`, `"name":"`+name+`"`, 1))
 	l.write(t, "/etc/systemd/system/"+name+".service", string(service))
 	l.write(t, "/etc/systemd/system/"+name+".service.d/test.conf", fmt.Sprintf(dropIn, name, args)+more)
@@ -303,6 +281,7 @@ func TestSystemd(t *testing.T) {
 		{"credentials", testUnitCredentials},
 		{"folders", testUnitFolders},
 		{"identity", testUnitIdentity},
+		{"attacked", testUnitAttacked},
 		{"delegated", testUnitDelegated},
 		{"user unit", testUserUnit},
 		{"verify", testUnitVerify},
@@ -335,10 +314,7 @@ func testUnitWatchdog(t *testing.T, l *lab) {
 	// One that turns is not, for longer than WatchdogSec=.
 	pid := u.mainPID()
 	number := func(property string) int {
-		n, err := strconv.Atoi(u.show(property))
-		if err != nil {
-			t.Fatal(err)
-		}
+		n := get(strconv.Atoi(u.show(property)))(t)
 		return n
 	}
 	u.eventually(func() bool {
@@ -406,34 +382,20 @@ func testUnitStartStop(t *testing.T, l *lab) {
 	started := make(chan error, 1)
 	go func() { _, err := l.try("systemctl", "start", u.name); started <- err }()
 	u.logged("waiting", "COMPONENT=gate")
-	if got := u.show("ActiveState"); got != "activating" {
-		t.Errorf("ActiveState=%s before all are ready", got)
-	}
-	if got := u.show("StatusText"); got != "0 of 2 ready, waiting for gate, sink" {
-		t.Errorf("StatusText=%q", got)
-	}
+	wantEqual(t, "ActiveState", u.show("ActiveState"), "activating")
+	wantEqual(t, "StatusText", u.show("StatusText"), "0 of 2 ready, waiting for gate, sink")
 	pid := u.logged("started", "COMPONENT=gate").text("PID")
 	l.run(t, "kill", "-USR2", pid)
-	if err := <-started; err != nil {
-		t.Fatal(err)
-	}
-	if got := u.show("StatusText"); got != "2 of 2 ready" {
-		t.Errorf("StatusText=%q", got)
-	}
+	must(t, <-started)
+	wantEqual(t, "StatusText", u.show("StatusText"), "2 of 2 ready")
 	u.stop()
-	if got := u.show("ActiveState") + " " + u.show("Result"); got != "inactive success" {
-		t.Errorf("after stop: %s", got)
-	}
+	wantEqual(t, "ActiveState Result", u.show("ActiveState")+" "+u.show("Result"), "inactive success")
 	var ended []string
 	for _, r := range u.journal("REASON=exit status 0") {
 		ended = append(ended, r.text("COMPONENT"))
 	}
-	if got := strings.Join(ended, " "); got != "gate sink" {
-		t.Errorf("ended: %s", got)
-	}
-	if left := u.processes(); left != "" {
-		t.Errorf("left in the cgroup: %s", left)
-	}
+	wantEqual(t, "ended", strings.Join(ended, " "), "gate sink")
+	wantEqual(t, "left in the cgroup", u.processes(), "")
 }
 
 func testUnitNotReady(t *testing.T, l *lab) {
@@ -442,9 +404,7 @@ func testUnitNotReady(t *testing.T, l *lab) {
 	if out, err := l.try("systemctl", "start", u.name); err == nil {
 		t.Fatalf("start succeeds: %s", out)
 	}
-	if got := u.show("Result") + " " + u.show("ExecMainStatus"); got != "exit-code 4" {
-		t.Errorf("Result and status: %s", got)
-	}
+	wantEqual(t, "Result ExecMainStatus", u.show("Result")+" "+u.show("ExecMainStatus"), "exit-code 4")
 	status, _ := l.try("systemctl", "status", "--no-pager", u.name)
 	if !strings.Contains(status, "component mute failed: not ready within its start timeout of 3s") {
 		t.Errorf("systemctl status does not say why:\n%s", status)
@@ -483,9 +443,7 @@ func testUnitUsage(t *testing.T, l *lab) {
 	if out, err := l.try("systemctl", "start", u.name); err == nil {
 		t.Fatalf("start succeeds: %s", out)
 	}
-	if got := u.show("ExecMainStatus") + " " + u.show("NRestarts") + " " + u.show("ActiveState"); got != "2 0 failed" {
-		t.Errorf("status, restarts, state: %s", got)
-	}
+	wantEqual(t, "ExecMainStatus NRestarts ActiveState", u.show("ExecMainStatus")+" "+u.show("NRestarts")+" "+u.show("ActiveState"), "2 0 failed")
 	u.logged("-control-plane-port \"70000\": it must be a number from 0 to 65535", "PRIORITY=3")
 }
 
@@ -601,10 +559,7 @@ func testUnitJournalRestarts(t *testing.T, l *lab) {
 }
 
 func testUnitSocket(t *testing.T, l *lab) {
-	socket, err := os.ReadFile("flowctl.socket")
-	if err != nil {
-		t.Fatal(err)
-	}
+	socket := get(os.ReadFile("flowctl.socket"))(t)
 	u := l.install(t, "socket", []Component{actor("a", role{Dialect: "v1", Environ: true}), shell("fds", "for f in /proc/self/fd/*; do readlink $f; done; exec sleep 1000")}, "", "")
 	l.write(t, "/etc/systemd/system/socket.socket", strings.Replace(string(socket), "ListenStream=", "ListenStream=127.0.0.1:8180\nListenStream=127.0.0.1:8181\n#", 1))
 	l.run(t, "systemctl", "daemon-reload")
@@ -647,9 +602,7 @@ func testUnitSocket(t *testing.T, l *lab) {
 	if _, err := l.try("systemctl", "restart", u.name); err == nil {
 		t.Error("a port beside a passed socket is not refused")
 	}
-	if got := u.show("ExecMainStatus"); got != "2" {
-		t.Errorf("with a port beside a passed socket: status %s, want 2", got)
-	}
+	wantEqual(t, "ExecMainStatus", u.show("ExecMainStatus"), "2")
 	u.logged("-control-plane-port 0: systemd has passed a socket named control-plane")
 }
 
@@ -675,9 +628,7 @@ func testUnitFolders(t *testing.T, l *lab) {
 			writes = append(writes, dir)
 		}
 	}
-	if got := strings.Join(writes, " "); got != "/var/lib/folders /run/folders /var/log/folders /tmp" {
-		t.Errorf("a component can write to %s", got)
-	}
+	wantEqual(t, "a component can write to", strings.Join(writes, " "), "/var/lib/folders /run/folders /var/log/folders /tmp")
 	l.run(t, "test", "-s", "/var/lib/folders/folders.json")
 	if out := l.run(t, "cat", "/var/log/folders/a.log"); !strings.HasSuffix(out, " tried") {
 		t.Errorf("log file: %q", out)
@@ -699,14 +650,58 @@ func testUnitIdentity(t *testing.T, l *lab) {
 		t.Errorf("a stranger registers as a: %v\n%s", err, out)
 	}
 	u.stop()
-	if left := u.processes(); left != "" {
-		t.Errorf("left in the cgroup: %s", left)
+	wantEqual(t, "left in the cgroup", u.processes(), "")
+	if got := u.logged("ending what left its process group").text("PROCESSES"); !strings.HasSuffix(got, " (sleep)") {
+		t.Errorf("ended %q", got)
 	}
-	u.logged("ending what left its component", "NAME=sleep")
 	u.logged("all components have ended")
-	if got := u.show("Result"); got != "success" {
-		t.Errorf("Result=%s", got)
+	wantEqual(t, "Result", u.show("Result"), "success")
+}
+
+// In the unit nobody but components gets in beside TLS, nobody but root operates, and what a
+// component puts in the place of a log file is not followed. Without netlink it does not start.
+func testUnitAttacked(t *testing.T, l *lab) {
+	ca := newCA(t)
+	cert := issue(t, ca, nil)
+	for name, text := range map[string]string{"pem": cert.cert, "key": cert.key, "ca": ca.cert} {
+		l.write(t, "/etc/flowctl/attacked."+name, text)
 	}
+	pose := []string{"FLOWCTL_COMPONENT_ID=a", roleVar + "=" + actorRole(t, role{Dialect: "v1", End: "registered"}), "/lab/actor"}
+	evil := `cd $LOGS_DIRECTORY; echo precious >$STATE_DIRECTORY/other; rm -f late.log; ln -s $STATE_DIRECTORY/other late.log; touch placed
+env '` + strings.Join(pose, "' '") + `' 2>&1; /lab/flowctl reload 2>&1; exec sleep 1000`
+	late := `until [ -e $LOGS_DIRECTORY/placed ]; do sleep 0.02; done; echo from late; exec sleep 1000`
+	u := l.install(t, "attacked", []Component{actor("a", role{Dialect: "v1"}), shell("evil", evil), shell("late", late)},
+		"-control-plane-port 0 -tls-cert /etc/flowctl/attacked.pem -tls-key ${CREDENTIALS_DIRECTORY}/key -tls-ca-cert /etc/flowctl/attacked.ca", "LoadCredential=key:/etc/flowctl/attacked.key\n")
+	u.start()
+	u.logged("component evil cannot speak for component a", "SYSLOG_IDENTIFIER=evil")
+	u.logged("only an operator may do that", "SYSLOG_IDENTIFIER=evil")
+	u.logged("from late", "SYSLOG_IDENTIFIER=late")
+	l.run(t, "systemctl", "restart", u.name) // which opens the files anew
+	u.logged("/var/log/attacked/late.log is a link, a pipe or a socket", "COMPONENT=late")
+	wantEqual(t, "what the link leads to", l.run(t, "cat", "/var/lib/attacked/other"), "precious")
+	other := []string{"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "env", "RUNTIME_DIRECTORY=/run/attacked"}
+	private := ""
+	for _, r := range u.journal() { // the latest is of the restart
+		if strings.HasPrefix(r.text("MESSAGE"), "listening for components, without TLS") {
+			private = r.text("ENDPOINT")
+		}
+	}
+	for name, as := range map[string][]string{"root": {"env"}, "another user": other, "another pid namespace": append([]string{"unshare", "--pid", "--fork"}, other...)} {
+		if out, err := l.try(slices.Concat(as, []string{"FLOWCTL_ENDPOINT=" + private}, pose)...); err == nil || !strings.Contains(err.Error(), "Unavailable") {
+			t.Errorf("%s without TLS: %v\n%s", name, err, out)
+		}
+	}
+	if out, err := l.try(append(other, "/lab/flowctl", "reload")...); err == nil {
+		t.Errorf("another user reloads: %s", out)
+	}
+	l.run(t, "systemctl", "reload", u.name)
+	l.write(t, "/etc/systemd/system/attacked.service.d/wrong.conf", "[Service]\nRestart=no\nRestrictAddressFamilies=\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n")
+	l.run(t, "systemctl", "daemon-reload")
+	if _, err := l.try("systemctl", "restart", u.name); err == nil {
+		t.Error("it starts without netlink")
+	}
+	wantEqual(t, "ExecMainStatus", u.show("ExecMainStatus"), "3")
+	u.logged("no listener without TLS for a, evil, late: flowctl could not tell who calls there")
 }
 
 func testUnitDelegated(t *testing.T, l *lab) {
@@ -714,23 +709,18 @@ func testUnitDelegated(t *testing.T, l *lab) {
 		"Delegate=yes\nProtectControlGroups=no\nRestrictNamespaces=no\n")
 	u.start()
 	folder := "/sys/fs/cgroup/system.slice/delegated.service"
-	if out := l.run(t, "sh", "-c", "cat "+folder+"/flowctl-*/cgroup.procs"); len(strings.Fields(out)) != 1 {
+	if out := l.run(t, "sh", "-c", "cat "+folder+"/flowctl-*/component-*-a/cgroup.procs"); len(strings.Fields(out)) != 1 {
 		t.Errorf("in the cgroup of the components: %q", out)
 	}
 	l.run(t, "kill", "-KILL", u.mainPID())
 	u.restarted()
 	u.is("ActiveState", "active")
 	u.stop()
-	if left := u.processes(); left != "" {
-		t.Errorf("left: %s", left)
-	}
+	wantEqual(t, "left in the cgroup", u.processes(), "")
 }
 
 func testUserUnit(t *testing.T, l *lab) {
-	pipeline, err := os.ReadFile(writePipeline(t, Component{ID: "a", Command: []string{"/lab/actor"}, Env: actor("a", role{Dialect: "v1"}).Env}))
-	if err != nil {
-		t.Fatal(err)
-	}
+	pipeline := get(os.ReadFile(writePipeline(t, Component{ID: "a", Command: []string{"/lab/actor"}, Env: actor("a", role{Dialect: "v1"}).Env})))(t)
 	l.write(t, "/root/.config/systemd/user/flowctl.service", "[Service]\nType=notify\nKillMode=mixed\nStateDirectory=flowctl\nRuntimeDirectory=flowctl\nExecStart=/lab/flowctl run %h/pipeline.json -control-plane-port 0\n")
 	l.write(t, "/root/pipeline.json", string(pipeline))
 	l.run(t, "systemctl", "start", "user@0.service")
@@ -753,10 +743,7 @@ func testUserUnit(t *testing.T, l *lab) {
 
 func testUnitVerify(t *testing.T, l *lab) {
 	for _, name := range []string{"flowctl.service", "flowctl.socket"} {
-		data, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
+		data := get(os.ReadFile(name))(t)
 		l.write(t, "/etc/systemd/system/"+name, string(data))
 	}
 	l.run(t, "cp", "/lab/flowctl", "/usr/local/bin/flowctl")
@@ -847,10 +834,7 @@ func TestNotify_LifeOfARun(t *testing.T) {
 func TestNotify_RunEndsThoughNobodyReads(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(shortDir(t), "notify")
-	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := get(net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"}))(t)
 	defer conn.Close()
 	var components []Component
 	for i := range 15 { // more than the kernel queues
@@ -858,10 +842,7 @@ func TestNotify_RunEndsThoughNobodyReads(t *testing.T) {
 	}
 	p := start(t, runArgs(writePipeline(t, components...)), withEnv("NOTIFY_SOCKET="+path))
 	for buf := make([]byte, 4096); ; {
-		n, err := conn.Read(buf)
-		if err != nil {
-			t.Fatal(err)
-		}
+		n := get(conn.Read(buf))(t)
 		if strings.HasPrefix(string(buf[:n]), "READY=1") {
 			break
 		}
@@ -874,16 +855,10 @@ func TestNotify_RunEndsThoughNobodyReads(t *testing.T) {
 func fullNotifySocket(t *testing.T) (string, *net.UnixConn) {
 	t.Helper()
 	addr := &net.UnixAddr{Name: filepath.Join(shortDir(t), "notify"), Net: "unixgram"}
-	conn, err := net.ListenUnixgram("unixgram", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := get(net.ListenUnixgram("unixgram", addr))(t)
 	t.Cleanup(func() { conn.Close() })
-	for err == nil {
-		var filler *net.UnixConn
-		if filler, err = net.DialUnix("unixgram", nil, addr); err != nil {
-			t.Fatal(err)
-		}
+	for err := error(nil); err == nil; {
+		filler := get(net.DialUnix("unixgram", nil, addr))(t)
 		_ = filler.SetWriteDeadline(time.Now().Add(10 * time.Millisecond))
 		_, err = filler.Write([]byte("FILLER=1"))
 		filler.Close()

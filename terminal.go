@@ -27,8 +27,7 @@ func inForeground(f *os.File) bool {
 	return errno == 0 && int(group) == syscall.Getpgrp()
 }
 
-// takesInterrupts tells whether Ctrl-C in flowctl's terminal reaches it, and so what
-// is in its process group.
+// takesInterrupts tells whether Ctrl-C and Ctrl-\ in flowctl's terminal reach its process group.
 func takesInterrupts() bool {
 	tty, err := os.OpenFile("/dev/tty", os.O_RDONLY, 0)
 	if err != nil {
@@ -38,17 +37,15 @@ func takesInterrupts() bool {
 	return inForeground(tty)
 }
 
-// canBeSuspended tells whether a shell with job control has started flowctl, which can
-// continue it after Ctrl-Z: such a shell gives each job a process group of its own, so
-// that it is not that of the leader of the session. Other process groups the kernel
-// does not stop by Ctrl-Z.
+// canBeSuspended tells whether a shell with job control has started flowctl, which can continue it
+// after Ctrl-Z: such a shell gives each job a process group that is not the leader's of the session.
+// Other process groups the kernel does not stop by Ctrl-Z.
 func canBeSuspended() bool {
 	session, _, errno := syscall.Syscall(syscall.SYS_GETSID, 0, 0, 0)
 	return errno == 0 && int(session) != syscall.Getpgrp() && !signal.Ignored(syscall.SIGTSTP)
 }
 
-// stopSelf stops flowctl as Ctrl-Z would. It may return a moment before that; SIGCONT
-// comes when flowctl goes on.
+// stopSelf stops flowctl as Ctrl-Z would. It may return a moment before. SIGCONT ends it.
 func stopSelf() { _ = syscall.Kill(syscall.Getpid(), syscall.SIGSTOP) }
 
 // terminalSize is 80 by 24 where the terminal does not tell.

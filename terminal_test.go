@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"os"
@@ -15,6 +16,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unicode"
+	"unicode/utf8"
 	"unsafe"
 )
 
@@ -37,7 +40,7 @@ func openTerminal(tb testing.TB, width, height int, components []Component, args
 		components[i].WorkingDir = t.dir
 	}
 	file := writePipeline(tb, components...)
-	command := "exec " + flowctlProgram(tb) + " " + strings.Join(runArgs(file, "-log-dir", "''"), " ")
+	command := "exec " + flowctlProgram() + " " + strings.Join(runArgs(file, "-log-dir", "''"), " ")
 	for _, arg := range args {
 		command += " '" + arg + "'"
 	}
@@ -45,9 +48,7 @@ func openTerminal(tb testing.TB, width, height int, components []Component, args
 		command += ` "$@"`
 	}
 	writeFile(tb, filepath.Join(t.dir, "run"), "#!/bin/sh\n"+command+"\n")
-	if err := os.Chmod(filepath.Join(t.dir, "run"), 0o700); err != nil {
-		tb.Fatal(err)
-	}
+	must(tb, os.Chmod(filepath.Join(t.dir, "run"), 0o700))
 	conf := writeFile(tb, filepath.Join(t.dir, "conf"), "set -g history-limit 200000\nset -g default-terminal screen\nset -g escape-time 0\n")
 	env := slices.DeleteFunc(slices.Clone(p.cmd.Env), func(entry string) bool {
 		name, _, _ := strings.Cut(entry, "=")
@@ -246,7 +247,7 @@ func TestFooter_BelowAnyText(t *testing.T) {
 	script := "cat lines"
 	c := openTerminal(t, 80, 24, []Component{onGo("a", script, script)}, "-log-level", "warn")
 	writeFile(t, filepath.Join(c.dir, "lines"), strings.Join([]string{
-		"wide 日本語 한국어 🚀🚀", strings.Repeat("宽", 40), "combining e\u0301 a\u0308o\u0302", "tab\tone\ttwo\t\t\t\t\t\t\t\t\tthree", exact, long, "half\r02:02:02", "",
+		"wide 日本語 한국어 🚀🚀", strings.Repeat("宽", 40), "combining e\u0301 a\u0308o\u0302", "tab\tone\ttwo\t\t\t\t\t\t\t\t\tthree", exact, long, "half\rwhole", "",
 	}, "\n"))
 	lines := []string{
 		"15:04:05 a | wide 日本語 한국어 🚀🚀",
@@ -255,7 +256,7 @@ func TestFooter_BelowAnyText(t *testing.T) {
 		"15:04:05 a | tab        one     two                                            t", "hree",
 		"15:04:05 a | " + exact,
 		"15:04:05 a | " + long[:67], long[67:147], long[147:],
-		"15:04:05 a | half",
+		"15:04:05 a | whole",
 	}
 	c.run()
 	c.shows(slices.Concat([]string{"$ ./run"}, lines, footerOf("a"))...)
@@ -493,10 +494,7 @@ func TestFooter_ChangesFourTimesASecond(t *testing.T) {
 func onPty(screen io.Writer) option {
 	return func(p *process) {
 		p.tb.Helper()
-		master, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
-		if err != nil {
-			p.tb.Fatal(err)
-		}
+		master := get(os.OpenFile("/dev/ptmx", os.O_RDWR, 0))(p.tb)
 		var unlock, number int32
 		size := struct{ rows, columns, x, y uint16 }{40, 120, 0, 0}
 		for request, arg := range map[uintptr]unsafe.Pointer{syscall.TIOCSPTLCK: unsafe.Pointer(&unlock), syscall.TIOCGPTN: unsafe.Pointer(&number), syscall.TIOCSWINSZ: unsafe.Pointer(&size)} {
@@ -504,10 +502,7 @@ func onPty(screen io.Writer) option {
 				p.tb.Fatal(errno)
 			}
 		}
-		slave, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", number), os.O_RDWR|syscall.O_NOCTTY, 0)
-		if err != nil {
-			p.tb.Fatal(err)
-		}
+		slave := get(os.OpenFile(fmt.Sprintf("/dev/pts/%d", number), os.O_RDWR|syscall.O_NOCTTY, 0))(p.tb)
 		p.cmd.Stdin, p.cmd.Stdout, p.cmd.Stderr = slave, slave, slave
 		p.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 		p.cmd.Env = append(p.cmd.Env, "TERM=xterm", "NO_COLOR=1")
@@ -519,46 +514,10 @@ func onPty(screen io.Writer) option {
 	}
 }
 
-// BenchmarkFooter is how fast lines of four components come through flowctl onto a
-// terminal that takes them as they come, with a footer and without.
-func BenchmarkFooter(b *testing.B) {
-	const lines = 250_000
-	var components []Component
-	dir := b.TempDir()
-	for _, id := range []string{"a", "b", "c", "d"} {
-		components = append(components, Component{ID: id, Command: []string{"cat", numbered(b, filepath.Join(dir, id), id, lines, 100)}, Register: new(false)})
-	}
-	file := writePipeline(b, components...)
-	measure := func(show string) float64 {
-		var screen counter
-		began := time.Now()
-		p := start(b, runArgs(file, "-log-dir", "", "-log-level", "error", "-show-status="+show), onPty(&screen))
-		p.exit(exitOK)
-		return 4 * lines / time.Since(began).Seconds()
-	}
-	var with, without float64
-	for b.Loop() {
-		without += measure("false")
-		with += measure("true")
-	}
-	b.ReportMetric(with/float64(b.N), "lines/s")
-	b.ReportMetric(without/float64(b.N), "plain-lines/s")
-	b.ReportMetric(with/without, "ratio")
-	b.ReportMetric(0, "ns/op")
-}
-
-// counter counts bytes.
-type counter int
-
-func (c *counter) Write(p []byte) (int, error) {
-	*c += counter(len(p))
-	return len(p), nil
-}
-
 // In a flood no line is lost or torn, and the footer is there at its end.
 func TestFooter_BelowAFlood(t *testing.T) {
 	t.Parallel()
-	const lines = 100_000
+	const lines = 30_000
 	c := openTerminal(t, 80, 24, []Component{shell("a", fmt.Sprintf("seq %d; exec sleep 300", lines))}, "-log-level", "warn")
 	want := []string{"$ ./run"}
 	for i := range lines {
@@ -611,7 +570,7 @@ func TestLogWriter_HeldTerminalGetsAll(t *testing.T) {
 	_, _ = l.writeWaiting([]byte(long))
 	_, _ = l.Write([]byte("report\n"))
 	written := make(chan struct{})
-	go func() { l.await(); close(written) }()
+	go func() { l.await(context.Background()); close(written) }()
 	select {
 	case <-written:
 		t.Error("await returns although nothing is written")
@@ -656,8 +615,23 @@ func TestFooter_StatusIsLoggedWithoutOne(t *testing.T) {
 	}
 }
 
-// What a component prints keeps its text and its colours on a terminal with a footer, and
-// nothing else.
+// What a component prints leaves its prefix alone, with a footer and without, and in the report.
+func TestTerminal_PrefixStays(t *testing.T) {
+	t.Parallel()
+	for _, flag := range []string{"-show-status", "-show-status=false"} {
+		t.Run(flag, func(t *testing.T) {
+			t.Parallel()
+			c := openTerminal(t, 100, 24, []Component{shell("a", `printf '10%%\r20%%\rover\rwritten\nb\b\b\b\b\b\b\b\b\bs\nu\033[1A\033[1Gp\n'; exit 3`)}, "-log-level", "error", flag)
+			c.run()
+			c.until("its lines and its end", func(text string) bool {
+				return strings.Contains(text, "$ ./run\n15:04:05 a | written\n15:04:05 a | bs\n15:04:05 a | up\n") &&
+					strings.Contains(text, "flowctl: the last lines of a:\nwritten\n  bs\n  up\n")
+			})
+		})
+	}
+}
+
+// What a component prints keeps its text and its colours on a terminal, and nothing else.
 func TestSanitize_KeepsOnlyColours(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct{ in, want string }{
@@ -669,23 +643,24 @@ func TestSanitize_KeepsOnlyColours(t *testing.T) {
 		{"a\x1b[31\nb\n", "a\nb\n"},
 		{"a\x1b[3\u00e4b\n", "a\u00e4b\n"},
 		{"a\x1b]8;;http://x\x1b\\link\x1b]8;;\x07b\n", "alinkb\n"},
-		{"a\x1b]0;not ended\nb\x07\n", "a0;not ended\nb\x07\n"},
+		{"a\x1b]0;not ended\nb\x07\n", "a0;not ended\nb\n"},
 		{"a\x1bPq\x07#1\x1b\\b\x1b_x\u009cc\x1bXno\x1b[1mend\n", "abcno\x1b[1mend\x1b[0m\n"},
 		{"a\x1b(0b\x1b#8c\x1bcd\x1b=e\x1b\x1bMf\n", "abcdef\n"},
 		{"a\x0eb\x0fc\u0085d\u009b2Je\u009d0;t\u009cf\n", "abcdef\n"},
-		{"£ é 日本 \xc2\n\xff\x9b\n", "£ é 日本 \xc2\n\xff\x9b\n"},
+		{"£\té 日本 \xc2\n\xff\x9b\n", "£\té 日本 \ufffd\n\ufffd\n"},
+		{"\xc2\x0e\x9b2J\xc2\x1b[1G\x9dx\xc2\x1b\xc2\x1b\x9b\n", "\ufffd\ufffd2J\ufffd\ufffdx\ufffd\ufffd\ufffd\n"},
+		{"10%\r\x1b[32m20%\r\x1b[K30%\r\r\nover\rwritten\n\r\n", "30%\nwritten\n\n"},
+		{"a\bb\vc\fd\x05e\x00f\x7fg\n", "abcdefg\n"},
 		{"a\x1b\nb\x1b[\nc\x1b]\n", "a\nb\nc\n"},
 	} {
-		if got := string(appendSanitized(nil, []byte(tt.in))); got != tt.want {
-			t.Errorf("%q: %q, want %q", tt.in, got, tt.want)
-		}
+		wantEqual(t, fmt.Sprintf("%q", tt.in), fmt.Sprintf("%q", appendSanitized(nil, []byte(tt.in))), fmt.Sprintf("%q", tt.want))
 	}
 }
 
 // Whatever the bytes are: what is left of control sequences is colours, no colour goes on
 // behind its line, no line is lost, and to do it again changes nothing.
 func FuzzSanitize(f *testing.F) {
-	for _, seed := range []string{"plain\n", "\x1b[31mred\nplain\n", "a\x1b]8;;x\x1b\\b\x1b]8;;\a\n", "a\u009b2Jb\xc2\n", "\x1b\x1b[0m[2J\n", "\x1b[\x1b[1m2J\n", "\xc2\x1b\x9b2J\n"} {
+	for _, seed := range []string{"plain\n", "\x1b[31mred\nplain\n", "a\x1b]8;;x\x1b\\b\x1b]8;;\a\n", "a\u009b2Jb\xc2\n", "\x1b\x1b[0m[2J\n", "\x1b[\x1b[1m2J\n", "\xc2\x1b\x9b2J\n", "a\rb\b\r\n", "\x1b[3\r1m\n"} {
 		f.Add(seed)
 	}
 	colour := regexp.MustCompile(`\x1b\[[0-9:;]*m`)
@@ -693,6 +668,9 @@ func FuzzSanitize(f *testing.F) {
 		out := string(appendSanitized(nil, []byte(in)))
 		if again := string(appendSanitized(nil, []byte(out))); again != out {
 			t.Errorf("%q becomes %q, and that %q", in, out, again)
+		}
+		if !utf8.ValidString(out) {
+			t.Errorf("%q becomes %q, of which bytes are no UTF-8", in, out)
 		}
 		if strings.Count(out, "\n") != strings.Count(in, "\n") {
 			t.Errorf("%q has other lines: %q", in, out)
@@ -703,10 +681,45 @@ func FuzzSanitize(f *testing.F) {
 				t.Errorf("%q: a colour goes on behind %q", in, line)
 			}
 			for _, r := range colour.ReplaceAllString(line, "") {
-				if strings.ContainsRune("\x1b\x0e\x0f", r) || r >= 0x80 && r < 0xa0 {
+				if unicode.IsControl(r) && r != '\t' && r != '\n' {
 					t.Errorf("%q: %q is left in %q", in, r, line)
 				}
 			}
 		}
 	})
+}
+
+// No control reaches a terminal that is put together of what is left out between its bytes, nor of what
+// two writes have brought.
+func TestTerminal_NothingIsPutTogether(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("script"); err != nil {
+		t.Skip("no script(1) here, which makes a terminal")
+	}
+	var evil []string
+	for _, control := range []string{"\xc2\x9b", "\xc2\x9d", "\x1b[", "\x1b]"} { // CSI and OSC
+		for _, between := range []string{"", "\x0e", "\x1b[1G", "\x1b", "\r", "\b", "\xc2", control[:1], control} {
+			evil = append(evil, control[:1]+between+control[1:]+"2J52;c;ZXZpbA==\a")
+		}
+	}
+	dir := t.TempDir()
+	lines := writeFile(t, filepath.Join(dir, "lines"), strings.Join(evil, "\n")+"\nsplit \xc2")
+	a := shell("a", "cat "+lines+"; sleep 1.3; printf '\\2332J\\nlast\\n'") // a pause after which what is not a line is shown
+	for _, flag := range []string{"-show-status", "-show-status=false"} {
+		t.Run(flag, func(t *testing.T) {
+			t.Parallel()
+			p := start(t, []string{"--version"}) // for its harness alone
+			<-p.done
+			command := "stty rows 40 cols 200; exec " + flowctlProgram() + " " + strings.Join(runArgs(writePipeline(t, a), "-log-dir", "''", flag), " ")
+			cmd := exec.Command("script", "-qec", command, "/dev/null")
+			cmd.Env = append(p.cmd.Env, "TERM=xterm", "NO_COLOR=1")
+			out, err := cmd.Output()
+			if err != nil || !bytes.Contains(out, []byte("a | last")) {
+				t.Fatalf("%v\n%s", err, out)
+			}
+			if found := regexp.MustCompile(`[\x{80}-\x{9f}]|\x1b\]|\x1b\[2J|\x07|\x0e`).FindAllIndex(out, -1); found != nil {
+				t.Errorf("%d controls reach the terminal: %q", len(found), out[max(0, found[0][0]-20):min(len(out), found[0][1]+20)])
+			}
+		})
+	}
 }

@@ -103,6 +103,20 @@ func nearest(name string, known []string) string {
 	return best
 }
 
+// unknownError is of an id that no component has.
+type unknownError struct {
+	id    string
+	known []string
+}
+
+func (e *unknownError) Error() string {
+	text := fmt.Sprintf("no component %q is in the pipeline", clip(e.id))
+	if near := nearest(e.id, e.known); near != "" {
+		return fmt.Sprintf("%s, did you mean %q?", text, near)
+	}
+	return fmt.Sprintf("%s: there is %s", text, enumerate(e.known))
+}
+
 // distance is the number of bytes to insert, delete and replace to make b of a.
 func distance(a, b string) int {
 	row := make([]int, len(b)+1)

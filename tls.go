@@ -72,6 +72,10 @@ func openCertificates(flags tlsFlags, log *slog.Logger) (*certificates, error) {
 		return nil, err
 	}
 	c.log.Info("TLS is on", c.attrsLocked()...)
+	// The bits of a group mean something else in systemd's folder, where access is by lists.
+	if info, err := os.Stat(flags.key); err == nil && info.Mode().Perm()&0o044 != 0 && filepath.Dir(flags.key) != os.Getenv("CREDENTIALS_DIRECTORY") {
+		c.log.Warn("others can read the private key", "file", flags.key, "mode", info.Mode().String(), "try", "chmod 600 "+shellWord(flags.key))
+	}
 	return c, nil
 }
 
@@ -128,6 +132,9 @@ func openComponentAccess(c *certificates, endpoint string, withTLS, without []st
 	}
 	if len(without) == 0 {
 		return componentAccess{endpoint: endpoint, tlsEnv: env}, nil
+	}
+	if err := checkPeers(); err != nil {
+		return componentAccess{}, fmt.Errorf("no listener without TLS for %s: flowctl could not tell who calls there: %v; give them \"tls\": true", enumerate(without), err)
 	}
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

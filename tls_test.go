@@ -17,19 +17,20 @@ import (
 	"math/big"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
-
-	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
-	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 )
 
 // testCert is a certificate with its key, as the content of files and for crypto/tls.
@@ -53,29 +54,18 @@ func issue(tb testing.TB, parent *testCert, change func(*x509.Certificate)) *tes
 	if change != nil {
 		change(template)
 	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		tb.Fatal(err)
-	}
+	key := get(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))(tb)
 	signer, signed := any(key), template
 	if parent != nil {
 		signer, signed = parent.pair.PrivateKey, parent.pair.Leaf
 	}
-	der, err := x509.CreateCertificate(rand.Reader, template, signed, key.Public(), signer)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		tb.Fatal(err)
-	}
+	der := get(x509.CreateCertificate(rand.Reader, template, signed, key.Public(), signer))(tb)
+	keyDER := get(x509.MarshalPKCS8PrivateKey(key))(tb)
 	c := &testCert{
 		cert: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})),
 		key:  string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER})),
 	}
-	if c.pair, err = tls.X509KeyPair([]byte(c.cert), []byte(c.key)); err != nil {
-		tb.Fatal(err)
-	}
+	c.pair = get(tls.X509KeyPair([]byte(c.cert), []byte(c.key)))(tb)
 	return c
 }
 
@@ -117,9 +107,7 @@ func newFiles(tb testing.TB, cert, ca *testCert) pemFiles {
 // put replaces a file at once, as a careful program does.
 func (f pemFiles) put(name, text string) {
 	f.tb.Helper()
-	if err := os.Rename(writeFile(f.tb, name+".new", text), name); err != nil {
-		f.tb.Fatal(err)
-	}
+	must(f.tb, os.Rename(writeFile(f.tb, name+".new", text), name))
 }
 
 func (f pemFiles) flags() []string { return []string{"-tls-cert", f.cert, "-tls-key", f.key} }
@@ -141,12 +129,13 @@ func dialTLS(tb testing.TB, endpoint string, config *tls.Config) (client planeCl
 			dials.Add(1)
 			return new(net.Dialer).DialContext(ctx, "tcp", address)
 		}))
-	if err != nil {
-		tb.Fatal(err)
-	}
+	must(tb, err)
 	tb.Cleanup(func() { conn.Close() })
 	return planeClient{conn, flowctlpb.NewControlPlaneClient(conn), flowctlv1.NewControlPlaneServiceClient(conn)}, dials
 }
+
+// outsiders counts the services that tests have registered, each by another certificate.
+var outsiders atomic.Int64
 
 // registers fails unless client can register in both dialects.
 func registers(tb testing.TB, client planeClient) error {
@@ -154,7 +143,7 @@ func registers(tb testing.TB, client planeClient) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	for _, dialect := range dialects {
-		if _, err := client.register(ctx, dialect, registration{id: "outside"}); err != nil {
+		if _, err := client.register(ctx, dialect, registration{id: fmt.Sprint("outside-", outsiders.Add(1))}); err != nil {
 			return err
 		}
 	}
@@ -231,6 +220,8 @@ func TestTLS_ClientsNeedACertificateOfTheCA(t *testing.T) {
 	t.Parallel()
 	ca, foreign := newCA(t), newCA(t)
 	files := newFiles(t, issue(t, ca, nil), ca)
+	expired := issue(t, nil, func(c *x509.Certificate) { c.IsCA, c.NotAfter = true, time.Now().Add(-time.Hour) })
+	files.put(files.ca, "the former one, which is no error beside a good one:\n"+expired.cert+"\n"+ca.cert)
 	p := startServer(t, files.mutual()...)
 	for _, tt := range []struct {
 		name  string
@@ -320,9 +311,7 @@ func TestTLS_FilesAreReadAgainWhileItServes(t *testing.T) {
 	if err := registers(t, client); err != nil {
 		t.Errorf("the open connection: %v", err)
 	}
-	if n := dials.Load(); n != 1 {
-		t.Errorf("the open connection was dialled %d times", n)
-	}
+	wantEqual(t, "dials of the open connection", dials.Load(), 1)
 	p.stop()
 	if n := strings.Count(p.stderr.String(), wrong); n != failures {
 		t.Errorf("%d errors, want one for each of %d changes\n%s", n, failures, p)
@@ -336,11 +325,8 @@ func TestTLS_ReplacedFilesServe(t *testing.T) {
 	ca := newCA(t)
 	former := issue(t, ca, nil)
 	files := newFiles(t, former, ca)
-	var log logRecorder
-	c, err := openCertificates(tlsFlags{files.cert, files.key, files.ca}, slog.New(slog.NewTextHandler(&log, nil)))
-	if err != nil {
-		t.Fatal(err)
-	}
+	log := newTranscript()
+	c := get(openCertificates(tlsFlags{files.cert, files.key, files.ca}, slog.New(slog.NewTextHandler(log, nil))))(t)
 	serves := func(when string, want *testCert) {
 		t.Helper()
 		for range 3 {
@@ -351,12 +337,8 @@ func TestTLS_ReplacedFilesServe(t *testing.T) {
 	}
 	inPlace := func(name, text string, at time.Time) {
 		t.Helper()
-		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Chtimes(name, at, at); err != nil {
-			t.Fatal(err)
-		}
+		must(t, os.WriteFile(name, []byte(text), 0o600))
+		must(t, os.Chtimes(name, at, at))
 	}
 	at := time.Now().Add(-time.Minute)
 	inPlace(files.cert, former.cert, at)
@@ -372,15 +354,11 @@ func TestTLS_ReplacedFilesServe(t *testing.T) {
 	serves("both, of the same size", next)
 	last := issue(t, ca, nil)
 	files.put(files.key, last.key)
-	if err := os.Chtimes(files.key, at, at); err != nil {
-		t.Fatal(err)
-	}
+	must(t, os.Chtimes(files.key, at, at))
 	serves("another key of the same time", next)
 	files.put(files.cert, last.cert)
 	serves("the last", last)
-	if n := strings.Count(log.out.String(), "level=ERROR"); n != 2 {
-		t.Errorf("%d errors, want one for each change to what is wrong:\n%s", n, log.out.String())
-	}
+	wantEqual(t, "errors, one for each change to what is wrong,", strings.Count(log.String(), "level=ERROR"), 2)
 }
 
 func TestTLS_WrongFilesAreErrorsAtTheStart(t *testing.T) {
@@ -431,9 +409,7 @@ func TestTLS_WrongFilesAreErrorsAtTheStart(t *testing.T) {
 					os.Remove(file)
 				}
 				if text == "/" {
-					if err := os.Mkdir(file, 0o700); err != nil {
-						t.Fatal(err)
-					}
+					must(t, os.Mkdir(file, 0o700))
 				}
 			}
 			want := "flowctl: " + strings.NewReplacer("<cert>", files.cert, "<key>", files.key, "<ca>", files.ca).Replace(tt.want) + "\n"
@@ -441,52 +417,7 @@ func TestTLS_WrongFilesAreErrorsAtTheStart(t *testing.T) {
 			for _, command := range [][]string{{"server"}, {"run", pipeline}} {
 				p := start(t, append(append(command, "-control-plane-port", "0"), files.mutual()...))
 				p.exit(exitPlane)
-				if got := p.stderr.String() + p.stdout.String(); got != want {
-					t.Errorf("%s:\ngot  %swant %s", command[0], got, want)
-				}
-			}
-		})
-	}
-}
-
-// An expired CA beside a good one in -tls-ca-cert is no error.
-func TestTLS_ExpiredCABesideAGoodOne(t *testing.T) {
-	t.Parallel()
-	ca := newCA(t)
-	good := issue(t, ca, nil)
-	expired := issue(t, nil, func(c *x509.Certificate) { c.IsCA, c.NotAfter = true, time.Now().Add(-time.Hour) })
-	files := newFiles(t, good, ca)
-	files.put(files.ca, "the former one:\n"+expired.cert+"\n"+ca.cert)
-	p := startServer(t, files.mutual()...)
-	client, _ := dialTLS(t, p.endpoint(), trust(ca, good))
-	if err := registers(t, client); err != nil {
-		t.Error(err)
-	}
-	p.stop()
-}
-
-func TestTLS_FlagsThatDoNotFit(t *testing.T) {
-	t.Parallel()
-	secure, plain := actor("a", role{}), actor("b", role{})
-	secure.TLS = true
-	file := writePipeline(t, secure, plain)
-	for _, tt := range []struct{ args, want string }{
-		{"run FILE -tls-cert x", "-tls-cert \"x\": it needs -tls-key, the file of its private key\nTry: flowctl help run"},
-		{"server -tls-key x", "-tls-key \"x\": it needs -tls-cert, the file of its certificate\nTry: flowctl help server"},
-		{"server -tls-ca-cert x", "-tls-ca-cert \"x\": it needs -tls-cert and -tls-key, the control plane's own certificate\nTry: flowctl help server"},
-		{"server -tls-ca-cert x -tls-cert y", "-tls-cert \"y\": it needs -tls-key, the file of its private key\nTry: flowctl help server"},
-		{"server -tls-cert= -tls-key=", "-tls-key \"\": it must be a file\nTry: flowctl help server"},
-		{"server -tls-cert x -tls-key y -control-plane-address unix:z",
-			"-tls-cert \"x\": it must not be given with -control-plane-address \"unix:z\", a socket file that is open to its user alone\nTry: flowctl help server"},
-		{"list -tls-cert x", "-tls-cert \"x\": it needs -tls-key, the file of its private key\nTry: flowctl help list"},
-		{"run FILE", "FILE: \"tls\": true of a needs -tls-cert and -tls-key"},
-	} {
-		t.Run(tt.args, func(t *testing.T) {
-			t.Parallel()
-			code, stdout, stderr := call(t, strings.Fields(strings.ReplaceAll(tt.args, "FILE", file))...)
-			want := "flowctl: " + strings.ReplaceAll(tt.want, "FILE", file) + "\n"
-			if code != exitUsage || stdout != "" || stderr != want {
-				t.Errorf("exit %d, %q, got\n%swant\n%s", code, stdout, stderr, want)
+				wantEqual(t, command[0], p.stderr.String()+p.stdout.String(), want)
 			}
 		})
 	}
@@ -537,7 +468,7 @@ func TestTLS_ComponentsWithAndWithout(t *testing.T) {
 				t.Error("a client without TLS can register where the control plane has TLS")
 			}
 			client, _ := dialTLS(t, p.endpoint(), config)
-			ack, err := client.register(t.Context(), "v1", registration{id: "outside"})
+			ack, err := client.register(t.Context(), "v1", registration{id: fmt.Sprint("outside-", outsiders.Add(1))})
 			if err != nil || ack.info["control_plane_endpoint"] != p.endpoint() {
 				t.Errorf("a client from elsewhere: %v, %v", ack, err)
 			}
@@ -596,10 +527,7 @@ func TestList_DialsByTLSOrHintsAtFlags(t *testing.T) {
 	for _, p := range []*process{secure, mutual, plain} {
 		p.waitReady()
 	}
-	silent, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	silent := get(net.Listen("tcp", "127.0.0.1:0"))(t)
 	defer silent.Close()
 	go func() {
 		for conn, err := silent.Accept(); err == nil; conn, err = silent.Accept() {
@@ -638,7 +566,8 @@ func TestList_DialsByTLSOrHintsAtFlags(t *testing.T) {
 		{"no such file", secure.endpoint(), []string{"-tls-ca-cert", "/no/such"}, exitPlane, "flowctl: -tls-ca-cert \"/no/such\": no such file or directory\n"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			code, stdout, stderr := call(t, append([]string{"list", "-e", tt.endpoint, "-wait=false"}, tt.flags...)...)
+			list := append([]string{"list", "-e", tt.endpoint, "-wait=false"}, tt.flags...)
+			code, stdout, stderr := start(t, list, withBinary(plainFlowctl())).finish() // to read the system's CAs takes seconds with the race detector
 			listed := regexp.MustCompile(`\na +source +ready .* healthy `).MatchString(stdout)
 			if code != tt.code || listed != (code == exitOK) || !strings.Contains(stderr, tt.want) || strings.Contains(stderr, "hint") != strings.Contains(tt.want, "hint") {
 				t.Errorf("exit %d\n%s%s", code, stdout, stderr)
@@ -680,5 +609,63 @@ func TestList_KeepsItsCertificateFromAnImpostor(t *testing.T) {
 		if n := shown.Load(); n > 0 {
 			t.Errorf("%s: %d certificates were shown", tls.VersionName(version), n)
 		}
+	}
+}
+
+// A private key that others can read is told at the start; that of a unit is read by a list that its mode does not show.
+func TestTLS_KeyThatOthersCanRead(t *testing.T) {
+	t.Parallel()
+	cert := issue(t, newCA(t), nil)
+	for _, tt := range []struct {
+		mode   os.FileMode
+		ofUnit bool
+		want   bool
+	}{{0o600, false, false}, {0o640, false, true}, {0o604, false, true}, {0o440, true, false}} {
+		files := newFiles(t, cert, cert)
+		if err := os.Chmod(files.key, tt.mode); err != nil {
+			t.Fatal(err)
+		}
+		env := withEnv()
+		if tt.ofUnit {
+			env = withEnv("CREDENTIALS_DIRECTORY=" + files.dir)
+		}
+		p := start(t, append([]string{"server", "-control-plane-port", "0"}, files.flags()...), env)
+		p.waitErr("msg=listening")
+		if got := strings.Contains(p.stderr.String(), `level=WARN msg="others can read the private key" file=`+files.key+" mode="+tt.mode.String()); got != tt.want {
+			t.Errorf("mode %s, of a unit %t: told %t\n%s", tt.mode, tt.ofUnit, got, p)
+		}
+		p.stop()
+	}
+}
+
+// Where the kernel can never tell who calls there is no listener without TLS: a run that needs one
+// ends with 3, and says why and what helps.
+func TestTLS_NoListenerWhereNobodyCanTell(t *testing.T) {
+	t.Parallel()
+	ca := newCA(t)
+	files := newFiles(t, issue(t, ca, nil), ca)
+	file := writePipeline(t, actor("a", role{Dialect: "v1"}))
+	for _, tt := range []struct {
+		name    string
+		command []string // that runs flowctl
+		why     string
+	}{
+		{"/proc of others", []string{"unshare", "--user", "--map-root-user", "--pid", "--fork"}, "/proc is that of another pid namespace"},
+		{"no netlink", []string{get(os.Executable())(t)}, "the kernel cannot be asked about sockets: socket: address family not supported by protocol (a unit with RestrictAddressFamilies= needs AF_NETLINK)"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			p := start(t, runArgs(file, files.mutual()...), withEnv(roleVar+"="+actorRole(t, role{NoNetlink: true})), func(p *process) {
+				p.cmd.Args = slices.Concat(tt.command, []string{p.cmd.Path}, p.cmd.Args[1:])
+				p.cmd.Path = get(exec.LookPath(tt.command[0]))(t)
+			})
+			code, stdout, stderr := p.finish()
+			if strings.Contains(stderr, "unshare:") {
+				t.Skip("this system does not let us have a pid namespace: ", stderr)
+			}
+			if want := "\nflowctl: no listener without TLS for a: flowctl could not tell who calls there: " + tt.why + "; give them \"tls\": true\n"; code != exitPlane || !strings.HasSuffix(stderr, want) {
+				t.Errorf("exit %d\n%s%s", code, stdout, stderr)
+			}
+		})
 	}
 }

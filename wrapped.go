@@ -3,6 +3,7 @@ package main
 // The command after --: its start, its signals and its end.
 
 import (
+	"context"
 	"fmt"
 	"log/slog"
 	"os"
@@ -17,6 +18,8 @@ import (
 type wrapped struct {
 	argv []string
 
+	ready  chan struct{}             // closed when it can be started; nil before prepare
+	cancel context.CancelFunc        // ends what prepare has begun
 	pid    int                       // 0 before its start
 	signal func(os.Signal) error     // sends it a signal
 	ended  <-chan syscall.WaitStatus // gets its end, once; nil before its start
@@ -27,8 +30,7 @@ type wrapped struct {
 	deadline  time.Time // when it gets SIGKILL; if killed, when it is given up; zero for never
 }
 
-// newWrapped returns the command argv, nil for none. It fails if there is no such program:
-// that must not come out only after a pipeline was started for it.
+// newWrapped returns the command argv, nil for none. It fails at once if there is no such program.
 func newWrapped(argv []string) (*wrapped, error) {
 	if len(argv) == 0 {
 		return nil, nil
@@ -39,8 +41,34 @@ func newWrapped(argv []string) (*wrapped, error) {
 	return &wrapped{argv: argv}, nil
 }
 
-// start starts the command in flowctl's own process group, so that a terminal's signals
-// reach it.
+// prepare begins what has to be done before the start, which prepared tells the end of. close ends it.
+func (w *wrapped) prepare(f func(context.Context)) {
+	ready := make(chan struct{})
+	ctx, cancel := context.WithCancel(context.Background())
+	w.ready, w.cancel = ready, cancel
+	go func() {
+		f(ctx)
+		close(ready)
+	}()
+}
+
+// prepared returns the channel that tells when the command can be started, nil while it is not to be.
+func (w *wrapped) prepared() <-chan struct{} {
+	if w == nil || w.pid != 0 || w.over {
+		return nil
+	}
+	return w.ready
+}
+
+// close waits for what prepare has begun, and ends it.
+func (w *wrapped) close() {
+	if w != nil && w.ready != nil {
+		w.cancel()
+		<-w.ready
+	}
+}
+
+// start starts the command in flowctl's own process group: a terminal's signals reach it.
 func (w *wrapped) start(l *launcher) error {
 	cmd := exec.Command(w.argv[0], w.argv[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
@@ -71,19 +99,8 @@ func (w *wrapped) due() time.Time {
 	return w.deadline
 }
 
-// notRun returns flowctl's exit code, and the reason, for a signal that ends the run
-// before the command was started: 0 would say that the command has succeeded. It is 0
-// without a command, and after its start.
-func (w *wrapped) notRun(sig os.Signal) (int, error) {
-	number, ok := sig.(syscall.Signal)
-	if w == nil || w.pid != 0 || !ok {
-		return exitOK, nil
-	}
-	return 128 + int(number), fmt.Errorf("the command %q after -- was not run: signal %d (%s) came first", w.argv[0], number, sig)
-}
-
-// exited takes in the end of the command. It returns the exit code that flowctl has for
-// it, as a shell has, and an error unless that is 0.
+// exited returns the exit code that flowctl has for the end of the command, as a shell has, and an
+// error unless that is 0.
 func (w *wrapped) exited(status syscall.WaitStatus) (int, error) {
 	w.over = true
 	code := status.ExitStatus()
@@ -96,33 +113,39 @@ func (w *wrapped) exited(status syscall.WaitStatus) (int, error) {
 	return code, fmt.Errorf("the command %q after -- failed: %s", w.argv[0], describeExit(status))
 }
 
-// forward hands on the first signal that flowctl gets, unless the terminal has sent it to
-// both, and returns false for later ones: they stop the pipeline. Who sends SIGINT can
-// wait and send another; any other signal may be all that comes, so SIGKILL follows it
-// after limit.
+// isInterrupt tells whether sig is one that a person sends by a key, and can send again: Ctrl-C or Ctrl-\.
+func isInterrupt(sig os.Signal) bool { return sig == syscall.SIGINT || sig == syscall.SIGQUIT }
+
+// forward hands on the first signal that flowctl gets, unless the terminal has sent it to both, and
+// returns false for later ones: they stop the pipeline. Who interrupts can wait and do it again;
+// any other signal may be all that comes, so SIGKILL follows it after limit.
 func (w *wrapped) forward(sig os.Signal, now time.Time, limit time.Duration) bool {
 	if w.forwarded++; w.forwarded > 1 {
 		return false
 	}
-	if sig != syscall.SIGINT {
+	if !isInterrupt(sig) {
 		w.deadline = now.Add(limit)
 	}
-	if sig != syscall.SIGINT || !takesInterrupts() {
+	if !isInterrupt(sig) || !takesInterrupts() {
 		_ = w.signal(sig) // an error says that it has ended, of which ended tells
 	}
 	return true
 }
 
-// stop asks the command to end, because the pipeline does. SIGKILL follows after limit.
+// stop asks the command to end, because the pipeline does. SIGKILL follows after limit. A command that
+// does not run yet is not started any more.
 func (w *wrapped) stop(now time.Time, limit time.Duration) {
+	if w != nil && w.pid == 0 {
+		w.over = true
+	}
 	if w.runs() && !w.killed {
 		_ = w.signal(syscall.SIGTERM)
 		w.deadline = earliest(w.deadline, now.Add(limit))
 	}
 }
 
-// expire sends SIGKILL to a command that has not ended in time. It returns an error once,
-// for one that outlives even that, which is waited for no longer.
+// expire sends SIGKILL to a command that has not ended in time. It returns an error once for one that
+// outlives that, which is waited for no longer.
 func (w *wrapped) expire(now time.Time, log *slog.Logger) error {
 	at := w.due()
 	switch {

@@ -3,7 +3,9 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -43,6 +45,102 @@ func TestCommand_ItsExitCodeIsFlowctls(t *testing.T) {
 	}
 }
 
+// Standard output is the command's alone. What components print is on standard error, in the same form.
+func TestCommand_HasStandardOutputAlone(t *testing.T) {
+	t.Parallel()
+	chatty := shell("a", "while :; do echo chatter; sleep 0.05; done")
+	for format, want := range map[string]string{formatText: " a | chatter\n", formatJSON: `"component":"a","stream":"stdout","line":"chatter"}` + "\n"} {
+		p := start(t, runArgs(writePipeline(t, chatty), "-log-format", format, "--", "sh", "-c", "sleep 0.2; echo answer"))
+		p.exit(exitOK)
+		if got := p.stdout.String(); got != "answer\n" {
+			t.Errorf("standard output is %q", got)
+		}
+		p.has(p.stderr, want)
+		for line := range strings.Lines(p.stderr.String()) {
+			if format == formatJSON && !json.Valid([]byte(line)) {
+				t.Errorf("no JSON: %q", line)
+			}
+		}
+	}
+}
+
+// Where nobody reads standard error any more, the run ends, as it does without a command for standard output.
+func TestCommand_ClosedStandardErrorStopsTheRun(t *testing.T) {
+	t.Parallel()
+	r, w := openPipe(t)
+	p := start(t, runArgs(writePipeline(t, shell("a", "while :; do echo chatter; sleep 0.05; done")), "--", "sleep", "300"), func(p *process) { p.cmd.Stderr = w })
+	w.Close()
+	r.Close()
+	p.exit(exitFailed)
+}
+
+// slowWriter takes a while for each write.
+type slowWriter struct{ to *transcript }
+
+func (w slowWriter) Write(p []byte) (int, error) {
+	time.Sleep(20 * time.Millisecond)
+	return w.to.Write(p)
+}
+
+// The command starts when all that was printed and said before is written, however slowly that is read.
+func TestCommand_StartsAfterAllLines(t *testing.T) {
+	t.Parallel()
+	const lines = 20_000
+	for _, format := range []string{formatText, formatJSON} {
+		a := actor("a", role{Dialect: "v1", Flood: lines})
+		p := start(t, runArgs(writePipeline(t, a, shell("b", "echo gone")), "-log-format", format, "--", "sh", "-c", "echo the command >&2"), func(p *process) { p.cmd.Stderr = slowWriter{p.stderr} })
+		p.exit(exitOK)
+		before, _, _ := strings.Cut(p.stderr.String(), "the command\n")
+		for want, count := range map[string]int{"pipeline ready": 1, "gone": 1, " of a ": lines} {
+			if got := strings.Count(before, want); got != count {
+				t.Errorf("%s: before the command %q came %d times, want %d", format, want, got, count)
+			}
+		}
+	}
+}
+
+// What components print at their end is not lost either, where standard error is read late.
+func TestCommand_LateReaderGetsAllLines(t *testing.T) {
+	t.Parallel()
+	const lines = 1_200
+	r, w := openPipe(t)
+	data := numbered(t, filepath.Join(t.TempDir(), "data"), "a", lines, 100) // more than a pipe holds, and fewer bytes than flowctl may queue beside it
+	p := start(t, runArgs(writePipeline(t, shell("a", "trap 'cat "+data+"; exit' TERM; echo up; while :; do sleep 0.02; done")), "--", "echo", "ran"), func(p *process) { p.cmd.Stderr = w })
+	w.Close()
+	p.waitOut("ran\n")
+	time.Sleep(flushTime + time.Second) // it is time itself that must not matter
+	text := get(io.ReadAll(r))(t)
+	p.exit(exitOK)
+	if got := strings.Count(string(text), " a | a 0"); got != lines {
+		t.Errorf("%d lines, want %d", got, lines)
+	}
+}
+
+// A pipeline that has completed before all is written runs its command, too.
+func TestCommand_OfAPipelineThatHasCompleted(t *testing.T) {
+	t.Parallel()
+	a := actor("a", role{Dialect: "v1", Flood: 5_000, End: "registered"})
+	p := start(t, runArgs(writePipeline(t, a), "--", "echo", "ran"), func(p *process) { p.cmd.Stderr = slowWriter{p.stderr} })
+	p.exit(exitOK)
+	p.has(p.stdout, "ran\n")
+	p.has(p.stderr, " a | registered\n", "command ended")
+}
+
+// While nobody reads what comes before the command, a signal ends the run without it.
+func TestCommand_SignalBeforeAllIsWritten(t *testing.T) {
+	t.Parallel()
+	_, w := openPipe(t)
+	fillPipe(w)
+	p := start(t, runArgs(writePipeline(t, shell("a", "exec sleep 300")), "--", "echo", "ran"), func(p *process) { p.cmd.Stderr = w })
+	eventually(t, "a pipeline that is ready", func() bool {
+		code, _, _ := start(t, []string{"list"}, beside(p)).finish()
+		return code == exitOK
+	})
+	p.signal(syscall.SIGTERM)
+	p.exit(128 + int(syscall.SIGTERM))
+	p.hasNot(p.stdout, "ran")
+}
+
 // If the endpoint speaks TLS only, the command gets the TLS files in its environment.
 func TestCommand_GetsWhatDialingTLSTakes(t *testing.T) {
 	t.Parallel()
@@ -59,25 +157,6 @@ func TestCommand_GetsWhatDialingTLSTakes(t *testing.T) {
 		if want := fmt.Sprintln(p.endpoint(), files.ca, files.cert, files.key); strings.Contains(p.stdout.String(), want) != tt.tls || strings.Contains(p.stdout.String(), files.key) != tt.tls {
 			t.Errorf("the command does not print %q, or should not\n%s", want, p)
 		}
-	}
-}
-
-func TestCommand_WrongOnesAreRefused(t *testing.T) {
-	t.Parallel()
-	file := writePipeline(t, shell("a", "exec sleep 300"))
-	for _, tt := range []struct {
-		args []string
-		want string
-	}{
-		{[]string{"--"}, "flowctl: a command must come after --\n"},
-		{[]string{"--", "no-such-program"}, "flowctl: the command after --: cannot run \"no-such-program\": executable file not found in $PATH\n"},
-		{[]string{"--", file}, "flowctl: the command after --: cannot run " + `"` + file + `": permission denied` + "\n"},
-		{[]string{"-until", "done", "--", "true"}, "flowctl: -until and a command after -- contradict each other: the run ends with the command\n"},
-	} {
-		p := start(t, runArgs(file, tt.args...))
-		p.exit(exitUsage)
-		p.has(p.stderr, tt.want)
-		p.hasNot(p.stderr, "msg=started")
 	}
 }
 
@@ -121,13 +200,16 @@ func TestCommand_IsNotRunBeforeReady(t *testing.T) {
 func TestCommand_FirstSignalIsItsOwn(t *testing.T) {
 	t.Parallel()
 	file := writePipeline(t, shell("a", `trap "echo stopped; exit 0" TERM; while :; do sleep 0.05; done`))
-	p := start(t, runArgs(file, "--", "sh", "-c", `trap "echo asked; sleep 0.3; echo done; exit 9" INT; echo up; while :; do sleep 0.05; done`))
-	p.waitOut("up\n")
-	p.signal(syscall.SIGINT)
-	p.exit(9)
-	p.has(p.stdout, "asked\n", "done\n", "stopped\n")
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGQUIT} {
+		p := start(t, runArgs(file, "--", "sh", "-c", `trap "echo asked; sleep 0.3; echo done; exit 9" INT QUIT; echo up; while :; do sleep 0.05; done`))
+		p.waitOut("up\n")
+		p.signal(sig)
+		p.exit(9)
+		p.has(p.stdout, "asked\n", "done\n")
+		p.has(p.stderr, "command ended", "a | stopped\n")
+	}
 
-	p = start(t, runArgs(file, "-stop-timeout", "500ms", "--", "sh", "-c", `trap "" INT; trap "echo asked" TERM; echo up; while :; do sleep 0.05; done`))
+	p := start(t, runArgs(file, "-stop-timeout", "500ms", "--", "sh", "-c", `trap "" INT; trap "echo asked" TERM; echo up; while :; do sleep 0.05; done`))
 	p.waitOut("up\n")
 	p.signal(syscall.SIGINT)
 	p.waitErr("waiting for the command to end")
@@ -137,7 +219,7 @@ func TestCommand_FirstSignalIsItsOwn(t *testing.T) {
 }
 
 // A command that ignores SIGTERM or SIGHUP is killed, because no other signal may come. One
-// that ignores SIGINT is not: a person who presses Ctrl-C can press it again.
+// that ignores SIGINT or SIGQUIT is not: a person who presses Ctrl-C can press it again.
 func TestCommand_IsKilledWhenItIgnoresSIGTERM(t *testing.T) {
 	t.Parallel()
 	file := writePipeline(t, shell("a", "exec sleep 300"))
@@ -152,13 +234,15 @@ func TestCommand_IsKilledWhenItIgnoresSIGTERM(t *testing.T) {
 				`flowctl: the command "sh" after -- failed: killed by signal 9 (killed)`)
 		})
 	}
-	t.Run("interrupt", func(t *testing.T) {
-		t.Parallel()
-		p := start(t, runArgs(file, "-stop-timeout", "100ms", "--", "sh", "-c", `trap "" INT; echo up; sleep 0.4; exit 9`))
-		p.waitOut("up\n")
-		p.signal(syscall.SIGINT)
-		p.exit(9)
-	})
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGQUIT} {
+		t.Run(sig.String(), func(t *testing.T) {
+			t.Parallel()
+			p := start(t, runArgs(file, "-stop-timeout", "100ms", "--", "sh", "-c", `trap "" INT QUIT; echo up; sleep 0.4; exit 9`))
+			p.waitOut("up\n")
+			p.signal(sig)
+			p.exit(9)
+		})
+	}
 }
 
 // A signal that comes by two ways is one signal: the pipeline goes on until the command has
@@ -166,10 +250,10 @@ func TestCommand_IsKilledWhenItIgnoresSIGTERM(t *testing.T) {
 func TestCommand_SignalByTwoWaysIsOne(t *testing.T) {
 	t.Parallel()
 	file := writePipeline(t, shell("a", "exec sleep 300"))
-	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP} {
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT} {
 		t.Run(sig.String(), func(t *testing.T) {
 			t.Parallel()
-			p := start(t, runArgs(file, "--", "sh", "-c", `trap "asked=1" INT TERM HUP; echo up; while [ -z "$asked" ]; do sleep 0.02; done; sleep 0.3; exit 9`))
+			p := start(t, runArgs(file, "--", "sh", "-c", `trap "asked=1" INT TERM HUP QUIT; echo up; while [ -z "$asked" ]; do sleep 0.02; done; sleep 0.3; exit 9`))
 			p.waitOut("up\n")
 			p.signal(sig)
 			if sig == syscall.SIGHUP { // a shell may tell of it much later than the kernel
@@ -187,11 +271,11 @@ func TestCommand_SignalByTwoWaysIsOne(t *testing.T) {
 func TestCommand_ThirdSignalKills(t *testing.T) {
 	t.Parallel()
 	deaf := shell("a", `trap "" TERM; echo deaf; while :; do sleep 0.05; done`)
-	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT} {
 		t.Run(sig.String(), func(t *testing.T) {
 			t.Parallel()
-			p := start(t, runArgs(writePipeline(t, deaf), "-stop-timeout", "1h", "--", "sh", "-c", `trap "" INT TERM; echo up; while :; do sleep 0.05; done`))
-			p.waitOut("deaf\n")
+			p := start(t, runArgs(writePipeline(t, deaf), "-stop-timeout", "1h", "--", "sh", "-c", `trap "" INT TERM QUIT; echo up; while :; do sleep 0.05; done`))
+			p.waitErr("deaf\n")
 			p.waitOut("up\n")
 			for _, heard := range []string{"waiting for the command to end", "stop requested", "another signal, killing what still runs"} {
 				p.signal(sig)
@@ -222,7 +306,7 @@ func TestCommand_IsToldOnceByATerminal(t *testing.T) {
 	heard := filepath.Join(dir, "heard")
 	file := writePipeline(t, shell("a", "exec sleep 300"))
 	// The shell that script(1) starts must be gone: it is in the foreground too, and some end by the signal.
-	command := "exec " + flowctlProgram(t) + " run " + file + ` -log-dir "" -control-plane-port 0 -- sh -c 'trap "echo once >>` + heard + `" INT; echo up; n=0; while [ $n -lt 20 ]; do n=$((n+1)); sleep 0.05; done; exit 5'`
+	command := "exec " + flowctlProgram() + " run " + file + ` -log-dir "" -control-plane-port 0 -- sh -c 'trap "echo once >>` + heard + `" INT; echo up; n=0; while [ $n -lt 20 ]; do n=$((n+1)); sleep 0.05; done; exit 5'`
 	in, keys, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)

@@ -23,7 +23,11 @@ const (
 )
 
 type ReloadRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Answer when what has been added and restarted is ready or has failed, not at once.
+	Wait bool `protobuf:"varint,1,opt,name=wait,proto3" json:"wait,omitempty"`
+	// An absolute path on flowctl's machine: the file of the run from now on, in place of its own.
+	File          string `protobuf:"bytes,2,opt,name=file,proto3" json:"file,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -58,14 +62,30 @@ func (*ReloadRequest) Descriptor() ([]byte, []int) {
 	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{0}
 }
 
-// What a reload comes to, by id. It answers once that has begun.
+func (x *ReloadRequest) GetWait() bool {
+	if x != nil {
+		return x.Wait
+	}
+	return false
+}
+
+func (x *ReloadRequest) GetFile() string {
+	if x != nil {
+		return x.File
+	}
+	return ""
+}
+
+// What a reload comes to, by id.
 type ReloadResponse struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Added   []string               `protobuf:"bytes,1,rep,name=added,proto3" json:"added,omitempty"`
 	Removed []string               `protobuf:"bytes,2,rep,name=removed,proto3" json:"removed,omitempty"`
 	// They have changed.
-	Restarted     []string `protobuf:"bytes,3,rep,name=restarted,proto3" json:"restarted,omitempty"`
-	Unchanged     int64    `protobuf:"varint,4,opt,name=unchanged,proto3" json:"unchanged,omitempty"`
+	Restarted []string `protobuf:"bytes,3,rep,name=restarted,proto3" json:"restarted,omitempty"`
+	Unchanged int64    `protobuf:"varint,4,opt,name=unchanged,proto3" json:"unchanged,omitempty"`
+	// How what was added and restarted is.
+	Components    []*Restarted `protobuf:"bytes,5,rep,name=components,proto3" json:"components,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -128,6 +148,469 @@ func (x *ReloadResponse) GetUnchanged() int64 {
 	return 0
 }
 
+func (x *ReloadResponse) GetComponents() []*Restarted {
+	if x != nil {
+		return x.Components
+	}
+	return nil
+}
+
+type RestartRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Ids   []string               `protobuf:"bytes,1,rep,name=ids,proto3" json:"ids,omitempty"`
+	// Answer when all are ready again or have failed, not at once.
+	Wait          bool `protobuf:"varint,2,opt,name=wait,proto3" json:"wait,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestartRequest) Reset() {
+	*x = RestartRequest{}
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestartRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestartRequest) ProtoMessage() {}
+
+func (x *RestartRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestartRequest.ProtoReflect.Descriptor instead.
+func (*RestartRequest) Descriptor() ([]byte, []int) {
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *RestartRequest) GetIds() []string {
+	if x != nil {
+		return x.Ids
+	}
+	return nil
+}
+
+func (x *RestartRequest) GetWait() bool {
+	if x != nil {
+		return x.Wait
+	}
+	return false
+}
+
+type RestartResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Components    []*Restarted           `protobuf:"bytes,1,rep,name=components,proto3" json:"components,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestartResponse) Reset() {
+	*x = RestartResponse{}
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestartResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestartResponse) ProtoMessage() {}
+
+func (x *RestartResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestartResponse.ProtoReflect.Descriptor instead.
+func (*RestartResponse) Descriptor() ([]byte, []int) {
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *RestartResponse) GetComponents() []*Restarted {
+	if x != nil {
+		return x.Components
+	}
+	return nil
+}
+
+// How a component is after its restart.
+type Restarted struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Or completed.
+	Ready bool `protobuf:"varint,2,opt,name=ready,proto3" json:"ready,omitempty"`
+	// As in Process. Empty for one that a reload has taken out meanwhile.
+	State string `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
+	// Why it is not ready.
+	Cause string `protobuf:"bytes,4,opt,name=cause,proto3" json:"cause,omitempty"`
+	// What it has printed last, where it has failed.
+	LastLines     [][]byte `protobuf:"bytes,5,rep,name=last_lines,json=lastLines,proto3" json:"last_lines,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Restarted) Reset() {
+	*x = Restarted{}
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Restarted) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Restarted) ProtoMessage() {}
+
+func (x *Restarted) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Restarted.ProtoReflect.Descriptor instead.
+func (*Restarted) Descriptor() ([]byte, []int) {
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Restarted) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Restarted) GetReady() bool {
+	if x != nil {
+		return x.Ready
+	}
+	return false
+}
+
+func (x *Restarted) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Restarted) GetCause() string {
+	if x != nil {
+		return x.Cause
+	}
+	return ""
+}
+
+func (x *Restarted) GetLastLines() [][]byte {
+	if x != nil {
+		return x.LastLines
+	}
+	return nil
+}
+
+type StopRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StopRequest) Reset() {
+	*x = StopRequest{}
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StopRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StopRequest) ProtoMessage() {}
+
+func (x *StopRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StopRequest.ProtoReflect.Descriptor instead.
+func (*StopRequest) Descriptor() ([]byte, []int) {
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{5}
+}
+
+type StopResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StopResponse) Reset() {
+	*x = StopResponse{}
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StopResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StopResponse) ProtoMessage() {}
+
+func (x *StopResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StopResponse.ProtoReflect.Descriptor instead.
+func (*StopResponse) Descriptor() ([]byte, []int) {
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{6}
+}
+
+type LogsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of which components, none for all. "flowctl" is flowctl's own log.
+	Ids []string `protobuf:"bytes,1,rep,name=ids,proto3" json:"ids,omitempty"`
+	// How many lines that have come before.
+	Last int64 `protobuf:"varint,2,opt,name=last,proto3" json:"last,omitempty"`
+	// Go on until the caller ends the stream. It ends by itself only when the control plane
+	// stops, with OK.
+	Follow        bool `protobuf:"varint,3,opt,name=follow,proto3" json:"follow,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogsRequest) Reset() {
+	*x = LogsRequest{}
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogsRequest) ProtoMessage() {}
+
+func (x *LogsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogsRequest.ProtoReflect.Descriptor instead.
+func (*LogsRequest) Descriptor() ([]byte, []int) {
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *LogsRequest) GetIds() []string {
+	if x != nil {
+		return x.Ids
+	}
+	return nil
+}
+
+func (x *LogsRequest) GetLast() int64 {
+	if x != nil {
+		return x.Last
+	}
+	return 0
+}
+
+func (x *LogsRequest) GetFollow() bool {
+	if x != nil {
+		return x.Follow
+	}
+	return false
+}
+
+type LogsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the first message: all components, in the order of the file.
+	Ids []string `protobuf:"bytes,1,rep,name=ids,proto3" json:"ids,omitempty"`
+	// In the first message: the files with the lines of those that were asked for, if there are any.
+	LogFiles []string `protobuf:"bytes,2,rep,name=log_files,json=logFiles,proto3" json:"log_files,omitempty"`
+	// Lines that have come before these, and were not read in time.
+	Missed        int64      `protobuf:"varint,3,opt,name=missed,proto3" json:"missed,omitempty"`
+	Printed       []*Printed `protobuf:"bytes,4,rep,name=printed,proto3" json:"printed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogsResponse) Reset() {
+	*x = LogsResponse{}
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogsResponse) ProtoMessage() {}
+
+func (x *LogsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogsResponse.ProtoReflect.Descriptor instead.
+func (*LogsResponse) Descriptor() ([]byte, []int) {
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *LogsResponse) GetIds() []string {
+	if x != nil {
+		return x.Ids
+	}
+	return nil
+}
+
+func (x *LogsResponse) GetLogFiles() []string {
+	if x != nil {
+		return x.LogFiles
+	}
+	return nil
+}
+
+func (x *LogsResponse) GetMissed() int64 {
+	if x != nil {
+		return x.Missed
+	}
+	return 0
+}
+
+func (x *LogsResponse) GetPrinted() []*Printed {
+	if x != nil {
+		return x.Printed
+	}
+	return nil
+}
+
+// What a component has printed.
+type Printed struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Time  *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=time,proto3" json:"time,omitempty"`
+	Id    string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	// stdout or stderr.
+	Stream string `protobuf:"bytes,3,opt,name=stream,proto3" json:"stream,omitempty"`
+	// Whole lines, each with its newline. Of a line of more than 64 KiB it is the end.
+	Lines         []byte `protobuf:"bytes,4,opt,name=lines,proto3" json:"lines,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Printed) Reset() {
+	*x = Printed{}
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Printed) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Printed) ProtoMessage() {}
+
+func (x *Printed) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Printed.ProtoReflect.Descriptor instead.
+func (*Printed) Descriptor() ([]byte, []int) {
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *Printed) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Printed) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Printed) GetStream() string {
+	if x != nil {
+		return x.Stream
+	}
+	return ""
+}
+
+func (x *Printed) GetLines() []byte {
+	if x != nil {
+		return x.Lines
+	}
+	return nil
+}
+
 type GetPipelineRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -136,7 +619,7 @@ type GetPipelineRequest struct {
 
 func (x *GetPipelineRequest) Reset() {
 	*x = GetPipelineRequest{}
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[2]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -148,7 +631,7 @@ func (x *GetPipelineRequest) String() string {
 func (*GetPipelineRequest) ProtoMessage() {}
 
 func (x *GetPipelineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[2]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -161,7 +644,7 @@ func (x *GetPipelineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetPipelineRequest.ProtoReflect.Descriptor instead.
 func (*GetPipelineRequest) Descriptor() ([]byte, []int) {
-	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{2}
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{10}
 }
 
 type WatchRequest struct {
@@ -177,7 +660,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[3]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -189,7 +672,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[3]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -202,7 +685,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{3}
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *WatchRequest) GetFollow() bool {
@@ -237,7 +720,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[4]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -249,7 +732,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[4]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -262,7 +745,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{4}
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *WatchResponse) GetPipeline() *Pipeline {
@@ -324,7 +807,7 @@ type Pipeline struct {
 
 func (x *Pipeline) Reset() {
 	*x = Pipeline{}
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[5]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -336,7 +819,7 @@ func (x *Pipeline) String() string {
 func (*Pipeline) ProtoMessage() {}
 
 func (x *Pipeline) ProtoReflect() protoreflect.Message {
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[5]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -349,7 +832,7 @@ func (x *Pipeline) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Pipeline.ProtoReflect.Descriptor instead.
 func (*Pipeline) Descriptor() ([]byte, []int) {
-	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{5}
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Pipeline) GetName() string {
@@ -464,7 +947,7 @@ type Component struct {
 
 func (x *Component) Reset() {
 	*x = Component{}
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[6]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -476,7 +959,7 @@ func (x *Component) String() string {
 func (*Component) ProtoMessage() {}
 
 func (x *Component) ProtoReflect() protoreflect.Message {
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[6]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -489,7 +972,7 @@ func (x *Component) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Component.ProtoReflect.Descriptor instead.
 func (*Component) Descriptor() ([]byte, []int) {
-	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{6}
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Component) GetRecord() int64 {
@@ -664,7 +1147,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[7]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -676,7 +1159,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[7]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -689,7 +1172,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{7}
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Change) GetTime() *timestamppb.Timestamp {
@@ -727,7 +1210,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[8]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -739,7 +1222,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[8]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -752,7 +1235,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{8}
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Process) GetState() string {
@@ -787,13 +1270,48 @@ var File_flowctl_operator_v1_operator_proto protoreflect.FileDescriptor
 
 const file_flowctl_operator_v1_operator_proto_rawDesc = "" +
 	"\n" +
-	"\"flowctl/operator/v1/operator.proto\x12\x13flowctl.operator.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x0f\n" +
-	"\rReloadRequest\"|\n" +
+	"\"flowctl/operator/v1/operator.proto\x12\x13flowctl.operator.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"7\n" +
+	"\rReloadRequest\x12\x12\n" +
+	"\x04wait\x18\x01 \x01(\bR\x04wait\x12\x12\n" +
+	"\x04file\x18\x02 \x01(\tR\x04file\"\xbc\x01\n" +
 	"\x0eReloadResponse\x12\x14\n" +
 	"\x05added\x18\x01 \x03(\tR\x05added\x12\x18\n" +
 	"\aremoved\x18\x02 \x03(\tR\aremoved\x12\x1c\n" +
 	"\trestarted\x18\x03 \x03(\tR\trestarted\x12\x1c\n" +
-	"\tunchanged\x18\x04 \x01(\x03R\tunchanged\"\x14\n" +
+	"\tunchanged\x18\x04 \x01(\x03R\tunchanged\x12>\n" +
+	"\n" +
+	"components\x18\x05 \x03(\v2\x1e.flowctl.operator.v1.RestartedR\n" +
+	"components\"6\n" +
+	"\x0eRestartRequest\x12\x10\n" +
+	"\x03ids\x18\x01 \x03(\tR\x03ids\x12\x12\n" +
+	"\x04wait\x18\x02 \x01(\bR\x04wait\"Q\n" +
+	"\x0fRestartResponse\x12>\n" +
+	"\n" +
+	"components\x18\x01 \x03(\v2\x1e.flowctl.operator.v1.RestartedR\n" +
+	"components\"|\n" +
+	"\tRestarted\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05ready\x18\x02 \x01(\bR\x05ready\x12\x14\n" +
+	"\x05state\x18\x03 \x01(\tR\x05state\x12\x14\n" +
+	"\x05cause\x18\x04 \x01(\tR\x05cause\x12\x1d\n" +
+	"\n" +
+	"last_lines\x18\x05 \x03(\fR\tlastLines\"\r\n" +
+	"\vStopRequest\"\x0e\n" +
+	"\fStopResponse\"K\n" +
+	"\vLogsRequest\x12\x10\n" +
+	"\x03ids\x18\x01 \x03(\tR\x03ids\x12\x12\n" +
+	"\x04last\x18\x02 \x01(\x03R\x04last\x12\x16\n" +
+	"\x06follow\x18\x03 \x01(\bR\x06follow\"\x8d\x01\n" +
+	"\fLogsResponse\x12\x10\n" +
+	"\x03ids\x18\x01 \x03(\tR\x03ids\x12\x1b\n" +
+	"\tlog_files\x18\x02 \x03(\tR\blogFiles\x12\x16\n" +
+	"\x06missed\x18\x03 \x01(\x03R\x06missed\x126\n" +
+	"\aprinted\x18\x04 \x03(\v2\x1c.flowctl.operator.v1.PrintedR\aprinted\"w\n" +
+	"\aPrinted\x12.\n" +
+	"\x04time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x0e\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id\x12\x16\n" +
+	"\x06stream\x18\x03 \x01(\tR\x06stream\x12\x14\n" +
+	"\x05lines\x18\x04 \x01(\fR\x05lines\"\x14\n" +
 	"\x12GetPipelineRequest\"F\n" +
 	"\fWatchRequest\x12\x16\n" +
 	"\x06follow\x18\x01 \x01(\bR\x06follow\x12\x1e\n" +
@@ -872,11 +1390,14 @@ const file_flowctl_operator_v1_operator_proto_rawDesc = "" +
 	"\x05state\x18\x01 \x01(\tR\x05state\x12\x10\n" +
 	"\x03pid\x18\x02 \x01(\x03R\x03pid\x124\n" +
 	"\astarted\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x12\x1a\n" +
-	"\brestarts\x18\x04 \x01(\x03R\brestarts2\x86\x02\n" +
+	"\brestarts\x18\x04 \x01(\x03R\brestarts2\xf8\x03\n" +
 	"\bOperator\x12U\n" +
 	"\vGetPipeline\x12'.flowctl.operator.v1.GetPipelineRequest\x1a\x1d.flowctl.operator.v1.Pipeline\x12P\n" +
 	"\x05Watch\x12!.flowctl.operator.v1.WatchRequest\x1a\".flowctl.operator.v1.WatchResponse0\x01\x12Q\n" +
-	"\x06Reload\x12\".flowctl.operator.v1.ReloadRequest\x1a#.flowctl.operator.v1.ReloadResponseBDZBgithub.com/withobsrvr/flowctl/proto/flowctl/operator/v1;operatorv1b\x06proto3"
+	"\x06Reload\x12\".flowctl.operator.v1.ReloadRequest\x1a#.flowctl.operator.v1.ReloadResponse\x12T\n" +
+	"\aRestart\x12#.flowctl.operator.v1.RestartRequest\x1a$.flowctl.operator.v1.RestartResponse\x12K\n" +
+	"\x04Stop\x12 .flowctl.operator.v1.StopRequest\x1a!.flowctl.operator.v1.StopResponse\x12M\n" +
+	"\x04Logs\x12 .flowctl.operator.v1.LogsRequest\x1a!.flowctl.operator.v1.LogsResponse0\x01BDZBgithub.com/withobsrvr/flowctl/proto/flowctl/operator/v1;operatorv1b\x06proto3"
 
 var (
 	file_flowctl_operator_v1_operator_proto_rawDescOnce sync.Once
@@ -890,49 +1411,67 @@ func file_flowctl_operator_v1_operator_proto_rawDescGZIP() []byte {
 	return file_flowctl_operator_v1_operator_proto_rawDescData
 }
 
-var file_flowctl_operator_v1_operator_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_flowctl_operator_v1_operator_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_flowctl_operator_v1_operator_proto_goTypes = []any{
 	(*ReloadRequest)(nil),         // 0: flowctl.operator.v1.ReloadRequest
 	(*ReloadResponse)(nil),        // 1: flowctl.operator.v1.ReloadResponse
-	(*GetPipelineRequest)(nil),    // 2: flowctl.operator.v1.GetPipelineRequest
-	(*WatchRequest)(nil),          // 3: flowctl.operator.v1.WatchRequest
-	(*WatchResponse)(nil),         // 4: flowctl.operator.v1.WatchResponse
-	(*Pipeline)(nil),              // 5: flowctl.operator.v1.Pipeline
-	(*Component)(nil),             // 6: flowctl.operator.v1.Component
-	(*Change)(nil),                // 7: flowctl.operator.v1.Change
-	(*Process)(nil),               // 8: flowctl.operator.v1.Process
-	nil,                           // 9: flowctl.operator.v1.Component.MetadataEntry
-	nil,                           // 10: flowctl.operator.v1.Component.MetricsEntry
-	nil,                           // 11: flowctl.operator.v1.Component.TextMetricsEntry
-	nil,                           // 12: flowctl.operator.v1.Component.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 13: google.protobuf.Timestamp
+	(*RestartRequest)(nil),        // 2: flowctl.operator.v1.RestartRequest
+	(*RestartResponse)(nil),       // 3: flowctl.operator.v1.RestartResponse
+	(*Restarted)(nil),             // 4: flowctl.operator.v1.Restarted
+	(*StopRequest)(nil),           // 5: flowctl.operator.v1.StopRequest
+	(*StopResponse)(nil),          // 6: flowctl.operator.v1.StopResponse
+	(*LogsRequest)(nil),           // 7: flowctl.operator.v1.LogsRequest
+	(*LogsResponse)(nil),          // 8: flowctl.operator.v1.LogsResponse
+	(*Printed)(nil),               // 9: flowctl.operator.v1.Printed
+	(*GetPipelineRequest)(nil),    // 10: flowctl.operator.v1.GetPipelineRequest
+	(*WatchRequest)(nil),          // 11: flowctl.operator.v1.WatchRequest
+	(*WatchResponse)(nil),         // 12: flowctl.operator.v1.WatchResponse
+	(*Pipeline)(nil),              // 13: flowctl.operator.v1.Pipeline
+	(*Component)(nil),             // 14: flowctl.operator.v1.Component
+	(*Change)(nil),                // 15: flowctl.operator.v1.Change
+	(*Process)(nil),               // 16: flowctl.operator.v1.Process
+	nil,                           // 17: flowctl.operator.v1.Component.MetadataEntry
+	nil,                           // 18: flowctl.operator.v1.Component.MetricsEntry
+	nil,                           // 19: flowctl.operator.v1.Component.TextMetricsEntry
+	nil,                           // 20: flowctl.operator.v1.Component.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 21: google.protobuf.Timestamp
 }
 var file_flowctl_operator_v1_operator_proto_depIdxs = []int32{
-	5,  // 0: flowctl.operator.v1.WatchResponse.pipeline:type_name -> flowctl.operator.v1.Pipeline
-	6,  // 1: flowctl.operator.v1.WatchResponse.components:type_name -> flowctl.operator.v1.Component
-	13, // 2: flowctl.operator.v1.Pipeline.started:type_name -> google.protobuf.Timestamp
-	6,  // 3: flowctl.operator.v1.Pipeline.components:type_name -> flowctl.operator.v1.Component
-	9,  // 4: flowctl.operator.v1.Component.metadata:type_name -> flowctl.operator.v1.Component.MetadataEntry
-	13, // 5: flowctl.operator.v1.Component.registered_at:type_name -> google.protobuf.Timestamp
-	13, // 6: flowctl.operator.v1.Component.last_seen:type_name -> google.protobuf.Timestamp
-	10, // 7: flowctl.operator.v1.Component.metrics:type_name -> flowctl.operator.v1.Component.MetricsEntry
-	11, // 8: flowctl.operator.v1.Component.text_metrics:type_name -> flowctl.operator.v1.Component.TextMetricsEntry
-	7,  // 9: flowctl.operator.v1.Component.history:type_name -> flowctl.operator.v1.Change
-	8,  // 10: flowctl.operator.v1.Component.process:type_name -> flowctl.operator.v1.Process
-	12, // 11: flowctl.operator.v1.Component.labels:type_name -> flowctl.operator.v1.Component.LabelsEntry
-	13, // 12: flowctl.operator.v1.Change.time:type_name -> google.protobuf.Timestamp
-	13, // 13: flowctl.operator.v1.Process.started:type_name -> google.protobuf.Timestamp
-	2,  // 14: flowctl.operator.v1.Operator.GetPipeline:input_type -> flowctl.operator.v1.GetPipelineRequest
-	3,  // 15: flowctl.operator.v1.Operator.Watch:input_type -> flowctl.operator.v1.WatchRequest
-	0,  // 16: flowctl.operator.v1.Operator.Reload:input_type -> flowctl.operator.v1.ReloadRequest
-	5,  // 17: flowctl.operator.v1.Operator.GetPipeline:output_type -> flowctl.operator.v1.Pipeline
-	4,  // 18: flowctl.operator.v1.Operator.Watch:output_type -> flowctl.operator.v1.WatchResponse
-	1,  // 19: flowctl.operator.v1.Operator.Reload:output_type -> flowctl.operator.v1.ReloadResponse
-	17, // [17:20] is the sub-list for method output_type
-	14, // [14:17] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	4,  // 0: flowctl.operator.v1.ReloadResponse.components:type_name -> flowctl.operator.v1.Restarted
+	4,  // 1: flowctl.operator.v1.RestartResponse.components:type_name -> flowctl.operator.v1.Restarted
+	9,  // 2: flowctl.operator.v1.LogsResponse.printed:type_name -> flowctl.operator.v1.Printed
+	21, // 3: flowctl.operator.v1.Printed.time:type_name -> google.protobuf.Timestamp
+	13, // 4: flowctl.operator.v1.WatchResponse.pipeline:type_name -> flowctl.operator.v1.Pipeline
+	14, // 5: flowctl.operator.v1.WatchResponse.components:type_name -> flowctl.operator.v1.Component
+	21, // 6: flowctl.operator.v1.Pipeline.started:type_name -> google.protobuf.Timestamp
+	14, // 7: flowctl.operator.v1.Pipeline.components:type_name -> flowctl.operator.v1.Component
+	17, // 8: flowctl.operator.v1.Component.metadata:type_name -> flowctl.operator.v1.Component.MetadataEntry
+	21, // 9: flowctl.operator.v1.Component.registered_at:type_name -> google.protobuf.Timestamp
+	21, // 10: flowctl.operator.v1.Component.last_seen:type_name -> google.protobuf.Timestamp
+	18, // 11: flowctl.operator.v1.Component.metrics:type_name -> flowctl.operator.v1.Component.MetricsEntry
+	19, // 12: flowctl.operator.v1.Component.text_metrics:type_name -> flowctl.operator.v1.Component.TextMetricsEntry
+	15, // 13: flowctl.operator.v1.Component.history:type_name -> flowctl.operator.v1.Change
+	16, // 14: flowctl.operator.v1.Component.process:type_name -> flowctl.operator.v1.Process
+	20, // 15: flowctl.operator.v1.Component.labels:type_name -> flowctl.operator.v1.Component.LabelsEntry
+	21, // 16: flowctl.operator.v1.Change.time:type_name -> google.protobuf.Timestamp
+	21, // 17: flowctl.operator.v1.Process.started:type_name -> google.protobuf.Timestamp
+	10, // 18: flowctl.operator.v1.Operator.GetPipeline:input_type -> flowctl.operator.v1.GetPipelineRequest
+	11, // 19: flowctl.operator.v1.Operator.Watch:input_type -> flowctl.operator.v1.WatchRequest
+	0,  // 20: flowctl.operator.v1.Operator.Reload:input_type -> flowctl.operator.v1.ReloadRequest
+	2,  // 21: flowctl.operator.v1.Operator.Restart:input_type -> flowctl.operator.v1.RestartRequest
+	5,  // 22: flowctl.operator.v1.Operator.Stop:input_type -> flowctl.operator.v1.StopRequest
+	7,  // 23: flowctl.operator.v1.Operator.Logs:input_type -> flowctl.operator.v1.LogsRequest
+	13, // 24: flowctl.operator.v1.Operator.GetPipeline:output_type -> flowctl.operator.v1.Pipeline
+	12, // 25: flowctl.operator.v1.Operator.Watch:output_type -> flowctl.operator.v1.WatchResponse
+	1,  // 26: flowctl.operator.v1.Operator.Reload:output_type -> flowctl.operator.v1.ReloadResponse
+	3,  // 27: flowctl.operator.v1.Operator.Restart:output_type -> flowctl.operator.v1.RestartResponse
+	6,  // 28: flowctl.operator.v1.Operator.Stop:output_type -> flowctl.operator.v1.StopResponse
+	8,  // 29: flowctl.operator.v1.Operator.Logs:output_type -> flowctl.operator.v1.LogsResponse
+	24, // [24:30] is the sub-list for method output_type
+	18, // [18:24] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_flowctl_operator_v1_operator_proto_init() }
@@ -946,7 +1485,7 @@ func file_flowctl_operator_v1_operator_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flowctl_operator_v1_operator_proto_rawDesc), len(file_flowctl_operator_v1_operator_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   13,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -22,6 +22,9 @@ const (
 	Operator_GetPipeline_FullMethodName = "/flowctl.operator.v1.Operator/GetPipeline"
 	Operator_Watch_FullMethodName       = "/flowctl.operator.v1.Operator/Watch"
 	Operator_Reload_FullMethodName      = "/flowctl.operator.v1.Operator/Reload"
+	Operator_Restart_FullMethodName     = "/flowctl.operator.v1.Operator/Restart"
+	Operator_Stop_FullMethodName        = "/flowctl.operator.v1.Operator/Stop"
+	Operator_Logs_FullMethodName        = "/flowctl.operator.v1.Operator/Logs"
 )
 
 // OperatorClient is the client API for Operator service.
@@ -35,9 +38,19 @@ type OperatorClient interface {
 	// Watch gives the same in pieces, and then, if it is to follow, what changes. Who
 	// reads slowly misses states in between and never the last.
 	Watch(ctx context.Context, in *WatchRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchResponse], error)
-	// Reload reads the pipeline file again and applies what has changed in it, or fails
-	// with FAILED_PRECONDITION and changes nothing.
+	// Reload reads the pipeline file again, or another one, and applies what has changed in
+	// it, or fails with FAILED_PRECONDITION and changes nothing.
 	Reload(ctx context.Context, in *ReloadRequest, opts ...grpc.CallOption) (*ReloadResponse, error)
+	// Restart stops components and starts them again as the loaded file has them, also those
+	// that have ended by themselves. It fails with NOT_FOUND, and restarts nothing, for an
+	// id that the file does not have.
+	Restart(ctx context.Context, in *RestartRequest, opts ...grpc.CallOption) (*RestartResponse, error)
+	// Stop asks for the end of the run, as SIGTERM does; where that has begun, it kills
+	// nothing. It answers when all components have ended.
+	Stop(ctx context.Context, in *StopRequest, opts ...grpc.CallOption) (*StopResponse, error)
+	// Logs gives the last lines that components have printed, and then, if it is to follow,
+	// those that come. Who reads slowly misses lines, and is told how many.
+	Logs(ctx context.Context, in *LogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LogsResponse], error)
 }
 
 type operatorClient struct {
@@ -87,6 +100,45 @@ func (c *operatorClient) Reload(ctx context.Context, in *ReloadRequest, opts ...
 	return out, nil
 }
 
+func (c *operatorClient) Restart(ctx context.Context, in *RestartRequest, opts ...grpc.CallOption) (*RestartResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RestartResponse)
+	err := c.cc.Invoke(ctx, Operator_Restart_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *operatorClient) Stop(ctx context.Context, in *StopRequest, opts ...grpc.CallOption) (*StopResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StopResponse)
+	err := c.cc.Invoke(ctx, Operator_Stop_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *operatorClient) Logs(ctx context.Context, in *LogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[LogsResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Operator_ServiceDesc.Streams[1], Operator_Logs_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[LogsRequest, LogsResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Operator_LogsClient = grpc.ServerStreamingClient[LogsResponse]
+
 // OperatorServer is the server API for Operator service.
 // All implementations must embed UnimplementedOperatorServer
 // for forward compatibility.
@@ -98,9 +150,19 @@ type OperatorServer interface {
 	// Watch gives the same in pieces, and then, if it is to follow, what changes. Who
 	// reads slowly misses states in between and never the last.
 	Watch(*WatchRequest, grpc.ServerStreamingServer[WatchResponse]) error
-	// Reload reads the pipeline file again and applies what has changed in it, or fails
-	// with FAILED_PRECONDITION and changes nothing.
+	// Reload reads the pipeline file again, or another one, and applies what has changed in
+	// it, or fails with FAILED_PRECONDITION and changes nothing.
 	Reload(context.Context, *ReloadRequest) (*ReloadResponse, error)
+	// Restart stops components and starts them again as the loaded file has them, also those
+	// that have ended by themselves. It fails with NOT_FOUND, and restarts nothing, for an
+	// id that the file does not have.
+	Restart(context.Context, *RestartRequest) (*RestartResponse, error)
+	// Stop asks for the end of the run, as SIGTERM does; where that has begun, it kills
+	// nothing. It answers when all components have ended.
+	Stop(context.Context, *StopRequest) (*StopResponse, error)
+	// Logs gives the last lines that components have printed, and then, if it is to follow,
+	// those that come. Who reads slowly misses lines, and is told how many.
+	Logs(*LogsRequest, grpc.ServerStreamingServer[LogsResponse]) error
 	mustEmbedUnimplementedOperatorServer()
 }
 
@@ -119,6 +181,15 @@ func (UnimplementedOperatorServer) Watch(*WatchRequest, grpc.ServerStreamingServ
 }
 func (UnimplementedOperatorServer) Reload(context.Context, *ReloadRequest) (*ReloadResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Reload not implemented")
+}
+func (UnimplementedOperatorServer) Restart(context.Context, *RestartRequest) (*RestartResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Restart not implemented")
+}
+func (UnimplementedOperatorServer) Stop(context.Context, *StopRequest) (*StopResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Stop not implemented")
+}
+func (UnimplementedOperatorServer) Logs(*LogsRequest, grpc.ServerStreamingServer[LogsResponse]) error {
+	return status.Error(codes.Unimplemented, "method Logs not implemented")
 }
 func (UnimplementedOperatorServer) mustEmbedUnimplementedOperatorServer() {}
 func (UnimplementedOperatorServer) testEmbeddedByValue()                  {}
@@ -188,6 +259,53 @@ func _Operator_Reload_Handler(srv interface{}, ctx context.Context, dec func(int
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Operator_Restart_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RestartRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(OperatorServer).Restart(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Operator_Restart_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(OperatorServer).Restart(ctx, req.(*RestartRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Operator_Stop_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StopRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(OperatorServer).Stop(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Operator_Stop_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(OperatorServer).Stop(ctx, req.(*StopRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Operator_Logs_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(LogsRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(OperatorServer).Logs(m, &grpc.GenericServerStream[LogsRequest, LogsResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Operator_LogsServer = grpc.ServerStreamingServer[LogsResponse]
+
 // Operator_ServiceDesc is the grpc.ServiceDesc for Operator service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -203,11 +321,24 @@ var Operator_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "Reload",
 			Handler:    _Operator_Reload_Handler,
 		},
+		{
+			MethodName: "Restart",
+			Handler:    _Operator_Restart_Handler,
+		},
+		{
+			MethodName: "Stop",
+			Handler:    _Operator_Stop_Handler,
+		},
 	},
 	Streams: []grpc.StreamDesc{
 		{
 			StreamName:    "Watch",
 			Handler:       _Operator_Watch_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Logs",
+			Handler:       _Operator_Logs_Handler,
 			ServerStreams: true,
 		},
 	},

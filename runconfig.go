@@ -1,0 +1,92 @@
+package main
+
+// How a pipeline is run: what the command line says, and the pipeline that is read by that.
+
+import (
+	"cmp"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"time"
+)
+
+// planeFlags are the flags of a control plane, with a pipeline or alone.
+type planeFlags struct {
+	listen   listenConfig
+	tls      tlsFlags
+	ttl      time.Duration // of a heartbeat
+	interval time.Duration // of the janitor
+	logLevel slog.Level
+	format   string // of the log
+	dbPath   string
+	noState  bool
+}
+
+// runConfig says how a pipeline is run.
+type runConfig struct {
+	planeFlags
+	file           string    // the pipeline file
+	envFiles       []string  // of -env-file
+	variables      variables // of those files, as they were read last
+	version        string    // of flowctl
+	state          stateConfig
+	logDir         string // one file per component, "" for none
+	logDirOptional bool   // it is only a warning that logDir cannot be used
+	showStatus     bool
+	times          procTimes
+	sandbox        bool // run the services alone
+	servicesOf     int  // process of the sandbox whose services are used, 0 for none
+	until          string
+	timeout        time.Duration // of the whole run, 0 for none
+	watch          bool          // reload and restart what has changed
+	engine         *engine       // nil for none
+	command        []string      // after --
+	operators      []string      // names in client certificates of who may do what operators may
+}
+
+// read reads the pipeline file. It fails also for a pipeline that cannot be run in this way.
+func (c *runConfig) read() (*Pipeline, error) { return c.readFile(c.file) }
+
+// readFile is read for another file.
+func (c *runConfig) readFile(file string) (*Pipeline, error) {
+	env, err := readVariables(c.envFiles)
+	if err != nil {
+		return nil, err
+	}
+	p, err := readPipeline(file, env.lookup)
+	if err != nil {
+		return nil, err
+	}
+	env.addTo(p)
+	c.variables = env
+	switch {
+	case c.sandbox:
+		err = p.sandbox()
+	case c.servicesOf != 0:
+		err = p.dropServices()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %v", file, err)
+	}
+	if err := cmp.Or(c.tls.checkComponents(p.speakTLS(true)), c.engine.checkImages(p)); err != nil {
+		return nil, fmt.Errorf("%s: %v", file, err)
+	}
+	return p, nil
+}
+
+// absolute returns c with paths that do not depend on the folder of flowctl, by $PWD: a link in that may
+// lead elsewhere later, to another release.
+func (c runConfig) absolute() (runConfig, error) {
+	files := append([]string{c.file}, c.envFiles...)
+	for i, file := range files {
+		if fromStandardInput(file) {
+			continue
+		}
+		var err error
+		if files[i], err = filepath.Abs(file); err != nil {
+			return c, err
+		}
+	}
+	c.file, c.envFiles = files[0], files[1:]
+	return c, nil
+}
