@@ -40,6 +40,7 @@ const (
 	labelOwner     = "flowctl.claim" // a run file on a machine: the flowctl that holds it may remove the container
 
 	engineTimeout = 10 * time.Second       // for an answer of the engine, pulls excepted
+	startTold     = 2 * time.Second        // for the engine to say that a container runs that it has started
 	askAgain      = 100 * time.Millisecond // after what did not work, before the engine is asked again
 
 	// hostAlias is the name of the machine in a container that is not on its network.
@@ -244,28 +245,49 @@ func splitEnv(env []string) (vars map[string]string, file string, byName []strin
 	return vars, lines.String(), byName
 }
 
-// running returns the containers of the run that run now.
-func (e *engine) running() (out runningContainers, err error) {
-	names, err := e.ask(context.Background(), "ps", "--filter", "label="+labelRun+"="+e.run, "--format", "{{.Names}}")
-	if err != nil || names == "" {
-		return out, err
+// running returns the containers of the run that run now. Engines say late that one runs, when its
+// processes may have called already: it waits for one that is being started, and fails where
+// that takes longer than startTold.
+func (e *engine) running() (runningContainers, error) {
+	for begin := time.Now(); ; time.Sleep(askAgain) {
+		out, starting, err := e.list()
+		if err == nil && starting != "" {
+			err = fmt.Errorf("%s is starting the container of %s", e.name, starting)
+		}
+		if err == nil || time.Since(begin) > startTold {
+			return out, err
+		}
 	}
-	const format = `{{.State.Pid}} {{index .Config.Labels "` + labelComponent + `"}}{{range .NetworkSettings.Networks}} {{.IPAddress}}{{end}}`
+}
+
+// list returns the containers of the run that run, and the component of one that is being started, "" for none.
+// It fails where one of them is removed meanwhile.
+func (e *engine) list() (out runningContainers, starting string, err error) {
+	names, err := e.ask(context.Background(), "ps", "--all", "--filter", "label="+labelRun+"="+e.run, "--format", "{{.Names}}")
+	if err != nil || names == "" {
+		return out, "", err
+	}
+	const format = `{{.State.Status}} {{.State.Pid}} {{index .Config.Labels "` + labelComponent + `"}}{{range .NetworkSettings.Networks}} {{.IPAddress}}{{end}}`
 	lines, err := e.ask(context.Background(), slices.Concat([]string{"inspect", "--format", format}, strings.Fields(names))...)
 	out = runningContainers{byPID: make(map[int]string), byAddr: make(map[string]string)}
 	for line := range strings.Lines(lines) {
 		fields := strings.Fields(line)
-		if len(fields) < 2 {
+		if len(fields) < 3 {
 			continue
 		}
-		if pid, _ := strconv.Atoi(fields[0]); pid > 0 {
-			out.byPID[pid] = fields[1]
-		}
-		for _, addr := range fields[2:] {
-			out.byAddr[addr] = fields[1]
+		state, id := fields[0], fields[2]
+		pid, _ := strconv.Atoi(fields[1])
+		switch {
+		case pid > 0:
+			out.byPID[pid] = id
+			for _, addr := range fields[3:] {
+				out.byAddr[addr] = id
+			}
+		case state == "created":
+			starting = id
 		}
 	}
-	return out, err
+	return out, starting, err
 }
 
 // inside returns the command that runs argv in the container, or argv where ctr is nil.

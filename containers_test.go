@@ -314,6 +314,36 @@ func TestEngine_NoImageNeedsNone(t *testing.T) {
 	}
 }
 
+// A container's processes can call before the engine says that it runs.
+func TestEngine_ContainerIsSeenLate(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct{ early, late, want string }{
+		{"created 0 store", "running 77 store 10.0.0.9", "<nil>"},
+		{"", "running 77 store 10.0.0.9", "<nil>"}, // it is removed between the two questions
+		{"created 0 store", "created 0 store", "engine is starting the container of store"},
+	} {
+		folder := t.TempDir()
+		program := writeProgram(t, filepath.Join(folder, "engine"), fmt.Sprintf(`#!/bin/sh
+[ $1 = ps ] && echo a-1 && exit
+if mkdir %[1]s/early 2>/dev/null; then said=%[2]q; else said=%[3]q; fi
+echo "$said"
+[ "$said" ]
+`, folder, tt.early, tt.late))
+		e, err := findEngine(program)
+		if err != nil {
+			t.Fatal(err)
+		}
+		e.name, e.commands, e.env = "engine", newReaper(), baseEnv()
+		got, err := e.running()
+		if text := fmt.Sprint(err); text != tt.want {
+			t.Errorf("%q, then %q: %v, want %q", tt.early, tt.late, err, tt.want)
+		}
+		if err == nil && (got.byPID[77] != "store" || got.byAddr["10.0.0.9"] != "store") {
+			t.Errorf("%q, then %q: %+v", tt.early, tt.late, got)
+		}
+	}
+}
+
 // An engine that does not remove a container is asked again, less and less often.
 func TestEngine_RemoveWaitsBetweenTries(t *testing.T) {
 	t.Parallel()
