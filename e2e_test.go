@@ -253,14 +253,15 @@ func TestSandbox(t *testing.T) {
 
 func TestRun_Oneshot(t *testing.T) {
 	t.Parallel()
-	schema, app := shell("schema", "echo making; sleep 0.3; echo made"), shell("app", "echo up; exec sleep 300")
+	schema, app := shell("schema", "until [ -e go ]; do sleep 0.02; done; echo made"), shell("app", "echo up; exec sleep 300")
 	schema.Oneshot, schema.Register, app.DependsOn = true, nil, []string{"schema"}
 	file := writePipeline(t, schema, app)
 	p := launch(t, file)
-	p.waitOut("making")
-	if list, _ := listed(t, p.endpoint()); list["schema"].Healthy || list["schema"].Cause != "it has not ended yet, and is ready once it has" {
-		t.Errorf("while it runs: %+v", list["schema"])
-	}
+	eventually(t, "it runs, and is not healthy", func() bool {
+		list, _ := listed(t, p.endpoint())
+		return !list["schema"].Healthy && list["schema"].Cause == "it has not ended yet, and is ready once it has"
+	})
+	writeFile(t, filepath.Join(filepath.Dir(file), "go"), "")
 	p.waitReady()
 	p.has(p.stdout, "schema | made\n", "app    | up\n")
 	list, _ := listed(t, p.endpoint())

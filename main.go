@@ -454,6 +454,7 @@ func parseAskFlags(fs *flag.FlagSet, o *listOptions, args []string, most int) ([
 	fs.StringVar(&o.pipeline, "pipeline", "", "`name` of the pipeline, where several run here")
 	defineBool(fs, &o.json, "json", false, "print JSON")
 	defineTLS(fs, &o.tls, "client certificate in `file`, PEM", "dial TLS, and trust the CA in `file`, PEM")
+	fs.StringVar(&o.tls.serverName, "tls-server-name", "", "dial TLS, and expect this `name` in the certificate of the control plane, not that of -endpoint")
 	rest, err := parseFlags(fs, args, most)
 	if err != nil {
 		return nil, err
@@ -467,6 +468,8 @@ func parseAskFlags(fs *flag.FlagSet, o *listOptions, args []string, most int) ([
 		}
 	}
 	switch {
+	case given(fs, "tls-server-name") && o.tls.serverName == "":
+		return nil, usageErrorf(fs.Name(), "-tls-server-name \"\": it must be a name")
 	case given(fs, "pipeline") && o.pipeline == "":
 		return nil, usageErrorf(fs.Name(), "-pipeline \"\": it must be a name")
 	case o.pipeline != "" && o.endpoint != "":
@@ -515,9 +518,10 @@ func serverCommand(fs *flag.FlagSet, args []string) error {
 	if err != nil {
 		return &exitError{code: exitPlane, err: err}
 	}
+	alone := pipelineInfo{version: versionName(), started: time.Now(), status: "control plane alone", ready: true}
 	plane, err := newPlane(planeConfig{
-		listener: lis, endpoint: endpoint, ttl: o.ttl, interval: o.interval, store: st, certs: certs, identifier: newIdentifier(nil, log), log: log,
-		pipeline: pipelineInfo{version: versionName(), started: time.Now(), status: "control plane alone", ready: true},
+		listener: lis, endpoint: endpoint, ttl: o.ttl, interval: o.interval, forget: o.forget, store: st, certs: certs, runFile: file, identifier: newIdentifier(nil, log), log: log,
+		pipeline: alone,
 	})
 	if err != nil {
 		st.close()
@@ -525,13 +529,13 @@ func serverCommand(fs *flag.FlagSet, args []string) error {
 	}
 	defer plane.stop()
 	systemd.send(daemon.SdNotifyReady, "STATUS=listening on "+endpoint)
-	watchAlone(plane.registry, signals, systemd, log)
+	watchAlone(plane, alone, signals, systemd, log)
 	return nil
 }
 
-// watchAlone is the loop of a control plane alone, until a signal asks for the end.
-func watchAlone(registry *registry, signals <-chan os.Signal, systemd *notifier, log *slog.Logger) {
-	feed, changed := watchdogTicks(log), changeLog{log: log, most: serverLines}
+// watchAlone is the loop of a control plane alone, which alone describes, until a signal asks for the end.
+func watchAlone(plane *plane, alone pipelineInfo, signals <-chan os.Signal, systemd *notifier, log *slog.Logger) {
+	registry, feed, changed := plane.registry, watchdogTicks(log), changeLog{log: log, most: serverLines}
 	for {
 		var due <-chan time.Time
 		if at := changed.due(); !at.IsZero() {
@@ -543,6 +547,14 @@ func watchAlone(registry *registry, signals <-chan os.Signal, systemd *notifier,
 			for _, c := range registry.changes(now) {
 				changed.add(c, now)
 			}
+		case <-plane.certs.expiryTold():
+			info, status := alone, "listening on "+registry.endpoint
+			if expiry := plane.certs.expiryText(); expiry != "" {
+				info.status += "; the certificate " + expiry
+				status += "; the certificate " + expiry
+			}
+			registry.publishPipeline(info)
+			systemd.send("STATUS=" + status)
 		case now := <-due:
 			changed.flush(now)
 		case now := <-feed:
@@ -599,6 +611,7 @@ func (o *planeFlags) define(fs *flag.FlagSet) {
 	})
 	defineTTL(fs, &o.ttl)
 	defineDuration(fs, &o.interval, "janitor-interval", 10*time.Second, "look for stale services at least this often")
+	defineDuration(fs, &o.forget, "forget-after", 24*time.Hour, "forget a service that is not of the pipeline and has been stale for so long")
 	define(fs, &o.logLevel, "log-level", slog.LevelInfo, "log from `level` up: debug, info, warn, error", func(text string) (level slog.Level, err error) {
 		if level.UnmarshalText([]byte(text)) != nil {
 			err = errors.New("it must be debug, info, warn or error")

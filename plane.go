@@ -45,24 +45,27 @@ type planeConfig struct {
 	componentListener net.Listener // without TLS, for components that do not speak it; nil for none
 	ttl               time.Duration
 	interval          time.Duration // the janitor's, and that of writes of the state file
+	forget            time.Duration // what is not of the pipeline and has been stale for so long is forgotten; 0 for never
 	members           []member      // the components of the pipeline, nil for a control plane alone
 	pipeline          pipelineInfo
 	store             *store        // open; nil to keep the registry in memory alone
 	certs             *certificates // nil without TLS
 	identifier        *identifier   // nil: nobody is looked up
 	operatorListener  net.Listener  // of operators on this machine; nil for none
+	runFile           *runFile      // which has that listener's socket beside it; nil for none
 	operators         []string      // the names of others, in their client certificates
 	requests          runRequests   // nil for a control plane alone
 	lines             *lineLog      // the same
 	log               *slog.Logger
 }
 
-// plane serves a registry over gRPC. It owns the goroutines that do, the janitor and the one
-// that writes the state file.
+// plane serves a registry over gRPC. It owns the goroutines that do, the janitor, those that look
+// at the certificate and the run file, and the one that writes the state file.
 type plane struct {
 	registry *registry
 	server   *grpc.Server
 	health   *health.Server
+	certs    *certificates      // nil without TLS
 	ended    chan struct{}      // closed when stop begins
 	cancel   context.CancelFunc // ends the janitor and the writing of the state file
 	done     sync.WaitGroup
@@ -73,6 +76,7 @@ type plane struct {
 // leaves listeners and store to the caller.
 func newPlane(c planeConfig) (*plane, error) {
 	r := newRegistry(c.ttl, c.interval, c.endpoint, c.members)
+	r.forget = c.forget
 	if c.store != nil {
 		if err := c.store.restore(r, c.log); err != nil {
 			return nil, err
@@ -89,7 +93,7 @@ func servePlane(r *registry, c planeConfig) *plane {
 		most = maxGuestConnections
 	}
 	traffic := newTraffic(c.log, most)
-	p := &plane{registry: r, health: health.NewServer(), ended: make(chan struct{})}
+	p := &plane{registry: r, health: health.NewServer(), certs: c.certs, ended: make(chan struct{})}
 	p.server = grpc.NewServer(planeOptions(peerCredentials{c.certs.credentials(), c.identifier, c.operators, c.log}, traffic)...)
 	services := registrar{p.server, traffic}
 	flowctlpb.RegisterControlPlaneServer(services, legacyServer{registry: r})
@@ -104,6 +108,7 @@ func servePlane(r *registry, c planeConfig) *plane {
 	var ctx context.Context
 	ctx, p.cancel = context.WithCancel(context.Background())
 	p.done.Go(func() { r.runJanitor(ctx) })
+	p.done.Go(func() { c.certs.watchExpiry(ctx, c.interval) })
 	if c.store != nil {
 		p.tellDurable(true)
 		persister := &persister{registry: r, store: c.store, told: p.tellDurable}
@@ -113,9 +118,11 @@ func servePlane(r *registry, c planeConfig) *plane {
 	if c.componentListener != nil {
 		p.serve(taggedListener{traffic.limit(c.componentListener), forComponents}, c.log)
 	}
+	serveOperators := func(lis net.Listener) { p.serve(taggedListener{traffic.limit(lis), forOperators}, c.log) }
 	if c.operatorListener != nil {
-		p.serve(taggedListener{traffic.limit(c.operatorListener), forOperators}, c.log)
+		serveOperators(c.operatorListener)
 	}
+	p.done.Go(func() { c.runFile.keep(ctx, c.operatorListener, serveOperators, c.log) })
 	return p
 }
 
@@ -141,7 +148,8 @@ func planeOptions(creds credentials.TransportCredentials, t *traffic) []grpc.Ser
 // serve answers on lis until stop.
 func (p *plane) serve(lis net.Listener, log *slog.Logger) {
 	p.done.Go(func() {
-		if err := p.server.Serve(lis); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+		err := p.server.Serve(lis)
+		if err != nil && !errors.Is(err, grpc.ErrServerStopped) && !errors.Is(err, net.ErrClosed) { // which keep has closed
 			log.Error("control plane ended", "err", err)
 		}
 	})

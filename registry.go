@@ -61,6 +61,7 @@ type change struct {
 type registry struct {
 	ttl       time.Duration
 	interval  time.Duration   // the janitor sleeps no longer
+	forget    time.Duration   // what is not of the pipeline and has been stale for so long is taken out; 0 for never
 	endpoint  string          // where the plane listens
 	stateFile string          // "" for none
 	wake      chan struct{}   // gets a token when there are changes to take
@@ -697,8 +698,8 @@ func (r *registry) list(ctx context.Context, f func(s *service, now time.Time) b
 	return err
 }
 
-// sweep notes which services have become stale, or a part of them, and returns when to come
-// again.
+// sweep notes which services have become stale, and takes out those that have been for too long, or a part
+// of them, and returns when to come again.
 func (r *registry) sweep(now time.Time) time.Time {
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
@@ -716,11 +717,24 @@ func (r *registry) sweep(now time.Time) time.Time {
 		}
 		r.unqueueLocked(s)
 		if s.member == nil {
-			s.stale = r.stale.PushBack(s)
+			s.stale, s.staleSince = r.stale.PushBack(s), now
 		}
 		if r.noteLocked(s, now) {
 			r.changedLocked(s)
 		}
+	}
+	for n := 0; r.forget > 0 && r.stale.Len() > 0; n++ {
+		s := r.stale.Front().Value.(*service)
+		at := s.staleSince.Add(r.forget)
+		switch {
+		case now.Before(at) && at.Before(next):
+			return at
+		case now.Before(at):
+			return next
+		case n == batch:
+			return now
+		}
+		r.removeLocked(s, now)
 	}
 	return next
 }

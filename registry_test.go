@@ -56,6 +56,31 @@ func TestFullRegistryForgetsTheSilent(t *testing.T) {
 	mustRegister(t, r, registration{id: "one-more"}, now)
 }
 
+func TestSweep_ForgetsWhatHasBeenStaleForLong(t *testing.T) {
+	t.Parallel()
+	r := testRegistry()
+	r.forget = time.Hour
+	mustRegister(t, r, registration{id: "own", componentID: "store"}, testEpoch)
+	for _, id := range []string{"gone", "back"} {
+		mustRegister(t, r, registration{id: id}, testEpoch)
+	}
+	stale := testEpoch.Add(testTTL + 1)
+	pass(r, stale)
+	wantChanges(t, r, stale, "own: unregistered > unhealthy", "gone: unregistered > unhealthy", "back: unregistered > unhealthy")
+	now := stale.Add(time.Hour - 1)
+	pass(r, now)
+	wantChanges(t, r, now)
+	must(t, beat(r, "back", now))
+	now = now.Add(testTTL)
+	pass(r, now)
+	wantChanges(t, r, now, "back: unhealthy > healthy", "gone: unhealthy > unregistered")
+	wantCode(t, "heartbeat of the one forgotten", beat(r, "gone", now), codes.NotFound)
+	wantCode(t, "heartbeat of a component", beat(r, "own", now), codes.OK)
+	if r.forget = 0; r.otherCount != 1 {
+		t.Errorf("%d others, want back alone", r.otherCount)
+	}
+}
+
 // testEpoch is the time at which the tests that pass the time begin, and also a
 // bubble's.
 var testEpoch = time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)

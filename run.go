@@ -200,9 +200,9 @@ func (r *run) open(p *Pipeline, file *runFile, children *reaper) error {
 	st, err := openStore(r.config.state, r.info.name, r.log)
 	if err == nil {
 		r.plane, err = newPlane(planeConfig{
-			listener: lis, endpoint: endpoint, componentListener: access.listener, ttl: r.config.ttl, interval: r.config.interval,
+			listener: lis, endpoint: endpoint, componentListener: access.listener, ttl: r.config.ttl, interval: r.config.interval, forget: r.config.forget,
 			members: r.members(), pipeline: r.info, store: st, certs: certs, identifier: identify,
-			operatorListener: operators, operators: r.config.operators, requests: r.reloads, lines: r.out.lines, log: r.log,
+			operatorListener: operators, runFile: file, operators: r.config.operators, requests: r.reloads, lines: r.out.lines, log: r.log,
 		})
 	}
 	if err != nil {
@@ -335,6 +335,7 @@ func (r *run) loop(signals <-chan os.Signal) {
 		case sig := <-signals:
 			r.signalled(sig, time.Now())
 		case <-r.plane.registry.wake:
+		case <-r.plane.certs.expiryTold():
 		case e := <-r.launcher.exits:
 			r.exited(e, time.Now())
 		case result := <-r.checks.results:
@@ -772,7 +773,7 @@ func (r *run) commands() []any {
 
 // overview sums up how the components are.
 func (r *run) overview() overview {
-	o := overview{total: len(r.sup.procs), stopping: r.sup.stopping}
+	o := overview{total: len(r.sup.procs), stopping: r.sup.stopping, certificate: r.plane.certs.expiryText()}
 	for _, p := range r.sup.procs {
 		switch {
 		case p.state == procCompleted || p.state == procReady && p.health.ok:

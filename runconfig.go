@@ -16,6 +16,7 @@ type planeFlags struct {
 	tls      tlsFlags
 	ttl      time.Duration // of a heartbeat
 	interval time.Duration // of the janitor
+	forget   time.Duration // after so long a stale service that is not of the pipeline is forgotten
 	logLevel slog.Level
 	format   string // of the log
 	dbPath   string

@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"net"
 	"net/netip"
 	"net/url"
@@ -41,6 +42,7 @@ const (
 	maxScanned   = 4096     // names of files that are read in such a folder
 	maxListener  = 2048     // a control plane opens its listener with a lower descriptor
 	runsTick     = 20 * time.Millisecond
+	keepTick     = 2 * time.Second // a run looks so often whether its run file is there
 )
 
 // runInfo is what a run file says.
@@ -58,8 +60,10 @@ type runInfo struct {
 
 // runFile is the run file of this process. Methods of a nil one do nothing.
 type runFile struct {
-	file *os.File
-	info runInfo
+	path   string
+	file   *os.File
+	info   runInfo
+	former []*os.File // that were removed: who waits for the end of this process has one open, and waits for its lock
 }
 
 // runningError tells that another process runs the pipeline.
@@ -102,12 +106,12 @@ func claimRun(info runInfo) (*runFile, error) {
 			return nil, &runningError{info, by}
 		}
 	}
+	info.PID, info.Started = os.Getpid(), time.Now()
 	return claimRunIn(folder, info)
 }
 
 // claimRunIn is claimRun in a folder that is there.
 func claimRunIn(folder string, info runInfo) (*runFile, error) {
-	info.PID, info.Started = os.Getpid(), time.Now()
 	lock, err := lockRuns(folder)
 	if err != nil {
 		return nil, err
@@ -127,7 +131,7 @@ func claimRunIn(folder string, info runInfo) (*runFile, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &runFile{f, info}
+	r := &runFile{path: path, file: f, info: info}
 	err = lockFile(f, syscall.F_SETLK)
 	if err == nil {
 		err = r.write()
@@ -151,7 +155,7 @@ func (r *runFile) ownerLabel() string {
 	}
 	host, _ := os.Hostname()
 	machine, _ := os.ReadFile("/etc/machine-id") // machine-id(5), Linux
-	return fmt.Sprintf("%s:%s:%s", host, strings.TrimSpace(string(machine)), r.file.Name())
+	return fmt.Sprintf("%s:%s:%s", host, strings.TrimSpace(string(machine)), r.path)
 }
 
 // publish writes into the file where the control plane listens.
@@ -180,19 +184,77 @@ func (r *runFile) release() {
 	if r == nil {
 		return
 	}
-	lock, err := lockRuns(filepath.Dir(r.file.Name()))
+	lock, err := lockRuns(filepath.Dir(r.path))
 	if err != nil {
 		return // the folder is gone, or else the file stays, without a lock once this process has ended
 	}
 	defer lock.Close()
+	if r.isThere() {
+		os.Remove(r.path)
+		os.Remove(socketOf(r.path))
+	}
+}
+
+// isThere tells whether the run file was not removed.
+func (r *runFile) isThere() bool {
 	ours, err := r.file.Stat()
 	if err != nil {
+		return false
+	}
+	there, err := os.Lstat(r.path)
+	return err == nil && os.SameFile(ours, there)
+}
+
+// keep makes the run file again when it was removed, by a tmp cleaner say, until ctx ends. Where operators is
+// the listener of its socket, serve gets the one of a new socket. Nobody else may use r meanwhile.
+func (r *runFile) keep(ctx context.Context, operators net.Listener, serve func(net.Listener), log *slog.Logger) {
+	if r == nil {
 		return
 	}
-	if there, err := os.Lstat(r.file.Name()); err == nil && os.SameFile(ours, there) {
-		os.Remove(r.file.Name())
-		os.Remove(socketOf(r.file.Name()))
+	tick := time.NewTicker(keepTick)
+	defer tick.Stop()
+	for told := ""; ; {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		remade, err := r.remake()
+		if _, gone := os.Lstat(socketOf(r.path)); err == nil && operators != nil && gone != nil {
+			var next net.Listener
+			if next, err = r.listen(); err == nil {
+				operators.Close() // nobody can find it any more
+				operators = next
+				serve(next)
+			}
+		}
+		switch {
+		case err != nil && err.Error() != told:
+			told = err.Error()
+			log.Warn("the run file was removed, and cannot be made again: list cannot find this run by itself, and a second one would not be refused", "file", r.path, "err", err)
+		case err == nil && remade:
+			told = ""
+			log.Warn("the run file was removed, and is made again", "file", r.path)
+		}
 	}
+}
+
+// remake makes the run file again if it was removed.
+func (r *runFile) remake() (remade bool, err error) {
+	if r.isThere() {
+		return false, nil
+	}
+	folder := filepath.Dir(r.path)
+	if err := makeRunFolder(folder); err != nil {
+		return false, err
+	}
+	next, err := claimRunIn(folder, r.info)
+	if err != nil {
+		return false, err
+	}
+	r.former = append(r.former, r.file)
+	r.file = next.file
+	return true, nil
 }
 
 // findRuns returns what runs, sorted by name, and why run files of other users are ignored. It removes
@@ -424,16 +486,12 @@ func removeStale(folder, name string) {
 // socketOf returns the path of the operators' socket of a run file.
 func socketOf(path string) string { return strings.TrimSuffix(path, runSuffix) + socketSuffix }
 
-// listen listens on the operators' socket, of mode 0600. Nothing else may run yet that could
-// create a file under the mask that it sets.
+// listen listens on the operators' socket, which has its name once it has the mode 0600.
 func (r *runFile) listen() (net.Listener, error) {
 	if r == nil {
 		return nil, errors.New("there is no run file")
 	}
-	path := socketOf(r.file.Name())
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
-	}
+	path := socketOf(r.path)
 	folder, err := filepath.EvalSymlinks(filepath.Dir(path))
 	if err != nil {
 		return nil, err
@@ -443,12 +501,23 @@ func (r *runFile) listen() (net.Listener, error) {
 		return nil, err
 	}
 	defer done()
-	defer syscall.Umask(syscall.Umask(0o177))
-	lis, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(short, filepath.Base(path)), Net: "unix"})
+	made := filepath.Join(short, fmt.Sprintf("%d%s", os.Getpid(), socketSuffix))
+	if err := os.Remove(made); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	lis, err := net.ListenUnix("unix", &net.UnixAddr{Name: made, Net: "unix"})
 	if err != nil {
 		return nil, cause(err)
 	}
 	lis.SetUnlinkOnClose(false) // release removes it
+	err = os.Chmod(made, 0o600)
+	if err == nil {
+		err = os.Rename(made, path)
+	}
+	if err != nil {
+		lis.Close()
+		return nil, err
+	}
 	return lis, nil
 }
 

@@ -81,6 +81,35 @@ func TestRun_SecondOfAUserIsRefusedInAnyFolder(t *testing.T) {
 	third.exit(exitOK)
 }
 
+// A tmp cleaner, or the end of another unit with the same RuntimeDirectory=, takes run files away.
+func TestRun_RemovedRunFileIsMadeAgain(t *testing.T) {
+	t.Parallel()
+	dir, file := t.TempDir(), sleeper(t)
+	folder := filepath.Join(dir, "flowctl")
+	p := start(t, runArgs(file), runsIn(dir))
+	p.waitReady()
+	must(t, os.RemoveAll(folder))
+	writeFile(t, folder, "") // in the way of the folder
+	p.wait(p.stderr, `msg="the run file was removed, and cannot be made again: `, 1)
+	must(t, os.Remove(folder))
+	p.wait(p.stderr, `msg="the run file was removed, and is made again"`, 1)
+	must(t, os.Remove(filepath.Join(folder, "pipeline-test.sock")))
+	eventually(t, "the socket is there again", func() bool {
+		info, err := os.Stat(filepath.Join(folder, "pipeline-test.sock"))
+		return err == nil && info.Mode().Perm() == 0o600
+	})
+	second := start(t, runArgs(file), runsIn(dir))
+	second.exit(exitPlane)
+	stop := start(t, []string{"stop"}, runsIn(dir))
+	stop.exit(exitOK)
+	p.exit(exitOK)
+	p.hasNot(p.stderr, "level=ERROR")
+	wantEqual(t, "left", runFiles(t, folder), nil)
+	if n := strings.Count(p.stderr.String(), "the run file was removed"); n != 2 {
+		t.Errorf("it is told %d times\n%s", n, p)
+	}
+}
+
 // Runs are found in the folders of units that are templates, and of operators, whose names are not known.
 func TestRun_FoldersOfUnitsAreSearched(t *testing.T) {
 	t.Parallel()

@@ -140,6 +140,7 @@ type service struct {
 	changeNumber uint64        // of its last change, as persistence counts them
 	isPending    bool          // waits in persistence.pending
 	live, stale  *list.Element // in the registry's lists of that name
+	staleSince   time.Time     // of one in stale
 }
 
 // memberState is what there is of a component of the pipeline beyond its registration.

@@ -34,6 +34,7 @@ type overview struct {
 	failed       []string // brought by a reload: another failure ends the run
 	stopping     bool
 	left         []string // still running while stopping
+	certificate  string   // when that of the control plane expires, "" where that is far
 }
 
 // part is a group of components in an overview.
@@ -59,6 +60,9 @@ func (o overview) String() string {
 	for _, p := range o.parts() {
 		text += ", " + p.what + " " + enumerate(p.ids)
 	}
+	if o.certificate != "" {
+		text += "; the certificate " + o.certificate
+	}
 	return text
 }
 
@@ -70,6 +74,9 @@ func (o overview) attrs() []any {
 	}
 	for _, p := range o.parts() {
 		attrs = append(attrs, p.key, enumerate(p.ids))
+	}
+	if o.certificate != "" {
+		attrs = append(attrs, "certificate", o.certificate)
 	}
 	return attrs
 }

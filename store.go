@@ -469,7 +469,7 @@ func (r *registry) requeueLocked(s *service, now time.Time) {
 	if s.noted.condition.ok() || s.lastSeen.Add(r.ttl).After(now) {
 		s.live = r.live.PushBack(s)
 	} else {
-		s.stale = r.stale.PushBack(s)
+		s.stale, s.staleSince = r.stale.PushBack(s), s.lastSeen.Add(r.ttl)
 	}
 	s.notified = s.noted.condition
 	if r.noteLocked(s, now) {
@@ -831,10 +831,20 @@ func (st *store) write(save func(io.Writer) error) error {
 			return err
 		}
 	}
-	tmp := st.path + ".tmp"
+	written, err := replaceFile(st.path, save)
+	if written != nil {
+		st.seen = written
+	}
+	return err
+}
+
+// replaceFile replaces the file at path by one of mode 0600 with what save writes, and returns how it is, nil
+// where the former one is still there. When there is no error, the new one outlives a crash of the machine.
+func replaceFile(path string, save func(io.Writer) error) (os.FileInfo, error) {
+	tmp := path + ".tmp"
 	f, err := openTemporary(tmp)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	w := bufio.NewWriterSize(f, 256<<10)
 	err = save(w)
@@ -849,14 +859,13 @@ func (st *store) write(save func(io.Writer) error) error {
 		err = cmp.Or(closed, statErr)
 	}
 	if err == nil {
-		err = os.Rename(tmp, st.path)
+		err = os.Rename(tmp, path)
 	}
 	if err != nil {
 		os.Remove(tmp)
-		return err
+		return nil, err
 	}
-	st.seen = written
-	return syncFolder(filepath.Dir(st.path))
+	return written, syncFolder(filepath.Dir(path))
 }
 
 // checkUnchanged fails where the file is not as it was read or written last: for a time

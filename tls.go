@@ -6,12 +6,14 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -28,9 +30,9 @@ const (
 	hintTime   = 2 * time.Second // for all that hint asks of an endpoint
 )
 
-// tlsFlags are the values of -tls-cert, -tls-key and -tls-ca-cert: the names of PEM files.
-// Without any there is no TLS.
-type tlsFlags struct{ cert, key, ca string }
+// tlsFlags are the values of -tls-cert, -tls-key and -tls-ca-cert, the names of PEM files, and of a
+// client's -tls-server-name. Without any there is no TLS.
+type tlsFlags struct{ cert, key, ca, serverName string }
 
 // tlsFiles is what the files hold.
 type tlsFiles struct {
@@ -53,6 +55,10 @@ type certificates struct {
 	config *tls.Config
 	read   fileStates // of the files as config has them
 	failed fileStates // of those that were found wrong and reported
+	stage  int        // of expiryStage that was told
+	expiry string     // when the certificate expires, or expired, in words; "" where that is far
+
+	expiryChanged chan struct{} // holds one when expiry is another
 }
 
 // componentAccess is how the components of a run reach the control plane.
@@ -67,7 +73,7 @@ func openCertificates(flags tlsFlags, log *slog.Logger) (*certificates, error) {
 	if flags.cert == "" {
 		return nil, nil
 	}
-	c := &certificates{flags: flags, log: log}
+	c := &certificates{flags: flags, log: log, expiryChanged: make(chan struct{}, 1)}
 	if err := c.readLocked(flags.states(), time.Now()); err != nil {
 		return nil, err
 	}
@@ -190,7 +196,7 @@ func (f tlsFlags) clientCredentials() (credentials.TransportCredentials, error) 
 	if err != nil {
 		return nil, err
 	}
-	config := &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: files.ca}
+	config := &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: files.ca, ServerName: f.serverName}
 	if f.cert != "" {
 		config.Certificates = []tls.Certificate{files.cert}
 	}
@@ -210,13 +216,15 @@ func (f tlsFlags) hint(endpoint string) string {
 	_ = raw.SetDeadline(time.Now().Add(hintTime)) // works on an open connection
 	files, _ := f.load(time.Now())                // what is wrong with them was said before
 	host, _, _ := net.SplitHostPort(endpoint)
-	proven, wanted, shown := false, false, false
+	host = cmp.Or(f.serverName, host)
+	proven, wanted, shown, misnamed := false, false, false, false
 	conn := tls.Client(raw, &tls.Config{
 		InsecureSkipVerify: true, // the handshake is to go on and tell more; VerifyConnection verifies
 		ServerName:         host,
 		NextProtos:         []string{"h2"},
 		VerifyConnection: func(state tls.ConnectionState) error {
 			proven = verifyChain(state.PeerCertificates, host, files.ca, x509.ExtKeyUsageServerAuth) == nil
+			misnamed = !proven && verifyChain(state.PeerCertificates, "", files.ca, x509.ExtKeyUsageServerAuth) == nil
 			return nil
 		},
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
@@ -241,6 +249,8 @@ func (f tlsFlags) hint(endpoint string) string {
 		return "\nhint: it speaks TLS: name the CA of its certificate by -tls-ca-cert, and a certificate of yours by -tls-cert and -tls-key"
 	case !dialled:
 		return "\nhint: it speaks TLS: name the CA of its certificate by -tls-ca-cert"
+	case misnamed:
+		return "\nhint: name one that its certificate has by -tls-server-name"
 	case wanted && f.cert == "":
 		return "\nhint: it wants a certificate of yours: name it by -tls-cert and -tls-key"
 	}
@@ -253,7 +263,7 @@ func (c *certificates) readLocked(before fileStates, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	c.files, c.read, c.failed = files, before, nil
+	c.files, c.read, c.failed, c.stage = files, before, nil, 0
 	c.config = &tls.Config{
 		MinVersion:   tls.VersionTLS12,
 		NextProtos:   []string{"h2"},
@@ -265,6 +275,91 @@ func (c *certificates) readLocked(before fileStates, now time.Time) error {
 		c.config.ClientAuth, c.config.ClientCAs = tls.RequireAndVerifyClientCert, files.ca
 	}
 	return nil
+}
+
+// watchExpiry tells of the end of the control plane's certificate before it comes, until ctx ends. It
+// looks at least once in interval. c may be nil.
+func (c *certificates) watchExpiry(ctx context.Context, interval time.Duration) {
+	for c != nil {
+		next := c.checkExpiry(time.Now())
+		select {
+		case <-time.After(min(interval, next)):
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// checkExpiry tells of a stage of expiry that was not told, and returns when the next one begins, from now.
+func (c *certificates) checkExpiry(now time.Time) time.Duration {
+	_, _ = c.current(nil) // the files may be new; what is wrong with them is logged
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	cert := c.files.chain[0]
+	stage, next := expiryStage(cert, now)
+	before, end := c.expiry, cert.NotAfter.Format(time.RFC3339)
+	switch {
+	case stage == 0:
+		c.expiry = ""
+	case stage < expired:
+		c.expiry = "expires at " + end
+	default:
+		c.expiry = "expired at " + end
+	}
+	if c.expiry != before {
+		select {
+		case c.expiryChanged <- struct{}{}:
+		default:
+		}
+	}
+	switch {
+	case stage <= c.stage:
+	case stage < expired:
+		c.log.Warn("the certificate of the control plane expires soon", "cert", c.flags.cert, "expires", end)
+	default:
+		c.log.Error("the certificate of the control plane has expired: clients refuse it", "cert", c.flags.cert, "expired", end)
+	}
+	c.stage = stage
+	return next
+}
+
+// expired is the last stage of a certificate.
+const expired = 4
+
+// expiryStage returns 0 for a certificate that is good for long, 1 to 3 for one that has 30 days, 7 days
+// and 1 day left, or, where that is shorter, a quarter and a tenth of its life, and expired. next is how
+// long it stays so.
+func expiryStage(c *x509.Certificate, now time.Time) (stage int, next time.Duration) {
+	const day = 24 * time.Hour
+	left, life := c.NotAfter.Sub(now), c.NotAfter.Sub(c.NotBefore)
+	for _, margin := range []time.Duration{min(30*day, life/4), min(7*day, life/10), min(day, life/10)} {
+		if left > margin {
+			return stage, left - margin
+		}
+		stage++
+	}
+	if left >= 0 {
+		return stage, left + time.Nanosecond // checkValid takes it at its last moment
+	}
+	return expired, time.Duration(math.MaxInt64)
+}
+
+// expiryText says when the certificate expires, or expired, "" where that is far. c may be nil.
+func (c *certificates) expiryText() string {
+	if c == nil {
+		return ""
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.expiry
+}
+
+// expiryTold is ready to be received from when expiryText is another. c may be nil.
+func (c *certificates) expiryTold() <-chan struct{} {
+	if c == nil {
+		return nil
+	}
+	return c.expiryChanged
 }
 
 // attrsLocked describes the certificates for a line of the log. c.mu is held.

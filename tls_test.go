@@ -326,7 +326,7 @@ func TestTLS_ReplacedFilesServe(t *testing.T) {
 	former := issue(t, ca, nil)
 	files := newFiles(t, former, ca)
 	log := newTranscript()
-	c := get(openCertificates(tlsFlags{files.cert, files.key, files.ca}, slog.New(slog.NewTextHandler(log, nil))))(t)
+	c := get(openCertificates(tlsFlags{cert: files.cert, key: files.key, ca: files.ca}, slog.New(slog.NewTextHandler(log, nil))))(t)
 	serves := func(when string, want *testCert) {
 		t.Helper()
 		for range 3 {
@@ -521,7 +521,7 @@ func TestList_DialsByTLSOrHintsAtFlags(t *testing.T) {
 	ca := newCA(t)
 	files, own := newFiles(t, issue(t, ca, nil), ca), newFiles(t, issue(t, ca, nil), newCA(t))
 	foreign := newFiles(t, issue(t, newCA(t), nil), ca)
-	secure := launch(t, writePipeline(t, actor("a", role{Dialect: "v1"})), files.flags()...)
+	secure := launch(t, writePipeline(t, actor("a", role{Dialect: "v1"})), append(files.flags(), "-control-plane-address", "0.0.0.0")...)
 	mutual := launch(t, writePipeline(t, actor("a", role{Dialect: "v1"})), files.mutual()...)
 	plain := launch(t, writePipeline(t, actor("a", role{Dialect: "v1"})))
 	for _, p := range []*process{secure, mutual, plain} {
@@ -539,6 +539,7 @@ func TestList_DialsByTLSOrHintsAtFlags(t *testing.T) {
 	}()
 	const (
 		needsCA     = "\nflowctl: hint: it speaks TLS: name the CA of its certificate by -tls-ca-cert\n"
+		needsName   = "\nflowctl: hint: name one that its certificate has by -tls-server-name\n"
 		needsBoth   = "\nflowctl: hint: it speaks TLS: name the CA of its certificate by -tls-ca-cert, and a certificate of yours by -tls-cert and -tls-key\n"
 		needsCert   = "\nflowctl: hint: it wants a certificate of yours: name it by -tls-cert and -tls-key\n"
 		needsNone   = "\nflowctl: hint: it speaks no TLS: leave out the -tls flags\n"
@@ -554,6 +555,9 @@ func TestList_DialsByTLSOrHintsAtFlags(t *testing.T) {
 		{"TLS", secure.endpoint(), []string{"-tls-ca-cert", files.ca}, exitOK, ""},
 		{"TLS and a certificate nobody wants", secure.endpoint(), append(own.flags(), "-tls-ca-cert", files.ca), exitOK, ""},
 		{"mutual TLS", mutual.endpoint(), append(own.flags(), "-tls-ca-cert", files.ca), exitOK, ""},
+		{"another name", strings.Replace(secure.endpoint(), "127.0.0.1", "127.0.0.2", 1), []string{"-tls-ca-cert", files.ca}, exitPlane, needsName},
+		{"the name that it has", strings.Replace(secure.endpoint(), "127.0.0.1", "127.0.0.2", 1), []string{"-tls-ca-cert", files.ca, "-tls-server-name", "localhost"}, exitOK, ""},
+		{"a name that it has not", secure.endpoint(), []string{"-tls-ca-cert", files.ca, "-tls-server-name", "example.org"}, exitPlane, needsName},
 		{"without flags", secure.endpoint(), nil, exitPlane, needsCA},
 		{"mutual, without flags", mutual.endpoint(), nil, exitPlane, needsBoth},
 		{"mutual, without a certificate", mutual.endpoint(), []string{"-tls-ca-cert", files.ca}, exitPlane, needsCert},
@@ -613,6 +617,55 @@ func TestList_KeepsItsCertificateFromAnImpostor(t *testing.T) {
 }
 
 // A private key that others can read is told at the start; that of a unit is read by a list that its mode does not show.
+func TestTLS_ExpiryIsToldBeforeItComes(t *testing.T) {
+	t.Parallel()
+	const day = 24 * time.Hour
+	now := time.Now()
+	for _, tt := range []struct {
+		life, left time.Duration
+		stage      int
+		next       time.Duration // at most
+	}{
+		{365 * day, 31 * day, 0, day}, {365 * day, 30 * day, 1, 23 * day}, {365 * day, 7 * day, 2, 6 * day}, {365 * day, day, 3, day + 1},
+		{90 * day, 23 * day, 0, day}, {90 * day, 22 * day, 1, 15 * day}, {day, 5 * time.Hour, 1, 3 * time.Hour}, {day, 2 * time.Hour, 3, 2*time.Hour + 1},
+		{day, 0, 3, 1}, {day, -1, expired, 1<<63 - 1},
+	} {
+		stage, next := expiryStage(&x509.Certificate{NotBefore: now.Add(tt.left - tt.life), NotAfter: now.Add(tt.left)}, now)
+		if stage != tt.stage || next > tt.next || next <= 0 {
+			t.Errorf("life %s, left %s: stage %d for %s, want %d for at most %s", tt.life, tt.left, stage, next, tt.stage, tt.next)
+		}
+	}
+}
+
+func TestTLS_ExpiredCertificateIsTold(t *testing.T) {
+	t.Parallel()
+	_ = flowctlProgram() // to build it takes longer than the certificate lasts
+	ca := newCA(t)
+	short := func(c *x509.Certificate) { c.NotAfter = time.Now().Add(8 * time.Second) } // a busy machine starts flowctl in seconds
+	files, ofServer := newFiles(t, issue(t, ca, short), ca), newFiles(t, issue(t, ca, short), ca)
+	p := start(t, append([]string{"run", writePipeline(t, actor("a", role{Dialect: "v1"})), "-control-plane-port", "0", "-janitor-interval", "100ms"}, files.flags()...))
+	server := startServer(t, append(ofServer.flags(), "-no-persistence", "-janitor-interval", "100ms")...)
+	for _, p := range []*process{p, server} {
+		p.wait(p.stderr, "level=WARN msg=\"the certificate of the control plane expires soon\"", 1)
+		p.wait(p.stderr, "level=ERROR msg=\"the certificate of the control plane has expired: clients refuse it\"", 1)
+	}
+	p.wait(p.stderr, "msg=status ready=1 total=1 certificate=\"expired at ", 1)
+	list := start(t, []string{"list", "-e", p.endpoint(), "-tls-ca-cert", files.ca})
+	list.exit(exitPlane)
+	list.has(list.stderr, "certificate has expired")
+	renewed := issue(t, ca, nil)
+	files.put(files.key, renewed.key)
+	files.put(files.cert, renewed.cert)
+	eventually(t, "the new certificate serves", func() bool { _, err := serves(t, p.endpoint(), trust(ca)); return err == nil })
+	list = start(t, []string{"list", "-e", p.endpoint(), "-tls-ca-cert", files.ca})
+	list.exit(exitOK)
+	list.hasNot(list.stdout, "the certificate")
+	p.stop()
+	if n := strings.Count(p.stderr.String(), "the certificate of the control plane "); n != 2 {
+		t.Errorf("it is told %d times\n%s", n, p)
+	}
+}
+
 func TestTLS_KeyThatOthersCanRead(t *testing.T) {
 	t.Parallel()
 	cert := issue(t, newCA(t), nil)
