@@ -59,6 +59,24 @@ func (w *warner) warn(p *Pipeline) {
 	}
 }
 
+// unitFolders are the folders that a unit of systemd has in its environment, as flowctl.service gives them.
+var unitFolders = map[string]string{
+	"STATE_DIRECTORY": "/var/lib/flowctl", "RUNTIME_DIRECTORY": "/run/flowctl", "LOGS_DIRECTORY": "/var/log/flowctl",
+	"CACHE_DIRECTORY": "/var/cache/flowctl", "CONFIGURATION_DIRECTORY": "/etc/flowctl", "CREDENTIALS_DIRECTORY": "/run/credentials/flowctl.service",
+}
+
+// orOfUnit looks variables up by lookup. Of those that it does not have the folders of a unit have a value: a
+// server's file is to be checked by hand.
+func orOfUnit(lookup func(string) (string, bool)) func(string) (string, bool) {
+	return func(name string) (string, bool) {
+		value, ok := lookup(name)
+		if !ok {
+			value = unitFolders[name]
+		}
+		return value, ok
+	}
+}
+
 // warnings returns what reading p has noted; then which programs, folders and files of p do not exist
 // or cannot be used, what it gives in vain, two components with the same port, and events that are read
 // and not put out.
@@ -67,7 +85,10 @@ func (p *Pipeline) warnings(orchestrator string, ttl time.Duration) []warning {
 	ports := make(map[string]string)       // component by port
 	for _, c := range p.components() {
 		warn := func(field, format string, args ...any) {
-			out = append(out, warning{c.ID, field, fmt.Sprintf(format, args...)})
+			noted := func(w warning) bool { return w.Component == c.ID && w.Field == field } // that says why
+			if !slices.ContainsFunc(p.Notes, noted) {
+				out = append(out, warning{c.ID, field, fmt.Sprintf(format, args...)})
+			}
 		}
 		var unread []warning
 		own, _ := c.variables(func(name, path string) (string, error) {
@@ -85,7 +106,9 @@ func (p *Pipeline) warnings(orchestrator string, ttl time.Duration) []warning {
 		} else {
 			c.imageWarnings(orchestrator, warn)
 		}
-		out = append(out, unread...)
+		for _, w := range unread {
+			warn(w.Field, "%s", w.Message)
+		}
 		c.variableWarnings(own, vars, warn)
 		if every := c.healthInterval(); c.HealthCheck != "" && every > ttl {
 			warn("health_interval", "a check each %s is too rare for a heartbeat TTL of %s: it is stale in between, unless it sends heartbeats", every, ttl)

@@ -325,7 +325,7 @@ func checkCommand(fs *flag.FlagSet, args []string) error {
 	if err != nil {
 		return &exitError{code: exitUsage, err: err}
 	}
-	p, err := readPipeline(file, env.lookup)
+	p, err := readPipeline(file, orOfUnit(env.lookup))
 	report := checkReport{File: file, Errors: []fileError{}, Warnings: []warning{}}
 	switch found, listed := errors.AsType[*fileErrors](err); {
 	case listed:

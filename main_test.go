@@ -290,6 +290,25 @@ func TestCheck_Warnings(t *testing.T) {
 	}
 }
 
+// A file for a unit is checked by hand: of systemd's variables check takes what flowctl.service gives, and run none.
+func TestCheck_FileOfAUnit(t *testing.T) {
+	t.Parallel()
+	c := Component{ID: "a", Command: []string{"sh", "${LOGS_DIRECTORY:-here}", "${STATE_DIRECTORY:?no}/x"}, EnvFiles: map[string]string{"TOKEN": "${CREDENTIALS_DIRECTORY}/token"}}
+	file := writePipeline(t, c)
+	code, _, stderr := call(t, "check", file)
+	const taken = ": warning: component a: %s: ${%s} is not set here: it is taken to be %s, as in flowctl.service\n"
+	wantEqual(t, "check", stderr, fmt.Sprintf(file+taken+file+taken, "command[2]", "STATE_DIRECTORY", "/var/lib/flowctl", "env_files.TOKEN", "CREDENTIALS_DIRECTORY", "/run/credentials/flowctl.service"))
+	wantEqual(t, "exit code", code, exitOK)
+	p := launch(t, file)
+	p.exit(exitUsage)
+	p.has(p.stderr, "${STATE_DIRECTORY} is not set or empty: \"no\"", "${CREDENTIALS_DIRECTORY} is not set in the environment")
+	dir := t.TempDir()
+	writeFile(t, filepath.Join(dir, "token"), "x")
+	check := start(t, []string{"check", file}, withEnv("STATE_DIRECTORY="+dir, "CREDENTIALS_DIRECTORY="+dir))
+	check.exit(exitOK)
+	wantEqual(t, "check with the variables", check.stderr.String(), "")
+}
+
 // The TTL of the run decides which checks are too rare.
 func TestCheck_KnowsTheTTL(t *testing.T) {
 	t.Parallel()

@@ -63,7 +63,7 @@ func (e *fileErrors) Error() string {
 }
 
 // readPipeline reads the pipeline file at path; env is asked for the variables
-// that the file refers to. Relative paths in the file become absolute, from the
+// that the file refers to, and may give a value to assume for one that is not set. Relative paths in the file become absolute, from the
 // folder that path is in, or from the working directory when path is no file on a
 // disk (a pipe, /dev/stdin). What is wrong with the file's content is a *fileErrors.
 func readPipeline(path string, env func(string) (string, bool)) (*Pipeline, error) {
@@ -190,7 +190,14 @@ type reader struct {
 	dec   *json.Decoder
 	nodes map[any]*node // by pointer into the model
 	added int           // bytes that the environment has added
+	taken []assumption
 	errs  fileErrors
+}
+
+// An assumption is that a variable which is not set has a value in a unit of systemd.
+type assumption struct {
+	node        *node
+	name, value string
 }
 
 // A node is a value of the file with its place. Its text is the string, with the
@@ -751,8 +758,10 @@ func (r *reader) lookup(n *node, ref string) string {
 	}
 	value, ok := r.env(name)
 	switch {
-	case op == ":-" && value == "":
+	case op == ":-" && (value == "" || !ok):
 		value = arg
+	case !ok && value != "":
+		r.taken = append(r.taken, assumption{n, name, value})
 	case op == ":?" && value == "":
 		if arg != "" {
 			arg = ": " + quote(arg)
@@ -767,7 +776,8 @@ func (r *reader) lookup(n *node, ref string) string {
 	return value
 }
 
-// notes returns what is right in p and hardly meant: variables without braces, which nothing fills in.
+// notes returns what is right in p and hardly meant: variables without braces, which nothing fills in. It
+// says as well which values are assumptions.
 func (r *reader) notes(p *Pipeline) []warning {
 	var out []warning
 	for _, c := range p.components() {
@@ -779,11 +789,17 @@ func (r *reader) notes(p *Pipeline) []warning {
 		if argv, _ := words(strings.TrimPrefix(c.HealthCheck, "exec:")); shellScript(argv) == len(argv) {
 			texts = append(texts, r.texts(&c.HealthCheck)...)
 		}
+		note := func(n *node, text string) {
+			if field, of := strings.CutPrefix(n.path(), r.nodes[c].path()+"."); of && text != "" && len(out) < maxErrors {
+				out = append(out, warning{c.ID, field, text})
+			}
+		}
 		own := c.variableNames()
 		for _, n := range texts {
-			if note := r.unfilled(n.raw, own); note != "" && len(out) < maxErrors {
-				out = append(out, warning{c.ID, strings.TrimPrefix(n.path(), r.nodes[c].path()+"."), note})
-			}
+			note(n, r.unfilled(n.raw, own))
+		}
+		for _, a := range r.taken {
+			note(a.node, fmt.Sprintf("${%s} is not set here: it is taken to be %s, as in flowctl.service", a.name, a.value))
 		}
 	}
 	return out
