@@ -22,13 +22,13 @@ func readVariables(files []string) (variables, error) {
 	for _, file := range files {
 		f, err := os.Open(file)
 		if err != nil {
-			return nil, fmt.Errorf("-env-file: %v", err)
+			return nil, fmt.Errorf("-env-file: %w", err)
 		}
 		data, err := io.ReadAll(io.LimitReader(f, maxEnvFile+1))
 		f.Close()
 		switch {
 		case err != nil:
-			return nil, fmt.Errorf("-env-file: %v", err)
+			return nil, fmt.Errorf("-env-file: %w", err)
 		case len(data) > maxEnvFile:
 			return nil, fmt.Errorf("-env-file: %s has more than 1 MiB", file)
 		}

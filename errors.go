@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"syscall"
 )
 
 // The exit codes, as docs/commands.md lists them.
@@ -14,7 +15,7 @@ const (
 	exitOK       = 0
 	exitFailed   = 1 // a component failed
 	exitUsage    = 2 // the command line or the pipeline file is wrong
-	exitPlane    = 3 // the control plane could not start, the pipeline runs already, or for list: none answered
+	exitPlane    = 3 // the control plane could not start, the pipeline runs already, what can pass by itself, or for list: none answered
 	exitNotReady = 4 // a component was not ready within its start timeout
 )
 
@@ -38,6 +39,22 @@ func (e *exitError) Error() string {
 // what is right; "" is the overview.
 func usageErrorf(command, format string, args ...any) error {
 	return &exitError{exitUsage, fmt.Errorf(format, args...), strings.TrimSpace("flowctl help " + command)}
+}
+
+// errNoAnswer is of a disk that hangs.
+var errNoAnswer = errors.New("no answer from the disk")
+
+// exitFor is the exit code for an error about what the command line or the pipeline file names. What can
+// pass by itself is not exitUsage, after which a unit is not started again.
+func exitFor(err error) int {
+	for _, passing := range []error{
+		errNoAnswer, syscall.EAGAIN, syscall.EDQUOT, syscall.EIO, syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM, syscall.ENOSPC, syscall.ESTALE, syscall.ETIMEDOUT,
+	} {
+		if errors.Is(err, passing) {
+			return exitPlane
+		}
+	}
+	return exitUsage
 }
 
 // cause drops what os and exec put before the reason: the path is named already.

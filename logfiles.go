@@ -40,7 +40,7 @@ func newDiskTurn(most time.Duration) *diskTurn {
 // included. After that the goroutine of f is given up, because nothing can end it, and
 // until it has returned all calls fail at once.
 func (t *diskTurn) do(name string, f func() error) (called bool, err error) {
-	hangs := fmt.Errorf("%s: no answer from the disk for %s", name, t.most)
+	hangs := fmt.Errorf("%s: %w for %s", name, errNoAnswer, t.most)
 	if t.hangs.Load() {
 		return false, hangs
 	}

@@ -215,7 +215,7 @@ func startRun(fs *flag.FlagSet, args []string, sandbox bool) error {
 	}
 	p, err := config.read()
 	if err != nil {
-		return &exitError{code: exitUsage, err: err}
+		return &exitError{code: exitFor(err), err: err}
 	}
 	if err := config.useSandbox(p); err != nil {
 		return err

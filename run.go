@@ -231,7 +231,7 @@ func (r *run) openProcesses(p *Pipeline, launch launchConfig) (*identifier, erro
 		case err != nil && r.config.logDirOptional, errors.Is(err, errNotOurs): // who has put the folder there ends no run
 			r.log.Warn("no log files", "err", err)
 		case err != nil:
-			return nil, &exitError{code: exitUsage, err: fmt.Errorf("-log-dir: %v", err)}
+			return nil, &exitError{code: exitFor(err), err: fmt.Errorf("-log-dir: %w", err)}
 		default:
 			r.out.lines.path = r.out.files.path
 		}
@@ -735,7 +735,7 @@ func (r *run) settle() {
 func (r *run) startCommand(now time.Time) {
 	if err := r.wrapped.start(r.launcher); err != nil {
 		r.log.Error("the command did not start", "err", err)
-		r.stop(exitUsage, err, now)
+		r.stop(exitFor(err), err, now)
 	}
 }
 

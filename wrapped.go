@@ -75,7 +75,7 @@ func (w *wrapped) start(l *launcher) error {
 	ended, err := l.startCommand(commandID, cmd)
 	if err != nil {
 		w.over = true
-		return fmt.Errorf("the command after --: cannot run %q: %v", w.argv[0], cause(err))
+		return fmt.Errorf("the command after --: cannot run %q: %w", w.argv[0], cause(err))
 	}
 	w.pid, w.signal, w.ended = cmd.Process.Pid, cmd.Process.Signal, ended
 	return nil
