@@ -101,7 +101,7 @@ func startKeptPlane(b *testing.B) planeClient {
 	restoreAll(b, r, nil, time.Now())
 	lis, endpoint, err := listenPlane("127.0.0.1", 0)
 	must(b, err)
-	p := servePlane(r, planeConfig{listener: lis, store: st, log: slog.New(slog.DiscardHandler)})
+	p := servePlane(r, planeConfig{listeners: []planeListener{{Listener: lis}}, store: st, log: slog.New(slog.DiscardHandler)})
 	c := dialPlane(b, endpoint)
 	done := make(chan struct{})
 	var registering sync.WaitGroup

@@ -755,7 +755,7 @@ func FuzzWire(f *testing.F) {
 	f.Fuzz(func(t *testing.T, in []byte) {
 		r := testRegistry()
 		lis := bufconn.Listen(64 << 10)
-		p := servePlane(r, planeConfig{listener: lis, log: slog.New(slog.DiscardHandler)})
+		p := servePlane(r, planeConfig{listeners: []planeListener{{Listener: lis}}, log: slog.New(slog.DiscardHandler)})
 		defer p.stop()
 		conn, err := grpc.NewClient("passthrough:///wire", grpc.WithTransportCredentials(insecure.NewCredentials()),
 			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.DialContext(ctx) }))

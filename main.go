@@ -499,11 +499,12 @@ func serverCommand(fs *flag.FlagSet, args []string) error {
 	if err != nil {
 		return &exitError{code: exitPlane, err: err}
 	}
-	lis, endpoint, err := openPlane(o.listen, o.tls, log)
+	listeners, held, err := openPlane(o.listen, o.tls, log)
 	if err != nil {
 		return &exitError{code: exitPlane, err: err}
 	}
-	defer lis.Close() // once more, if a control plane has served it
+	defer closeAll(listeners) // once more, if a control plane has served them
+	endpoint := listeners[0].endpoint
 	// Another control plane may run with the same name at another address.
 	file, err := claimRun(runInfo{Endpoint: endpoint, TLS: certs != nil})
 	if err != nil {
@@ -520,7 +521,7 @@ func serverCommand(fs *flag.FlagSet, args []string) error {
 	}
 	alone := pipelineInfo{version: versionName(), started: time.Now(), status: "control plane alone", ready: true}
 	plane, err := newPlane(planeConfig{
-		listener: lis, endpoint: endpoint, ttl: o.ttl, interval: o.interval, forget: o.forget, store: st, certs: certs, runFile: file, identifier: newIdentifier(nil, log), log: log,
+		listeners: listeners, held: held, ttl: o.ttl, interval: o.interval, forget: o.forget, store: st, certs: certs, runFile: file, identifier: newIdentifier(nil, log), log: log,
 		pipeline: alone,
 	})
 	if err != nil {

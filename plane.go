@@ -40,9 +40,9 @@ const durableService = "flowctl.durable"
 
 // planeConfig is what a control plane is made of.
 type planeConfig struct {
-	listener          net.Listener
-	endpoint          string       // where listener is reached
-	componentListener net.Listener // without TLS, for components that do not speak it; nil for none
+	listeners         []planeListener // for all; the first is where components are sent
+	held              bool            // systemd holds them while flowctl is restarted
+	componentListener net.Listener    // without TLS, for components that do not speak it; nil for none
 	ttl               time.Duration
 	interval          time.Duration // the janitor's, and that of writes of the state file
 	forget            time.Duration // what is not of the pipeline and has been stale for so long is forgotten; 0 for never
@@ -75,8 +75,8 @@ type plane struct {
 // listeners; stop ends what it began. It fails for a state file that cannot be read, and then
 // leaves listeners and store to the caller.
 func newPlane(c planeConfig) (*plane, error) {
-	r := newRegistry(c.ttl, c.interval, c.endpoint, c.members)
-	r.forget = c.forget
+	r := newRegistry(c.ttl, c.interval, c.listeners[0].endpoint, c.members)
+	r.forget, r.keepsOthers = c.forget, r.keepsOthers || c.held
 	if c.store != nil {
 		if err := c.store.restore(r, c.log); err != nil {
 			return nil, err
@@ -114,7 +114,9 @@ func servePlane(r *registry, c planeConfig) *plane {
 		persister := &persister{registry: r, store: c.store, told: p.tellDurable}
 		p.done.Go(func() { persister.run(ctx) })
 	}
-	p.serve(traffic.limit(c.listener), c.log)
+	for _, lis := range c.listeners {
+		p.serve(traffic.limit(lis.Listener), c.log)
+	}
 	if c.componentListener != nil {
 		p.serve(taggedListener{traffic.limit(c.componentListener), forComponents}, c.log)
 	}
@@ -532,15 +534,61 @@ type listenConfig struct {
 	anyPort bool   // a free one serves where port is taken
 }
 
-// openPlane listens where o says.
-func openPlane(o listenConfig, tls tlsFlags, log *slog.Logger) (net.Listener, string, error) {
-	lis, err := passedListener(log)
-	endpoint := ""
-	if lis != nil {
-		endpoint = passedEndpoint(lis.Addr())
-	} else if err == nil {
-		lis, endpoint, err = listenPlane(o.address, o.port)
+// planeListener is a socket of the control plane, and where processes of this machine reach it.
+type planeListener struct {
+	net.Listener
+	endpoint string
+}
+
+// openPlane opens the sockets of the control plane: those that systemd has passed, which is held, else one
+// where o says. The first is the one that components can reach most easily.
+func openPlane(o listenConfig, tls tlsFlags, log *slog.Logger) (listeners []planeListener, held bool, err error) {
+	passed, err := passedListeners()
+	for _, lis := range passed {
+		listeners = append(listeners, planeListener{lis, passedEndpoint(lis.Addr())})
 	}
+	if held = len(passed) > 0; err == nil && !held {
+		var lis planeListener
+		lis.Listener, lis.endpoint, err = o.listen(log)
+		listeners = append(listeners, lis)
+	}
+	if err != nil {
+		return nil, false, err
+	}
+	slices.SortStableFunc(listeners, func(a, b planeListener) int { return a.reach() - b.reach() })
+	for _, lis := range listeners {
+		if lis.Addr().Network() == "unix" && tls.cert != "" {
+			closeAll(listeners)
+			return nil, false, fmt.Errorf("-tls-cert %q: a control plane on a socket file (%s) has no TLS", tls.cert, lis.endpoint)
+		}
+		if tcp, ok := lis.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() && tls.cert == "" {
+			log.Warn("the control plane listens off the loopback without TLS: who reaches it can register, and speak for what other machines have registered", "endpoint", lis.endpoint)
+		}
+		log.Info("listening", "endpoint", lis.endpoint)
+	}
+	return listeners, held, nil
+}
+
+// reach is less for a listener that more components of this machine can dial.
+func (l planeListener) reach() int {
+	switch {
+	case strings.HasPrefix(l.endpoint, "127.0.0.1:"):
+		return 0
+	case l.Addr().Network() == "tcp":
+		return 1
+	}
+	return 2 // the mode of its file may keep some out
+}
+
+func closeAll(listeners []planeListener) {
+	for _, lis := range listeners {
+		lis.Close()
+	}
+}
+
+// listen listens where o says.
+func (o listenConfig) listen(log *slog.Logger) (net.Listener, string, error) {
+	lis, endpoint, err := listenPlane(o.address, o.port)
 	tcp := !strings.HasPrefix(o.address, "unix:")
 	if errors.Is(err, syscall.EADDRINUSE) && o.anyPort && tcp {
 		attrs := []any{"port", o.port}
@@ -562,16 +610,8 @@ func openPlane(o listenConfig, tls tlsFlags, log *slog.Logger) (net.Listener, st
 	case errors.Is(err, syscall.EACCES) && tcp:
 		return nil, "", fmt.Errorf("-control-plane-port %d: a port below 1024 is for root, and for a unit with AmbientCapabilities=CAP_NET_BIND_SERVICE", o.port)
 	case err != nil:
-		return nil, "", fmt.Errorf("the control plane cannot listen at -control-plane-address %q: %v", o.address, err)
+		return nil, "", fmt.Errorf("the control plane cannot listen at -control-plane-address %q: %w", o.address, err)
 	}
-	if _, ok := lis.(*net.UnixListener); ok && tls.cert != "" {
-		lis.Close()
-		return nil, "", fmt.Errorf("-tls-cert %q: a control plane on a socket file (%s) has no TLS", tls.cert, endpoint)
-	}
-	if tcp, ok := lis.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() && tls.cert == "" {
-		log.Warn("the control plane listens off the loopback without TLS: who reaches it can register, and speak for what other machines have registered", "endpoint", endpoint)
-	}
-	log.Info("listening", "endpoint", endpoint)
 	return lis, endpoint, nil
 }
 

@@ -48,7 +48,7 @@ func startPlane(t testing.TB, r *registry) planeClient {
 	t.Helper()
 	lis, endpoint, err := listenPlane("127.0.0.1", 0)
 	must(t, err)
-	p := servePlane(r, planeConfig{listener: lis, log: slog.New(slog.DiscardHandler)})
+	p := servePlane(r, planeConfig{listeners: []planeListener{{Listener: lis}}, log: slog.New(slog.DiscardHandler)})
 	t.Cleanup(p.stop)
 	return dialPlane(t, endpoint)
 }
@@ -416,7 +416,7 @@ func TestStopEndsAnOpenStream(t *testing.T) {
 	t.Parallel()
 	lis, endpoint, err := listenPlane("127.0.0.1", 0)
 	must(t, err)
-	p := servePlane(testRegistry(), planeConfig{listener: lis, log: slog.New(slog.DiscardHandler)})
+	p := servePlane(testRegistry(), planeConfig{listeners: []planeListener{{Listener: lis}}, log: slog.New(slog.DiscardHandler)})
 	watch := get(healthpb.NewHealthClient(dialPlane(t, endpoint).conn).Watch(t.Context(), &healthpb.HealthCheckRequest{}))(t)
 	for _, want := range []healthpb.HealthCheckResponse_ServingStatus{healthpb.HealthCheckResponse_SERVING, healthpb.HealthCheckResponse_NOT_SERVING} {
 		if got, err := watch.Recv(); err != nil || got.GetStatus() != want {
@@ -438,7 +438,7 @@ func TestStopIsNoError(t *testing.T) {
 	for range 50 { // stop comes before the first accept as well as after it
 		lis, _, err := listenPlane("127.0.0.1", 0)
 		must(t, err)
-		servePlane(testRegistry(), planeConfig{listener: lis, log: slog.New(slog.NewTextHandler(log, nil))}).stop()
+		servePlane(testRegistry(), planeConfig{listeners: []planeListener{{Listener: lis}}, log: slog.New(slog.NewTextHandler(log, nil))}).stop()
 	}
 	wantEqual(t, "logged", log.String(), "")
 }
@@ -516,7 +516,7 @@ func TestUnixSocket(t *testing.T) {
 			if info, err := os.Stat(path); err != nil || info.Mode() != os.ModeSocket|0o600 {
 				t.Errorf("got mode %v, %v, want %v", info.Mode(), err, os.ModeSocket|0o600)
 			}
-			p := servePlane(testRegistry(), planeConfig{listener: lis, log: slog.New(slog.DiscardHandler)})
+			p := servePlane(testRegistry(), planeConfig{listeners: []planeListener{{Listener: lis}}, log: slog.New(slog.DiscardHandler)})
 			defer p.stop()
 			dialPlane(t, endpoint).mustRegister(t, "legacy", registration{id: "store"})
 		})

@@ -59,13 +59,14 @@ type change struct {
 // Every method that depends on time takes it as an argument. Methods whose names end in
 // Locked, and all methods of services, need mu; the others take it.
 type registry struct {
-	ttl       time.Duration
-	interval  time.Duration   // the janitor sleeps no longer
-	forget    time.Duration   // what is not of the pipeline and has been stale for so long is taken out; 0 for never
-	endpoint  string          // where the plane listens
-	stateFile string          // "" for none
-	wake      chan struct{}   // gets a token when there are changes to take
-	publish   func(seq int64) // hears of a change of a service or of its end, and by 0 of one of the pipeline as a whole; mu is held
+	ttl         time.Duration
+	interval    time.Duration   // the janitor sleeps no longer
+	forget      time.Duration   // what is not of the pipeline and has been stale for so long is taken out; 0 for never
+	endpoint    string          // where the plane listens
+	stateFile   string          // "" for none
+	keepsOthers bool            // the state file has what is not of the pipeline, too
+	wake        chan struct{}   // gets a token when there are changes to take
+	publish     func(seq int64) // hears of a change of a service or of its end, and by 0 of one of the pipeline as a whole; mu is held
 
 	mu          sync.Mutex          // guards the fields below, and all services
 	members     []*service          // components of the pipeline, in the order of the file
@@ -103,7 +104,8 @@ type persistence struct {
 // newRegistry returns a registry that knows members before they register.
 func newRegistry(ttl, interval time.Duration, endpoint string, members []member) *registry {
 	r := &registry{
-		ttl: ttl, interval: interval, endpoint: endpoint, wake: make(chan struct{}, 1), publish: func(int64) {},
+		ttl: ttl, interval: interval, endpoint: endpoint, keepsOthers: len(members) == 0,
+		wake: make(chan struct{}, 1), publish: func(int64) {},
 		byID: make(map[string]*service), bySeq: make(map[int64]*service), byPort: make(map[string]*service),
 		persistence: persistence{dirty: make(chan struct{}, 1), written: make(chan struct{})},
 	}

@@ -157,11 +157,12 @@ func (r *run) open(p *Pipeline, file *runFile, children *reaper) error {
 	if err != nil {
 		return &exitError{code: exitPlane, err: err}
 	}
-	lis, endpoint, err := openPlane(r.config.listen, r.config.tls, r.log)
+	listeners, held, err := openPlane(r.config.listen, r.config.tls, r.log)
 	if err != nil {
 		return &exitError{code: exitPlane, err: err}
 	}
-	r.closeLater(func() { lis.Close() }) // once more, if a control plane has served it
+	r.closeLater(func() { closeAll(listeners) }) // once more, if a control plane has served them
+	endpoint := listeners[0].endpoint
 	operators, err := file.listen()
 	if err != nil {
 		r.log.Warn("operators have no socket here", "err", err)
@@ -179,7 +180,7 @@ func (r *run) open(p *Pipeline, file *runFile, children *reaper) error {
 		r.closeLater(func() { access.listener.Close() })
 	}
 	launch := launchConfig{
-		endpoint: access.endpoint, tlsEndpoint: endpoint, containerEndpoint: containerEndpoint(lis.Addr(), endpoint), tlsEnv: access.tlsEnv, heartbeat: r.config.ttl / 3, commandEnv: r.config.variables.environ(),
+		endpoint: access.endpoint, tlsEndpoint: endpoint, containerEndpoint: inContainers(listeners), tlsEnv: access.tlsEnv, heartbeat: r.config.ttl / 3, commandEnv: r.config.variables.environ(),
 		engine: r.config.engine, reaper: children, emit: r.out.emit, flush: r.out.flush, log: r.log,
 	}
 	identify, err := r.openProcesses(p, launch)
@@ -200,7 +201,7 @@ func (r *run) open(p *Pipeline, file *runFile, children *reaper) error {
 	st, err := openStore(r.config.state, r.info.name, r.log)
 	if err == nil {
 		r.plane, err = newPlane(planeConfig{
-			listener: lis, endpoint: endpoint, componentListener: access.listener, ttl: r.config.ttl, interval: r.config.interval, forget: r.config.forget,
+			listeners: listeners, held: held, componentListener: access.listener, ttl: r.config.ttl, interval: r.config.interval, forget: r.config.forget,
 			members: r.members(), pipeline: r.info, store: st, certs: certs, identifier: identify,
 			operatorListener: operators, runFile: file, operators: r.config.operators, requests: r.reloads, lines: r.out.lines, log: r.log,
 		})

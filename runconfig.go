@@ -91,3 +91,11 @@ func (c runConfig) absolute() (runConfig, error) {
 	c.file, c.envFiles = files[0], files[1:]
 	return c, nil
 }
+
+// inContainers returns where a container that is not on the host's network reaches one of listeners, "" for nowhere.
+func inContainers(listeners []planeListener) (endpoint string) {
+	for _, lis := range listeners {
+		endpoint = cmp.Or(endpoint, containerEndpoint(lis.Addr(), lis.endpoint))
+	}
+	return endpoint
+}

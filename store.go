@@ -379,9 +379,9 @@ func (r *registry) save(w io.Writer, pipeline string, rest func()) (uint64, erro
 	r.mu.Lock()
 	changes := r.persistence.changes
 	r.persistence.heard = false
-	all := slices.Clone(r.members) // what is not of a pipeline does not outlive its run
-	if len(all) == 0 {
-		all = slices.Clone(r.others)
+	all := slices.Clone(r.members)
+	if r.keepsOthers {
+		all = append(all, r.others...)
 	}
 	r.mu.Unlock()
 	owner, err := json.Marshal(pipeline)
@@ -423,8 +423,8 @@ func (r *registry) save(w io.Writer, pipeline string, rest func()) (uint64, erro
 }
 
 // restore takes in what an earlier flowctl knew, and from now on lets changes wait until they
-// are on disk. Everyone gets one TTL to be heard of again. Of a pipeline's run only the
-// history goes on: what registered with an earlier one does not count. It returns how many
+// are on disk. Everyone gets one TTL to be heard of again. Of a pipeline's components only the
+// history goes on: what registered with an earlier run does not count. It returns how many
 // services are known again, and of how many that is not so. Where state fails, so does it,
 // and the registry is of no use.
 func (r *registry) restore(state iter.Seq2[savedService, error], now time.Time) (restored, dropped int, err error) {
@@ -447,7 +447,7 @@ func (r *registry) restore(state iter.Seq2[savedService, error], now time.Time) 
 				r.changedLocked(member)
 			}
 			restored++
-		case len(r.members) > 0:
+		case in.Component != "" && len(r.members) > 0, !r.keepsOthers:
 			dropped++
 		case !in.Registered.IsZero():
 			if s := r.restoreLocked(in, now); s != nil {
@@ -572,7 +572,7 @@ func openStore(config stateConfig, pipeline string, log *slog.Logger) (*store, e
 	}
 	if st.seen, err = os.Stat(path); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) && !st.outOfReach() {
 		st.close()
-		return nil, fmt.Errorf("state file: %v", err)
+		return nil, fmt.Errorf("state file: %w", err)
 	}
 	return st, nil
 }
@@ -636,7 +636,7 @@ func (st *store) acquire() error {
 	}
 	if st.own {
 		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-			return fmt.Errorf("no place for the registry's state: %v: name a file with -db-path, or choose -no-persistence", err)
+			return fmt.Errorf("no place for the registry's state: %w: name a file with -db-path, or choose -no-persistence", err)
 		}
 	}
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o600)
@@ -653,7 +653,7 @@ func (st *store) acquire() error {
 		if errors.Is(err, syscall.EWOULDBLOCK) {
 			return &lockedError{st.path, strings.TrimSpace(string(pid))}
 		}
-		return fmt.Errorf("cannot lock %s: %v", path, err)
+		return fmt.Errorf("cannot lock %s: %w", path, err)
 	}
 	st.lock = f
 	if err := f.Truncate(0); err == nil {
@@ -690,7 +690,7 @@ func (st *store) read() iter.Seq2[savedService, error] {
 			return
 		}
 		if err != nil {
-			yield(savedService{}, fmt.Errorf("state file: %v", err))
+			yield(savedService{}, fmt.Errorf("state file: %w", err))
 			return
 		}
 		defer f.Close()

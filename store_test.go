@@ -284,6 +284,29 @@ func TestRunTakesOverHistory(t *testing.T) {
 	p.stop()
 }
 
+// Where systemd holds the sockets of a run, what is not of the pipeline is known again, as who had registered
+// it. A component never is.
+func TestRestore_WhatCalledByAHeldSocket(t *testing.T) {
+	t.Parallel()
+	mine, another := origin{owner: "user 1000", conn: 1}, origin{owner: "user 1001", conn: 2}
+	for held, want := range map[bool]codes.Code{true: codes.OK, false: codes.NotFound} {
+		r, now := testRegistry(), testEpoch
+		r.keepsOthers = held
+		mustRegister(t, r, registration{id: "store"}, now)
+		_, _, err := r.register(registration{id: "guest"}, mine, now)
+		must(t, err)
+		again := testRegistry()
+		again.keepsOthers = held
+		restoreAll(t, again, get(savedIn(writeFile(t, filepath.Join(t.TempDir(), "state.json"), string(textOf(t, r)))))(t), now)
+		_, err = again.heartbeat("guest", mine, 0, nil, now)
+		wantCode(t, "a heartbeat of its user", err, want)
+		if _, err = again.heartbeat("guest", another, 0, nil, now); held {
+			wantCode(t, "a heartbeat of another", err, codes.PermissionDenied)
+		}
+		wantCode(t, "a heartbeat of a component", beat(again, "store", now), codes.NotFound)
+	}
+}
+
 // serve starts a control plane alone, with its state in file, and returns it with a
 // client.
 func serve(t testing.TB, file string, args ...string) (*process, planeClient) {

@@ -48,35 +48,41 @@ func planeSocketPassed() bool {
 		slices.Contains(strings.Split(os.Getenv("LISTEN_FDNAMES"), ":"), planeSocket)
 }
 
-// passedListener returns the socket for the control plane that systemd has passed, nil for
-// none: a TCP or a Unix listener. It closes all others, so that no component inherits
-// them, and has to be called before the first child is started.
-func passedListener(log *slog.Logger) (net.Listener, error) {
-	var lis net.Listener
+// passedListeners returns the sockets that systemd has passed, TCP or Unix listeners, none without any. It
+// fails where the control plane cannot serve one: who connects there would wait for ever, as systemd holds
+// it. It has to be called before the first child is started.
+func passedListeners() (all []net.Listener, err error) {
 	for _, f := range activation.Files(true) {
-		switch {
-		case f.Name() != planeSocket:
-			log.Warn("a socket that systemd has passed is not used: its FileDescriptorName= must be "+planeSocket, "name", f.Name())
-		case lis != nil:
-			log.Warn("a second socket for the control plane is not used: there can be one", "name", f.Name())
-		default:
-			var err error
-			if lis, err = net.FileListener(f); err != nil {
-				f.Close()
-				return nil, fmt.Errorf("the socket %q that systemd has passed: %v: it must be that of a ListenStream=", planeSocket, err)
-			}
-		}
+		lis, fault := passedListener(f)
 		f.Close() // a listener has its own
+		if fault == nil {
+			all = append(all, lis)
+		}
+		err = cmp.Or(err, fault)
 	}
-	if lis == nil {
-		return nil, nil
+	if err == nil {
+		return all, nil
+	}
+	for _, lis := range all {
+		lis.Close()
+	}
+	return nil, err
+}
+
+func passedListener(f *os.File) (net.Listener, error) {
+	if f.Name() != planeSocket {
+		return nil, fmt.Errorf("systemd has passed a socket named %q, which nobody would serve: its FileDescriptorName= must be %s", f.Name(), planeSocket)
+	}
+	lis, err := net.FileListener(f)
+	if err != nil {
+		return nil, fmt.Errorf("a socket named %q that systemd has passed: %v: it must be that of a ListenStream=", planeSocket, err)
 	}
 	switch lis.(type) {
 	case *net.TCPListener, *net.UnixListener:
 		return lis, nil
 	}
 	lis.Close()
-	return nil, fmt.Errorf("the socket %q that systemd has passed is of the network %q: it must be tcp or unix", planeSocket, lis.Addr().Network())
+	return nil, fmt.Errorf("a socket named %q that systemd has passed is of the network %q: it must be tcp or unix", planeSocket, lis.Addr().Network())
 }
 
 // asksReload tells a SIGHUP by which systemd asks for a reload from that of a terminal that closes.
