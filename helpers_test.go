@@ -537,6 +537,18 @@ func inOrder(tb testing.TB, got []string, want ...string) {
 
 // notifySocket lets p tell systemd, which is the test.
 func notifySocket(tb testing.TB, address string) option {
+	tell := notifySocketOf(tb, address)
+	return func(p *process) {
+		tell(p)
+		asService(p)
+	}
+}
+
+// asService has flowctl be told that systemd has started it.
+func asService(p *process) { afterCommand("export SYSTEMD_EXEC_PID=$$;")(p) }
+
+// notifySocketOf gives p the socket that another process tells systemd by.
+func notifySocketOf(tb testing.TB, address string) option {
 	return func(p *process) {
 		conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: address, Net: "unixgram"})
 		if err != nil {

@@ -102,6 +102,10 @@ func exitCode(asJSON bool, err error) int {
 		return exitOK
 	}
 	report, say := newReport(err)
+	report.Try = cmp.Or(report.Try, accessHint(err))
+	if say {
+		tellFailure(report.status())
+	}
 	switch {
 	case !say:
 	case asJSON:

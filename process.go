@@ -397,7 +397,7 @@ func (c *Component) variables(read func(name, path string) (string, error)) (map
 	for _, name := range slices.Sorted(maps.Keys(c.EnvFiles)) {
 		value, err := read(name, c.EnvFiles[name])
 		if err != nil {
-			return nil, fmt.Errorf("env_files.%s: %v", name, err)
+			return nil, fmt.Errorf("env_files.%s: %w", name, err)
 		}
 		vars[name] = value
 	}

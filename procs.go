@@ -72,6 +72,7 @@ const (
 	hintNone      hint = iota
 	hintOpenFiles      // the limit of open files is reached
 	hintProcesses      // the limit of processes is reached
+	hintAccess         // in a unit: a file or folder cannot be used
 	hintRegister       // it has not registered
 	hintUnmatched      // nor has it, but something registered that is not in the pipeline
 	hintCheck          // its health_check does not pass
@@ -286,6 +287,8 @@ func startHint(err error) hint {
 		return hintOpenFiles
 	case errors.Is(err, syscall.EAGAIN):
 		return hintProcesses
+	case accessHint(err) != "":
+		return hintAccess
 	}
 	return hintNone
 }

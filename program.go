@@ -63,7 +63,7 @@ func describeStart(cmd *exec.Cmd, err error) error {
 		dirErr = syscall.Access(cmp.Or(cmd.Dir, "."), 1) // X_OK
 	}
 	if dirErr != nil {
-		return fmt.Errorf("cannot enter its working_dir %q: %v", cmd.Dir, cause(dirErr))
+		return fmt.Errorf("cannot enter its working_dir %q: %w", cmd.Dir, cause(dirErr))
 	}
 	if fault := sizeFault(cmd.Args, cmd.Env); errors.Is(err, syscall.E2BIG) && fault != "" {
 		return &startError{fmt.Sprintf("cannot run %q: %s", cmd.Args[0], fault), err}

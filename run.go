@@ -230,7 +230,7 @@ func (r *run) openProcesses(p *Pipeline, launch launchConfig) (*identifier, erro
 		r.out.files, err = openLogFiles(r.config.logDir, p.ids(), r.log)
 		switch {
 		case err != nil && r.config.logDirOptional, errors.Is(err, errNotOurs): // who has put the folder there ends no run
-			r.log.Warn("no log files", "err", err)
+			r.log.Warn("no log files", errorAttrs(err)...)
 		case err != nil:
 			return nil, &exitError{code: exitFor(err), err: fmt.Errorf("-log-dir: %w", err)}
 		default:
@@ -932,7 +932,9 @@ func (r *run) end() error {
 	if r.code == exitOK {
 		return nil
 	}
-	r.out.report(r.report().forms())
+	report := r.report()
+	r.out.report(report.forms())
+	r.systemd.send("STATUS=" + report.status())
 	return &exitError{code: r.code}
 }
 
@@ -958,7 +960,7 @@ func (r *run) describe(p *proc) failedComponent {
 	}
 	out := failedComponent{
 		Component: f.component.ID, Kind: f.kind, Reason: f.reason, PID: f.pid, Registered: f.registered, Restarts: p.restarts,
-		LastLines: []string{}, expected: f.component.registers(), Try: f.try(file),
+		LastLines: []string{}, expected: f.component.registers(), Try: f.try(file, isService()),
 	}
 	if f.pid != 0 {
 		out.Lived = f.lived.Round(time.Millisecond).String()

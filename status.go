@@ -22,6 +22,7 @@ import (
 const (
 	reportMsg    = "flowctl failed" // the msg of a report, which sets it apart from the log
 	mostShown    = 5                // failed components that are shown in full: a later one rarely has more to tell
+	maxStatus    = 300              // characters of why a run failed, in a line
 	durableAgain = "what is registered would survive a restart again"
 )
 
@@ -172,6 +173,22 @@ func newReport(err error) (out report, say bool) {
 	return out, say
 }
 
+// status is the report in a line, as systemd's STATUS= wants it.
+func (r report) status() string {
+	text := cmp.Or(r.Error, fmt.Sprintf("exit status %d", r.ExitCode))
+	if len(r.Failures) > 0 {
+		text = r.Failures[0].Component + ": " + r.Failures[0].Reason
+		if more := len(r.Failures) - 1; more > 0 {
+			text += fmt.Sprintf("; and %d more failed", more)
+		}
+	}
+	text = "failed: " + firstLine(text)
+	if short := cut(text, maxStatus); short != text {
+		return short + "…"
+	}
+	return text
+}
+
 func (r report) writeText(w io.Writer) {
 	switch {
 	case len(r.Errors) > 0:
@@ -249,6 +266,7 @@ func (r report) forms() (asText, asJSON []byte, journal []journalEntry) {
 var hintTexts = map[hint]string{
 	hintOpenFiles: "raise the limit of open files: ulimit -n 65536, or LimitNOFILE= of a unit",
 	hintProcesses: "raise the limit of processes: ulimit -u unlimited, or TasksMax= of a unit",
+	hintAccess:    unitAccess,
 	hintRegister:  "if %s does not speak to flowctl, give it \"register\": false; if it does, it has to dial $FLOWCTL_ENDPOINT; if it is only slow, give it a longer \"start_timeout\"",
 	hintUnmatched: "if one of these is %s, have it register by the id that is in its $FLOWCTL_COMPONENT_ID",
 	hintCheck:     "ask by hand what its health_check asks, while %s runs; if it is only slow, give it a longer ",
@@ -258,15 +276,21 @@ var hintTexts = map[hint]string{
 
 // lastWords are errors of the kernel that end programs of many kinds. They print them in
 // their own lines, in lower case or not, and that is the only way to learn of them.
-var lastWords = []struct{ text, try string }{
-	{"address already in use", "a port that %s wants is taken: ss -ltnp shows who has it; a free one is in its $HEALTH_PORT"},
-	{"too many open files", hintTexts[hintOpenFiles]},
-	{"no space left on device", "make room: df -h shows which disk is full"},
+var lastWords = []struct {
+	text, try string
+	unit      bool // only where flowctl is a unit of systemd
+}{
+	{text: "address already in use", try: "a port that %s wants is taken: ss -ltnp shows who has it; a free one is in its $HEALTH_PORT"},
+	{text: "too many open files", try: hintTexts[hintOpenFiles]},
+	{text: "no space left on device", try: "make room: df -h shows which disk is full"},
+	{text: "bind: permission denied", try: "a port below 1024 is for root, and for a unit with AmbientCapabilities=CAP_NET_BIND_SERVICE"},
+	{text: "permission denied", try: unitAccess, unit: true},
+	{text: "read-only file system", try: unitAccess, unit: true},
 }
 
 // try is what may help against f, "" where there is only to read its last lines. file is
-// the pipeline file, "" for one that cannot be read again.
-func (f *failure) try(file string) string {
+// the pipeline file, "" for one that cannot be read again; unit tells whether flowctl is a unit of systemd.
+func (f *failure) try(file string, unit bool) string {
 	text := hintTexts[f.hint]
 	if f.hint == hintCheck && f.kind == failUnhealthy {
 		text += "\"health_timeout\" or more \"health_retries\", or run with a longer -unhealthy-timeout"
@@ -275,7 +299,7 @@ func (f *failure) try(file string) string {
 	}
 	lines := strings.ToLower(strings.Join(f.tail[max(0, len(f.tail)-3):], "\n")) // what came before may have been mended
 	for _, w := range lastWords {
-		if strings.Contains(lines, w.text) {
+		if (unit || !w.unit) && strings.Contains(lines, w.text) {
 			text = w.try
 			break
 		}

@@ -75,6 +75,9 @@ func TestFailure_Try(t *testing.T) {
 		file string
 		want string // how it begins
 	}{
+		{"unit: own words", failure{component: program, kind: failEnded, status: ended(1 << 8), tail: []string{"open /x: Permission denied"}}, "f", unitAccess},
+		{"own words without a unit", failure{component: program, kind: failEnded, status: ended(1 << 8), tail: []string{"open /x: read-only file system"}}, "f", ""},
+		{"unit: a port", failure{component: program, kind: failEnded, status: ended(1 << 8), tail: []string{"bind: permission denied"}}, "f", "a port below 1024"},
 		{"own words", failure{component: program, kind: failEnded, status: ended(1 << 8), tail: []string{"listen: Address already in use"}}, "f", "a port that a wants is taken"},
 		{"own words before the hint", failure{component: program, kind: failNotReady, hint: hintRegister, tail: []string{"No space left on device"}}, "f", "make room"},
 		{"old words", failure{component: program, kind: failEnded, status: ended(1 << 8), tail: []string{"too many open files", "1", "2", "3"}, wasReady: true}, "f", `if it may fail and be started again`},
@@ -96,12 +99,31 @@ func TestFailure_Try(t *testing.T) {
 		{"container by a signal", failure{component: container, kind: failEnded, status: ended(139 << 8), tail: lines}, "f", "it has crashed"},
 		{"nothing to say", failure{component: program, kind: failEnded, status: ended(1 << 8), tail: lines}, "f", ""},
 	} {
-		if got := tt.f.try(tt.file); !strings.HasPrefix(got, tt.want) || (got == "") != (tt.want == "") {
+		got := tt.f.try(tt.file, strings.HasPrefix(tt.name, "unit: "))
+		if !strings.HasPrefix(got, tt.want) || (got == "") != (tt.want == "") {
 			t.Errorf("%s: %q, want %q", tt.name, got, tt.want)
 		}
-		if strings.Contains(tt.f.try(tt.file), "%") {
-			t.Errorf("%s: %q", tt.name, tt.f.try(tt.file))
+		if strings.Contains(got, "%") {
+			t.Errorf("%s: %q", tt.name, got)
 		}
+	}
+}
+
+// systemd gets the reason in a line, and not too long a one.
+func TestReport_Status(t *testing.T) {
+	t.Parallel()
+	a := failedComponent{Component: "a", Reason: "env_files.TOKEN: permission\ndenied"}
+	for _, tt := range []struct {
+		r    report
+		want string
+	}{
+		{report{Failures: []failedComponent{a}, Error: "more"}, "failed: a: env_files.TOKEN: permission"},
+		{report{Failures: []failedComponent{{Component: "a", Reason: "exit status 3"}, a}}, "failed: a: exit status 3; and 1 more failed"},
+		{report{Error: "p.json:1:1: wrong\x1b\np.json:2:1: wrong, too"}, "failed: p.json:1:1: wrong\ufffd"},
+		{report{ExitCode: 7}, "failed: exit status 7"},
+		{report{Error: strings.Repeat("ä", 400)}, "failed: " + strings.Repeat("ä", maxStatus-len("failed: ")) + "…"},
+	} {
+		wantEqual(t, "status", tt.r.status(), tt.want)
 	}
 }
 

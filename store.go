@@ -200,7 +200,7 @@ func (p *persister) finish(changes uint64, err error) {
 		return
 	}
 	if p.told(err == nil); err != nil {
-		p.store.log.Error("the registry's state is not durable, flowctl goes on without", "err", err)
+		p.store.log.Error("the registry's state is not durable, flowctl goes on without", errorAttrs(err)...)
 	} else {
 		p.store.log.Info("the registry's state is durable again", "file", p.store.path)
 	}

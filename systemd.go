@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"net"
@@ -85,14 +86,54 @@ func passedListener(f *os.File) (net.Listener, error) {
 	return nil, fmt.Errorf("a socket named %q that systemd has passed is of the network %q: it must be tcp or unix", planeSocket, lis.Addr().Network())
 }
 
+// isService tells whether systemd has started this process as a service: only then NOTIFY_SOCKET and the
+// watchdog are its own, and SIGHUP asks for a reload. A job of another service (a CI runner, tmux) inherits
+// the variables. It is asked first as flowctl starts, since an orphan has another parent later.
+var isService = sync.OnceValue(func() bool {
+	if pid, told := os.LookupEnv("SYSTEMD_EXEC_PID"); told { // since systemd 248
+		return pid == strconv.Itoa(os.Getpid())
+	}
+	return syscall.Getpgrp() == os.Getpid() && isSystemd(os.Getppid())
+})
+
+// isSystemd tells whether a process is systemd, the system's or a user's.
+func isSystemd(pid int) bool {
+	if pid == 1 { // ProtectProc= can hide its name
+		_, err := os.Stat("/run/systemd/system") // sd_booted(3)
+		return err == nil
+	}
+	name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+	return err == nil && string(name) == "systemd\n"
+}
+
 // asksReload tells a SIGHUP by which systemd asks for a reload from that of a terminal that closes.
-func asksReload(sig os.Signal) bool {
-	service := os.Getenv("NOTIFY_SOCKET") != "" || os.Getenv("SYSTEMD_EXEC_PID") == strconv.Itoa(os.Getpid())
-	return sig == syscall.SIGHUP && service
+func asksReload(sig os.Signal) bool { return sig == syscall.SIGHUP && isService() }
+
+// unitAccess is what may help in a unit where a file or folder cannot be used.
+const unitAccess = "the unit's user (DynamicUser=) must be able to read and run it, a secret comes by LoadCredential=; it may write to $STATE_DIRECTORY, and elsewhere by ReadWritePaths="
+
+// accessHint is unitAccess in a unit, for an error of access or of a read-only file system; else "".
+func accessHint(err error) string {
+	if isService() && (errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS)) {
+		return unitAccess
+	}
+	return ""
+}
+
+// errorAttrs are the attributes of the log for err, with its accessHint.
+func errorAttrs(err error) []any {
+	attrs := []any{"err", err}
+	if try := accessHint(err); try != "" {
+		attrs = append(attrs, "try", try)
+	}
+	return attrs
 }
 
 // watchdogTicks tells when to feed systemd's watchdog (WatchdogSec= of the unit), nil for never.
 func watchdogTicks(log *slog.Logger) <-chan time.Time {
+	if !isService() {
+		return nil
+	}
 	interval, err := daemon.SdWatchdogEnabled(false)
 	if err != nil {
 		log.Warn("the watchdog of systemd is not fed", "err", err)
@@ -118,12 +159,21 @@ type notifier struct {
 	giveUp  time.Time // when close stops waiting, zero before close
 }
 
-// newNotifier starts the notifier of this process. close ends it.
+// newNotifier starts the notifier of this process, nil for none. close ends it.
 func newNotifier(log *slog.Logger) *notifier {
-	path := os.Getenv("NOTIFY_SOCKET")
-	if path == "" {
+	service, path := isService(), os.Getenv("NOTIFY_SOCKET")
+	switch {
+	case path == "":
+		return nil
+	case !service:
+		log.Info("NOTIFY_SOCKET is another process's: systemd is told nothing, and SIGHUP stops", "service", os.Getenv("SYSTEMD_EXEC_PID"))
 		return nil
 	}
+	return openNotifier(path, log)
+}
+
+// openNotifier starts a notifier for the socket at path.
+func openNotifier(path string, log *slog.Logger) *notifier {
 	n := &notifier{log: log, addr: &net.UnixAddr{Name: path, Net: "unixgram"}, done: make(chan struct{})}
 	n.changed.L = &n.mu
 	go n.run()
@@ -143,6 +193,15 @@ func (n *notifier) send(states ...string) {
 		n.pending = slices.Delete(n.pending, i, i+1)
 	}
 	n.changed.Signal()
+}
+
+// tellFailure tells systemd why flowctl ends, unless it is a command beside the service, as in ExecReload=.
+func tellFailure(status string) {
+	if os.Getenv("MAINPID") == "" { // systemd.exec(5)
+		n := newNotifier(slog.New(slog.DiscardHandler))
+		n.send("STATUS=" + status)
+		n.close()
+	}
 }
 
 // isRepeated tells whether a later message will say what this one says.

@@ -278,6 +278,10 @@ func TestSystemd(t *testing.T) {
 		{"journal", testUnitJournal},
 		{"flood", testUnitFlood},
 		{"socket", testUnitSocket},
+		{"inherited", testUnitInherited},
+		{"old systemd", testUnitOldSystemd},
+		{"why it failed", testUnitWhy},
+		{"engine", testUnitEngine},
 		{"credentials", testUnitCredentials},
 		{"folders", testUnitFolders},
 		{"identity", testUnitIdentity},
@@ -558,54 +562,6 @@ func testUnitJournalRestarts(t *testing.T, l *lab) {
 	}
 }
 
-func testUnitSocket(t *testing.T, l *lab) {
-	socket := get(os.ReadFile("flowctl.socket"))(t)
-	u := l.install(t, "socket", []Component{actor("a", role{Dialect: "v1", Environ: true}), shell("fds", "for f in /proc/self/fd/*; do readlink $f; done; exec sleep 1000")}, "", "")
-	l.write(t, "/etc/systemd/system/socket.socket", strings.Replace(string(socket), "ListenStream=", "ListenStream=127.0.0.1:8180\nListenStream=127.0.0.1:8181\n#", 1))
-	l.run(t, "systemctl", "daemon-reload")
-	l.run(t, "systemctl", "start", "socket.socket")
-	t.Cleanup(func() { _, _ = l.try("systemctl", "stop", "socket.socket") })
-	// A component of another unit comes first, and dials once.
-	if out, err := l.try("env", "FLOWCTL_ENDPOINT=127.0.0.1:8180", "FLOWCTL_COMPONENT_ID=other", roleVar+`={"Dialect":"v1","End":"registered"}`, "/lab/actor"); err != nil {
-		t.Errorf("a component that came before the service was started: %v\n%s", err, out)
-	}
-	u.is("ActiveState", "active")
-	u.logged(`env "FLOWCTL_ENDPOINT=127.0.0.1:8180"`, "COMPONENT=a")
-	u.logged("a second socket for the control plane is not used", "PRIORITY=4")
-	for _, r := range u.journal("SYSLOG_IDENTIFIER=fds") {
-		if strings.HasPrefix(r.text("MESSAGE"), "socket:") {
-			t.Errorf("a component has a socket of flowctl's")
-		}
-	}
-	var wg sync.WaitGroup
-	stop := make(chan struct{})
-	for range 2 {
-		wg.Go(func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				if out, err := l.try("env", "FLOWCTL_ENDPOINT=127.0.0.1:8180", "FLOWCTL_COMPONENT_ID=other", roleVar+`={"Dialect":"v1","End":"registered"}`, "/lab/actor"); err != nil {
-					t.Errorf("refused while flowctl is restarted: %v\n%s", err, out)
-					return
-				}
-			}
-		})
-	}
-	l.run(t, "systemctl", "restart", u.name)
-	close(stop)
-	wg.Wait()
-	l.write(t, "/etc/systemd/system/socket.service.d/wrong.conf", "[Service]\nExecStart=\nExecStart=/lab/flowctl run /etc/flowctl/socket.json -control-plane-port 0\n")
-	l.run(t, "systemctl", "daemon-reload")
-	if _, err := l.try("systemctl", "restart", u.name); err == nil {
-		t.Error("a port beside a passed socket is not refused")
-	}
-	wantEqual(t, "ExecMainStatus", u.show("ExecMainStatus"), "2")
-	u.logged("-control-plane-port 0: systemd has passed a socket named control-plane")
-}
-
 func testUnitCredentials(t *testing.T, l *lab) {
 	c := actor("a", role{Dialect: "v1", Environ: true})
 	c.EnvFiles = map[string]string{"TOKEN": "${CREDENTIALS_DIRECTORY}/token"}
@@ -721,7 +677,7 @@ func testUnitDelegated(t *testing.T, l *lab) {
 
 func testUserUnit(t *testing.T, l *lab) {
 	pipeline := get(os.ReadFile(writePipeline(t, Component{ID: "a", Command: []string{"/lab/actor"}, Env: actor("a", role{Dialect: "v1"}).Env})))(t)
-	l.write(t, "/root/.config/systemd/user/flowctl.service", "[Service]\nType=notify\nKillMode=mixed\nStateDirectory=flowctl\nRuntimeDirectory=flowctl\nExecStart=/lab/flowctl run %h/pipeline.json -control-plane-port 0\n")
+	l.write(t, "/root/.config/systemd/user/flowctl.service", "[Service]\nType=notify\nKillMode=mixed\nStateDirectory=flowctl\nRuntimeDirectory=flowctl\nExecStart=/usr/bin/env -u SYSTEMD_EXEC_PID /lab/flowctl run %h/pipeline.json -control-plane-port 0\n")
 	l.write(t, "/root/pipeline.json", string(pipeline))
 	l.run(t, "systemctl", "start", "user@0.service")
 	user := func(args ...string) (string, error) {
@@ -840,7 +796,7 @@ func TestNotify_RunEndsThoughNobodyReads(t *testing.T) {
 	for i := range 15 { // more than the kernel queues
 		components = append(components, shell(fmt.Sprint("c", i), "exec sleep 300"))
 	}
-	p := start(t, runArgs(writePipeline(t, components...)), withEnv("NOTIFY_SOCKET="+path))
+	p := start(t, runArgs(writePipeline(t, components...)), withEnv("NOTIFY_SOCKET="+path), asService)
 	for buf := make([]byte, 4096); ; {
 		n := get(conn.Read(buf))(t)
 		if strings.HasPrefix(string(buf[:n]), "READY=1") {
@@ -892,7 +848,7 @@ func TestNotify_RunGoesOnThoughSystemdDoesNotRead(t *testing.T) {
 	t.Parallel()
 	address, conn := fullNotifySocket(t)
 	args := append(runArgs(writePipeline(t, shell("a", "exec sleep 300"))), "--", "sh", "-c", "echo started; exec sleep 300")
-	p := start(t, args, withEnv("NOTIFY_SOCKET="+address))
+	p := start(t, args, withEnv("NOTIFY_SOCKET="+address), asService)
 	p.waitOut("started")
 	readNotified(t, conn, "READY=1")
 	p.signal(syscall.SIGTERM)
@@ -902,8 +858,7 @@ func TestNotify_RunGoesOnThoughSystemdDoesNotRead(t *testing.T) {
 
 func TestNotify_KeepsOrderAndWhatMatters(t *testing.T) {
 	address, conn := fullNotifySocket(t)
-	t.Setenv("NOTIFY_SOCKET", address)
-	n := newNotifier(slog.New(slog.NewTextHandler(t.Output(), nil)))
+	n := openNotifier(address, slog.New(slog.NewTextHandler(t.Output(), nil)))
 	n.send("READY=1")
 	for i := range 10 * maxPending {
 		n.send(fmt.Sprint("STATUS=", i))

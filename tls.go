@@ -392,7 +392,7 @@ func (s fileStates) same(other fileStates) bool {
 // the flag, the file and the reason.
 func (f tlsFlags) load(now time.Time) (files tlsFiles, err error) {
 	fail := func(name, file string, err error) (tlsFiles, error) {
-		return tlsFiles{}, fmt.Errorf("%s %q: %v", name, file, cause(err))
+		return tlsFiles{}, fmt.Errorf("%s %q: %w", name, file, cause(err))
 	}
 	if f.cert != "" {
 		var cert, key []byte
