@@ -124,7 +124,7 @@ func testUnitWhy(t *testing.T, l *lab) {
 		"folder": {changed(ok, func(c *Component) { c.WorkingDir = "/root" }), start, exitFailed, `failed: api: cannot enter its working_dir "/root": permission denied`, unitAccess},
 		"write":  {shell("api", "echo x >/srv/out"), start, exitFailed, "failed: api: exit status 2", unitAccess},
 		"logs":   {ok, start + "-log-dir /srv/logs", exitUsage, "failed: -log-dir: mkdir /srv/logs: read-only file system", unitAccess},
-		"state":  {ok, start + "-db-path /srv/state.json -start-timeout 10s -until ready", exitOK, "", unitAccess},
+		"state":  {ok, start + "-db-path /srv/state.json -until ready", exitOK, "", unitAccess},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
