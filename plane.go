@@ -556,11 +556,11 @@ func openPlane(o listenConfig, tls tlsFlags, log *slog.Logger) (listeners []plan
 		return nil, false, err
 	}
 	slices.SortStableFunc(listeners, func(a, b planeListener) int { return a.reach() - b.reach() })
+	if last := listeners[len(listeners)-1]; last.Addr().Network() == "unix" && tls.cert != "" { // those come last
+		closeAll(listeners)
+		return nil, false, fmt.Errorf("-tls-cert %q: a control plane on a socket file (%s) has no TLS", tls.cert, last.endpoint)
+	}
 	for _, lis := range listeners {
-		if lis.Addr().Network() == "unix" && tls.cert != "" {
-			closeAll(listeners)
-			return nil, false, fmt.Errorf("-tls-cert %q: a control plane on a socket file (%s) has no TLS", tls.cert, lis.endpoint)
-		}
 		if tcp, ok := lis.Addr().(*net.TCPAddr); ok && !tcp.IP.IsLoopback() && tls.cert == "" {
 			log.Warn("the control plane listens off the loopback without TLS: who reaches it can register, and speak for what other machines have registered", "endpoint", lis.endpoint)
 		}
