@@ -152,9 +152,9 @@ const (
 )
 
 var commandErrors = []errorRow{
-	{name: "unknown command", args: "start", code: exitUsage, want: "flowctl: unknown command \"start\": it must be one of run, check, list, logs, restart, reload, stop, sandbox, version, help\nTry: flowctl help\n"},
+	{name: "unknown command", args: "start", code: exitUsage, want: "flowctl: unknown command \"start\": it must be one of run, check, list, logs, restart, reload, stop, runs, sandbox, version, help\nTry: flowctl help\n"},
 	{name: "a file for a command", args: "p.json", code: exitUsage, want: "flowctl: unknown command \"p.json\": to run a file, write: flowctl run p.json\nTry: flowctl help\n"},
-	{name: "help of nothing", args: "help nosuch", code: exitUsage, want: "flowctl: there is no help for \"nosuch\": it must be one of run, check, list, logs, restart, reload, stop, sandbox, version, help\nTry: flowctl help\n"},
+	{name: "help of nothing", args: "help nosuch", code: exitUsage, want: "flowctl: there is no help for \"nosuch\": it must be one of run, check, list, logs, restart, reload, stop, runs, sandbox, version, help\nTry: flowctl help\n"},
 	{name: "unknown flag", args: "run -nosuch", code: exitUsage, want: "flowctl: run has no flag -nosuch\n" + tryRun},
 	{name: "misspelt flag", args: "run -log-levl x", code: exitUsage, want: "flowctl: run has no flag -log-levl, did you mean -log-level?\n" + tryRun},
 	{name: "flag of another command", args: "list -until ready", code: exitUsage, want: "flowctl: list has no flag -until\nTry: flowctl help list\n"},

@@ -72,6 +72,9 @@ func commands() []command {
 
 A unit of systemd with Restart=always is started again: use systemctl stop.
 `},
+		{name: "runs", args: "[flags]", summary: "show the last runs, and how they ended", run: runsCommand, examples: `
+  flowctl runs
+`},
 		{name: "sandbox", args: "[flags] [pipeline.json]", summary: "run the services of a pipeline alone", run: sandboxCommand, examples: `
   flowctl sandbox pipeline.json              until Ctrl-C; flowctl run uses them meanwhile
 `},
@@ -221,12 +224,13 @@ func startRun(fs *flag.FlagSet, args []string, sandbox bool) error {
 	if err != nil {
 		return &exitError{code: exitFor(err), err: err}
 	}
-	if err := config.useSandbox(p); err != nil {
+	if err = config.useSandbox(p); err != nil {
 		return err
 	}
 	if config.state, err = config.planeFlags.state(url.PathEscape(p.Metadata.Name), false); err != nil {
 		return &exitError{code: exitPlane, err: err}
 	}
+	config.records = config.planeFlags.records()
 	return runPipeline(p, config)
 }
 
@@ -447,6 +451,34 @@ func stopCommand(fs *flag.FlagSet, args []string) error {
 		return err
 	}
 	return stopRun(o)
+}
+
+func runsCommand(fs *flag.FlagSet, args []string) error {
+	var asJSON bool
+	defineBool(fs, &asJSON, "json", false, "print JSON")
+	if _, err := parseFlags(fs, args, 0); err != nil {
+		return err
+	}
+	var folders []string
+	if folder, err := stateFolder(); err == nil {
+		folders = append(folders, folder)
+	}
+	if os.Geteuid() == 0 {
+		units, _ := filepath.Glob("/var/lib/flowctl*") // of a pattern that is right
+		folders = append(folders, units...)
+	}
+	records, errs := recordedRuns(folders)
+	if asJSON {
+		if err := writeJSON(os.Stdout, records, true); err != nil {
+			return err
+		}
+	} else if err := writeRuns(os.Stdout, records, time.Now()); err != nil {
+		return err
+	}
+	if len(errs) > 0 {
+		return &exitError{code: exitPlane, err: errors.Join(errs...)}
+	}
+	return nil
 }
 
 // parseAskFlags parses args by fs, with the flags that say which running flowctl to ask, and returns the
@@ -671,27 +703,51 @@ func (o *planeFlags) check(fs *flag.FlagSet) error {
 // state returns where the registry's state is kept: in the file of -db-path, else in name.json in the
 // folder that systemd gives, else in memory, or, alone, in name.json in the user's state folder.
 func (o *planeFlags) state(name string, alone bool) (stateConfig, error) {
-	name += ".json"
-	folder, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":")
+	given := unitState() != ""
 	switch {
 	case o.noState:
 		return stateConfig{}, nil
 	case o.dbPath != "":
 		return stateConfig{file: o.dbPath}, nil
-	case folder != "":
-		return stateConfig{file: filepath.Join(folder, name)}, nil
-	case !alone:
+	case !given && !alone:
 		return stateConfig{}, nil
+	}
+	folder, err := stateFolder()
+	if err != nil {
+		return stateConfig{}, fmt.Errorf("no place for the registry's state: %v: name a file with -db-path, or choose -no-persistence", err)
+	}
+	return stateConfig{file: filepath.Join(folder, name+".json"), own: !given}, nil
+}
+
+// records returns the folder with the record of runs, "" for none.
+func (o *planeFlags) records() string {
+	if o.noState {
+		return ""
+	}
+	folder, _ := stateFolder() // a user without a home has none
+	return folder
+}
+
+// unitState is the folder for state that systemd has made for this service, "" for none.
+func unitState() string {
+	folder, _, _ := strings.Cut(os.Getenv("STATE_DIRECTORY"), ":")
+	return folder
+}
+
+// stateFolder is unitState, else the user's folder for state, which need not be there.
+func stateFolder() (string, error) {
+	if folder := unitState(); folder != "" {
+		return folder, nil
 	}
 	base := os.Getenv("XDG_STATE_HOME")
 	if !filepath.IsAbs(base) { // the XDG specification: ignore a relative path
 		home, err := os.UserHomeDir()
 		if err != nil {
-			return stateConfig{}, fmt.Errorf("no place for the registry's state: %v: name a file with -db-path, or choose -no-persistence", err)
+			return "", err
 		}
 		base = filepath.Join(home, ".local", "state")
 	}
-	return stateConfig{file: filepath.Join(base, "flowctl", name), own: true}, nil
+	return filepath.Join(base, "flowctl"), nil
 }
 
 // defineTLS defines the flags of TLS. What cert and ca are for depends on the command.

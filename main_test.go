@@ -49,6 +49,7 @@ Usage:
   flowctl restart [flags] id...         stop components, and start them again
   flowctl reload [flags] [pipeline]     take over a changed pipeline file
   flowctl stop [flags]                  stop a running pipeline
+  flowctl runs [flags]                  show the last runs, and how they ended
   flowctl sandbox [flags] [pipeline.json]
                                         run the services of a pipeline alone
   flowctl version                       print the version
@@ -147,7 +148,7 @@ func TestHelp_ExamplesWork(t *testing.T) {
 		case strings.Contains(example, "-watch"):
 			p.waitOut("ledgers ready healthy")
 			p.stop()
-		case strings.HasPrefix(example, "sandbox"), strings.HasPrefix(example, "run") && !strings.Contains(example, "-until") && !strings.Contains(example, " -- "):
+		case strings.HasPrefix(example, "sandbox"), strings.HasPrefix(example, "run ") && !strings.Contains(example, "-until") && !strings.Contains(example, " -- "):
 			p.waitErr("pipeline ready")
 			p.stop()
 		default:

@@ -578,11 +578,11 @@ func TestReload_RandomRounds(t *testing.T) {
 	dir := t.TempDir()
 	draw := func() (components []Component, made map[string]string) { // made: all that a component is made of, by id
 		made = make(map[string]string)
-		components, made["stays"] = append(components, shell("stays", "exec sleep 300")), ""
+		components, made["stays"] = append(components, shell("stays", "exec sleep 9000")), ""
 		locks := random.Perm(3) // which only one can have at a time
 		for _, i := range random.Perm(6)[:1+random.IntN(6)] {
 			id, version, secret := fmt.Sprintf("c%d", i), random.IntN(2), fmt.Sprint(random.IntN(2))
-			c := shell(id, fmt.Sprintf(": %d; exec sleep 300", version))
+			c := shell(id, fmt.Sprintf(": %d; exec sleep 9000", version))
 			switch {
 			case i < len(locks):
 				lock := filepath.Join(dir, fmt.Sprintf("lock%d", locks[i]))

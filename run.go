@@ -52,6 +52,7 @@ type run struct {
 	reloads  *reloads
 	watcher  *fileWatcher // nil for none
 	restarts *restarts
+	recorder *recorder // nil for none
 
 	generation int           // of sup's components, that the registry knows
 	stopped    time.Duration // how long flowctl itself was stopped, that sup knows
@@ -217,7 +218,19 @@ func (r *run) open(p *Pipeline, file *runFile, children *reaper) error {
 		return &exitError{code: exitFailed, err: err}
 	}
 	r.generation = r.sup.generation
+	r.recorder = openRecorder(r.config.records, r.log)
+	r.closeLater(r.recorder.close)
+	r.record(runStarting, "")
 	return nil
+}
+
+// record records how the run is now.
+func (r *run) record(state, reason string) {
+	record := runRecord{ID: runID(r.launcher.mark), Pipeline: r.info.name, PID: os.Getpid(), State: state, Started: r.info.started, Reason: reason}
+	if state != runStarting && state != runRunning {
+		record.Ended, record.ExitCode = new(time.Now()), &r.code
+	}
+	r.recorder.update(record)
 }
 
 // openProcesses makes the launcher, the supervisor, the checks and the identifier.
@@ -522,7 +535,7 @@ func (r *run) expireTimeout(now time.Time) {
 		return
 	}
 	what := "it was not stopped"
-	switch o := r.overview(); {
+	switch o := overviewOf(r.sup, r.plane.certs.expiryText()); {
 	case r.wrapped.runs():
 		what = fmt.Sprintf("the command %q after -- had not ended", r.wrapped.argv[0])
 	case !r.info.ready:
@@ -694,13 +707,14 @@ func (r *run) expireCommand(now time.Time) {
 
 // checkReady tells systemd and people when all components are ready, and prepares the start of the command.
 func (r *run) checkReady(now time.Time) {
-	if o := r.overview(); o.ready < o.total || !r.sup.settled(now) {
+	if o := overviewOf(r.sup, r.plane.certs.expiryText()); o.ready < o.total || !r.sup.settled(now) {
 		return
 	}
 	r.info.ready = true
 	r.log.Info("pipeline ready", "components", len(r.sup.procs), "endpoint", r.plane.registry.endpoint, "after", now.Sub(r.info.started).Round(time.Millisecond))
 	r.showStatus() // who is told that all are ready finds it so when asking
 	r.plane.registry.publishPipeline(r.info)
+	r.record(runRunning, "")
 	r.systemd.send(daemon.SdNotifyReady)
 	if r.config.sandbox {
 		r.tellServices()
@@ -708,7 +722,7 @@ func (r *run) checkReady(now time.Time) {
 	if r.config.until == untilReady {
 		r.stop(exitOK, nil, now)
 	} else if r.out.format == formatText && isTerminal(os.Stderr) {
-		r.log.Info("in another terminal", r.commands()...)
+		r.log.Info("in another terminal", usefulCommands(r.config.tls, !r.once)...)
 	}
 	if r.wrapped != nil {
 		r.settle()
@@ -756,51 +770,12 @@ func (r *run) tellServices() {
 	}
 }
 
-// commands returns, as attributes of the log, what a person may want to run beside the pipeline.
-func (r *run) commands() []any {
-	with := ""
-	if r.config.tls.cert != "" {
-		with = " -tls-ca-cert FILE"
-		if r.config.tls.ca != "" {
-			with += " -tls-cert FILE -tls-key FILE"
-		}
-	}
-	out := []any{"see", "flowctl list" + with}
-	if !r.once {
-		out = append(out, "reload", "flowctl reload"+with)
-	}
-	return out
-}
-
-// overview sums up how the components are.
-func (r *run) overview() overview {
-	o := overview{total: len(r.sup.procs), stopping: r.sup.stopping, certificate: r.plane.certs.expiryText()}
-	for _, p := range r.sup.procs {
-		switch {
-		case p.state == procCompleted || p.state == procReady && p.health.ok:
-			o.ready++
-		case p.state == procReady:
-			o.unhealthy = append(o.unhealthy, fmt.Sprintf("%s (%s)", p.id(), p.health.cause))
-		case p.state == procBackoff:
-			o.restarting = append(o.restarting, p.id())
-		case p.state == procFailed:
-			o.failed = append(o.failed, p.id())
-		default:
-			o.waiting = append(o.waiting, p.id())
-		}
-		if !p.over() {
-			o.left = append(o.left, p.id())
-		}
-	}
-	return o
-}
-
 // showStatus tells people and systemd how the run is, if that has changed.
 func (r *run) showStatus() {
 	for _, p := range r.sup.procs {
 		r.plane.registry.publishProcess(p.id(), processOf(p))
 	}
-	o := r.overview()
+	o := overviewOf(r.sup, r.plane.certs.expiryText())
 	status := o.String()
 	if status == r.info.status || r.sup.over() {
 		return
@@ -826,15 +801,6 @@ func (r *run) footerRows(now time.Time) []string {
 		f.components = append(f.components, footerComponent{p.id(), processOf(p), snapshots[p.id()]})
 	}
 	return f.rows(now)
-}
-
-// processOf returns what the registry shows of the process of p.
-func processOf(p *proc) processReport {
-	out := processReport{state: p.state.String(), restarts: p.restarts}
-	if p.child != nil {
-		out.pid, out.started = p.child.pid, p.started
-	}
-	return out
 }
 
 // watch returns what has the files of a pipeline and of -env-file looked at, with -watch.
@@ -930,9 +896,15 @@ func (r *run) end() error {
 		r.code = exitFailed // found while stopping, or brought by a reload
 	}
 	if r.code == exitOK {
+		state := runCompleted
+		if slices.ContainsFunc(r.sup.procs, func(p *proc) bool { return p.state != procCompleted }) {
+			state = runStopped
+		}
+		r.record(state, "")
 		return nil
 	}
 	report := r.report()
+	r.record(runFailed, report.reason())
 	r.out.report(report.forms())
 	r.systemd.send("STATUS=" + report.status())
 	return &exitError{code: r.code}

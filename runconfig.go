@@ -28,6 +28,7 @@ type runConfig struct {
 	planeFlags
 	file           string    // the pipeline file
 	envFiles       []string  // of -env-file
+	records        string    // the folder with the record of runs, "" for none
 	variables      variables // of those files, as they were read last
 	version        string    // of flowctl
 	state          stateConfig

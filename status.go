@@ -82,6 +82,45 @@ func (o overview) attrs() []any {
 	return attrs
 }
 
+// overviewOf sums up how the components are. certificate is that of an overview.
+func overviewOf(sup *supervisor, certificate string) overview {
+	o := overview{total: len(sup.procs), stopping: sup.stopping, certificate: certificate}
+	for _, p := range sup.procs {
+		switch {
+		case p.state == procCompleted || p.state == procReady && p.health.ok:
+			o.ready++
+		case p.state == procReady:
+			o.unhealthy = append(o.unhealthy, fmt.Sprintf("%s (%s)", p.id(), p.health.cause))
+		case p.state == procBackoff:
+			o.restarting = append(o.restarting, p.id())
+		case p.state == procFailed:
+			o.failed = append(o.failed, p.id())
+		default:
+			o.waiting = append(o.waiting, p.id())
+		}
+		if !p.over() {
+			o.left = append(o.left, p.id())
+		}
+	}
+	return o
+}
+
+// usefulCommands returns, as attributes of the log, what a person may want to run beside the pipeline.
+func usefulCommands(tls tlsFlags, reload bool) []any {
+	with := ""
+	if tls.cert != "" {
+		with = " -tls-ca-cert FILE"
+		if tls.ca != "" {
+			with += " -tls-cert FILE -tls-key FILE"
+		}
+	}
+	out := []any{"see", "flowctl list" + with}
+	if reload {
+		out = append(out, "reload", "flowctl reload"+with)
+	}
+	return out
+}
+
 // footer is what the status below the log of a run shows.
 type footer struct {
 	pipeline, endpoint string
@@ -93,6 +132,15 @@ type footerComponent struct {
 	id string
 	processReport
 	memberSnapshot
+}
+
+// processOf returns what the registry shows of the process of p.
+func processOf(p *proc) processReport {
+	out := processReport{state: p.state.String(), restarts: p.restarts}
+	if p.child != nil {
+		out.pid, out.started = p.child.pid, p.started
+	}
+	return out
 }
 
 // rows are the lines of the footer: the pipeline, and a table of its components.
@@ -112,6 +160,30 @@ func (f footer) rows(now time.Time) []string {
 
 // newColumns returns a writer that aligns the cells of a table, which end with tabs.
 func newColumns(w io.Writer) *tabwriter.Writer { return tabwriter.NewWriter(w, 0, 8, 2, ' ', 0) }
+
+// writeRuns writes a table of recorded runs.
+func writeRuns(w io.Writer, records []runRecord, now time.Time) error {
+	if len(records) == 0 {
+		_, err := fmt.Fprintln(w, "no runs are recorded")
+		return err
+	}
+	tw := newColumns(w)
+	fmt.Fprintln(tw, strings.Join([]string{"STARTED", "PIPELINE", "STATE", "TOOK", "EXIT", "REASON"}, "\t"))
+	for _, r := range records {
+		end, took, code := now, "-", "-"
+		if r.Ended != nil {
+			end = *r.Ended
+		}
+		if r.ExitCode != nil {
+			code = fmt.Sprint(*r.ExitCode)
+		}
+		if r.State != runKilled {
+			took = end.Sub(r.Started).Round(time.Second).String()
+		}
+		fmt.Fprintln(tw, strings.Join([]string{r.Started.Local().Format(time.DateTime), clean(r.Pipeline), clean(r.State), took, code, cmp.Or(printable(r.Reason), "-")}, "\t"))
+	}
+	return tw.Flush()
+}
 
 // shortMetrics shows the first few metrics by name.
 func shortMetrics(metrics map[string]any) string { return cmp.Or(enumerate(metricTexts(metrics)), "-") }
@@ -174,7 +246,10 @@ func newReport(err error) (out report, say bool) {
 }
 
 // status is the report in a line, as systemd's STATUS= wants it.
-func (r report) status() string {
+func (r report) status() string { return "failed: " + r.reason() }
+
+// reason says in a line why the run failed.
+func (r report) reason() string {
 	text := cmp.Or(r.Error, fmt.Sprintf("exit status %d", r.ExitCode))
 	if len(r.Failures) > 0 {
 		text = r.Failures[0].Component + ": " + r.Failures[0].Reason
@@ -182,7 +257,7 @@ func (r report) status() string {
 			text += fmt.Sprintf("; and %d more failed", more)
 		}
 	}
-	text = "failed: " + firstLine(text)
+	text = firstLine(text)
 	if short := cut(text, maxStatus); short != text {
 		return short + "…"
 	}
