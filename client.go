@@ -178,24 +178,31 @@ func reloadText(out *operatorv1.ReloadResponse) string {
 	return fmt.Sprintf("reloaded: %s; %d unchanged", strings.Join(parts, ", "), out.GetUnchanged())
 }
 
-// dialable tells whether endpoint is host:port or unix:PATH, not another scheme of grpc.
-func dialable(endpoint string) bool {
-	if path, ok := strings.CutPrefix(endpoint, "unix:"); ok {
-		return strings.Trim(path, "/") != ""
+// parseEndpoint returns endpoint, which must be host:port or unix:PATH and not another scheme of gRPC, as
+// a control plane tells its own.
+func parseEndpoint(endpoint string) (string, error) {
+	if path, ok, err := socketPath(endpoint); ok {
+		return "unix://" + path, err
 	}
 	_, port, err := net.SplitHostPort(endpoint)
-	_, portErr := strconv.ParseUint(port, 10, 16)
-	return err == nil && portErr == nil
+	if _, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil {
+		return "", errors.New("it must be host:port or unix:PATH")
+	}
+	return endpoint, nil
 }
 
 // runs returns the control planes to ask, and an error for each that does not listen yet. With o.wait
 // those are waited for where nothing else runs, or with all.
 func (o *listOptions) runs(all bool) ([]runInfo, []error, error) {
 	if o.endpoint != "" {
+		told, err := parseEndpoint(o.endpoint)
+		if err != nil {
+			return nil, nil, err
+		}
 		run := runInfo{Endpoint: o.endpoint, TLS: o.tls != (tlsFlags{})}
 		if known, _, err := findRuns(); err == nil && o.tls == (tlsFlags{}) {
 			for _, here := range known {
-				if here.Endpoint == o.endpoint && !here.ofAnother() { // who may have named it for the calls to come there
+				if here.Endpoint == told && !here.ofAnother() { // who may have named it for the calls to come there
 					run.path = here.path
 				}
 			}

@@ -526,6 +526,9 @@ func TestRun_ListensOnAUnixSocket(t *testing.T) {
 		if code, out, stderr := call(t, "list", "-e", endpoint); code != exitOK || !strings.Contains(out, "ledgers") {
 			t.Errorf("list -e %s: exit %d\n%s%s", endpoint, code, out, stderr)
 		}
+		if code, _, stderr := start(t, []string{"reload", "-e", endpoint}, beside(p)).finish(); code != exitOK { // by the operators' socket
+			t.Errorf("reload -e %s: exit %d\n%s", endpoint, code, stderr)
+		}
 	}
 	second := start(t, run)
 	second.exit(exitPlane)

@@ -499,8 +499,8 @@ func parseAskFlags(fs *flag.FlagSet, o *listOptions, args []string, most int) ([
 		return nil, err
 	}
 	for _, name := range []string{"endpoint", "e"} {
-		if endpoint := fs.Lookup(name).Value.String(); given(fs, name) && !dialable(endpoint) {
-			return nil, usageErrorf(fs.Name(), "-%s %q: it must be host:port or unix:PATH", name, endpoint)
+		if _, err := parseEndpoint(o.endpoint); given(fs, name) && err != nil {
+			return nil, usageErrorf(fs.Name(), "-%s %q: %v", name, o.endpoint, err)
 		}
 	}
 	switch {
@@ -668,9 +668,15 @@ func (o *planeFlags) define(fs *flag.FlagSet) {
 // check fails for flags that are wrong together, or that this machine cannot have.
 func (o *planeFlags) check(fs *flag.FlagSet) error {
 	wrong := func(format string, args ...any) error { return usageErrorf(fs.Name(), format, args...) }
-	address, port, socket := o.listen.address, o.listen.port, strings.HasPrefix(o.listen.address, "unix:")
-	if address == "" || address == "unix:" {
+	address, port := o.listen.address, o.listen.port
+	_, socket, err := socketPath(address)
+	switch {
+	case address == "":
 		return wrong("-control-plane-address %q: it must be a host or unix:PATH; 0.0.0.0 is all interfaces", address)
+	case err != nil:
+		return wrong("-control-plane-address %q: %v", address, err)
+	case !socket && strings.Contains(address, "%"):
+		return wrong("-control-plane-address %q: gRPC's libraries do not dial an address with a zone; :: is all interfaces", address)
 	}
 	if host, port, err := net.SplitHostPort(address); err == nil && !socket {
 		return wrong("-control-plane-address %q: it must be a host alone, such as %q; the port is -control-plane-port %s", address, host, port)

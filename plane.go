@@ -447,7 +447,9 @@ func (s *service) v1Status(c condition) flowctlv1.HealthStatus {
 // components are to be given, which wire.md wants without a scheme unless it is a
 // unix socket's. The address is a host, or unix:PATH.
 func listenPlane(address string, port int) (net.Listener, string, error) {
-	if path, ok := strings.CutPrefix(address, "unix:"); ok {
+	if path, ok, err := socketPath(address); err != nil {
+		return nil, "", err
+	} else if ok {
 		return listenUnix(path)
 	}
 	address = strings.Trim(address, "[]")
@@ -478,14 +480,6 @@ func tcpEndpoint(addr *net.TCPAddr, host string) string {
 // replaced, a socket that answers is not. The folder is locked meanwhile: of two that start at
 // the same time, one could take the new socket of the other for one that a dead process left.
 func listenUnix(path string) (net.Listener, string, error) {
-	path, err := filepath.Abs(path)
-	if err != nil {
-		return nil, "", err
-	}
-	const most = len(syscall.RawSockaddrUnix{}.Path) - 1
-	if len(path) > most {
-		return nil, "", fmt.Errorf("socket path %q has %d bytes: the kernel allows %d", path, len(path), most)
-	}
 	defer lockFolder(filepath.Dir(path))()
 	if info, err := os.Lstat(path); err == nil {
 		if info.Mode().Type() != os.ModeSocket {
@@ -545,14 +539,18 @@ type planeListener struct {
 func openPlane(o listenConfig, tls tlsFlags, log *slog.Logger) (listeners []planeListener, held bool, err error) {
 	passed, err := passedListeners()
 	for _, lis := range passed {
-		listeners = append(listeners, planeListener{lis, passedEndpoint(lis.Addr())})
+		endpoint, fault := passedEndpoint(lis.Addr())
+		listeners = append(listeners, planeListener{lis, endpoint})
+		err = cmp.Or(err, fault)
 	}
 	if held = len(passed) > 0; err == nil && !held {
 		var lis planeListener
-		lis.Listener, lis.endpoint, err = o.listen(log)
-		listeners = append(listeners, lis)
+		if lis.Listener, lis.endpoint, err = o.listen(log); err == nil {
+			listeners = append(listeners, lis)
+		}
 	}
 	if err != nil {
+		closeAll(listeners)
 		return nil, false, err
 	}
 	slices.SortStableFunc(listeners, func(a, b planeListener) int { return a.reach() - b.reach() })
@@ -616,16 +614,19 @@ func (o listenConfig) listen(log *slog.Logger) (net.Listener, string, error) {
 }
 
 // passedEndpoint is where processes of this machine reach a listener at addr that systemd
-// has opened.
-func passedEndpoint(addr net.Addr) string {
+// has opened. It fails for a path at which clients do not find it.
+func passedEndpoint(addr net.Addr) (string, error) {
 	if tcp, ok := addr.(*net.TCPAddr); ok {
-		return tcpEndpoint(tcp, tcp.IP.String())
+		return tcpEndpoint(tcp, tcp.IP.String()), nil
 	}
-	path := addr.String()
-	if name, ok := strings.CutPrefix(path, "@"); ok {
-		return "unix-abstract:" + name
+	if name, ok := strings.CutPrefix(addr.String(), "@"); ok {
+		return "unix-abstract:" + name, nil
 	}
-	return "unix://" + path
+	path, _, err := socketPath("unix:" + addr.String())
+	if err != nil {
+		err = fmt.Errorf("the socket %q that systemd has passed: %w", planeSocket, err)
+	}
+	return "unix://" + path, err
 }
 
 func logChange(log *slog.Logger, c change) {

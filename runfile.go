@@ -29,6 +29,7 @@ import (
 	"strings"
 	"syscall"
 	"time"
+	"unicode"
 )
 
 const (
@@ -377,6 +378,35 @@ func holdsListener(pid int, inode uint64) bool {
 		}
 	}
 	return false
+}
+
+// socketPath returns the absolute path that address names, which is unix:PATH or unix:///PATH, and false for
+// any other address. It fails for a path that the kernel does not take for a socket, and for one that gRPC's
+// libraries do not dial: they read an endpoint as a URL, and some of them as a list.
+func socketPath(address string) (path string, ok bool, err error) {
+	given, ok := strings.CutPrefix(address, "unix:")
+	if !ok {
+		return "", false, nil
+	}
+	switch rest, isURL := strings.CutPrefix(given, "//"); {
+	case strings.Trim(given, "/") == "":
+		return "", true, errors.New("it must have a path after unix:")
+	case isURL && rest[0] != '/':
+		return "", true, errors.New("the path after unix:// must begin with a slash")
+	case strings.HasSuffix(given, "/"):
+		return "", true, errors.New("it must be a socket's path, and what ends in a slash is a folder's")
+	}
+	if path, err = filepath.Abs(given); err != nil {
+		return "", true, err
+	}
+	const most = len(syscall.RawSockaddrUnix{}.Path) - 1
+	switch i := strings.IndexFunc(path, func(r rune) bool { return strings.ContainsRune("%?#,", r) || unicode.IsControl(r) }); {
+	case i >= 0:
+		return "", true, fmt.Errorf("the path %q has %q in it: no %%, ?, #, comma or control character can be there, since gRPC's libraries read it as a URL", path, path[i:i+1])
+	case len(path) > most:
+		return "", true, fmt.Errorf("the path %q has %d bytes: the kernel allows %d", path, len(path), most)
+	}
+	return path, true, nil
 }
 
 // socket returns the path of a control plane that listens at one.

@@ -237,6 +237,38 @@ func TestRunFolder_OfAnotherUserIsNotTrusted(t *testing.T) {
 	}
 }
 
+// What a socket's path may be, where one is given by a flag; TestErrors has how that is told. TestReadmeLanguages
+// dials one.
+func TestSocketPath(t *testing.T) {
+	t.Parallel()
+	here := get(os.Getwd())(t)
+	full := "/" + strings.Repeat("x", 106)
+	for _, tt := range []struct{ address, path, want string }{
+		{"127.0.0.1", "", ""},
+		{"unix-abstract:x", "", ""},
+		{"unix:/s", "/s", ""},
+		{"unix:///a b/ü:@s", "/a b/ü:@s", ""},
+		{"unix:s", here + "/s", ""},
+		{"unix:../s", filepath.Dir(here) + "/s", ""},
+		{"unix:" + full, full, ""},
+		{"unix:" + full + "x", "", "has 108 bytes: the kernel allows 107"},
+		{"unix:", "", "must have a path"},
+		{"unix:///", "", "must have a path"},
+		{"unix://a/s", "", "must begin with a slash"},
+		{"unix:/a/", "", "a folder's"},
+		{"unix:/a%b", "", `has "%" in it`},
+		{"unix:/a?b", "", `has "?" in it`},
+		{"unix:/a#/b", "", `has "#" in it`},
+		{"unix:/a,b", "", `has "," in it`},
+		{"unix:/a\n", "", `has "\n" in it`},
+	} {
+		path, ok, err := socketPath(tt.address)
+		if path != tt.path || ok != strings.HasPrefix(tt.address, "unix:") || (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%q: %q, %t, %v, want %q and %q", tt.address, path, ok, err, tt.path, tt.want)
+		}
+	}
+}
+
 func TestRunFile_EachHasAValidName(t *testing.T) {
 	t.Parallel()
 	seen := make(map[string]bool)
