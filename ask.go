@@ -261,7 +261,7 @@ func (o *logsOptions) console(ids []string) *console {
 	for i := range ids {
 		ids[i] = printable(ids[i])
 	}
-	c := newConsole(blockingFile{os.Stdout}.Write, format, useColours(os.Stdout), ids)
+	c := newConsole(blockingFile{os.Stdout}.Write, format, time.TimeOnly, useColours(os.Stdout), ids)
 	c.terminal = isTerminal(os.Stdout)
 	return c
 }

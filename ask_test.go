@@ -600,7 +600,7 @@ func TestLogs_ShowsNothingRawOnATerminal(t *testing.T) {
 	t.Parallel()
 	var out bytes.Buffer
 	for _, format := range []string{formatText, formatJSON} {
-		c := newConsole(out.Write, format, false, nil)
+		c := newConsole(out.Write, format, time.TimeOnly, false, nil)
 		c.terminal = true
 		must(t, showPrinted(c, &operatorv1.LogsResponse{Missed: 3, Printed: []*operatorv1.Printed{
 			{Id: "evil\x1b[2J", Stream: "stdout\x9b", Lines: []byte("hello\x1b]0;x\a\x9b2J\u009b2J\b\x7f\n")}}}))

@@ -84,7 +84,7 @@ func openOutputs(c outputConfig) *outputs {
 	if o.queued = c.command || o.screen != nil && o.screen.shared; o.queued {
 		write = o.stderr.writeWaiting
 	}
-	o.log = newLogger(o.stderr, o.format, c.level)
+	o.log = newLogger(o.stderr, o.format, stampOf(os.Stderr), c.level)
 	o.journalled = linesFormat == formatJournal
 	if o.journalled || o.format == formatJournal {
 		o.journal = openJournal(c.pipeline)
@@ -92,7 +92,7 @@ func openOutputs(c outputConfig) *outputs {
 	if o.format == formatJournal {
 		o.log = slog.New(&journalHandler{journal: o.journal, level: c.level})
 	}
-	o.console = newConsole(write, linesFormat, useColours(lines), c.ids)
+	o.console = newConsole(write, linesFormat, stampOf(lines), useColours(lines), c.ids)
 	o.console.name, o.console.terminal = name, isTerminal(lines)
 	if c.pipeline != "" {
 		o.lines = newLineLog(c.ids)
@@ -185,11 +185,11 @@ func (o *outputs) report(text, json []byte, journal []journalEntry) {
 	}
 }
 
-// newLogger returns flowctl's own log.
-func newLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
+// newLogger returns flowctl's own log, in text with times by the layout stamp.
+func newLogger(w io.Writer, format, stamp string, level slog.Level) *slog.Logger {
 	readable := func(groups []string, a slog.Attr) slog.Attr {
 		if a.Key == slog.TimeKey && len(groups) == 0 && format != formatJSON && a.Value.Kind() == slog.KindTime {
-			a.Value = slog.StringValue(a.Value.Time().Format(time.TimeOnly))
+			a.Value = slog.StringValue(a.Value.Time().Format(stamp))
 		}
 		return durationText(groups, a)
 	}
@@ -219,6 +219,18 @@ func formatOf(f *os.File, format string) string {
 	return formatText
 }
 
+// stampOf returns the layout of the times of text that goes to f. A file that is appended to
+// (StandardOutput=append: of a unit, >> of a shell) is read on another day, so it gets dates.
+func stampOf(f *os.File) string {
+	if info, err := f.Stat(); err == nil && info.Mode().IsRegular() {
+		flags, _, errno := syscall.Syscall(syscall.SYS_FCNTL, f.Fd(), syscall.F_GETFL, 0)
+		if errno == 0 && flags&syscall.O_APPEND != 0 {
+			return "2006-01-02T15:04:05"
+		}
+	}
+	return time.TimeOnly
+}
+
 // printAnswer writes what a command was asked for. An answer that is not read is no success.
 func printAnswer(text string) error {
 	_, err := io.WriteString(os.Stdout, text)
@@ -234,6 +246,7 @@ type console struct {
 	write    func([]byte) (int, error)
 	name     string // of what write writes to
 	json     bool
+	stamp    string // the layout of the times of text
 	colours  bool
 	terminal bool          // lines are shown as a terminal may have them
 	broken   chan struct{} // closed after the first error
@@ -250,8 +263,8 @@ type console struct {
 // head is what stands before and after the time of a line.
 type head struct{ before, after string }
 
-func newConsole(write func([]byte) (int, error), format string, colours bool, ids []string) *console {
-	c := &console{write: write, json: format == formatJSON, colours: colours, heads: make(map[string]head), broken: make(chan struct{})}
+func newConsole(write func([]byte) (int, error), format, stamp string, colours bool, ids []string) *console {
+	c := &console{write: write, json: format == formatJSON, stamp: stamp, colours: colours, heads: make(map[string]head), broken: make(chan struct{})}
 	for _, id := range ids {
 		c.width = max(c.width, len(id))
 	}
@@ -299,7 +312,7 @@ func (c *console) lines(id, stream string, lines []byte) {
 }
 
 func (c *console) appendText(id string, lines []byte, now time.Time) {
-	stamp := now.AppendFormat(make([]byte, 0, len(time.TimeOnly)), time.TimeOnly)
+	stamp := now.AppendFormat(make([]byte, 0, len(time.RFC3339)), c.stamp)
 	part := isPart(lines)
 	c.mu.Lock()
 	h := c.heads[id]
@@ -467,7 +480,7 @@ func (l *logWriter) appendLost(lines []byte) []byte {
 	text := fmt.Sprintf("%d lines of this log are lost: standard error was not read", l.lost)
 	if l.json {
 		out := bytes.NewBuffer(lines)
-		newLogger(out, formatJSON, slog.LevelInfo).Error(text, "lines", l.lost)
+		newLogger(out, formatJSON, "", slog.LevelInfo).Error(text, "lines", l.lost)
 		return out.Bytes()
 	}
 	return fmt.Appendf(lines, "flowctl: %s\n", text)

@@ -600,7 +600,7 @@ func TestConsole_AddDoesNotWaitForTheReader(t *testing.T) {
 		close(writing)
 		<-read
 		return len(b), nil
-	}, formatText, false, []string{"a"})
+	}, formatText, time.TimeOnly, false, []string{"a"})
 	var flood sync.WaitGroup
 	flood.Go(func() { c.lines("a", "stdout", []byte("held\n")) })
 	<-writing
@@ -617,4 +617,49 @@ func TestConsole_AddDoesNotWaitForTheReader(t *testing.T) {
 	close(read)
 	flood.Wait()
 	<-added
+}
+
+// What is read on another day has dates: files that are appended to, and JSON.
+func TestOutput_AppendedHasDates(t *testing.T) {
+	t.Parallel()
+	const date, clock = `\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d`, `\d\d:\d\d:\d\d`
+	for _, tt := range []struct {
+		flags        int
+		format, want string // want is of each line
+	}{
+		{os.O_APPEND, "auto", `(time=` + date + ` level=.*|` + date + ` a \| out)\n`},
+		{os.O_TRUNC, "auto", `(time=` + clock + ` level=.*|` + clock + ` a \| out)\n`},
+		{os.O_TRUNC, "json", `\{"time":"` + date + `\..*\}\n`},
+	} {
+		path := filepath.Join(t.TempDir(), "log")
+		f := get(os.OpenFile(path, os.O_CREATE|os.O_WRONLY|tt.flags, 0o600))(t)
+		p := start(t, runArgs(writePipeline(t, shell("a", "echo out")), "-log-format", tt.format), func(p *process) { p.cmd.Stdout, p.cmd.Stderr = f, f })
+		p.exit(exitOK)
+		must(t, f.Close())
+		text := get(os.ReadFile(path))(t)
+		if !regexp.MustCompile(`^(`+tt.want+`)+$`).Match(text) || !bytes.Contains(text, []byte("out")) {
+			t.Errorf("%s: %s", tt.format, text)
+		}
+	}
+}
+
+// Each stream of a unit gets what the unit asks for: a file text, with dates, and the journal records.
+func testUnitStreams(t *testing.T, l *lab) {
+	const date = `\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d`
+	for _, tt := range []struct{ name, streams, file, inJournal, notInJournal string }{
+		{"lines-in-file", "StandardOutput=append:/var/log/lines-in-file.txt\nStandardError=journal\n", date + ` a \| out`, "flowctl", "a"},
+		{"log-in-file", "StandardOutput=journal\nStandardError=append:/var/log/log-in-file.txt\n", `(time=` + date + ` level=.*\n)+time=` + date + ` .*msg="pipeline ready" .*`, "a", "flowctl"},
+	} {
+		u := l.install(t, tt.name, []Component{shell("a", "echo out; exec sleep 1000")}, "-control-plane-port 0", tt.streams)
+		u.start()
+		u.logged("", "SYSLOG_IDENTIFIER="+tt.inJournal, "_TRANSPORT=journal", "PIPELINE="+tt.name)
+		text := ""
+		u.eventually(func() bool {
+			text = l.run(t, "cat", "/var/log/"+tt.name+".txt")
+			return regexp.MustCompile(`^` + tt.file + `$`).MatchString(text)
+		}, func() string { return fmt.Sprintf("%s has %q", tt.name, text) })
+		if got := u.journal("SYSLOG_IDENTIFIER="+tt.notInJournal, "PIPELINE="+tt.name); len(got) > 0 {
+			t.Errorf("in the journal too: %v", got)
+		}
+	}
 }

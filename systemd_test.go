@@ -277,6 +277,7 @@ func TestSystemd(t *testing.T) {
 		{"reload", testUnitReload},
 		{"journal", testUnitJournal},
 		{"flood", testUnitFlood},
+		{"streams", testUnitStreams},
 		{"socket", testUnitSocket},
 		{"inherited", testUnitInherited},
 		{"old systemd", testUnitOldSystemd},
