@@ -8,10 +8,13 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 )
 
 // The tests of this file do what README.md and the pages in docs/ say, with the commands
@@ -288,7 +291,7 @@ func TestReadmeNewcomer(t *testing.T) {
 	n.follow(section(t, "docs/components.md", "In Go"))
 }
 
-// The components in other languages, where this machine has what they need: Debian's
+// The components in each language, at all forms of the control plane's address, where this machine has what they need: Debian's
 // packages for Python, and with FLOWCTL_LANGUAGES=must also npm, which asks its registry.
 func TestReadmeLanguages(t *testing.T) {
 	t.Parallel()
@@ -305,9 +308,14 @@ func TestReadmeLanguages(t *testing.T) {
 			n.run(b.text)
 		}
 	}
-	for _, tt := range []struct{ language, needs string }{
-		{"Python", "python3 -c 'import grpc, grpc_tools.protoc'"},
-		{"Node.js", "node --version && npm --version"},
+	programs := make(map[string][]string) // by language
+	for _, tt := range []struct {
+		language, needs string
+		program         []string
+	}{
+		{"Go", "go version", []string{n.folder + "/first/count"}},
+		{"Python", "python3 -c 'import grpc, grpc_tools.protoc'", []string{"python3", n.folder + "/first/count.py"}},
+		{"Node.js", "node --version && npm --version", []string{"node", n.folder + "/first/count.js"}},
 	} {
 		t.Run(tt.language, func(t *testing.T) {
 			n.t = t
@@ -318,9 +326,79 @@ func TestReadmeLanguages(t *testing.T) {
 			case err != nil || tt.language == "Node.js" && !must:
 				t.Skip("not on this machine")
 			}
-			n.follow(section(t, "docs/components.md", "In "+tt.language))
+			n.follow(slices.DeleteFunc(section(t, "docs/components.md", "In "+tt.language), func(b block) bool {
+				return tt.language == "Go" && b.language == "console" // TestReadmeNewcomer has those
+			}))
+			programs[tt.language] = tt.program
 		})
 	}
+	for _, address := range []string{"127.0.0.1", "localhost", "::1", "unix:"} {
+		t.Run("proxy, "+address, func(t *testing.T) { t.Parallel(); clientsPastProxy(t, address, programs) })
+		t.Run("restart, "+address, func(t *testing.T) { t.Parallel(); clientsSurviveRestart(t, address, programs) })
+	}
+}
+
+// clients is a pipeline of programs, which get more variables.
+func clients(t *testing.T, register bool, programs map[string][]string, vars ...string) string {
+	var components []Component
+	for id, program := range programs {
+		command := slices.Concat([]string{"env", "PATH=/usr/bin:" + os.Getenv("PATH")}, vars, program)
+		components = append(components, Component{ID: id, Command: command, Register: &register, WorkingDir: t.TempDir()})
+	}
+	return writePipeline(t, components...)
+}
+
+// awaitBeats waits until each of programs is healthy by its own name at the control plane of p, and has sent metrics with
+// more records than before, which it then returns.
+func awaitBeats(t *testing.T, p *process, programs map[string][]string, before map[string]int) map[string]int {
+	plane, records := dialPlane(t, p.endpoint()), make(map[string]int)
+	eventually(t, "heartbeats of all", func() bool {
+		time.Sleep(50 * time.Millisecond) // they come once a second
+		out, err := plane.v1.ListComponents(t.Context(), &flowctlv1.ListComponentsRequest{})
+		if err != nil {
+			t.Fatalf("%v\n%s", err, p)
+		}
+		for _, c := range out.Components {
+			if n, err := strconv.Atoi(c.Metrics["records"]); err == nil && n > before[c.Component.Id] && programs[c.Component.Id] != nil {
+				records[c.Component.Id] = n
+			}
+		}
+		return len(records) == len(programs)
+	})
+	return records
+}
+
+// What sends no id is known by its process, and a proxy that is nowhere is not asked.
+func clientsPastProxy(t *testing.T, address string, programs map[string][]string) {
+	if address == "unix:" {
+		address += filepath.Join(shortDir(t), "plane@ü")
+	}
+	file := clients(t, true, programs, "FLOWCTL_COMPONENT_ID=")
+	for _, past := range []string{"", "localhost.example,.example.org"} {
+		p := start(t, runArgs(file, "-control-plane-address", address, "-heartbeat-ttl", "3s"),
+			withEnv("http_proxy=http://127.0.0.1:9", "https_proxy=http://127.0.0.1:9", "grpc_proxy=http://127.0.0.1:9", "no_proxy="+past))
+		p.waitReady()
+		awaitBeats(t, p, programs, nil)
+		p.stop()
+	}
+}
+
+// They go on when flowctl server is started anew, with its state and without.
+func clientsSurviveRestart(t *testing.T, address string, programs map[string][]string) {
+	args := []string{"server", "-control-plane-address", address, "-control-plane-port", freePort(t)}
+	if address == "unix:" {
+		args = []string{"server", "-control-plane-address", "unix:" + filepath.Join(shortDir(t), "plane@ü")}
+	}
+	kept, forgotten := slices.Concat(args, []string{"-db-path", t.TempDir() + "/state.json"}), slices.Concat(args, []string{"-no-persistence"})
+	server := start(t, kept)
+	launch(t, clients(t, false, programs, "FLOWCTL_ENDPOINT="+server.endpoint(), "FLOWCTL_HEARTBEAT_INTERVAL=100ms")).waitReady()
+	records := awaitBeats(t, server, programs, nil)
+	for _, again := range [][]string{kept, forgotten} {
+		server.stop()
+		server = start(t, again)
+		records = awaitBeats(t, server, programs, records)
+	}
+	server.stop()
 }
 
 // README is a first page.
