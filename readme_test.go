@@ -332,10 +332,12 @@ func TestReadmeLanguages(t *testing.T) {
 			programs[tt.language] = tt.program
 		})
 	}
-	for _, address := range []string{"127.0.0.1", "localhost", "::1", "unix:"} {
-		t.Run("proxy, "+address, func(t *testing.T) { t.Parallel(); clientsPastProxy(t, address, programs) })
-		t.Run("restart, "+address, func(t *testing.T) { t.Parallel(); clientsSurviveRestart(t, address, programs) })
+	atAddress := func(t *testing.T, address string) {
+		clientsPastProxy(t, address, programs)
+		clientsSurviveRestart(t, address, programs)
 	}
+	planeAddresses(t, atAddress)
+	t.Run("localhost", func(t *testing.T) { t.Parallel(); atAddress(t, "localhost") })
 }
 
 // clients is a pipeline of programs, which get more variables.
@@ -370,9 +372,6 @@ func awaitBeats(t *testing.T, p *process, programs map[string][]string, before m
 
 // What sends no id is known by its process, and a proxy that is nowhere is not asked.
 func clientsPastProxy(t *testing.T, address string, programs map[string][]string) {
-	if address == "unix:" {
-		address += filepath.Join(shortDir(t), "plane@ü")
-	}
 	file := clients(t, true, programs, "FLOWCTL_COMPONENT_ID=")
 	for _, past := range []string{"", "localhost.example,.example.org"} {
 		p := start(t, runArgs(file, "-control-plane-address", address, "-heartbeat-ttl", "3s"),
@@ -385,9 +384,9 @@ func clientsPastProxy(t *testing.T, address string, programs map[string][]string
 
 // They go on when flowctl server is started anew, with its state and without.
 func clientsSurviveRestart(t *testing.T, address string, programs map[string][]string) {
-	args := []string{"server", "-control-plane-address", address, "-control-plane-port", freePort(t)}
-	if address == "unix:" {
-		args = []string{"server", "-control-plane-address", "unix:" + filepath.Join(shortDir(t), "plane@ü")}
+	args := []string{"server", "-control-plane-address", address}
+	if !strings.HasPrefix(address, "unix:") {
+		args = append(args, "-control-plane-port", freePort(t))
 	}
 	kept, forgotten := slices.Concat(args, []string{"-db-path", t.TempDir() + "/state.json"}), slices.Concat(args, []string{"-no-persistence"})
 	server := start(t, kept)

@@ -237,8 +237,7 @@ func TestRunFolder_OfAnotherUserIsNotTrusted(t *testing.T) {
 	}
 }
 
-// What a socket's path may be, where one is given by a flag; TestErrors has how that is told. TestReadmeLanguages
-// dials one.
+// What a socket's path may be, where one is given by a flag; TestErrors has how that is told.
 func TestSocketPath(t *testing.T) {
 	t.Parallel()
 	here := get(os.Getwd())(t)
