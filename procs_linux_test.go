@@ -381,8 +381,8 @@ func TestRun_EndsSoonAfterItsLastComponent(t *testing.T) {
 	first := slices.MinFunc(times[:many], time.Time.Compare)
 	after := times[many].Sub(last)
 	t.Logf("%d components ended within %s, flowctl %s after the last", many, last.Sub(first), after)
-	if after > 300*time.Millisecond {
-		t.Errorf("flowctl ended %s after the last of them", after)
+	if after > 300*time.Millisecond+last.Sub(first) { // which is longer on a busy machine
+		t.Errorf("flowctl ended %s after the last of them, which ended %s after the first", after, last.Sub(first))
 	}
 	p.exit(exitOK)
 	h.gone(p, 0)
