@@ -356,7 +356,7 @@ func (i *runInfo) judge() error {
 		return fmt.Errorf("it is not that of pipeline %s", quote(i.Pipeline))
 	case i.Endpoint == "": // it is starting
 		return nil
-	case isSocket && socket != filepath.Join(folder, filepath.Base(socket)), // a ".." may follow a link
+	case isSocket && socket != filepath.Join(folder, filepath.Base(socket)) && !i.besideFolder(socket), // a ".." may follow a link
 		!isSocket && !isOwnAddress(net.ParseIP(addr.Addr().String())): // nil for one with a zone
 		return fmt.Errorf("its endpoint %s is neither an address of this machine nor a socket in its folder", quote(i.Endpoint))
 	case isSocket:
@@ -366,6 +366,14 @@ func (i *runInfo) judge() error {
 		return fmt.Errorf("it names process %d, and that is not who listens at its endpoint %s", i.PID, i.Endpoint)
 	}
 	return nil
+}
+
+// besideFolder tells whether socket is that of flowctl@.socket: systemd holds it beside the folder of the
+// run file, in one in which no other user can put another's in its place.
+func (i *runInfo) besideFolder(socket string) bool {
+	folder := filepath.Dir(i.path)
+	parent, err := os.Stat(filepath.Dir(folder))
+	return socket == folder+socketSuffix && err == nil && !ofAnother(ownerOf(parent)) && parent.Mode().Perm()&0o022 == 0
 }
 
 // holdsListener tells whether process pid has the socket with this inode open. It looks at so many
@@ -643,7 +651,8 @@ func runFolders() (folders []string, ignored []error) {
 		add(temporaryRuns())
 	}
 	for _, of := range []struct{ parent, prefix string }{
-		{filepath.Dir(shared), filepath.Base(shared) + "-"}, // of a unit that is a template
+		{filepath.Dir(shared), filepath.Base(shared) + "-"}, // of an instance of flowctl@.service, and of a copy of flowctl.service
+		{filepath.Dir(shared), filepath.Base(shared) + "@"}, // of an instance of such a copy
 		{shared, ""}, // of an operator
 	} {
 		more, err := foldersIn(of.parent, of.prefix)

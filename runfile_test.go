@@ -117,10 +117,10 @@ func TestRun_FoldersOfUnitsAreSearched(t *testing.T) {
 		t.Skipf("this system lets us mount nothing: %v: %s", err, out)
 	}
 	file := sleeper(t)
-	for _, folder := range []string{"/run/flowctl-x", "/run/flowctl/y", "/run/user/0/flowctl"} {
+	for _, folder := range []string{"/run/flowctl-x", "/run/flowctl@x", "/run/flowctl/y", "/run/user/0/flowctl"} {
 		script := `unset RUNTIME_DIRECTORY XDG_RUNTIME_DIR; "$0" list; "$0" run "$1" -control-plane-port 0; echo "second: $?"`
 		p := start(t, runArgs(file, "--", "sh", "-c", script, flowctlProgram(), file), withEnv("RUNTIME_DIRECTORY="+folder, "XDG_RUNTIME_DIR="),
-			afterCommand("mount -t tmpfs none /run && mkdir -p /run/flowctl-x /run/flowctl/y /run/user/0 &&"), func(p *process) {
+			afterCommand("mount -t tmpfs none /run && mkdir -p /run/flowctl-x /run/flowctl@x /run/flowctl/y /run/user/0 &&"), func(p *process) {
 				p.cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWUSER | syscall.CLONE_NEWNS
 				p.cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}
 				p.cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
@@ -425,6 +425,7 @@ func TestList_RunFilesOfOthersAreJudged(t *testing.T) {
 		{"another machine", "192.0.2.1:80", pid, other, "", `is ignored: its endpoint "192.0.2.1:80" is neither an address of this machine nor a socket in its folder`},
 		{"a name", "localhost.example:80", pid, other, "", "is ignored: its endpoint"},
 		{"a socket elsewhere", "unix://" + private, pid, other, "", "is ignored: its endpoint"},
+		{"a socket beside its folder, where anyone can put one", "unix://" + dir + ".sock", pid, other, "", "is ignored: its endpoint"},
 		{"a link on the way", "unix://" + dir + "/folder/../private", pid, other, "", "is ignored: its endpoint"},
 		{"the name of a port", "127.0.0.1:http", pid, other, "", "is ignored: its endpoint"},
 		{"a zone", "[::1%lo]:80", pid, other, "", "is ignored: its endpoint"},
