@@ -208,7 +208,7 @@ func start(tb testing.TB, args []string, options ...option) *process {
 	}
 	p.cmd = exec.Command(flowctlProgram(), args...)
 	p.cmd.Env = append(baseEnv(), p.mark,
-		"GORACE=atexit_sleep_ms=0",      // else each process takes a second to end
+		noRaceSleep,
 		"XDG_RUNTIME_DIR="+tb.TempDir(), // pipelines of the same name run side by side
 		"XDG_STATE_HOME="+tb.TempDir())
 	p.cmd.Stdout, p.cmd.Stderr = p.stdout, p.stderr
