@@ -194,7 +194,7 @@ var commandErrors = []errorRow{
 	{name: "URL for an endpoint", args: "list -e http://127.0.0.1:8080", code: exitUsage, want: "flowctl: -e \"http://127.0.0.1:P\": it must be host:port or unix:PATH\nTry: flowctl help list\n"},
 	{name: "no port", args: "list -endpoint localhost", code: exitUsage, want: "flowctl: -endpoint \"localhost\": it must be host:port or unix:PATH\nTry: flowctl help list\n"},
 	{name: "no number for a port", args: "list -e unix-abstract:x", code: exitUsage, want: "flowctl: -e \"unix-abstract:x\": it must be host:port or unix:PATH\nTry: flowctl help list\n"},
-	{name: "no path", args: "list -e unix://", code: exitUsage, want: "flowctl: -e \"unix://\": it must have a path after unix:\nTry: flowctl help list\n"},
+	{name: "no path", args: "list -e unix://", code: exitUsage, want: "flowctl: -e \"unix://\": it must have a path: unix:PATH\nTry: flowctl help list\n"},
 	{name: "no URL for a socket", args: "list -e unix:/a%2fb", code: exitUsage, want: "flowctl: -e \"unix:/a%2fb\": the path \"/a%2fb\" has \"%\" in it: no %, ?, #, comma or control character can be there, since gRPC's libraries read it as a URL\nTry: flowctl help list\n"},
 	{name: "zone", args: "run p.json -control-plane-address fe80::1%lo", code: exitUsage, want: "flowctl: -control-plane-address \"fe80::1%lo\": gRPC's libraries do not dial an address with a zone; :: is all interfaces\n" + tryRun},
 	{name: "empty endpoint", args: "list -e=", code: exitUsage, want: "flowctl: -e \"\": it must be host:port or unix:PATH\nTry: flowctl help list\n"},

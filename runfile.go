@@ -398,7 +398,7 @@ func socketPath(address string) (path string, ok bool, err error) {
 	}
 	switch rest, isURL := strings.CutPrefix(given, "//"); {
 	case strings.Trim(given, "/") == "":
-		return "", true, errors.New("it must have a path after unix:")
+		return "", true, errors.New("it must have a path: unix:PATH")
 	case isURL && rest[0] != '/':
 		return "", true, errors.New("the path after unix:// must begin with a slash")
 	case strings.HasSuffix(given, "/"):
