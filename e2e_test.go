@@ -224,14 +224,17 @@ func TestSandbox(t *testing.T) {
 	t.Parallel()
 	here := runsIn(t.TempDir())
 	db := serviceOf("db")
+	db.HealthCheck, db.HealthInterval = "exec:test -e go", Duration(50*time.Millisecond)
 	a := shell("a", "echo runs; exec sleep 300")
 	a.DependsOn = []string{"db"}
 	file := writePipeline(t, db, a)
 	box := start(t, []string{"sandbox", file, "-control-plane-port", "0"}, here)
 	box.waitErr("msg=started component=db ") // and is not ready yet
 	early := start(t, append(runArgs(file), "-until", "ready"), here)
+	early.waitErr(fmt.Sprintf("flowctl: waiting for the services of test-sandbox, pid %d: ", box.cmd.Process.Pid))
+	writeFile(t, filepath.Join(filepath.Dir(file), "go"), "")
 	early.exit(exitOK)
-	early.has(early.stderr, fmt.Sprintf("flowctl: waiting for the services of test-sandbox, pid %d: ", box.cmd.Process.Pid), `msg="the services are those of the sandbox that runs"`)
+	early.has(early.stderr, `msg="the services are those of the sandbox that runs"`)
 	box.waitReady()
 	box.waitErr("msg=service component=db health_port=")
 	p := start(t, runArgs(file), here)

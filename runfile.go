@@ -107,12 +107,14 @@ func claimRun(info runInfo) (*runFile, error) {
 			return nil, &runningError{info, by}
 		}
 	}
-	info.PID, info.Started = os.Getpid(), time.Now()
 	return claimRunIn(folder, info)
 }
 
 // claimRunIn is claimRun in a folder that is there.
 func claimRunIn(folder string, info runInfo) (*runFile, error) {
+	if info.PID = os.Getpid(); info.Started.IsZero() {
+		info.Started = time.Now()
+	}
 	lock, err := lockRuns(folder)
 	if err != nil {
 		return nil, err

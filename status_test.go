@@ -121,7 +121,7 @@ func TestReport_Status(t *testing.T) {
 		{report{Failures: []failedComponent{{Component: "a", Reason: "exit status 3"}, a}}, "failed: a: exit status 3; and 1 more failed"},
 		{report{Error: "p.json:1:1: wrong\x1b\np.json:2:1: wrong, too"}, "failed: p.json:1:1: wrong\ufffd"},
 		{report{ExitCode: 7}, "failed: exit status 7"},
-		{report{Error: strings.Repeat("ä", 400)}, "failed: " + strings.Repeat("ä", maxStatus-len("failed: ")) + "…"},
+		{report{Error: strings.Repeat("ä", 400)}, "failed: " + strings.Repeat("ä", maxStatus) + "…"},
 	} {
 		wantEqual(t, "status", tt.r.status(), tt.want)
 	}
