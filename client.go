@@ -142,13 +142,25 @@ func choosePipeline(runs []runInfo, name string) ([]runInfo, error) {
 	runs = slices.DeleteFunc(runs, func(r runInfo) bool { return r.Pipeline == "" })
 	main, _ := strconv.Atoi(os.Getenv("MAINPID"))
 	var names []string
-	for i, run := range runs {
+	var found []runInfo
+	for _, run := range runs {
 		names = append(names, run.Pipeline)
-		if name == run.Pipeline || name == "" && run.PID == main {
-			return runs[i : i+1], nil
+		if name != "" && name == run.Pipeline || name == "" && run.PID == main {
+			found = append(found, run)
 		}
 	}
+	if own := slices.DeleteFunc(slices.Clone(found), func(r runInfo) bool { return r.ofAnother() }); len(own) > 0 {
+		found = own
+	}
 	switch {
+	case len(found) == 1:
+		return found, nil
+	case len(found) > 1:
+		var endpoints []string
+		for _, run := range found {
+			endpoints = append(endpoints, run.Endpoint)
+		}
+		return nil, fmt.Errorf("%d pipelines %q are running: name one by -endpoint: %s", len(found), name, enumerate(endpoints))
 	case name == "" && main != 0:
 		return nil, fmt.Errorf("process %d, the unit's (MAINPID), is no pipeline that runs here", main)
 	case len(runs) == 0:
@@ -224,7 +236,7 @@ func (o *listOptions) connect(runs []runInfo) (clients []*listClient, errs []err
 		err := error(nil)
 		var conn *grpc.ClientConn
 		if o.tls != (tlsFlags{}) && !run.TLS {
-			err = errors.New("it has no TLS, which -tls-cert, -tls-key and -tls-ca-cert ask for")
+			err = errors.New("it has no TLS, which the -tls flags ask for")
 		} else {
 			conn, err = run.connect(creds, o.wait, o.tls != (tlsFlags{}))
 		}
@@ -268,13 +280,13 @@ func awaitReady(run runInfo, tls tlsFlags) error {
 }
 
 // connect returns a connection to the control plane of run: by its operators' socket where
-// this user may use that, else to its endpoint, as always with byTLS. With wait its calls go on
+// this user may use that, else to its endpoint, as with byTLS for a run of another user. With wait its calls go on
 // trying to connect until their context ends.
 func (run *runInfo) connect(creds credentials.TransportCredentials, wait, byTLS bool) (*grpc.ClientConn, error) {
 	socket, ok := run.socket()
 	ok = ok && run.ofAnother() // who could have put a link there
 
-	operators := !byTLS && run.path != "" && syscall.Access(socketOf(run.path), 2) == nil // W_OK
+	operators := (!byTLS || !run.ofAnother()) && run.path != "" && syscall.Access(socketOf(run.path), 2) == nil // W_OK
 	if operators {
 		socket, ok = socketOf(run.path), true
 	}

@@ -30,6 +30,31 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
+// Of several runs of one name this user's own is meant, and of several such none.
+func TestChoosePipeline_OfOneName(t *testing.T) {
+	t.Parallel()
+	own := func(endpoint string) runInfo {
+		return runInfo{Pipeline: "p", Endpoint: endpoint, owner: uint32(os.Geteuid())}
+	}
+	theirs := runInfo{Pipeline: "p", Endpoint: "theirs", owner: 65533}
+	for _, tt := range []struct {
+		runs []runInfo
+		want string
+	}{
+		{[]runInfo{theirs}, "theirs"},
+		{[]runInfo{theirs, own("a")}, "a"},
+		{[]runInfo{own("a"), theirs, own("b")}, `2 pipelines "p" are running: name one by -endpoint: a, b`},
+		{[]runInfo{theirs, theirs}, `2 pipelines "p" are running: name one by -endpoint: theirs, theirs`},
+	} {
+		runs, err := choosePipeline(tt.runs, "p")
+		got := fmt.Sprint(err)
+		if err == nil {
+			got = runs[0].Endpoint
+		}
+		wantEqual(t, fmt.Sprint(tt.runs), got, tt.want)
+	}
+}
+
 // Nothing that a component says can do anything to a terminal.
 func TestList_ShowsNothingRaw(t *testing.T) {
 	t.Parallel()

@@ -464,21 +464,22 @@ func runsCommand(fs *flag.FlagSet, args []string) error {
 		folders = append(folders, folder)
 	}
 	if os.Geteuid() == 0 {
-		units, _ := filepath.Glob("/var/lib/flowctl*") // of a pattern that is right
+		units, _ := filepath.Glob("/var/lib/flowctl*") // fails only for a wrong pattern
 		folders = append(folders, units...)
 	}
-	records, errs := recordedRuns(folders)
-	if asJSON {
-		if err := writeJSON(os.Stdout, records, true); err != nil {
-			return err
-		}
-	} else if err := writeRuns(os.Stdout, records, time.Now()); err != nil {
-		return err
+	slices.Sort(folders)
+	records, errs := recordedRuns(slices.Compact(folders))
+	var err error
+	switch {
+	case asJSON:
+		err = writeJSON(os.Stdout, records, true)
+	case len(records) > 0 || len(errs) == 0:
+		err = writeRuns(os.Stdout, records, time.Now())
 	}
-	if len(errs) > 0 {
-		return &exitError{code: exitPlane, err: errors.Join(errs...)}
+	if err == nil && len(errs) > 0 {
+		err = &exitError{code: exitPlane, err: errors.Join(errs...)}
 	}
-	return nil
+	return err
 }
 
 // parseAskFlags parses args by fs, with the flags that say which running flowctl to ask, and returns the
@@ -585,13 +586,13 @@ func watchAlone(plane *plane, alone pipelineInfo, signals <-chan os.Signal, syst
 				changed.add(c, now)
 			}
 		case <-plane.certs.expiryTold():
-			info, status := alone, "listening on "+registry.endpoint
+			info, more := alone, ""
 			if expiry := plane.certs.expiryText(); expiry != "" {
-				info.status += "; the certificate " + expiry
-				status += "; the certificate " + expiry
+				more = "; the certificate " + expiry
 			}
+			info.status += more
 			registry.publishPipeline(info)
-			systemd.send("STATUS=" + status)
+			systemd.send("STATUS=listening on " + registry.endpoint + more)
 		case now := <-due:
 			changed.flush(now)
 		case now := <-feed:

@@ -722,7 +722,7 @@ func (r *run) checkReady(now time.Time) {
 	if r.config.until == untilReady {
 		r.stop(exitOK, nil, now)
 	} else if r.out.format == formatText && isTerminal(os.Stderr) {
-		r.log.Info("in another terminal", usefulCommands(r.config.tls, !r.once)...)
+		r.log.Info("in another terminal", usefulCommands(!r.once)...)
 	}
 	if r.wrapped != nil {
 		r.settle()

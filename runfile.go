@@ -30,6 +30,7 @@ import (
 	"syscall"
 	"time"
 	"unicode"
+	"unicode/utf8"
 )
 
 const (
@@ -96,18 +97,31 @@ func claimRun(info runInfo) (*runFile, error) {
 		return nil, err
 	}
 	folders, _ := runFolders()
-	folders = slices.DeleteFunc(folders, func(other string) bool { return other == folder || !owned(other) })
+	folders = slices.DeleteFunc(folders, func(other string) bool { return other == folder })
 	for _, other := range slices.Sorted(slices.Values(append(folders, folder))) { // in one order, so that no two wait for each other
+		if other != folder && !owned(other) {
+			continue
+		}
 		if lock, err := lockRuns(other); err == nil {
 			defer lock.Close()
 		}
 	}
 	for _, other := range folders {
-		if by, live, _ := readRun(filepath.Join(other, info.fileName())); live && by.owner == uint32(os.Geteuid()) {
+		if by, live, _ := readRun(filepath.Join(other, info.fileName())); live && by.isOwn() {
 			return nil, &runningError{info, by}
 		}
 	}
 	return claimRunIn(folder, info)
+}
+
+// isOwn tells whether this user runs i. systemd gives a folder, and the run files that are in it, to the
+// user of a unit, so the process that has the lock counts as well as the owner of the file.
+func (i *runInfo) isOwn() bool {
+	if i.owner == uint32(os.Geteuid()) {
+		return true
+	}
+	process, err := os.Stat(fmt.Sprintf("/proc/%d", i.holder))
+	return i.holder != 0 && err == nil && ownerOf(process) == uint32(os.Geteuid())
 }
 
 // claimRunIn is claimRun in a folder that is there.
@@ -347,7 +361,7 @@ func (i *runInfo) judge() error {
 	if err != nil {
 		return err
 	}
-	addr, _ := netip.ParseAddrPort(i.Endpoint) // names of hosts and ports may lead anywhere
+	addr, _ := netip.ParseAddrPort(strings.Replace(i.Endpoint, "localhost:", "127.0.0.1:", 1)) // other names of hosts and ports may lead anywhere
 	socket, isSocket := i.socket()
 	switch {
 	case ownerOf(stat) != i.owner:
@@ -410,7 +424,9 @@ func socketPath(address string) (path string, ok bool, err error) {
 		return "", true, err
 	}
 	const most = len(syscall.RawSockaddrUnix{}.Path) - 1
-	switch i := strings.IndexFunc(path, func(r rune) bool { return strings.ContainsRune("%?#,", r) || unicode.IsControl(r) }); {
+	switch i := strings.IndexFunc(path, func(r rune) bool {
+		return strings.ContainsRune("%?#,", r) || unicode.IsControl(r) || r == utf8.RuneError
+	}); {
 	case i >= 0:
 		return "", true, fmt.Errorf("the path %q has %q in it: no %%, ?, #, comma or control character can be there, since gRPC's libraries read it as a URL", path, path[i:i+1])
 	case len(path) > most:

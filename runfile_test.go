@@ -515,7 +515,7 @@ func TestList_NoLessTLSThanAsked(t *testing.T) {
 	p.waitReady()
 	list := start(t, []string{"list", "-tls-ca-cert", files.ca}, runsIn(dir))
 	list.exit(exitPlane)
-	list.has(list.stderr, "flowctl: endpoint \""+p.endpoint()+"\": it has no TLS, which -tls-cert, -tls-key and -tls-ca-cert ask for\n")
+	list.has(list.stderr, "flowctl: endpoint \""+p.endpoint()+"\": it has no TLS, which the -tls flags ask for\n")
 	p.stop()
 	if os.Getuid() != 0 {
 		return

@@ -19,6 +19,7 @@ import (
 )
 
 const (
+	runsFormat  = "flowctl-runs/1"
 	runsName    = "runs.json"
 	runsLock    = "runs.lock" // byte 0 is locked while runs.json is read and replaced, the byte number of a record by its run
 	maxRuns     = 100         // records that are kept
@@ -43,6 +44,12 @@ type runRecord struct {
 	Ended    *time.Time `json:"ended,omitempty"`
 	ExitCode *int       `json:"exit_code,omitempty"` // of one that has ended
 	Reason   string     `json:"reason,omitempty"`    // why it failed
+}
+
+// runsFile is what runs.json holds.
+type runsFile struct {
+	Format string      `json:"format"`
+	Runs   []runRecord `json:"runs"`
 }
 
 // recorder writes the record of this run. A goroutine does that, as a disk may hang. A nil one does nothing.
@@ -87,16 +94,19 @@ func (r *recorder) close() {
 // run writes until close.
 func (r *recorder) run() {
 	defer close(r.done)
-	lock, err := openRuns(r.folder)
-	number := int64(0)
+	lock, openErr := openRuns(r.folder)
+	number, told := int64(0), false
 	for record := range r.updates {
+		record.Number = number
+		err := openErr
 		if err == nil {
-			record.Number = number
 			err = changeRuns(r.folder, lock, &record)
-			number = record.Number
 		}
-		if err != nil && record.State == runStarting {
-			r.log.Warn("this run is not recorded", "folder", r.folder, "err", err)
+		if err == nil {
+			number = record.Number
+		} else if !told {
+			told = true
+			r.log.Warn("this run is not recorded as it is", "state", record.State, "folder", r.folder, "err", err)
 		}
 	}
 }
@@ -150,7 +160,7 @@ func changeRuns(folder string, lock *os.File, record *runRecord) error {
 		}
 		i++
 	}
-	_, err = replaceFile(path, func(w io.Writer) error { return json.NewEncoder(w).Encode(records) })
+	_, err = replaceFile(path, func(w io.Writer) error { return json.NewEncoder(w).Encode(runsFile{runsFormat, records}) })
 	return err
 }
 
@@ -164,14 +174,17 @@ func readRuns(path string) ([]runRecord, error) {
 	}
 	defer f.Close()
 	data, err := io.ReadAll(io.LimitReader(f, maxRunsFile))
-	var records []runRecord
+	var file runsFile
 	if err == nil {
-		err = json.Unmarshal(data, &records)
+		err = json.Unmarshal(data, &file)
+	}
+	if err == nil && file.Format != runsFormat {
+		err = fmt.Errorf("it has the format %q, this version reads %q", clip(file.Format), runsFormat)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%s cannot be read, and is kept as it is: %v", path, err)
 	}
-	return records, nil
+	return file.Runs, nil
 }
 
 // isLocked tells whether a run holds the byte of its record.

@@ -83,7 +83,7 @@ func TestRuns_LastAreKept(t *testing.T) {
 	for number := int64(2); number <= maxRuns; number++ {
 		all = append(all, runRecord{Number: number, ID: fmt.Sprint(number), Pipeline: "old", State: runStopped, Started: time.Now(), Ended: new(time.Now())})
 	}
-	writeFile(t, filepath.Join(folder, runsName), string(get(json.Marshal(all))(t)))
+	writeFile(t, filepath.Join(folder, runsName), string(get(json.Marshal(runsFile{runsFormat, all}))(t)))
 	var more []*process
 	for range 5 {
 		more = append(more, start(t, append(runArgs(sleeper(t)), "-until", "ready"), withEnv("XDG_STATE_HOME="+home)))
@@ -115,10 +115,13 @@ func TestRuns_FolderThatIsOfNoUse(t *testing.T) {
 	damaged := filepath.Join(home, "damaged")
 	must(t, os.MkdirAll(filepath.Join(damaged, "flowctl"), 0o700))
 	file := writeFile(t, filepath.Join(damaged, "flowctl", runsName), `[{"number": 1, "id"`)
-	for state, want := range map[string]string{damaged: "is kept as it is", writeFile(t, filepath.Join(home, "file"), ""): "not a directory"} {
+	newer := filepath.Join(home, "newer")
+	must(t, os.MkdirAll(filepath.Join(newer, "flowctl"), 0o700))
+	writeFile(t, filepath.Join(newer, "flowctl", runsName), `{"format": "flowctl-runs/2", "runs": []}`)
+	for state, want := range map[string]string{damaged: "is kept as it is", newer: `it has the format`, writeFile(t, filepath.Join(home, "file"), ""): "not a directory"} {
 		p := start(t, append(runArgs(sleeper(t)), "-until", "ready"), withEnv("XDG_STATE_HOME="+state))
 		p.exit(exitOK)
-		p.has(p.stderr, `level=WARN msg="this run is not recorded"`, want)
+		p.has(p.stderr, `level=WARN msg="this run is not recorded as it is"`, want)
 	}
 	wantEqual(t, "the damaged file", string(get(os.ReadFile(file))(t)), `[{"number": 1, "id"`)
 	runs := start(t, []string{"runs"}, withEnv("XDG_STATE_HOME="+damaged))

@@ -106,17 +106,10 @@ func overviewOf(sup *supervisor, certificate string) overview {
 }
 
 // usefulCommands returns, as attributes of the log, what a person may want to run beside the pipeline.
-func usefulCommands(tls tlsFlags, reload bool) []any {
-	with := ""
-	if tls.cert != "" {
-		with = " -tls-ca-cert FILE"
-		if tls.ca != "" {
-			with += " -tls-cert FILE -tls-key FILE"
-		}
-	}
-	out := []any{"see", "flowctl list" + with}
+func usefulCommands(reload bool) []any {
+	out := []any{"see", "flowctl list"}
 	if reload {
-		out = append(out, "reload", "flowctl reload"+with)
+		out = append(out, "reload", "flowctl reload")
 	}
 	return out
 }
@@ -359,7 +352,7 @@ var lastWords = []struct {
 	{text: "too many open files", try: hintTexts[hintOpenFiles]},
 	{text: "no space left on device", try: "make room: df -h shows which disk is full"},
 	{text: "bind: permission denied", try: "a port below 1024 is for root, and for a unit with AmbientCapabilities=CAP_NET_BIND_SERVICE"},
-	{text: "permission denied", try: unitAccess, unit: true},
+	{text: ": permission denied\n", try: unitAccess, unit: true}, // of a file: a database says more after it
 	{text: "read-only file system", try: unitAccess, unit: true},
 }
 
@@ -372,7 +365,7 @@ func (f *failure) try(file string, unit bool) string {
 	} else if f.hint == hintCheck {
 		text += "\"start_timeout\" or \"health_timeout\""
 	}
-	lines := strings.ToLower(strings.Join(f.tail[max(0, len(f.tail)-3):], "\n")) // what came before may have been mended
+	lines := strings.ToLower(strings.Join(f.tail[max(0, len(f.tail)-3):], "\n")) + "\n" // what came before may have been mended
 	for _, w := range lastWords {
 		if (unit || !w.unit) && strings.Contains(lines, w.text) {
 			text = w.try

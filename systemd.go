@@ -78,8 +78,7 @@ func passedListener(f *os.File) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("a socket named %q that systemd has passed: %v: it must be that of a ListenStream=", planeSocket, err)
 	}
-	switch lis.(type) {
-	case *net.TCPListener, *net.UnixListener:
+	if network := lis.Addr().Network(); network == "tcp" || network == "unix" { // a socket of packets is a UnixListener, too
 		return lis, nil
 	}
 	lis.Close()

@@ -82,6 +82,9 @@ func testUnitSocket(t *testing.T, l *lab) {
 	l.write(t, drop, "[Service]\nRestart=no\nSockets=socket-other.socket\n")
 	u.sockets("socket-other", "ListenStream=127.0.0.1:8181\nService=socket.service\nFileDescriptorName=web")
 	wrong("a socket of another name", "3", `systemd has passed a socket named "web", which nobody would serve: its FileDescriptorName= must be control-plane`)
+	l.run(t, "systemctl", "stop", "socket-other.socket")
+	u.sockets("socket-other", "ListenSequentialPacket=/run/socket-packets\nService=socket.service\n")
+	wrong("a socket of packets", "3", `is of the network "unixpacket": it must be tcp or unix`)
 }
 
 // A job of another service tells systemd nothing, and stops by SIGHUP.
