@@ -302,8 +302,10 @@ func TestStop_TheWholeTreeOfAComponent(t *testing.T) {
 // What a component leaves that ends by itself gets the stop signal and a second.
 func TestExit_WhatIsLeftIsAskedFirst(t *testing.T) {
 	t.Parallel()
-	left := `sh -c 'trap "echo $0 asked; exit 0" TERM; echo $0 up; while :; do sleep 0.02; done' `
-	a := shell("a", left+"sibling & setsid "+left+"daemon & sleep 0.5; exit 3")
+	up := filepath.Join(t.TempDir(), "up")
+	must(t, syscall.Mkfifo(up, 0o600))
+	left := `sh -c 'trap "echo $0 asked; exit 0" TERM; echo $0 up >` + up + `; while :; do sleep 0.02; done' `
+	a := shell("a", "exec 3<>"+up+"; "+left+"sibling & setsid "+left+"daemon & read one <&3; read other <&3; exit 3")
 	a.RestartPolicy, a.MaxRestarts = "on-failure", 1
 	p := launch(t, writePipeline(t, a))
 	p.exit(exitFailed)
@@ -327,7 +329,9 @@ func TestHealthCheck_IsJudgedWhenItEnds(t *testing.T) {
 	mark := filepath.Join(t.TempDir(), "asked")
 	check := writeProgram(t, filepath.Join(t.TempDir(), "check"), `#!/bin/sh
 setsid sleep 300 &
-sh -c 'trap "echo asked >>'`+mark+`'; exit 0" TERM; while :; do sleep 0.02; done' &
+mkfifo "$0.$$"
+sh -c 'trap "echo asked >>'`+mark+`'; exit 0" TERM; echo up >"$0"; while :; do sleep 0.02; done' "$0.$$" &
+read up <"$0.$$"
 echo it is well
 exit $CODE
 `)
