@@ -59,7 +59,7 @@ func parseVariable(line string) (name, value string, err error) {
 	}
 	name, value, found := strings.Cut(line, "=")
 	switch {
-	case !found || !variableName.MatchString(name):
+	case !found || !variableName().MatchString(name):
 		return "", "", fmt.Errorf("must be NAME=value, without spaces around the =")
 	case strings.ContainsRune(value, 0):
 		return "", "", fmt.Errorf("the value of %s has a NUL, which no variable can have", clip(name))

@@ -280,7 +280,8 @@ func measureFloor(b *testing.B, component string, n int) time.Duration {
 // at rest, in memory, alone and with its guard.
 func BenchmarkFootprint(b *testing.B) {
 	component := quick(b)
-	flowctl := build("flowctl-stripped", ".", "-trimpath", "-ldflags", "-s -w")
+	b.Setenv("CGO_ENABLED", "0") // as .ci/package builds it
+	flowctl := build("flowctl-stripped", ".", "-trimpath", "-tags", "grpcnotrace", "-ldflags", "-s -w")
 	info := get(os.Stat(flowctl))(b)
 	var parts []Component
 	for i := range 3 {

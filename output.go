@@ -14,7 +14,6 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"regexp"
 	"sync"
 	"syscall"
 	"time"
@@ -720,7 +719,7 @@ func (s *screen) footer(width, height int) (footer []byte, ours bool) {
 // controls are the sequences of ECMA-48 within a line, as bytes of UTF-8. Group 1 is
 // one that only sets colours and the like (SGR). A sequence without its end is matched
 // as far as it goes, but for a control string, of which it is only the beginning.
-var controls = regexp.MustCompile(`(\x1b\[[0-9:;]*m)` +
+var controls = pattern(`(\x1b\[[0-9:;]*m)` +
 	`|(?:\x1b\[|\x{9b})[ -?]*[@-~]?` + // CSI
 	`|(?:\x1b\]|\x{9d})[^\x07\x1b\x{80}-\x{9f}]*(?:\x07|\x1b\\|\x{9c})` + // OSC
 	`|(?:\x1b[PX^_]|[\x{90}\x{98}\x{9e}\x{9f}])[^\x1b\x{80}-\x{9f}]*(?:\x1b\\|\x{9c})` + // DCS, SOS, PM, APC
@@ -739,7 +738,7 @@ func appendSanitized(out, lines []byte) []byte {
 		line, ended := bytes.CutSuffix(line, []byte("\n"))
 		line = bytes.TrimRight(line, "\r")
 		line = bytes.ToValidUTF8(line[bytes.LastIndexByte(line, '\r')+1:], []byte("\uFFFD"))
-		kept := controls.ReplaceAll(line, []byte("$1"))
+		kept := controls().ReplaceAll(line, []byte("$1"))
 		out = append(out, kept...)
 		if last := bytes.LastIndexByte(kept, '\x1b'); last >= 0 && !bytes.HasPrefix(kept[last:], []byte("\x1b[0m")) && !bytes.HasPrefix(kept[last:], []byte("\x1b[m")) {
 			out = append(out, "\x1b[0m"...)

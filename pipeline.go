@@ -9,7 +9,6 @@ import (
 	"maps"
 	"math/bits"
 	"net/url"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -421,13 +420,13 @@ func atLeast(least int) func(string) error {
 	}
 }
 
-var namePattern = regexp.MustCompile(`^[A-Za-z0-9._-]{1,63}$`)
+var namePattern = pattern(`^[A-Za-z0-9._-]{1,63}$`)
 
 func checkName(text string) error {
 	switch {
 	case text == "":
 		return errors.New("must be a name of letters, digits, dots, _ and -")
-	case text == "." || text == ".." || !namePattern.MatchString(text):
+	case text == "." || text == ".." || !namePattern().MatchString(text):
 		return fmt.Errorf("must be a name of letters, digits, dots, _ and -, at most 63, not %s", quote(text))
 	}
 	return nil
@@ -464,10 +463,10 @@ func checkVolume(text string) error {
 	return checkPath(host)
 }
 
-var portPattern = regexp.MustCompile(`^(?:(?:[0-9.]+|\[[0-9A-Fa-f:.]+\]):)?([0-9]+):([0-9]+)(?:/(?:tcp|udp|sctp))?$`)
+var portPattern = pattern(`^(?:(?:[0-9.]+|\[[0-9A-Fa-f:.]+\]):)?([0-9]+):([0-9]+)(?:/(?:tcp|udp|sctp))?$`)
 
 func checkPort(text string) error {
-	m := portPattern.FindStringSubmatch(text)
+	m := portPattern().FindStringSubmatch(text)
 	if m == nil {
 		return fmt.Errorf("must be like 8080:80, 127.0.0.1:8080:80 or 5353:53/udp, not %s", quote(text))
 	}
@@ -482,7 +481,7 @@ func checkPort(text string) error {
 const healthForms = "http://, https://, tcp://, grpc:// or exec:"
 
 // healthPortName matches what stands for the component's HEALTH_PORT in a health_check.
-var healthPortName = regexp.MustCompile(`\$(HEALTH_PORT\b|\{HEALTH_PORT\})`)
+var healthPortName = pattern(`\$(HEALTH_PORT\b|\{HEALTH_PORT\})`)
 
 func checkHealth(text string) error {
 	scheme, rest, _ := strings.Cut(text, ":")
@@ -496,7 +495,7 @@ func checkHealth(text string) error {
 	case !slices.Contains([]string{"http", "https", "tcp", "grpc"}, scheme) || !strings.HasPrefix(rest, "//"):
 		return fmt.Errorf("must begin with %s, not %s", healthForms, quote(text))
 	}
-	text = healthPortName.ReplaceAllLiteralString(text, "1") // which any port is
+	text = healthPortName().ReplaceAllLiteralString(text, "1") // which any port is
 	u, err := url.Parse(text)
 	if err != nil {
 		return fmt.Errorf("bad URL: %s", clip(err.(*url.Error).Err.Error()))
@@ -635,7 +634,7 @@ func (c *Component) checkPolicies(f findings) {
 // Only config may repeat a variable of env and env_files, which win over it.
 func (c *Component) checkVariables(f findings) {
 	valid := func(object any, key string) bool {
-		if variableName.MatchString(key) {
+		if variableName().MatchString(key) {
 			return true
 		}
 		f.wrongKey(object, key, "%v", lazy(func() string { return notVariable(key) }))
@@ -659,12 +658,12 @@ func (c *Component) checkVariables(f findings) {
 	}
 }
 
-var variableName = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
+var variableName = pattern(`^[A-Za-z_][A-Za-z0-9_]*$`)
 
 // notVariable says that key is no name for a variable, and what would be one.
 func notVariable(key string) string {
 	msg := quote(key) + " is no name for a variable: use letters, digits and _, with no digit first"
-	if better := strings.NewReplacer("-", "_", ".", "_").Replace(key); len(key) <= maxQuoted && variableName.MatchString(better) {
+	if better := strings.NewReplacer("-", "_", ".", "_").Replace(key); len(key) <= maxQuoted && variableName().MatchString(better) {
 		msg += fmt.Sprintf(", such as %q", better)
 	}
 	return msg

@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -245,7 +244,7 @@ func (n *node) path() string {
 		return ""
 	case n.parent.kind == kindList:
 		return fmt.Sprintf("%s[%d]", n.parent.path(), n.index)
-	case !variableName.MatchString(n.key) || len(n.key) > maxQuoted:
+	case !variableName().MatchString(n.key) || len(n.key) > maxQuoted:
 		return fmt.Sprintf("%s[%s]", n.parent.path(), quote(n.key))
 	}
 	return strings.TrimPrefix(n.parent.path()+"."+n.key, ".")
@@ -609,7 +608,7 @@ func (r *reader) wantStrings(n *node) bool {
 }
 
 // shellSyntax matches what only a shell would understand.
-var shellSyntax = regexp.MustCompile("[|<>;`]|&&|\\$[A-Za-z_(]|^\\s*\\w+=")
+var shellSyntax = pattern("[|<>;`]|&&|\\$[A-Za-z_(]|^\\s*\\w+=")
 
 // likelyList returns the strings, quoted, of the list that the text of n is written in the place of.
 func likelyList(n *node) string { return listOf(n.text, n.key == "command") }
@@ -618,7 +617,7 @@ func likelyList(n *node) string { return listOf(n.text, n.key == "command") }
 func listOf(text string, command bool) string {
 	list, err := words(text)
 	switch {
-	case command && shellSyntax.MatchString(text):
+	case command && shellSyntax().MatchString(text):
 		list = []string{"sh", "-c", text}
 	case err != nil || len(list) == 0 || len(list) > 10:
 		list = []string{"..."}
@@ -716,7 +715,7 @@ func (r *reader) text(n *node) string {
 	}
 	n.raw = n.text
 	referring := false
-	n.text = dollars.ReplaceAllStringFunc(n.raw, func(text string) string {
+	n.text = dollars().ReplaceAllStringFunc(n.raw, func(text string) string {
 		ref, whole := strings.CutSuffix(text, "}")
 		switch {
 		case text == "$$":
@@ -738,12 +737,12 @@ func (r *reader) text(n *node) string {
 }
 
 var (
-	dollars   = regexp.MustCompile(`\$(?:\$|\{[^}]*\}?)`) // $$, and a reference, which may lack its end
-	reference = regexp.MustCompile(`(?s)^([A-Za-z_][A-Za-z0-9_]*)(?:(:-|:\?)(.*))?$`)
+	dollars   = pattern(`\$(?:\$|\{[^}]*\}?)`) // $$, and a reference, which may lack its end
+	reference = pattern(`(?s)^([A-Za-z_][A-Za-z0-9_]*)(?:(:-|:\?)(.*))?$`)
 )
 
 func (r *reader) lookup(n *node, ref string) string {
-	m := reference.FindStringSubmatch(ref)
+	m := reference().FindStringSubmatch(ref)
 	if m == nil || strings.Contains(m[3], "${") {
 		why := "is not a reference"
 		if m != nil {
@@ -819,18 +818,18 @@ func (r *reader) texts(field any) []*node {
 
 // Variables without braces, and those of them that flowctl gives: no reference can stand for these.
 var (
-	unbraced     = regexp.MustCompile(`\$(?:\$|([A-Za-z_][A-Za-z0-9_]*))`) // $$ is a dollar
-	givenByUs    = regexp.MustCompile(`^(FLOWCTL_\w+|ENABLE_FLOWCTL|(COMPONENT|SERVICE)_ID|HEALTH_(PORT|ENDPOINT))$`)
+	unbraced     = pattern(`\$(?:\$|([A-Za-z_][A-Za-z0-9_]*))`) // $$ is a dollar
+	givenByUs    = pattern(`^(FLOWCTL_\w+|ENABLE_FLOWCTL|(COMPONENT|SERVICE)_ID|HEALTH_(PORT|ENDPOINT))$`)
 	shells       = []string{"ash", "bash", "dash", "fish", "ksh", "sh", "zsh"}
-	shellCommand = regexp.MustCompile(`^-[A-Za-z]*c$`)
+	shellCommand = pattern(`^-[A-Za-z]*c$`)
 )
 
 // unfilled says which variable in a text was hardly meant to stay as it is, because it is in flowctl's
 // environment or among own, those of the component. It returns "" for none.
 func (r *reader) unfilled(text string, own map[string]bool) string {
-	for _, m := range unbraced.FindAllStringSubmatch(text, -1) {
+	for _, m := range unbraced().FindAllStringSubmatch(text, -1) {
 		name := m[1]
-		if name == "" || givenByUs.MatchString(name) {
+		if name == "" || givenByUs().MatchString(name) {
 			continue
 		}
 		stays := fmt.Sprintf("$%s stays as it is, because no shell reads it: ", clip(name))
@@ -863,7 +862,7 @@ func (c *Component) variableNames() map[string]bool {
 func shellScript(argv []string) int {
 	shell := false
 	for i, arg := range argv {
-		if shell && shellCommand.MatchString(arg) {
+		if shell && shellCommand().MatchString(arg) {
 			return i + 1
 		}
 		shell = shell || slices.Contains(shells, filepath.Base(arg))

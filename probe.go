@@ -13,7 +13,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -175,12 +174,12 @@ func shownCheck(check string) string {
 	}
 	shown += u.Host + u.EscapedPath()
 	if u.RawQuery != "" {
-		shown += "?" + queryFields.ReplaceAllString(u.RawQuery, "$1$2***")
+		shown += "?" + queryFields().ReplaceAllString(u.RawQuery, "$1$2***")
 	}
 	return shown
 }
 
-var queryFields = regexp.MustCompile(`(^|&)([^=&]*=)?[^&]*`) // one without a name may be a token itself
+var queryFields = pattern(`(^|&)([^=&]*=)?[^&]*`) // one without a name may be a token itself
 
 // probe makes one check of c, within its health_timeout. It fails if the check does not pass.
 func probe(ctx context.Context, c *Component, ch *child) (err error) {
@@ -212,7 +211,7 @@ func probe(ctx context.Context, c *Component, ch *child) (err error) {
 
 // fill replaces $HEALTH_PORT by its value.
 func (c *child) fill(check string) string {
-	return healthPortName.ReplaceAllLiteralString(check, c.healthPort)
+	return healthPortName().ReplaceAllLiteralString(check, c.healthPort)
 }
 
 // probeHTTP passes on any 2xx or 3xx, as a load balancer would.

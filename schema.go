@@ -63,7 +63,7 @@ func typeSchema(t reflect.Type, rule string) map[string]any {
 		return map[string]any{"type": "integer", "minimum": map[string]int{"from1": 1}[rule], "maximum": math.MaxInt32}
 	}
 	out := map[string]any{"type": "string"}
-	maps.Copy(out, textSchemas[rule])
+	maps.Copy(out, textSchema(rule))
 	return out
 }
 
@@ -74,18 +74,20 @@ func allow(values ...string) []any {
 	return []any{map[string]any{"enum": values}, map[string]any{"pattern": anyReference}}
 }
 
-// textSchemas are the schemas of strings, by the rule that they keep to.
-var textSchemas = map[string]map[string]any{
-	"version":  {"anyOf": allow("flowctl/v1")},
-	"kind":     {"anyOf": allow("Pipeline")},
-	"policy":   {"anyOf": allow(restartNo, restartOnFailure, restartAlways)},
-	"signal":   {"anyOf": allow(stopSignalNames...)},
-	"duration": {"pattern": `^\+?(([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h))+$|` + anyReference}, // both ways to write µ
-	"name":     {"pattern": namePattern.String() + "|" + anyReference, "not": map[string]any{"enum": []string{".", ".."}}},
-	"health":   {"pattern": `^https?://[^/?#]|^(tcp|grpc)://[^/?#]+:[0-9$]|^exec:[\s\S]|` + anyReference},
-	"image":    {"pattern": `^[^- \t\r\n][^ \t\r\n]*$|` + anyReference},
-	"volume":   {"pattern": `^[^:]+:/[^:]*(:[^:]*)?$|` + anyReference, "not": map[string]any{"pattern": `^~[/:]`}},
-	"port":     {"pattern": portPattern.String() + "|" + anyReference},
-	"path":     {"minLength": 1, "not": map[string]any{"pattern": `^~(/|$)`}},
-	"filled":   {"minLength": 1},
+// textSchema is the schema of a string that keeps to the rule.
+func textSchema(rule string) map[string]any {
+	return map[string]map[string]any{
+		"version":  {"anyOf": allow("flowctl/v1")},
+		"kind":     {"anyOf": allow("Pipeline")},
+		"policy":   {"anyOf": allow(restartNo, restartOnFailure, restartAlways)},
+		"signal":   {"anyOf": allow(stopSignalNames...)},
+		"duration": {"pattern": `^\+?(([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h))+$|` + anyReference}, // both ways to write µ
+		"name":     {"pattern": namePattern().String() + "|" + anyReference, "not": map[string]any{"enum": []string{".", ".."}}},
+		"health":   {"pattern": `^https?://[^/?#]|^(tcp|grpc)://[^/?#]+:[0-9$]|^exec:[\s\S]|` + anyReference},
+		"image":    {"pattern": `^[^- \t\r\n][^ \t\r\n]*$|` + anyReference},
+		"volume":   {"pattern": `^[^:]+:/[^:]*(:[^:]*)?$|` + anyReference, "not": map[string]any{"pattern": `^~[/:]`}},
+		"port":     {"pattern": portPattern().String() + "|" + anyReference},
+		"path":     {"minLength": 1, "not": map[string]any{"pattern": `^~(/|$)`}},
+		"filled":   {"minLength": 1},
+	}[rule]
 }

@@ -846,7 +846,7 @@ func replaceFile(path string, save func(io.Writer) error) (os.FileInfo, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := bufio.NewWriterSize(f, 256<<10)
+	w := bufio.NewWriterSize(f, 16<<10)
 	err = save(w)
 	if err == nil {
 		err = w.Flush()

@@ -10,7 +10,6 @@ import (
 	"maps"
 	"net"
 	"os"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -495,16 +494,16 @@ func levelPriority(level slog.Level) journald.Priority {
 
 // What cannot be in the name of a field, and names that mean something to the journal (systemd.journal-fields(7)).
 var (
-	notInField    = regexp.MustCompile(`[^A-Z0-9]`)
-	reservedField = regexp.MustCompile(`^(_|[0-9]|MESSAGE_|CODE_|SYSLOG_|OBJECT_|COREDUMP_` +
+	notInField    = pattern(`[^A-Z0-9]`)
+	reservedField = pattern(`^(_|[0-9]|MESSAGE_|CODE_|SYSLOG_|OBJECT_|COREDUMP_` +
 		`|(MESSAGE|PRIORITY|ERRNO|TID|UNIT|USER_UNIT|DOCUMENTATION|INVOCATION_ID|USER_INVOCATION_ID)?$)`)
 )
 
 // fieldName returns the name of a field for the attribute key.
 func fieldName(key string) string {
 	const most = 64
-	name := notInField.ReplaceAllString(strings.ToUpper(key), "_")
-	if reservedField.MatchString(name) {
+	name := notInField().ReplaceAllString(strings.ToUpper(key), "_")
+	if reservedField().MatchString(name) {
 		name = "FLOWCTL_" + strings.TrimLeft(name, "_")
 	}
 	return name[:min(len(name), most)]
