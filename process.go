@@ -156,8 +156,9 @@ func reserveThreads(spare int) {
 
 // started is what flowctl has started a process for.
 type started struct {
-	id     string // of a component, or commandID; "" for a helper
-	beside bool   // it is not the component, but a check of it
+	id      string   // of a component, or commandID; "" for a helper
+	beside  bool     // it is not the component, but a check of it
+	outputs []string // the pipes that are its output, as /proc names them
 }
 
 // markOf returns the value of runMark that the processes of component id are started with. Nobody can make it of those of others.
@@ -231,6 +232,7 @@ func (l *launcher) start(c *Component) (*child, error) {
 // startPiped starts ch with its output in pipes, and a container with its standard input as well.
 func (l *launcher) startPiped(ch *child) (err error) {
 	var theirs []*os.File
+	var names []string
 	defer func() {
 		for _, w := range theirs {
 			w.Close()
@@ -247,6 +249,11 @@ func (l *launcher) startPiped(ch *child) (err error) {
 			return err
 		}
 		ch.outputs, theirs = append(ch.outputs, r), append(theirs, w)
+		info, err := r.Stat()
+		if err != nil {
+			return err
+		}
+		names = append(names, fmt.Sprintf("pipe:[%d]", info.Sys().(*syscall.Stat_t).Ino))
 	}
 	ch.cmd.Stdout, ch.cmd.Stderr = theirs[0], theirs[1]
 	if ch.container != nil {
@@ -254,7 +261,7 @@ func (l *launcher) startPiped(ch *child) (err error) {
 			return err
 		}
 	}
-	return l.startLeader(ch.cmd, started{id: ch.component.ID})
+	return l.startLeader(ch.cmd, started{id: ch.component.ID, outputs: names})
 }
 
 // signal sends sig to the process group of ch, or to its container. It never waits.
@@ -655,6 +662,9 @@ func (c *child) signal(sig syscall.Signal) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.asked = true
+	if !c.ended { // so its pid is its own
+		c.launcher.noteBelow(c.pid)
+	}
 	if sig == syscall.SIGKILL && !c.killed {
 		c.killed = true
 		close(c.expired)
@@ -805,7 +815,7 @@ func (c *child) run(ctx context.Context, argv []string) (status syscall.WaitStat
 	}
 	cmd.Stdout, cmd.Stderr = w, w
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	err = c.launcher.startLeader(cmd, started{c.component.ID, true})
+	err = c.launcher.startLeader(cmd, started{id: c.component.ID, beside: true})
 	w.Close()
 	if err != nil {
 		r.Close()

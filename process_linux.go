@@ -58,8 +58,15 @@ type reaper struct {
 	adopts    bool          // adopt was called: other children that were not started here are orphans of components
 
 	starting sync.Mutex // held while a child starts and while orphans are looked for, so that no child is taken for one
-	mu       sync.Mutex // guards known; nobody who holds it waits
+	mu       sync.Mutex // guards the fields below; nobody who holds it waits
 	known    map[int]started
+	below    map[int]seenBelow // what was seen below those of known, by pid
+}
+
+// seenBelow is a process that was seen below another.
+type seenBelow struct {
+	begun  uint64 // tells it from a later one with its pid
+	leader int    // below which known process, 0 for none
 }
 
 func newReaper() *reaper {
@@ -69,7 +76,7 @@ func newReaper() *reaper {
 	}
 	return &reaper{
 		sigchld: make(chan os.Signal, 1), closed: make(chan struct{}), reaped: make(chan struct{}, 1),
-		inherited: inherited, known: make(map[int]started),
+		inherited: inherited, known: make(map[int]started), below: make(map[int]seenBelow),
 	}
 }
 
@@ -162,6 +169,40 @@ func (r *reaper) leaderEnded(pid int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.known, pid)
+	maps.DeleteFunc(r.below, func(_ int, seen seenBelow) bool { return seen.leader == pid })
+}
+
+// noteBelow notes that process pid was seen below a leader, or, where that is none, that it has ended.
+func (r *reaper) noteBelow(pid int, seen seenBelow) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, known := r.known[seen.leader]; known {
+		r.below[pid] = seen
+	} else {
+		delete(r.below, pid)
+	}
+}
+
+// leftBy returns the component that has left a process of which nothing else tells whose it is: that
+// below which it was seen, or whose output it holds open. It is "" where neither tells.
+func (r *reaper) leftBy(p procInfo) string {
+	holds := make(map[string]bool)
+	fds, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", p.pid))
+	for _, fd := range fds {
+		to, _ := os.Readlink(fd)
+		holds[to] = true
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if seen := r.below[p.pid]; seen.begun == p.begun {
+		return r.known[seen.leader].id
+	}
+	for _, what := range r.known {
+		if slices.ContainsFunc(what.outputs, func(pipe string) bool { return holds[pipe] }) {
+			return what.id
+		}
+	}
+	return ""
 }
 
 // leaders returns, by pid, the component of each process of startLeader that has not ended.
@@ -189,7 +230,7 @@ func (r *reaper) leaderOf(id string) int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for pid, what := range r.known {
-		if what == (started{id: id}) {
+		if what.id == id && !what.beside {
 			return pid
 		}
 	}
@@ -319,12 +360,13 @@ func (c *child) reapGroup(options int) bool {
 // lives any more, or of what has left the group a moment after SIGKILL.
 func (c *child) endRest() {
 	l := c.launcher
-	isStray := sync.OnceValue(func() func(procInfo) bool { return l.strayOf(c) }) // most leave nothing
+	strayOf := sync.OnceValue(func() func(procInfo) bool { return l.strayOf(c) }) // most leave nothing
+	told := make(map[int]uint64)                                                  // when each began that got the stop signal
+	isStray := func(p procInfo) bool { return told[p.pid] == p.begun || strayOf()(p) }
 	find := func() ([]procInfo, bool) {
-		left := l.orphanedTrees(func(p procInfo) bool { return isStray()(p) })
+		left := l.orphanedTrees(isStray)
 		return left, len(left) == 0
 	}
-	told := make(map[int]uint64) // when each began that got the stop signal
 	for killed := false; ; {
 		left, none := find()
 		c.mu.Lock()
@@ -351,27 +393,28 @@ func (c *child) endRest() {
 		case <-time.After(scanStep):
 		case <-c.expired:
 			left, _ = find()
-			endAll(l.cgroup.retirePart(c.component.ID), left, find, func() { l.config.reaper.stopOrphans(isStray()) }, 0)
+			endAll(l.cgroup.retirePart(c.component.ID), left, find, func() { l.config.reaper.stopOrphans(isStray) }, 0)
 			killed = true
 		}
 	}
 }
 
-// orphanedTrees returns the processes that are so of those that flowctl has adopted, and below them.
-// What is below a process that flowctl has started, and which runs, is none of them.
+// orphanedTrees returns the processes that are so of those that flowctl has adopted, and below them,
+// each with all that is below it. What is below a process that flowctl has started, and which runs, is
+// none of them.
 func (l *launcher) orphanedTrees(are func(procInfo) bool) (out []procInfo) {
-	var add func(pid int)
-	add = func(pid int) {
+	var add func(pid int, with bool)
+	add = func(pid int, with bool) {
 		p, ok := readProcess(pid)
-		if ok && !p.zombie && are(p) {
-			out = append(out, p)
+		if ok && !p.zombie && (with || are(p)) {
+			with, out = true, append(out, p)
 		}
 		for _, child := range childPIDs(pid) {
-			add(child)
+			add(child, with)
 		}
 	}
 	for _, pid := range l.config.reaper.orphans() {
-		add(pid)
+		add(pid, false)
 	}
 	return out
 }
@@ -394,9 +437,17 @@ func endGroup(ctx context.Context, pid int) {
 	}
 }
 
+// noteBelow notes what is below a leader, which lives: once that has ended nothing tells of it.
+func (l *launcher) noteBelow(leader int) {
+	eachBelow(leader, func(p procInfo) bool {
+		l.config.reaper.noteBelow(p.pid, seenBelow{p.begun, leader})
+		return true
+	})
+}
+
 // strayOf returns what tells whether ch, which has ended, has left a process: by its session, its
-// control group and its secret. What has none of these of any component is its own if it is older
-// than all others that run; else it is left to the end of the run.
+// control group, its secret, its output, and by what was seen below it. What has none of these of any
+// component is its own if it is older than all others that run; else it is left to the end of the run.
 func (l *launcher) strayOf(ch *child) func(procInfo) bool {
 	id, leaders := ch.component.ID, l.leaders()
 	firstOther := sync.OnceValue(func() uint64 { // when the first of the others that run began
@@ -415,6 +466,9 @@ func (l *launcher) strayOf(ch *child) func(procInfo) bool {
 			return true
 		case !l.config.reaper.adopts, p.parent != os.Getpid(), group != "", leaders[p.session] != "", hasMark(p.pid, l.mark):
 			return false // it goes with its parent, or is another's
+		}
+		if of := l.config.reaper.leftBy(p); of != "" {
+			return of == id
 		}
 		first := firstOther()
 		l.mu.Lock()
@@ -573,8 +627,9 @@ type guard struct {
 
 	mu    sync.Mutex // guards the fields below; nobody who holds it waits
 	cmd   *exec.Cmd
-	in    *os.File // the pipe; it does not block
-	beats *os.File // gets a byte from it each guardInterval
+	in    *os.File      // the pipe; it does not block
+	beats *os.File      // gets a line from it each guardInterval, and for what it sees below leaders
+	lines *bufio.Reader // reads beats
 }
 
 // guardFacts are the first line that a guard is told, in JSON.
@@ -636,7 +691,7 @@ func (g *guard) start() error {
 		beats.Close()
 		return err
 	}
-	g.cmd, g.in, g.beats = cmd, ours, beats
+	g.cmd, g.in, g.beats, g.lines = cmd, ours, beats, bufio.NewReaderSize(beats, 128)
 	facts, _ := json.Marshal(g.knows) // of strings and numbers, which cannot fail
 	g.writeLocked(string(facts) + "\n")
 	for pid := range g.reaper.inherited {
@@ -652,12 +707,16 @@ func (g *guard) start() error {
 // counted one by one, so that a flowctl that was stopped itself does not count that time. One
 // that was stopped is continued, and killed if it is silent after that.
 func (g *guard) beat() bool {
-	var buf [64]byte
 	for silent := 1; ; silent++ {
 		_ = g.beats.SetReadDeadline(time.Now().Add(guardInterval))
-		_, err := g.beats.Read(buf[:])
+		line, err := g.lines.ReadString('\n') // the guard writes it whole, so time does not run out within it
 		switch {
 		case !errors.Is(err, os.ErrDeadlineExceeded):
+			var pid int
+			var seen seenBelow
+			if n, _ := fmt.Sscan(line, &pid, &seen.begun, &seen.leader); n == 3 {
+				g.reaper.noteBelow(pid, seen)
+			}
 			return err == nil
 		case silent == guardSilence:
 			g.log.Warn("the guard is silent: it is continued, in case that it was stopped", "pid", g.cmd.Process.Pid)
@@ -748,7 +807,7 @@ func (g *guard) dismiss() {
 // nothing is left of the run that can be killed. It fails if no flowctl has started it.
 func runGuard(in io.Reader) error {
 	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE, syscall.SIGTSTP)
-	g := &guardState{leaders: make(map[int]uint64), below: make(map[int]uint64), spared: make(map[int]bool)}
+	g := &guardState{leaders: make(map[int]uint64), below: make(map[int]seenBelow), spared: make(map[int]bool)}
 	scanner := bufio.NewScanner(in)
 	if !scanner.Scan() || json.Unmarshal(scanner.Bytes(), &g.guardFacts) != nil || g.Run == "" {
 		return usageErrorf("", "guard: flowctl starts it by itself")
@@ -783,10 +842,10 @@ func runGuard(in io.Reader) error {
 // the process began, which tells it from a later one with its pid.
 type guardState struct {
 	guardFacts
-	begun   uint64         // when flowctl began: what began before is not of the run
-	leaders map[int]uint64 // of process groups, and the command after --
-	below   map[int]uint64 // what was seen below flowctl: it may have neither the mark nor a leader when flowctl has died
-	spared  map[int]bool   // children that flowctl has inherited
+	begun   uint64            // when flowctl began: what began before is not of the run
+	leaders map[int]uint64    // of process groups, and the command after --
+	below   map[int]seenBelow // what was seen below flowctl: it may have neither the mark nor a leader when flowctl has died; with a leader where flowctl was told
+	spared  map[int]bool      // children that flowctl has inherited
 }
 
 // watch takes in what flowctl tells: true when it dismisses the guard, false when it was killed.
@@ -795,13 +854,13 @@ func (g *guardState) watch(lines <-chan string) bool {
 	timer, beat := time.NewTimer(step), time.NewTicker(guardInterval)
 	defer timer.Stop()
 	defer beat.Stop()
-	_, _ = syscall.Write(1, []byte{'.'})
+	_, _ = syscall.Write(1, []byte(".\n"))
 	for {
 		select {
 		case <-beat.C:
-			_, _ = syscall.Write(1, []byte{'.'})
+			_, _ = syscall.Write(1, []byte(".\n"))
 		case <-timer.C:
-			g.noteBelow(g.Flowctl)
+			g.noteBelow()
 			if step < guardInterval && 2*step >= guardInterval {
 				dropProgram() // nothing has started for a while
 			}
@@ -829,54 +888,47 @@ func (g *guardState) watch(lines <-chan string) bool {
 	}
 }
 
-// dropProgram gives back the memory of the program itself, most of what the guard has resident
-// after its start: what is needed again is read from the file again. A mapping in which some
-// page has been written to, before it was made read-only, stays as it is.
-func dropProgram() {
-	smaps, _ := os.ReadFile("/proc/self/smaps")
-	var from, to uintptr
-	var mode string
-	own := 0 // kB
-	for line := range strings.Lines(string(smaps)) {
-		fields := strings.Fields(line)
-		switch fields[0] {
-		default:
-			if !strings.HasSuffix(fields[0], ":") { // the first line of a mapping
-				_, _ = fmt.Sscanf(line, "%x-%x %s", &from, &to, &mode)
-				own = 0
-				if len(fields) < 6 || fields[5][0] != '/' {
-					own = 1
-				}
-			}
-		case "Anonymous:":
-			kB, _ := strconv.Atoi(fields[1])
-			own += kB
-		case "Swap:":
-			kB, _ := strconv.Atoi(fields[1])
-			if own += kB; own == 0 && mode[1] != 'w' {
-				_, _, _ = syscall.Syscall(syscall.SYS_MADVISE, from, to-from, syscall.MADV_DONTNEED)
-			}
-		}
-	}
-}
-
-// noteBelow notes what is below a process: a flowctl that is dying has no children any more.
-func (g *guardState) noteBelow(pid int) {
+// noteBelow notes what is below flowctl: one that is dying has no children any more. It tells flowctl
+// what a leader has below it that has left its session, and when that has ended.
+func (g *guardState) noteBelow() {
 	if os.Getppid() != g.Flowctl {
 		return // flowctl has died, and its pid could be another process's
 	}
-	if pid == g.Flowctl {
-		maps.DeleteFunc(g.below, func(pid int, begun uint64) bool {
-			p, ok := readProcess(pid)
-			return !ok || p.begun != begun
-		})
-	}
-	for _, child := range childPIDs(pid) {
-		if p, ok := readProcess(child); ok && p.parent == pid && child != os.Getpid() && !g.spared[child] {
-			g.below[child] = p.begun
-			g.noteBelow(child)
+	maps.DeleteFunc(g.below, func(pid int, seen seenBelow) bool {
+		p, ok := readProcess(pid)
+		gone := !ok || p.begun != seen.begun
+		if gone && seen.leader != 0 {
+			tellSeen(pid, seenBelow{})
 		}
-	}
+		return gone
+	})
+	leader := 0
+	eachBelow(g.Flowctl, func(p procInfo) bool {
+		if p.parent == g.Flowctl {
+			leader = 0
+			if g.leaders[p.pid] == p.begun {
+				leader = p.pid
+			}
+		}
+		if os.Getppid() != g.Flowctl || p.pid == os.Getpid() || g.spared[p.pid] {
+			return false
+		}
+		seen := g.below[p.pid]
+		if seen.begun != p.begun {
+			seen = seenBelow{begun: p.begun}
+		}
+		if now := (seenBelow{p.begun, leader}); seen.leader == 0 && leader != 0 && p.session != leader && tellSeen(p.pid, now) {
+			seen = now
+		}
+		g.below[p.pid] = seen
+		return true
+	})
+}
+
+// tellSeen tells flowctl of what was seen. It fails where flowctl does not read: it may be stopped.
+func tellSeen(pid int, seen seenBelow) bool {
+	_, err := syscall.Write(1, fmt.Appendf(nil, "%d %d %d\n", pid, seen.begun, seen.leader))
+	return err == nil
 }
 
 // killRun kills what is of the run until nothing is found, and removes its control group.
@@ -905,8 +957,8 @@ func (g *guardState) processes() []procInfo {
 	for _, p := range all {
 		_, leads := g.leaders[p.pid]
 		_, led := g.leaders[p.group]
-		begun, seen := g.below[p.pid]
-		chosen[p.pid] = leads && !reused[p.pid] || led && !reused[p.group] || seen && begun == p.begun || hasMark(p.pid, g.Run)
+		seen, below := g.below[p.pid]
+		chosen[p.pid] = leads && !reused[p.pid] || led && !reused[p.group] || below && seen.begun == p.begun || hasMark(p.pid, g.Run)
 	}
 	withDescendants(all, chosen)
 	return slices.DeleteFunc(all, func(p procInfo) bool { return !chosen[p.pid] || p.pid == os.Getpid() })

@@ -157,6 +157,75 @@ func (h herd) asleep(t *testing.T, n int) (pids []int) {
 	return pids
 }
 
+// A worker that left its session and emptied its environment, and which nothing but its output or a look below its component
+// tells of without a control group, is asked to end in the turn of its component, although an older one runs.
+func TestStop_AHiddenWorkerInTheTurnOfItsComponent(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		t.Skip("needs root")
+	}
+	for name, hides := range map[string]string{"by its output": `(env -i setsid WORKER &);`, "by a look": `env -i setsid WORKER >/dev/null 2>&1 &`} {
+		for user, options := range map[string][]option{"root": nil, "another user": {asNobody(65522)}} {
+			t.Run(name+"/"+user, func(t *testing.T) {
+				t.Parallel()
+				journal := writeFile(t, filepath.Join(publicDir(t), "journal"), "")
+				must(t, os.Chmod(journal, 0o666))
+				worker := `sh -c 'trap "echo worker asked >>` + journal + `; exit 0" TERM; echo worker up >>` + journal + `; sleep 300 & wait'`
+				a := shell("a", strings.ReplaceAll(hides, "WORKER", worker)+` exec sleep 300`)
+				b := shell("b", `trap 'echo b asked >>`+journal+`; exit 0' TERM; sleep 300 & wait`)
+				a.DependsOn, a.RestartPolicy = []string{"b"}, "always"
+				file := publicPipeline(t, a, b)
+				p := start(t, runArgs(file), options...)
+				want := "worker up\n"
+				await := func(more string) {
+					t.Helper()
+					want += more
+					eventually(t, fmt.Sprintf("%q in the journal", want), func() bool { return string(get(os.ReadFile(journal))(t)) == want })
+				}
+				ask := func(args ...string) {
+					t.Helper()
+					sameUser := func(q *process) { q.cmd.SysProcAttr.Credential = p.cmd.SysProcAttr.Credential }
+					if code, _, stderr := start(t, args, beside(p), sameUser).finish(); code != exitOK {
+						t.Fatalf("%s: exit %d: %s\n%s", args, code, stderr, p)
+					}
+				}
+				change := func(components ...Component) {
+					t.Helper()
+					must(t, os.WriteFile(file, get(os.ReadFile(writePipeline(t, components...)))(t), 0o600))
+					ask("reload", "-pipeline", "test")
+				}
+				p.waitReady()
+				await("")
+				ask("restart", "-pipeline", "test", "a")
+				await("worker asked\nworker up\n")
+				if name == "by its output" {
+					p.tell("a", syscall.SIGKILL)
+					await("worker asked\nworker up\n")
+				}
+				change(b)
+				await("worker asked\n")
+				change(a, b)
+				await("worker up\n")
+				p.stop()
+				await("worker asked\nb asked\n")
+				p.hasNot(p.stderr, "cannot be told", "ending what left its component")
+			})
+		}
+	}
+}
+
+// For a component that crashes flowctl knows such a worker by the guard, which has looked before.
+func TestGuard_TellsWhatLeftItsSession(t *testing.T) {
+	t.Parallel()
+	l, h := newTestLauncher(t), newHerd()
+	l.run(map[string]any{"id": "a", "command": []string{"sh", "-c", h.script("env -i setsid sleep T >/dev/null 2>&1 & wait; exec sleep 300")}})
+	worker, ok := readProcess(h.asleep(t, 1)[0])
+	defer h.signal(worker.pid, syscall.SIGKILL)
+	eventually(t, "a note of the worker", func() bool { return ok && l.config.reaper.leftBy(worker) == "a" })
+	h.signal(worker.pid, syscall.SIGKILL)
+	eventually(t, "its end, noted", func() bool { return l.config.reaper.leftBy(worker) == "" })
+}
+
 // Without a control group, what has emptied its environment and left its session is ended with its component if nothing else can have started it,
 // and else with the run.
 func TestRestart_DoubtIsTold(t *testing.T) {
@@ -168,7 +237,8 @@ func TestRestart_DoubtIsTold(t *testing.T) {
 		t.Run(fmt.Sprint("alone ", alone), func(t *testing.T) {
 			t.Parallel()
 			h := newHerd()
-			a := shell("a", h.script(`env -i setsid sleep T & exec sleep 300`))
+			// It leaves its session when it is an orphan, and holds no output open: nothing tells whose it is.
+			a := shell("a", h.script(`sh -c 'env -i sh -c "while kill -0 $$; do sleep 0.02; done; exec setsid sleep T" >/dev/null 2>&1 &'; exec sleep 300`))
 			a.RestartPolicy = "always"
 			components := []Component{a}
 			if !alone {

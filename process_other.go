@@ -61,6 +61,7 @@ func (l *launcher) descendants() []procInfo { return nil }
 func (l *launcher) markOwner(int) string    { return "" }
 func (l *launcher) ownGroups() bool         { return false }
 func (l *launcher) cgroupOwner(int) string  { return "" }
+func (l *launcher) noteBelow(int)           {}
 func (c *child) endRest()                   { c.reapGroup(0) }
 
 // endGroup kills what is left of a process group: who is in it, nothing tells.

@@ -123,6 +123,16 @@ func childPIDs(pid int) []int {
 	return pids
 }
 
+// eachBelow calls f with each process below pid, and goes on below it where f returns true. It can
+// miss some while others end.
+func eachBelow(pid int, f func(procInfo) bool) {
+	for _, child := range childPIDs(pid) {
+		if p, ok := readProcess(child); ok && p.parent == pid && f(p) {
+			eachBelow(child, f)
+		}
+	}
+}
+
 // adoptedBy returns the children of a process's main thread, the one that gets its orphans
 // (find_new_reaper in the kernel's exit.c), zombies included.
 func adoptedBy(pid int) []int { return childrenIn(fmt.Sprintf("/proc/%d/task/%[1]d/children", pid)) }
@@ -167,6 +177,37 @@ func readProcess(pid int) (procInfo, bool) {
 	p.session, _ = strconv.Atoi(fields[3])
 	p.begun, _ = strconv.ParseUint(fields[19], 10, 64)
 	return p, true
+}
+
+// dropProgram gives back the memory of the program itself, most of what the guard has resident
+// after its start: what is needed again is read from the file again. A mapping in which some
+// page has been written to, before it was made read-only, stays as it is.
+func dropProgram() {
+	smaps, _ := os.ReadFile("/proc/self/smaps")
+	var from, to uintptr
+	var mode string
+	own := 0 // kB
+	for line := range strings.Lines(string(smaps)) {
+		fields := strings.Fields(line)
+		switch fields[0] {
+		default:
+			if !strings.HasSuffix(fields[0], ":") { // the first line of a mapping
+				_, _ = fmt.Sscanf(line, "%x-%x %s", &from, &to, &mode)
+				own = 0
+				if len(fields) < 6 || fields[5][0] != '/' {
+					own = 1
+				}
+			}
+		case "Anonymous:":
+			kB, _ := strconv.Atoi(fields[1])
+			own += kB
+		case "Swap:":
+			kB, _ := strconv.Atoi(fields[1])
+			if own += kB; own == 0 && mode[1] != 'w' {
+				_, _, _ = syscall.Syscall(syscall.SYS_MADVISE, from, to-from, syscall.MADV_DONTNEED)
+			}
+		}
+	}
 }
 
 // procIsOurs tells whether /proc is of flowctl's own pid namespace. The pids of another
