@@ -731,7 +731,7 @@ func (o *planeFlags) records() string {
 	if o.noState {
 		return ""
 	}
-	folder, _ := stateFolder() // a user without a home has none
+	folder, _ := stateFolder() // a user without a home has none, and is warned
 	return folder
 }
 

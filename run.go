@@ -218,10 +218,18 @@ func (r *run) open(p *Pipeline, file *runFile, children *reaper) error {
 		return &exitError{code: exitFailed, err: err}
 	}
 	r.generation = r.sup.generation
+	r.openRecorder()
+	return nil
+}
+
+// openRecorder begins the record of the run.
+func (r *run) openRecorder() {
+	if r.config.records == "" && !r.config.noState {
+		r.log.Warn("this run is not recorded: this user has no folder for state", "try", "set XDG_STATE_HOME or HOME; -no-persistence is for a run without a record")
+	}
 	r.recorder = openRecorder(r.config.records, r.log)
 	r.closeLater(r.recorder.close)
 	r.record(runStarting, "")
-	return nil
 }
 
 // record records how the run is now.

@@ -126,6 +126,13 @@ func TestRuns_FolderThatIsOfNoUse(t *testing.T) {
 	runs := start(t, []string{"runs"}, withEnv("XDG_STATE_HOME="+damaged))
 	runs.exit(exitPlane)
 	runs.has(runs.stderr, file+" cannot be read")
+	homeless := withEnv("XDG_STATE_HOME=", "HOME=")
+	for _, args := range [][]string{nil, {"-no-persistence"}} {
+		p := start(t, append(append(runArgs(sleeper(t)), "-until", "ready"), args...), homeless)
+		p.exit(exitOK)
+		said := strings.Count(p.stderr.String(), `level=WARN msg="this run is not recorded: this user has no folder for state" try="set XDG_STATE_HOME or HOME; `)
+		wantEqual(t, fmt.Sprint("said without a home ", args), said, 1-len(args))
+	}
 	none := start(t, append(runArgs(sleeper(t)), "-until", "ready", "-no-persistence"), withEnv("XDG_STATE_HOME="+filepath.Join(home, "none")))
 	none.exit(exitOK)
 	if _, err := os.Stat(filepath.Join(home, "none")); !os.IsNotExist(err) {
