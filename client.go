@@ -285,10 +285,13 @@ func awaitReady(run runInfo, tls tlsFlags) error {
 func (run *runInfo) connect(creds credentials.TransportCredentials, wait, byTLS bool) (*grpc.ClientConn, error) {
 	socket, ok := run.socket()
 	ok = ok && run.ofAnother() // who could have put a link there
-
-	operators := (!byTLS || !run.ofAnother()) && run.path != "" && syscall.Access(socketOf(run.path), 2) == nil // W_OK
+	operators := (!byTLS || !run.ofAnother()) && run.hasOperators()
 	if operators {
 		socket, ok = socketOf(run.path), true
+	} else if run.ofAnother() {
+		if err := run.judgeEndpoint(); err != nil {
+			return nil, err
+		}
 	}
 	if operators || !run.TLS {
 		creds = insecure.NewCredentials()

@@ -361,8 +361,6 @@ func (i *runInfo) judge() error {
 	if err != nil {
 		return err
 	}
-	addr, _ := netip.ParseAddrPort(strings.Replace(i.Endpoint, "localhost:", "127.0.0.1:", 1)) // other names of hosts and ports may lead anywhere
-	socket, isSocket := i.socket()
 	switch {
 	case ownerOf(stat) != i.owner:
 		return fmt.Errorf("it belongs to user %d, and its folder does not", i.owner)
@@ -372,6 +370,23 @@ func (i *runInfo) judge() error {
 		return fmt.Errorf("it is not that of pipeline %s", quote(i.Pipeline))
 	case i.Endpoint == "": // it is starting
 		return nil
+	case strings.HasPrefix(i.Endpoint, "unix") && i.hasOperators(): // connect goes to that, and nowhere else
+		return nil
+	}
+	return i.judgeEndpoint()
+}
+
+// hasOperators tells whether this user may use the operators' socket, which is in the folder of the run file.
+func (i *runInfo) hasOperators() bool {
+	return i.path != "" && syscall.Access(socketOf(i.path), 2) == nil // W_OK
+}
+
+// judgeEndpoint fails where the endpoint that a run file of another user names can be anybody's.
+func (i *runInfo) judgeEndpoint() error {
+	folder := filepath.Dir(i.path)
+	addr, _ := netip.ParseAddrPort(strings.Replace(i.Endpoint, "localhost:", "127.0.0.1:", 1)) // other names of hosts and ports may lead anywhere
+	socket, isSocket := i.socket()
+	switch {
 	case isSocket && socket != filepath.Join(folder, filepath.Base(socket)) && !i.besideFolder(socket), // a ".." may follow a link
 		!isSocket && !isOwnAddress(net.ParseIP(addr.Addr().String())): // nil for one with a zone
 		return fmt.Errorf("its endpoint %s is neither an address of this machine nor a socket in its folder", quote(i.Endpoint))

@@ -448,6 +448,40 @@ func TestList_RunFilesOfOthersAreJudged(t *testing.T) {
 	}
 }
 
+// Beside the operators' socket a service's own may be anywhere: nobody goes there.
+func TestList_ServiceWhoseSocketIsElsewhere(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		t.Skip("only root can be another user")
+	}
+	const other = 65534
+	dir, private := shortDir(t), filepath.Join(shortDir(t), "private")
+	elsewhere := get(net.ListenUnix("unix", &net.UnixAddr{Name: private}))(t)
+	t.Cleanup(func() { elsewhere.Close() })
+	run := get(claimRunIn(dir, runInfo{Pipeline: "theirs", TLS: true}))(t)
+	t.Cleanup(run.release)
+	must(t, run.publish("unix://"+private))
+	operators := get(net.ListenUnix("unix", &net.UnixAddr{Name: socketOf(run.path)}))(t)
+	t.Cleanup(func() { operators.Close() })
+	for _, path := range []string{dir, run.path, socketOf(run.path)} {
+		must(t, os.Chown(path, other, other))
+	}
+	ca := newCA(t)
+	p := start(t, []string{"list", "-wait=false", "-tls-ca-cert", newFiles(t, issue(t, ca, nil), ca).ca}, withEnv("RUNTIME_DIRECTORY="+dir))
+	p.exit(exitPlane)
+	p.has(p.stderr, `: its endpoint "unix://`+private+`" is neither an address of this machine nor a socket in its folder`)
+	must(t, operators.SetDeadline(time.Now().Add(patience)))
+	p = start(t, []string{"list", "-wait=false"}, withEnv("RUNTIME_DIRECTORY="+dir))
+	must(t, get(operators.Accept())(t).Close())
+	operators.Close()
+	p.exit(exitPlane)
+	must(t, elsewhere.SetDeadline(time.Now()))
+	if conn, err := elsewhere.Accept(); err == nil {
+		conn.Close()
+		t.Error("list came to a socket of this user")
+	}
+}
+
 // claimTheirs puts run files of pipelines into a folder, which become user other's.
 func claimTheirs(t *testing.T, dir string, other int, endpoint string, pipelines ...string) {
 	t.Helper()

@@ -291,6 +291,7 @@ func TestSystemd(t *testing.T) {
 		{"flood", testUnitFlood},
 		{"streams", testUnitStreams},
 		{"socket", testUnitSocket},
+		{"socket elsewhere", testUnitSocketElsewhere},
 		{"inherited", testUnitInherited},
 		{"old systemd", testUnitOldSystemd},
 		{"why it failed", testUnitWhy},

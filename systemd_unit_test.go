@@ -87,6 +87,18 @@ func testUnitSocket(t *testing.T, l *lab) {
 	wrong("a socket of packets", "3", `is of the network "unixpacket": it must be tcp or unix`)
 }
 
+// Root finds a unit whose socket is anywhere: it asks at that of its operators.
+func testUnitSocketElsewhere(t *testing.T, l *lab) {
+	for name, address := range map[string]string{"elsewhere-path": "/run/plane-elsewhere", "elsewhere-abstract": "@plane-elsewhere"} {
+		u := l.install(t, name, []Component{shell("a", "exec sleep 1000")}, "", "")
+		u.sockets(name, "ListenStream="+address)
+		u.start()
+		if out := l.run(t, "env", "RUNTIME_DIRECTORY=/run/"+name, "/lab/flowctl", "list", "-pipeline", name); !strings.HasPrefix(out, name+": 1 of 1 ready") {
+			t.Errorf("%s: %s", address, out)
+		}
+	}
+}
+
 // A job of another service tells systemd nothing, and stops by SIGHUP.
 func testUnitInherited(t *testing.T, l *lab) {
 	u := l.install(t, "inherited", []Component{shell("a", "kill -HUP $PPID; exec sleep 300")}, "", "NotifyAccess=all\nExecStart=\nExecStart=/bin/sh /lab/runner\n")
