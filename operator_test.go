@@ -371,3 +371,15 @@ func TestRegistry_EachChangeIsPublishedOnce(t *testing.T) {
 		}
 	}
 }
+
+// Who asks a run of their own does so by the operators' socket, also with the flags of TLS that other runs need.
+func TestOperator_SocketBesideTLSFlags(t *testing.T) {
+	t.Parallel()
+	dir, ca := t.TempDir(), newCA(t)
+	files := newFiles(t, issue(t, ca, nil), ca)
+	p := start(t, runArgs(sleeper(t), files.mutual()...), runsIn(dir))
+	p.waitReady()
+	reload := start(t, []string{"reload", "-tls-ca-cert", files.ca}, runsIn(dir)) // without a certificate of a client
+	reload.exit(exitOK)
+	p.stop()
+}

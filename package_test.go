@@ -170,6 +170,20 @@ func TestOperatorsWeek(t *testing.T) {
 	if out, err := l.try("sh", "-c", "getent passwd | grep flowctl"); err == nil {
 		t.Errorf("users: %s", out)
 	}
+
+	// Of an administrator's own units nothing goes with the package, nor what can be theirs.
+	dpkg("-i", second)
+	for name, folder := range map[string]string{"flowctl": "%N", "flowctl@": "%p-%i"} {
+		l.write(t, "/etc/systemd/system/"+name+".service", "[Service]\nExecStart=sleep infinity\nStateDirectory="+folder+"\n[Install]\nWantedBy=multi-user.target\n")
+	}
+	l.run(t, "systemctl", "daemon-reload")
+	l.run(t, "systemctl", "enable", "--now", "flowctl", "flowctl@own")
+	dpkg("-P", "flowctl")
+	for _, what := range []string{"is-active", "is-enabled"} {
+		l.run(t, "systemctl", what, "flowctl", "flowctl@own")
+	}
+	l.run(t, "ls", "-d", "/var/lib/flowctl", "/var/lib/flowctl-own")
+	l.run(t, "systemctl", "stop", "flowctl", "flowctl@own")
 }
 
 // pack makes the packages of this tree as a version, and returns where the Debian one is in the lab.

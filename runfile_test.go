@@ -76,6 +76,11 @@ func TestRun_SecondOfAUserIsRefusedInAnyFolder(t *testing.T) {
 	list := start(t, []string{"list"}, options...)
 	list.exit(exitOK)
 	list.has(list.stdout, "test: 1 of 1 ready")
+	// systemd gives the files of a runtime folder to the next user of a unit.
+	must(t, os.Chown(filepath.Join(shared, "flowctl-65523", "pipeline-test.json"), 65524, 65524))
+	given := start(t, runArgs(file), options...)
+	given.exit(exitPlane)
+	given.has(given.stderr, fmt.Sprintf("flowctl: pipeline \"test\" is already running (pid %d,", first.cmd.Process.Pid))
 	first.stop()
 	third := start(t, append(runArgs(file), "-until", "ready"), options...)
 	third.exit(exitOK)
@@ -419,6 +424,7 @@ func TestList_RunFilesOfOthersAreJudged(t *testing.T) {
 		out, want      string
 	}{
 		{"a service", here, pid, other, "theirs: fine", ""},
+		{"a service by the name of this machine", strings.Replace(here, "127.0.0.1", "localhost", 1), pid, other, "theirs: fine", ""},
 		{"another process", here, 1, other, "", fmt.Sprintf("is ignored: it names process 1, and process %d has its lock", pid)},
 		{"another's port", foreign, pid, other, "", fmt.Sprintf("is ignored: it names process %d, and that is not who listens at its endpoint "+foreign, pid)},
 		{"another's folder", here, pid, 0, "", "is ignored: it belongs to user 65534, and its folder does not"},

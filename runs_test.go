@@ -126,6 +126,15 @@ func TestRuns_FolderThatIsOfNoUse(t *testing.T) {
 	runs := start(t, []string{"runs"}, withEnv("XDG_STATE_HOME="+damaged))
 	runs.exit(exitPlane)
 	runs.has(runs.stderr, file+" cannot be read")
+	// Once it can be written the run is recorded.
+	mended := start(t, runArgs(sleeper(t)), withEnv("XDG_STATE_HOME="+damaged))
+	mended.waitReady()
+	mended.waitErr(`msg="this run is not recorded as it is"`)
+	must(t, os.Remove(file))
+	mended.stop()
+	if all := runsOf(t, damaged); len(all) != 1 || all[0].PID != mended.cmd.Process.Pid || all[0].State != runStopped {
+		t.Errorf("recorded later: %+v", all)
+	}
 	homeless := withEnv("XDG_STATE_HOME=", "HOME=")
 	for _, args := range [][]string{nil, {"-no-persistence"}} {
 		p := start(t, append(append(runArgs(sleeper(t)), "-until", "ready"), args...), homeless)
