@@ -21,6 +21,7 @@ import (
 	"net"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -363,7 +364,8 @@ func (e *engine) noAnswer(err error) error {
 	case filepath.Base(e.path) != "docker":
 		advice = "try: " + e.name + " ps"
 	}
-	return fmt.Errorf("the container engine %s cannot be used: %v (%s)", e.name, err, advice)
+	said := regexp.MustCompile(`(Get|Head|Post) "http[^"]*": `).ReplaceAllString(err.Error(), "") // by which docker asked: it is long, and the reason comes after it
+	return fmt.Errorf("the container engine %s cannot be used: %s (%s)", e.name, said, advice)
 }
 
 // pull pulls an image, however long that takes. The engine's last line is the reason of a failure.

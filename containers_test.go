@@ -693,3 +693,14 @@ func (l *engineLab) testOtherUser(t *testing.T) {
 		return err == nil && len(out) == 0
 	})
 }
+
+// Of what docker says the reason is told, and not the long URL before it.
+func TestContainers_EngineThatIsNotOurs(t *testing.T) {
+	t.Parallel()
+	docker := writeProgram(t, filepath.Join(t.TempDir(), "docker"), `#!/bin/sh
+echo 'permission denied while trying to connect to the Docker daemon socket at unix:///var/run/docker.sock: Get "http://%2Fvar%2Frun%2Fdocker.sock/v1.47/containers/json?all=1": dial unix /var/run/docker.sock: connect: permission denied' >&2; exit 1
+`)
+	p := launch(t, writePipeline(t, Component{ID: "a", Image: "demo:1"}), "-orchestrator", "container", "-engine", docker)
+	p.exit(exitPlane)
+	p.has(p.stderr, "socket at unix:///var/run/docker.sock: dial unix /var/run/docker.sock: connect: permission denied (run flowctl as")
+}

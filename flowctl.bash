@@ -15,7 +15,8 @@ _flowctl() {
     *:1:* | *:help) words=$("$program" help 2>/dev/null | sed -n 's/^  flowctl \([a-z]*\).*/\1/p') ;;
     *:list | *:logs | *:restart)
       words=$("$program" list -wait=false 2>/dev/null |
-        awk '/^ID /{on = 1; next} /\(pid /{on = 0} on && $1 ~ /^[A-Za-z0-9._-]+$/{print $1}') ;;
+        awk -v all="$command" '/^ID /{on = 1; next} /\(pid /{on = 0}
+          on && $1 ~ /^[A-Za-z0-9._-]+$/ && (all == "list" || $2 != "(not") {print $1}') ;;
     *:reload) words=$("$program" list -wait=false 2>/dev/null | sed -n 's/^\([A-Za-z0-9._-]*\): .*(pid .*/\1/p') ;;
   esac
   COMPREPLY=($(compgen -W "${words-}" -- "$word"))

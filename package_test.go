@@ -352,15 +352,17 @@ func TestCompletion(t *testing.T) {
 	dir := shortDir(t)
 	p := start(t, runArgs(writePipeline(t, shell("a", "exec sleep 300"), shell("b", "exec sleep 300"))), runsIn(dir))
 	p.waitReady()
-	evil := exec.Command(get(os.Executable())(t)) // its id is shown to whoever presses Tab
-	evil.Env = append(baseEnv(), "FLOWCTL_ENDPOINT="+p.endpoint(), "FLOWCTL_COMPONENT_ID=$(touch "+dir+"/evil)", roleVar+"="+actorRole(t, role{Dialect: "v1", End: "registered"}))
-	if out, err := evil.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
+	for _, id := range []string{"guest", "$(touch " + dir + "/evil)"} { // an id is shown to whoever presses Tab
+		cmd := exec.Command(get(os.Executable())(t))
+		cmd.Env = append(baseEnv(), "FLOWCTL_ENDPOINT="+p.endpoint(), "FLOWCTL_COMPONENT_ID="+id, roleVar+"="+actorRole(t, role{Dialect: "v1", End: "registered"}))
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
 	}
 	const script = `source ./flowctl.bash; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _flowctl "$0" "${@: -1}" "${@: -2:1}"; echo "${COMPREPLY[@]}"`
 	for line, want := range map[string]string{
 		"flowctl re": "restart reload", "flowctl help s": "stop sandbox", "flowctl run -un": "-unhealthy-timeout -until", "flowctl -un": "-unhealthy-timeout -until",
-		"flowctl server -db": "-db-path", "flowctl restart ": "a b", "flowctl logs -f ": "a b", "flowctl logs -n ": "", "flowctl list -pipeline te": "test", "flowctl reload te": "test",
+		"flowctl server -db": "-db-path", "flowctl restart ": "a b", "flowctl list ": "a b guest", "flowctl logs -f ": "a b", "flowctl logs -n ": "", "flowctl list -pipeline te": "test", "flowctl reload te": "test",
 		"flowctl run ": "", "flowctl run -f ": "", "flowctl run p.json -- -": "",
 	} {
 		cmd := exec.Command("bash", append([]string{"-c", script, flowctlProgram()}, strings.Split(line, " ")...)...)

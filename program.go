@@ -75,7 +75,7 @@ func describeStart(cmd *exec.Cmd, err error) error {
 // pipeline file calls it program; file is "" where it was not found.
 func describeProgram(program, file, dir string, err error) error {
 	info, fileErr := os.Stat(file)
-	why := cause(err).Error()
+	why, kind := cause(err).Error(), err
 	switch err := cause(err); {
 	case errors.Is(err, exec.ErrNotFound):
 		why = "it is not found in PATH"
@@ -97,7 +97,7 @@ func describeProgram(program, file, dir string, err error) error {
 	case errors.Is(err, fs.ErrPermission) && fileErr == nil && info.Mode()&0o111 != 0:
 		why = "permission denied, to it or to the interpreter that it names"
 	case errors.Is(err, fs.ErrPermission) && fileErr == nil:
-		why = "it is not executable (chmod +x)"
+		why, kind = "it is not executable (chmod +x)", syscall.ENOEXEC // whoever runs it
 	case errors.Is(err, syscall.EAGAIN):
 		why = "the limit of processes is reached (ulimit -u, or TasksMax= of a unit)"
 	case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
@@ -105,7 +105,7 @@ func describeProgram(program, file, dir string, err error) error {
 	case errors.Is(err, syscall.ENOEXEC):
 		why = noProgram
 	}
-	return &startError{fmt.Sprintf("cannot run %q: %s", program, why), err}
+	return &startError{fmt.Sprintf("cannot run %q: %s", program, why), kind}
 }
 
 // Faults of scripts.

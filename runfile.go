@@ -42,6 +42,7 @@ const (
 	maxTheirs    = 64       // run files that are looked at in a folder of another user, who can make any number
 	maxFolders   = 16       // folders that are looked at in such a folder
 	maxScanned   = 4096     // names of files that are read in such a folder
+	maxRemoved   = 16       // run files that were removed and stay open
 	maxListener  = 2048     // a control plane opens its listener with a lower descriptor
 	runsTick     = 20 * time.Millisecond
 	keepTick     = 2 * time.Second // a run looks so often whether its run file is there
@@ -65,7 +66,7 @@ type runFile struct {
 	path   string
 	file   *os.File
 	info   runInfo
-	former []*os.File // that were removed: who waits for the end of this process has one open, and waits for its lock
+	former []*os.File // the last that were removed: who waits for the end of this process has one open, and waits for its lock
 }
 
 // runningError tells that another process runs the pipeline.
@@ -206,7 +207,7 @@ func (r *runFile) release() {
 		return // the folder is gone, or else the file stays, without a lock once this process has ended
 	}
 	defer lock.Close()
-	if r.isThere() {
+	if _, err := os.Lstat(r.path); r.isThere() || errors.Is(err, fs.ErrNotExist) { // else it is another run's
 		os.Remove(r.path)
 		os.Remove(socketOf(r.path))
 	}
@@ -268,6 +269,10 @@ func (r *runFile) remake() (remade bool, err error) {
 	next, err := claimRunIn(folder, r.info)
 	if err != nil {
 		return false, err
+	}
+	if len(r.former) == maxRemoved {
+		r.former[0].Close()
+		r.former = slices.Delete(r.former, 0, 1)
 	}
 	r.former = append(r.former, r.file)
 	r.file = next.file

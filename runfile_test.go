@@ -115,6 +115,31 @@ func TestRun_RemovedRunFileIsMadeAgain(t *testing.T) {
 	}
 }
 
+// A run whose file is gone as it ends leaves no socket, and of many that were removed the last stay open.
+func TestRun_RemovedRunFileLeavesNothing(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	p := start(t, runArgs(sleeper(t)), runsIn(dir))
+	p.waitReady()
+	must(t, os.Remove(filepath.Join(dir, "flowctl", "pipeline-test.json")))
+	p.stop()
+	wantEqual(t, "left", strings.Join(get(filepath.Glob(filepath.Join(dir, "flowctl", "pipeline-*")))(t), " "), "")
+
+	run := get(claimRunIn(dir, runInfo{Pipeline: "removed"}))(t)
+	t.Cleanup(run.release)
+	for range maxRemoved + 4 {
+		must(t, os.Remove(run.path))
+		get(run.remake())(t)
+	}
+	open := 0
+	for _, fd := range get(filepath.Glob("/proc/self/fd/*"))(t) {
+		if to, _ := os.Readlink(fd); to == run.path+" (deleted)" {
+			open++
+		}
+	}
+	wantEqual(t, "removed files that are open", open, maxRemoved)
+}
+
 // Runs are found in the folders of units that are templates, and of operators, whose names are not known.
 func TestRun_FoldersOfUnitsAreSearched(t *testing.T) {
 	t.Parallel()

@@ -158,6 +158,16 @@ func testUnitWhy(t *testing.T, l *lab) {
 	}
 }
 
+// What nobody can run is no matter of the unit's user.
+func TestService_HintForAProgram(t *testing.T) {
+	t.Parallel()
+	plain := writeFile(t, filepath.Join(t.TempDir(), "plain"), "#!/bin/sh\n")
+	p := start(t, runArgs(writePipeline(t, Component{ID: "a", Command: []string{plain}, Register: new(false)})), asService)
+	p.exit(exitFailed)
+	p.has(p.stderr, "it is not executable (chmod +x)")
+	p.hasNot(p.stderr, unitAccess)
+}
+
 // A container engine that is not up yet is waited for by starting again.
 func testUnitEngine(t *testing.T, l *lab) {
 	l.write(t, "/lab/engine", "#!/bin/sh\necho 'Cannot connect to the daemon. Is it running?' >&2; exit 1\n")
