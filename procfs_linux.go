@@ -116,9 +116,10 @@ func (p procInfo) send(sig syscall.Signal) {
 // others end.
 func childPIDs(pid int) []int {
 	var pids []int
-	lists, _ := filepath.Glob("/proc/" + strconv.Itoa(pid) + "/task/*/children")
-	for _, list := range lists {
-		pids = append(pids, childrenIn(list)...)
+	tasks := "/proc/" + strconv.Itoa(pid) + "/task/"
+	threads, _ := os.ReadDir(tasks)
+	for _, thread := range threads {
+		pids = append(pids, childrenIn(tasks+thread.Name()+"/children")...)
 	}
 	return pids
 }
