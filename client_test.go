@@ -74,8 +74,8 @@ func TestList_ShowsNothingRaw(t *testing.T) {
 	}
 	send(flowctlv1.HealthStatus_HEALTH_STATUS_UNHEALTHY)
 	send(flowctlv1.HealthStatus_HEALTH_STATUS_HEALTHY)
-	p.waitErr("no heartbeat for") // stale
-	watch.waitOut("no heartbeat for")
+	p.waitErr("no heartbeat since it registered") // stale
+	watch.waitOut("no heartbeat since it registered")
 	send(flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN)
 	_, table, tableErr := call(t, "list", "-e", endpoint)
 	_, details, detailsErr := call(t, "list", "-e", endpoint, evil+"1")

@@ -487,8 +487,8 @@ func TestRun_UnhealthyComponentHeals(t *testing.T) {
 		silence, wake syscall.Signal
 		cause         string
 	}{
-		{"mute", role{Dialect: "legacy", OnUSR1: "mute"}, syscall.SIGUSR1, syscall.SIGUSR2, "no heartbeat for 2"},
-		{"stopped", role{Dialect: "v1"}, syscall.SIGSTOP, syscall.SIGCONT, "no heartbeat for 2"},
+		{"mute", role{Dialect: "legacy", OnUSR1: "mute"}, syscall.SIGUSR1, syscall.SIGUSR2, "no heartbeat "},
+		{"stopped", role{Dialect: "v1"}, syscall.SIGSTOP, syscall.SIGCONT, "no heartbeat "},
 		{"unhealthy", role{Dialect: "v1", OnUSR1: "unhealthy"}, syscall.SIGUSR1, syscall.SIGUSR2, "it declared itself UNHEALTHY"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

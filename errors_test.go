@@ -37,6 +37,7 @@ var varying = []struct {
 	{regexp.MustCompile(`process \d+`), "process N"},
 	{regexp.MustCompile(`ran for [0-9.]+(ms|s)`), "ran for T"},
 	{regexp.MustCompile(`no heartbeat for [0-9.]+(ms|s)`), "no heartbeat for T"},
+	{regexp.MustCompile(`it registered [0-9.]+(ms|s) ago`), "it registered T ago"},
 	{regexp.MustCompile(`127\.0\.0\.1:\d+`), "127.0.0.1:P"},
 	{regexp.MustCompile(`there is none in [^;]+;`), "there is none in RUNS;"},
 	{regexp.MustCompile(`failed \d+ times`), "failed N times"},
@@ -303,7 +304,7 @@ var runErrors = []errorRow{
 	{name: "unhealthy", args: quietRun + " -unhealthy-timeout 100ms", prepare: havePipeline(actor("a", role{Dialect: "v1", OnUSR1: "unhealthy"})), act: onceReady(syscall.SIGUSR1), code: exitFailed,
 		want: "flowctl: component a failed: unhealthy for 100ms (-unhealthy-timeout): it declared itself UNHEALTHY (pid N, ran for T, registered)\nflowctl: the last lines of a:\n  registered\nflowctl: try: it is a that says so: look for the reason in its lines, or give it longer with -unhealthy-timeout\n"},
 	{name: "silent for too long", args: quietRun + " -unhealthy-timeout 100ms -heartbeat-ttl 200ms", prepare: havePipeline(actor("a", role{Dialect: "v1", Mute: true})), code: exitFailed,
-		want: "flowctl: component a failed: unhealthy for 100ms (-unhealthy-timeout): no heartbeat for T, the TTL is 200ms (pid N, ran for T, registered)\nflowctl: the last lines of a:\n  registered\nflowctl: try: see what a did for so long; if it is to be silent that long, run with a longer -heartbeat-ttl\n"},
+		want: "flowctl: component a failed: unhealthy for 100ms (-unhealthy-timeout): no heartbeat since it registered T ago, the TTL is 200ms (pid N, ran for T, registered)\nflowctl: the last lines of a:\n  registered\nflowctl: try: if a sends no heartbeats, give it a \"health_check\": a pass counts as one\n"},
 	{name: "check fails", args: quietRun + " -unhealthy-timeout 100ms", prepare: both(havePipeline(changed(shell("a", "exec sleep 300"), func(c *Component) {
 		c.HealthCheck, c.HealthInterval, c.HealthRetries = "exec:test -e here", Duration(20*time.Millisecond), 2
 	})), haveProgram("here", "", 0o600)), act: func(p *process) {

@@ -221,7 +221,7 @@ func TestHeartbeat_SharedServiceIDIsKnownByItsProcess(t *testing.T) {
 				p := launch(t, writePipeline(t, first, last), "-heartbeat-ttl", "3s", "-unhealthy-timeout", "1m")
 				p.waitReady()
 				p.tell(mute, syscall.SIGUSR1)
-				p.waitErr("component=" + mute + ` cause="no heartbeat for `)
+				p.waitErr("component=" + mute + ` cause="no heartbeat `)
 				p.tell(mute, syscall.SIGUSR2)
 				p.waitErr("component=" + mute + "\n")
 				p.hasNot(p.stderr, "component="+other+" cause=")

@@ -267,7 +267,7 @@ func defineOrchestrator(fs *flag.FlagSet, value *string) {
 
 // defineTTL defines the flag for how long a heartbeat counts.
 func defineTTL(fs *flag.FlagSet, value *time.Duration) {
-	defineDuration(fs, value, "heartbeat-ttl", 30*time.Second, "who does not heartbeat for so long is stale")
+	defineDuration(fs, value, "heartbeat-ttl", 30*time.Second, "who does not heartbeat for so long, and a tenth longer, is stale")
 }
 
 // defaultLogDir returns the folder for log files that systemd gives, else, on a terminal, logs beside

@@ -164,7 +164,7 @@ func TestServer_TellsChangesAndSystemd(t *testing.T) { // not in parallel: anoth
 	p.wait(p.notified, "READY=1\nSTATUS=listening on "+endpoint+"\n\n", 1)
 	register(t, endpoint, "ledgers")
 	p.waitErr("msg=healthy id=ledgers")
-	p.waitErr("msg=unhealthy id=ledgers cause=\"no heartbeat for ")
+	p.waitErr("msg=unhealthy id=ledgers cause=\"no heartbeat since it registered ")
 	if code, out, _ := call(t, "list", "-e", endpoint); code != exitFailed || !strings.Contains(out, "unhealthy") {
 		t.Errorf("list: exit %d\n%s", code, out)
 	}

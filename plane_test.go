@@ -33,6 +33,7 @@ import (
 
 const (
 	testTTL      = 30 * time.Second
+	testPatience = testTTL + testTTL/10
 	testInterval = 10 * time.Second
 )
 

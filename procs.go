@@ -77,6 +77,7 @@ const (
 	hintUnmatched      // nor has it, but something registered that is not in the pipeline
 	hintCheck          // its health_check does not pass
 	hintHeartbeat      // its heartbeats stopped
+	hintMute           // it has never sent one
 	hintDeclared       // it has declared itself unhealthy
 )
 

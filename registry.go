@@ -131,6 +131,10 @@ func (r *registry) lockAt(now time.Time) time.Time {
 	return r.lastNow
 }
 
+// patience is how long nothing may be heard of a service: a tenth more than the TTL, as many clients
+// heartbeat once in exactly that.
+func (r *registry) patience() time.Duration { return r.ttl + r.ttl/10 }
+
 // maxGap is the longest time without a look at the clock in which flowctl runs. It is short
 // enough for nobody to go stale in it who heartbeats as told, each third of the TTL.
 func (r *registry) maxGap() time.Duration { return min(r.interval, r.ttl/3) }
@@ -516,6 +520,9 @@ func (r *registry) healthLocked(s *service, now time.Time) serviceHealth {
 	case failing != "":
 		return serviceHealth{condition: unhealthy, why: whyCheck, reason: failing}
 	case !s.noTTL && now.After(r.expiryLocked(s)):
+		if s.lastSeen.Equal(s.registeredAt) {
+			return serviceHealth{condition: unhealthy, why: whyMute, silent: s.lastSeen}
+		}
 		return serviceHealth{condition: unhealthy, why: whySilent, silent: s.lastSeen}
 	case s.declared == flowctlv1.HealthStatus_HEALTH_STATUS_DEGRADED:
 		return serviceHealth{condition: degraded, why: whyDeclared, reason: "it declared itself DEGRADED"}
@@ -528,7 +535,11 @@ func (r *registry) cause(h serviceHealth, now time.Time) string {
 	if h.silent.IsZero() {
 		return h.reason
 	}
-	return fmt.Sprintf("no heartbeat for %s, the TTL is %s", now.Sub(h.silent).Round(time.Millisecond), r.ttl)
+	silence := now.Sub(h.silent).Round(time.Millisecond)
+	if h.why == whyMute {
+		return fmt.Sprintf("no heartbeat since it registered %s ago, the TTL is %s", silence, r.ttl)
+	}
+	return fmt.Sprintf("no heartbeat for %s, the TTL is %s", silence, r.ttl)
 }
 
 // expiryLocked is the last moment at which s is not stale unless it is heard of again. One
@@ -538,7 +549,7 @@ func (r *registry) expiryLocked(s *service) time.Time {
 	if s.live != nil && from.Before(r.graceFrom) {
 		from = r.graceFrom
 	}
-	return from.Add(r.ttl)
+	return from.Add(r.patience())
 }
 
 // noteLocked takes a change of the condition of s into its history, and reports whether there

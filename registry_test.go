@@ -35,7 +35,7 @@ func TestFullRegistryForgetsTheSilent(t *testing.T) {
 	for i := silent; i < maxGuests; i++ {
 		must(t, beat(r, fmt.Sprint("service-", i), now))
 	}
-	now = testEpoch.Add(testTTL + 1)
+	now = testEpoch.Add(testPatience + 1)
 	pass(r, now)
 	for i := range silent {
 		mustRegister(t, r, registration{id: fmt.Sprint("new-", i)}, now)
@@ -64,14 +64,14 @@ func TestSweep_ForgetsWhatHasBeenStaleForLong(t *testing.T) {
 	for _, id := range []string{"gone", "back"} {
 		mustRegister(t, r, registration{id: id}, testEpoch)
 	}
-	stale := testEpoch.Add(testTTL + 1)
+	stale := testEpoch.Add(testPatience + 1)
 	pass(r, stale)
 	wantChanges(t, r, stale, "own: unregistered > unhealthy", "gone: unregistered > unhealthy", "back: unregistered > unhealthy")
 	now := stale.Add(time.Hour - 1)
 	pass(r, now)
 	wantChanges(t, r, now)
 	must(t, beat(r, "back", now))
-	now = now.Add(testTTL)
+	now = now.Add(testPatience)
 	pass(r, now)
 	wantChanges(t, r, now, "back: unhealthy > healthy", "gone: unhealthy > unregistered")
 	wantCode(t, "heartbeat of the one forgotten", beat(r, "gone", now), codes.NotFound)
@@ -283,6 +283,7 @@ func TestJanitorTellsOfEachChangeOnce(t *testing.T) {
 
 func janitorTells(t *testing.T, ttl time.Duration) {
 	r := newRegistry(ttl, testInterval, "", testMembers())
+	ttl = r.patience()
 	ctx, cancel := context.WithCancel(context.Background())
 	var janitor sync.WaitGroup
 	janitor.Go(func() { r.runJanitor(ctx) })
@@ -369,7 +370,7 @@ func TestChanges(t *testing.T) {
 	unregister := func(id string) func(*registry, time.Time) {
 		return func(r *registry, now time.Time) { r.unregister(id, origin{believed: true}, now) }
 	}
-	const ttl = testTTL
+	const ttl = testPatience
 	var (
 		registered   = []string{"store: unregistered > healthy"}
 		failed       = []string{"store: healthy > unhealthy"}
@@ -531,7 +532,7 @@ func TestHealthIsJudgedWhenAsked(t *testing.T) {
 		for _, test := range []struct {
 			after time.Duration
 			want  bool
-		}{{time.Second, true}, {1, false}} {
+		}{{r.patience(), true}, {1, false}} {
 			for at := time.Now().Add(test.after); time.Now().Before(at); {
 				time.Sleep(min(time.Until(at), r.maxGap()/2))
 				r.unmatchedServices(time.Now()) // flowctl looks at the clock, it was not stopped
@@ -563,8 +564,8 @@ func TestChangeIsNotLostToAnOlderTime(t *testing.T) {
 	r := newRegistry(testTTL, time.Hour, "", nil)
 	mustRegister(t, r, registration{id: "x"}, testEpoch)
 	wantChanges(t, r, testEpoch, "x: unregistered > healthy")
-	pass(r, testEpoch.Add(testTTL+1))
-	got := append(takeChanges(r, testEpoch.Add(testTTL)), takeChanges(r, testEpoch.Add(testTTL+2))...)
+	pass(r, testEpoch.Add(testPatience+1))
+	got := append(takeChanges(r, testEpoch.Add(testPatience)), takeChanges(r, testEpoch.Add(testPatience+2))...)
 	wantEqual(t, "changes", got, []string{"x: healthy > unhealthy"})
 }
 
@@ -681,7 +682,7 @@ func FuzzRegistry(f *testing.F) {
 	f.Add([]byte("register, heartbeat, unregister and whatever the fuzzer makes of it"))
 	components := []string{"ledgers", "transfers", "store"}
 	names := append(slices.Clone(components), "x", "y", "z", "", "w")
-	times := []time.Duration{0, 0, 1, time.Second, testInterval / 2, testInterval, testInterval + 1, testTTL - testInterval, testTTL, testTTL + 1, 3 * testTTL, -1, -time.Second}
+	times := []time.Duration{0, 0, 1, time.Second, testInterval / 2, testInterval, testInterval + 1, testPatience - testInterval, testPatience, testPatience + 1, 3 * testPatience, -1, -time.Second}
 	endpoints := []string{"", "http://localhost:9001/health", "localhost:9003", "http://[", "h:1"}
 	causes := []string{"", "exit status 1"}
 	f.Fuzz(func(t *testing.T, in []byte) {
@@ -766,7 +767,7 @@ func TestHeartbeat_OnlyTheOwnerSpeaksForAService(t *testing.T) {
 	for what, err := range calls("remotes", alice) { // nobody can tell who has registered it
 		wantCode(t, what+" of another machine's by alice", err, codes.OK)
 	}
-	now = now.Add(testTTL + 1)
+	now = now.Add(testPatience + 1)
 	pass(r, now)
 	get(first(r.register(registration{id: "alices"}, eve, now)))(t)
 	wantCode(t, "heartbeat of the former owner", second(r.heartbeat("alices", alice, flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, nil, now)), codes.PermissionDenied)
@@ -849,4 +850,18 @@ func TestRegister_GuestsHaveABound(t *testing.T) {
 
 func beatWith(r *registry, id string, metrics ...metric) error {
 	return second(r.heartbeat(id, origin{believed: true}, flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, metrics, testEpoch))
+}
+
+// Of one that never sends a heartbeat that is said: it is not that its heartbeats stopped.
+func TestHealth_OneThatNeverBeats(t *testing.T) {
+	t.Parallel()
+	r, late := testRegistry(), testEpoch.Add(testPatience+1)
+	mustRegister(t, r, registration{id: "store"}, testEpoch)
+	cause := func(now time.Time) string { pass(r, now); return shown(r, now)["store"].GetCause() }
+	wantEqual(t, "of one that has sent none", cause(late), "no heartbeat since it registered 33s ago, the TTL is 30s")
+	must(t, beat(r, "store", late))
+	wantEqual(t, "of one in time", cause(late.Add(testPatience)), "")
+	wantEqual(t, "of one that has stopped", cause(late.Add(testPatience+1)), "no heartbeat for 33s, the TTL is 30s")
+	mustRegister(t, r, registration{id: "store"}, late.Add(time.Hour))
+	wantEqual(t, "after it has registered anew", cause(late.Add(time.Hour+testPatience+1)), "no heartbeat since it registered 33s ago, the TTL is 30s")
 }

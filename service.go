@@ -5,6 +5,7 @@ package main
 import (
 	"cmp"
 	"container/list"
+	"math"
 	"net"
 	"net/url"
 	"os"
@@ -60,6 +61,7 @@ const (
 	whyDeclared         // it has declared itself so
 	whyCheck            // its health check does not pass
 	whySilent           // its heartbeats have stopped
+	whyMute             // it has sent none since it registered
 )
 
 var notRegistered = serviceHealth{why: whyUnregistered, reason: "not registered"}
@@ -393,6 +395,9 @@ func (m *metric) check() error {
 func (m *metric) String() string {
 	if m.isText {
 		return m.text
+	}
+	if m.number == math.Trunc(m.number) && math.Abs(m.number) < 1<<53 { // a count: 58123456, not 5.8123456e+07
+		return strconv.FormatFloat(m.number, 'f', -1, 64)
 	}
 	return strconv.FormatFloat(m.number, 'g', -1, 64)
 }

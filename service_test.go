@@ -365,3 +365,16 @@ func TestRegister_HealthPortThatTellsNothing(t *testing.T) {
 		r.starting("c", testEpoch)
 	}
 }
+
+// A number that is whole is shown whole in the other dialect.
+func TestMetric_WholeNumbersAreShownWhole(t *testing.T) {
+	t.Parallel()
+	for number, want := range map[float64]string{58123456: "58123456", -3: "-3", 0: "0", 1.5: "1.5", 1 << 52: "4503599627370496", 1e300: "1e+300", math.Inf(1): "+Inf"} {
+		if got := (&metric{number: number}).String(); got != want {
+			t.Errorf("%v is shown as %s, want %s", number, got, want)
+		}
+	}
+	if got := (&metric{number: math.NaN()}).String(); got != "NaN" {
+		t.Error(got)
+	}
+}

@@ -339,6 +339,7 @@ var hintTexts = map[hint]string{
 	hintUnmatched: "if one of these is %s, have it register by the id that is in its $FLOWCTL_COMPONENT_ID",
 	hintCheck:     "ask by hand what its health_check asks, while %s runs; if it is only slow, give it a longer ",
 	hintHeartbeat: "see what %s did for so long; if it is to be silent that long, run with a longer -heartbeat-ttl",
+	hintMute:      "if %s sends no heartbeats, give it a \"health_check\": a pass counts as one",
 	hintDeclared:  "it is %s that says so: look for the reason in its lines, or give it longer with -unhealthy-timeout",
 }
 

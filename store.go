@@ -466,10 +466,10 @@ func (r *registry) restore(state iter.Seq2[savedService, error], now time.Time) 
 // requeueLocked puts a restored service among the live or the stale ones. It is not told of
 // where it is as it was.
 func (r *registry) requeueLocked(s *service, now time.Time) {
-	if s.noted.condition.ok() || s.lastSeen.Add(r.ttl).After(now) {
+	if s.noted.condition.ok() || s.lastSeen.Add(r.patience()).After(now) {
 		s.live = r.live.PushBack(s)
 	} else {
-		s.stale, s.staleSince = r.stale.PushBack(s), s.lastSeen.Add(r.ttl)
+		s.stale, s.staleSince = r.stale.PushBack(s), s.lastSeen.Add(r.patience())
 	}
 	s.notified = s.noted.condition
 	if r.noteLocked(s, now) {

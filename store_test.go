@@ -146,14 +146,14 @@ func TestRestoreGivesOneTTL(t *testing.T) {
 	t.Parallel()
 	r := newRegistry(testTTL, testInterval, "", nil)
 	mustRegister(t, r, registration{id: "stale"}, testEpoch)
-	late := testEpoch.Add(testTTL - time.Second)
+	late := testEpoch.Add(testPatience - time.Second)
 	pass(r, late)
 	mustRegister(t, r, registration{id: "healthy"}, late)
-	pass(r, testEpoch.Add(testTTL+time.Nanosecond))
+	pass(r, testEpoch.Add(testPatience+time.Nanosecond))
 	text := textOf(t, r)
 	for _, after := range []time.Duration{0, time.Second, time.Hour, 1000 * time.Hour, -time.Hour} { // the last is a clock that was set back
 		t.Run(after.String(), func(t *testing.T) {
-			now := testEpoch.Add(testTTL + time.Nanosecond).Add(after)
+			now := testEpoch.Add(testPatience + time.Nanosecond).Add(after)
 			r := restored(t, text, now)
 			r.finishWrite(r.persistence.changes, nil)
 			checkRegistry(t, r, now)
@@ -166,18 +166,18 @@ func TestRestoreGivesOneTTL(t *testing.T) {
 				}
 			}
 			if after < 0 {
-				health(testTTL, "healthy healthy") // it was seen but now, by this clock
-				health(testTTL+time.Nanosecond, "unhealthy unhealthy")
+				health(testPatience, "healthy healthy") // it was seen but now, by this clock
+				health(testPatience+time.Nanosecond, "unhealthy unhealthy")
 				return
 			}
 			health(0, "healthy unhealthy")
-			health(testTTL-time.Millisecond, "healthy unhealthy")
-			wantChanges(t, r, now.Add(testTTL-time.Millisecond))
-			health(testTTL+time.Nanosecond, "unhealthy unhealthy")
-			wantChanges(t, r, now.Add(testTTL+time.Nanosecond), "healthy: healthy > unhealthy")
-			must(t, beat(r, "stale", now.Add(testTTL+time.Second)))
-			health(testTTL+time.Second, "unhealthy healthy")
-			checkRegistry(t, r, now.Add(testTTL+time.Second))
+			health(testPatience-time.Millisecond, "healthy unhealthy")
+			wantChanges(t, r, now.Add(testPatience-time.Millisecond))
+			health(testPatience+time.Nanosecond, "unhealthy unhealthy")
+			wantChanges(t, r, now.Add(testPatience+time.Nanosecond), "healthy: healthy > unhealthy")
+			must(t, beat(r, "stale", now.Add(testPatience+time.Second)))
+			health(testPatience+time.Second, "unhealthy healthy")
+			checkRegistry(t, r, now.Add(testPatience+time.Second))
 		})
 	}
 }
