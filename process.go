@@ -661,10 +661,10 @@ type child struct {
 func (c *child) signal(sig syscall.Signal) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.asked = true
-	if !c.ended { // so its pid is its own
+	if !c.asked && !c.ended { // so its pid is its own
 		c.launcher.noteBelow(c.pid)
 	}
+	c.asked = true
 	if sig == syscall.SIGKILL && !c.killed {
 		c.killed = true
 		close(c.expired)

@@ -184,25 +184,28 @@ func (r *reaper) noteBelow(pid int, seen seenBelow) {
 }
 
 // leftBy returns the component that has left a process of which nothing else tells whose it is: that
-// below which it was seen, or whose output it holds open. It is "" where neither tells.
+// below which it was seen, or whose output is its own. It is "" where neither tells.
 func (r *reaper) leftBy(p procInfo) string {
-	holds := make(map[string]bool)
-	fds, _ := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", p.pid))
-	for _, fd := range fds {
-		to, _ := os.Readlink(fd)
-		holds[to] = true
+	var outputs [2]string // not all that it has open: it may have opened very much
+	for i := range outputs {
+		outputs[i], _ = os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", p.pid, i+1))
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if seen := r.below[p.pid]; seen.begun == p.begun {
 		return r.known[seen.leader].id
 	}
+	of := ""
 	for _, what := range r.known {
-		if slices.ContainsFunc(what.outputs, func(pipe string) bool { return holds[pipe] }) {
-			return what.id
+		switch {
+		case !slices.Contains(what.outputs, outputs[0]) && !slices.Contains(what.outputs, outputs[1]):
+		case of != "" && of != what.id:
+			return "" // it has opened another component's
+		default:
+			of = what.id
 		}
 	}
-	return ""
+	return of
 }
 
 // leaders returns, by pid, the component of each process of startLeader that has not ended.
@@ -403,18 +406,20 @@ func (c *child) endRest() {
 // each with all that is below it. What is below a process that flowctl has started, and which runs, is
 // none of them.
 func (l *launcher) orphanedTrees(are func(procInfo) bool) (out []procInfo) {
-	var add func(pid int, with bool)
-	add = func(pid int, with bool) {
+	var add func(pid, with int) // with: its parent, where that is one of them, else 0
+	add = func(pid, with int) {
 		p, ok := readProcess(pid)
-		if ok && !p.zombie && (with || are(p)) {
-			with, out = true, append(out, p)
+		if ok && !p.zombie && (p.parent == with || are(p)) {
+			with, out = pid, append(out, p)
+		} else {
+			with = 0
 		}
 		for _, child := range childPIDs(pid) {
 			add(child, with)
 		}
 	}
 	for _, pid := range l.config.reaper.orphans() {
-		add(pid, false)
+		add(pid, 0)
 	}
 	return out
 }
@@ -437,9 +442,14 @@ func endGroup(ctx context.Context, pid int) {
 	}
 }
 
-// noteBelow notes what is below a leader, which lives: once that has ended nothing tells of it.
+// noteBelow notes what is below a leader, which lives: once that has ended nothing tells of it but, where
+// there are any, control groups. The loop waits for it, so it notes some hundred processes at most.
 func (l *launcher) noteBelow(leader int) {
-	eachBelow(leader, func(p procInfo) bool {
+	if l.ownGroups() {
+		return
+	}
+	most := 300
+	eachBelow(leader, &most, func(p procInfo) bool {
 		l.config.reaper.noteBelow(p.pid, seenBelow{p.begun, leader})
 		return true
 	})
@@ -707,9 +717,11 @@ func (g *guard) start() error {
 // counted one by one, so that a flowctl that was stopped itself does not count that time. One
 // that was stopped is continued, and killed if it is silent after that.
 func (g *guard) beat() bool {
+	line := ""
 	for silent := 1; ; silent++ {
 		_ = g.beats.SetReadDeadline(time.Now().Add(guardInterval))
-		line, err := g.lines.ReadString('\n') // the guard writes it whole, so time does not run out within it
+		part, err := g.lines.ReadString('\n')
+		line += part // time may run out within one
 		switch {
 		case !errors.Is(err, os.ErrDeadlineExceeded):
 			var pid int
@@ -897,13 +909,11 @@ func (g *guardState) noteBelow() {
 	maps.DeleteFunc(g.below, func(pid int, seen seenBelow) bool {
 		p, ok := readProcess(pid)
 		gone := !ok || p.begun != seen.begun
-		if gone && seen.leader != 0 {
-			tellSeen(pid, seenBelow{})
-		}
-		return gone
+		return gone && (seen.leader == 0 || tellSeen(pid, seenBelow{}))
 	})
 	leader := 0
-	eachBelow(g.Flowctl, func(p procInfo) bool {
+	most := math.MaxInt
+	eachBelow(g.Flowctl, &most, func(p procInfo) bool {
 		if p.parent == g.Flowctl {
 			leader = 0
 			if g.leaders[p.pid] == p.begun {

@@ -124,12 +124,16 @@ func childPIDs(pid int) []int {
 	return pids
 }
 
-// eachBelow calls f with each process below pid, and goes on below it where f returns true. It can
-// miss some while others end.
-func eachBelow(pid int, f func(procInfo) bool) {
+// eachBelow calls f with each process below pid, so many at most, and goes on below it where f returns
+// true. It can miss some while others end.
+func eachBelow(pid int, most *int, f func(procInfo) bool) {
 	for _, child := range childPIDs(pid) {
+		if *most <= 0 {
+			return
+		}
+		*most--
 		if p, ok := readProcess(child); ok && p.parent == pid && f(p) {
-			eachBelow(child, f)
+			eachBelow(child, most, f)
 		}
 	}
 }
