@@ -228,7 +228,7 @@ func TestOldStateFileIsRead(t *testing.T) {
 	want := []string{
 		`stellar-source ["old-name" "stellar-source" "ledgers"] source "Ledgers" "reads ledgers" "1.2.3" ["xdr"] ["ledger" "ledger.<raw>"] "http://10.0.0.5:8088/health" 64 map[network:testnet zone:ü] 2026-01-02T03:04:05.000000006Z 2026-01-02T04:00:00Z degraded map[lag:2.5 rate:NaN state:catching up] degraded (it declared itself DEGRADED) 2`,
 		`silent ["silent"] processor "" "" "" [] [] "" 0 map[] 2026-01-02T01:00:00Z 2026-01-02T02:00:00Z unknown map[] unhealthy (no heartbeat for 2h0m10s, the TTL is 30s) 2`,
-		`leaving ["leaving"] sink "" "" "" [] [] "" 0 map[] 2026-01-02T03:00:00Z 2026-01-02T04:00:05Z stopping map[events:9.007199254740991e+15] unhealthy (it declared itself STOPPING) 1`,
+		`leaving ["leaving"] sink "" "" "" [] [] "" 0 map[] 2026-01-02T03:00:00Z 2026-01-02T04:00:05Z stopping map[events:9007199254740991] unhealthy (it declared itself STOPPING) 1`,
 		`pipeline-1 ["store-alias" "pipeline-1"] pipeline "" "" "" [] [] "" 0 map[] 2026-01-02T03:00:00Z 2026-01-02T03:59:59Z healthy map[] healthy () 0`,
 		`bare ["bare"] unspecified "" "" "" [] [] "" 0 map[] 2026-01-02T03:59:50Z 2026-01-02T03:59:50Z unknown map[] healthy () 1`,
 	}
