@@ -86,8 +86,8 @@ func shellWord(s string) string {
 	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
 }
 
-// pattern gives a regular expression that is compiled when it is first used: all of them took a quarter of the
-// time and of the memory of each start, and most commands, and the guard, use none.
+// pattern gives a regular expression that is compiled when it is first used: all of them took a quarter of
+// what each start allocates, and most commands, and the guard, use none.
 func pattern(expr string) func() *regexp.Regexp {
 	return sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(expr) })
 }
