@@ -21,7 +21,6 @@ import (
 	"net"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -364,9 +363,12 @@ func (e *engine) noAnswer(err error) error {
 	case filepath.Base(e.path) != "docker":
 		advice = "try: " + e.name + " ps"
 	}
-	said := regexp.MustCompile(`(Get|Head|Post) "http[^"]*": `).ReplaceAllString(err.Error(), "") // by which docker asked: it is long, and the reason comes after it
+	said := requestURL().ReplaceAllString(err.Error(), "")
 	return fmt.Errorf("the container engine %s cannot be used: %s (%s)", e.name, said, advice)
 }
+
+// requestURL is how docker has asked its daemon. It is long, and the reason comes after it.
+var requestURL = pattern(`(Get|Head|Post) "http[^"]*": `)
 
 // pull pulls an image, however long that takes. The engine's last line is the reason of a failure.
 func (e *engine) pull(ctx context.Context, image string, progress func(image, said string)) error {
