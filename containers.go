@@ -431,3 +431,15 @@ func (e *engine) command(ctx context.Context, args ...string) *exec.Cmd {
 	cmd.WaitDelay = time.Second
 	return cmd
 }
+
+// removeUntilGone removes the containers with label until there were none so many times in a row, with a
+// pause between: the engine may still be making one, of which nothing tells.
+func (e *engine) removeUntilGone(label string, pause time.Duration, tries int) {
+	deadline := time.Now().Add(2 * engineTimeout)
+	for quiet := 0; quiet < tries && time.Now().Before(deadline); quiet++ {
+		if names, _ := e.remove(context.Background(), "label="+label); len(names) > 0 {
+			quiet = 0
+		}
+		time.Sleep(pause)
+	}
+}

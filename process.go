@@ -51,9 +51,18 @@ type launchConfig struct {
 	commandEnv        []string      // of the command after --, below flowctl's own environment
 	engine            *engine       // of components with an image, nil for none
 	reaper            *reaper
+	guard             *guard
 	emit              emitter
 	flush             func() // returns when what was emitted has been written; nil where emit returns no sooner
 	log               *slog.Logger
+}
+
+// guardFacts are the first line that a guard is told, in JSON.
+type guardFacts struct {
+	Run        string // the mark of the run
+	Flowctl    int    // pid
+	Cgroup     string // folder of the run's control group, "" for none
+	EnginePath string // "" for none
 }
 
 // launcher starts the processes of a run: components, their health checks, and the
@@ -66,7 +75,6 @@ type launcher struct {
 	exits  chan childEnd // gets the end of each component's process, once
 	closed chan struct{}
 	cgroup *cgroup // nil for none
-	guard  *guard
 
 	inherited       []int                    // descriptors that flowctl was started with, for the command after -- alone
 	attempts        map[string]int           // starts of a component, by its id
@@ -87,8 +95,8 @@ type childEnd struct {
 	containerErr error // why its container may still be there
 }
 
-// newLauncher returns a launcher with its guard. It is closed when no component runs any more.
-func newLauncher(config launchConfig) (*launcher, error) {
+// newLauncher returns a launcher, of which the guard knows from then on. It is closed when no component runs any more.
+func newLauncher(config launchConfig) *launcher {
 	l := &launcher{
 		config: config, mark: strings.TrimPrefix(os.Getenv(runMark)+"/"+rand.Text(), "/"), secret: []byte(rand.Text()),
 		exits: make(chan childEnd), closed: make(chan struct{}), attempts: make(map[string]int), ports: make(map[string]*reservedPort), envFiles: make(map[string]*diskTurn), doubted: make(map[int]uint64),
@@ -104,11 +112,8 @@ func newLauncher(config launchConfig) (*launcher, error) {
 		config.engine.run, config.engine.env = l.mark, append(baseEnv(), runMark+"="+l.mark)
 		enginePath = config.engine.path
 	}
-	if l.guard, err = startGuard(l.mark, l.cgroup.path(), enginePath, config.reaper, config.log); err != nil {
-		l.cgroup.remove()
-		return nil, fmt.Errorf("cannot start the guard, which ends the components of a flowctl that is killed: %v", err)
-	}
-	return l, nil
+	config.guard.know(guardFacts{l.mark, os.Getpid(), l.cgroup.path(), enginePath})
+	return l
 }
 
 // close ends what components have left behind, and the guard. It returns what SIGKILL has not
@@ -118,7 +123,7 @@ func (l *launcher) close() (left []procInfo) {
 	if l.containerStarts.Load() > 0 {
 		l.removeContainers()
 	}
-	l.guard.dismiss()
+	l.config.guard.dismiss()
 	l.cgroup.remove()
 	for _, port := range l.ports {
 		port.release()
@@ -293,13 +298,13 @@ func (l *launcher) startLeader(cmd *exec.Cmd, what started) error {
 	if err := l.config.reaper.startLeader(cmd, what); err != nil {
 		return err
 	}
-	l.guard.tell("started", cmd.Process.Pid)
+	l.config.guard.tell("started", cmd.Process.Pid)
 	return nil
 }
 
 func (l *launcher) leaderEnded(pid int) {
 	l.config.reaper.leaderEnded(pid)
-	l.guard.tell("ended", pid)
+	l.config.guard.tell("ended", pid)
 }
 
 // holdBack has no child get the descriptors above 2 that flowctl was started with, and returns them.

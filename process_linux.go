@@ -627,7 +627,6 @@ func endAll(cgroup string, left []procInfo, find func() ([]procInfo, bool), catc
 // It reads from a pipe which process groups there are; when the pipe ends without the line
 // "end", flowctl was killed. A guard that is killed itself, or lastingly stopped, is replaced.
 type guard struct {
-	knows     guardFacts
 	reaper    *reaper
 	log       *slog.Logger
 	dismissed context.Context // ends when the guard is to end
@@ -636,29 +635,45 @@ type guard struct {
 	beating   chan struct{} // closed by the first beat
 
 	mu    sync.Mutex // guards the fields below; nobody who holds it waits
+	facts guardFacts // without a run until know is called
 	cmd   *exec.Cmd
 	in    *os.File      // the pipe; it does not block
 	beats *os.File      // gets a line from it each guardInterval, and for what it sees below leaders
 	lines *bufio.Reader // reads beats
 }
 
-// guardFacts are the first line that a guard is told, in JSON.
-type guardFacts struct {
-	Run        string // the mark of the run
-	Flowctl    int    // pid
-	Cgroup     string // folder of the run's control group, "" for none
-	EnginePath string // "" for none
-}
-
 // startGuard starts the guard of a run, and replaces it until dismiss is called.
-func startGuard(run, cgroup, enginePath string, r *reaper, log *slog.Logger) (*guard, error) {
-	g := &guard{knows: guardFacts{run, os.Getpid(), cgroup, enginePath}, reaper: r, log: log, beating: make(chan struct{})}
+func startGuard(r *reaper, log *slog.Logger) (*guard, error) {
+	g := &guard{reaper: r, log: log, beating: make(chan struct{})}
 	g.dismissed, g.end = context.WithCancel(context.Background())
 	if err := g.start(); err != nil {
 		return nil, err
 	}
 	g.keeping.Go(g.keep)
 	return g, nil
+}
+
+// know tells the guard which run it guards, before that starts anything.
+func (g *guard) know(facts guardFacts) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.facts = facts
+	g.briefLocked()
+}
+
+// briefLocked tells a guard all that the one before it knew.
+func (g *guard) briefLocked() {
+	if g.facts.Run == "" {
+		return
+	}
+	facts, _ := json.Marshal(g.facts) // of strings and numbers, which cannot fail
+	g.writeLocked(string(facts) + "\n")
+	for pid := range g.reaper.inherited {
+		g.tellLocked("spare", pid)
+	}
+	for pid := range g.reaper.leaders() {
+		g.tellLocked("started", pid)
+	}
 }
 
 // awaitBeat returns when the guard has its threads, which components could use up. It fails if
@@ -702,14 +717,7 @@ func (g *guard) start() error {
 		return err
 	}
 	g.cmd, g.in, g.beats, g.lines = cmd, ours, beats, bufio.NewReaderSize(beats, 128)
-	facts, _ := json.Marshal(g.knows) // of strings and numbers, which cannot fail
-	g.writeLocked(string(facts) + "\n")
-	for pid := range g.reaper.inherited {
-		g.tellLocked("spare", pid)
-	}
-	for pid := range g.reaper.leaders() {
-		g.tellLocked("started", pid)
-	}
+	g.briefLocked()
 	return nil
 }
 
@@ -818,17 +826,21 @@ func (g *guard) dismiss() {
 // runGuard is the process of the guard. It returns when it was dismissed, or when flowctl was killed and
 // nothing is left of the run that can be killed. It fails if no flowctl has started it.
 func runGuard(in io.Reader) error {
+	if os.Args[0] != guardName {
+		return usageErrorf("", "guard: flowctl starts it by itself")
+	}
 	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGPIPE, syscall.SIGTSTP)
+	_ = os.WriteFile("/proc/self/comm", []byte(guardName), 0)
+	runtime.GOMAXPROCS(1)
+	reserveThreads(4)                  // components may have used up all when it is needed
+	_, _ = os.FindProcess(os.Getpid()) // its first call starts a process, to see whether pidfds work
+	_ = syscall.SetNonblock(1, true)   // who reads there may be stopped
+	tellAlive()
 	g := &guardState{leaders: make(map[int]uint64), below: make(map[int]seenBelow), spared: make(map[int]bool)}
 	scanner := bufio.NewScanner(in)
 	if !scanner.Scan() || json.Unmarshal(scanner.Bytes(), &g.guardFacts) != nil || g.Run == "" {
-		return usageErrorf("", "guard: flowctl starts it by itself")
+		return nil // flowctl ended before it started anything
 	}
-	_ = os.WriteFile("/proc/self/comm", []byte(guardName), 0)
-	runtime.GOMAXPROCS(1)
-	debug.SetGCPercent(10)             // a few kilobytes live here, so collecting costs nothing
-	reserveThreads(4)                  // components may have used up all when it is needed
-	_, _ = os.FindProcess(os.Getpid()) // its first call starts a process, to see whether pidfds work
 	if p, ok := readProcess(g.Flowctl); ok && g.Flowctl == os.Getppid() {
 		g.begun = p.begun
 	}
@@ -839,13 +851,15 @@ func runGuard(in io.Reader) error {
 			lines <- scanner.Text()
 		}
 	}()
-	_ = syscall.SetNonblock(1, true) // who reads there may be stopped
 	if g.watch(lines) {
 		return nil
 	}
 	g.killRun()
 	if g.EnginePath != "" {
-		removeContainersOf(g.Run, g.EnginePath)
+		if e, err := findEngine(g.EnginePath); err == nil {
+			e.commands, e.env = newReaper(), baseEnv()
+			e.removeUntilGone(labelRun+"="+g.Run, 10*scanStep, scanTries)
+		}
 	}
 	return nil
 }
@@ -866,15 +880,15 @@ func (g *guardState) watch(lines <-chan string) bool {
 	timer, beat := time.NewTimer(step), time.NewTicker(guardInterval)
 	defer timer.Stop()
 	defer beat.Stop()
-	_, _ = syscall.Write(1, []byte(".\n"))
 	for {
 		select {
 		case <-beat.C:
-			_, _ = syscall.Write(1, []byte(".\n"))
+			tellAlive()
 		case <-timer.C:
 			g.noteBelow()
 			if step < guardInterval && 2*step >= guardInterval {
-				dropProgram() // nothing has started for a while
+				debug.SetGCPercent(10) // a few kilobytes live here, so collecting costs nothing
+				dropProgram()          // nothing has started for a while
 			}
 			step = min(2*step, guardInterval)
 			timer.Reset(step)
@@ -935,6 +949,9 @@ func (g *guardState) noteBelow() {
 	})
 }
 
+// tellAlive is the guard's beat.
+func tellAlive() { _, _ = syscall.Write(1, []byte(".\n")) }
+
 // tellSeen tells flowctl of what was seen. It fails where flowctl does not read: it may be stopped.
 func tellSeen(pid int, seen seenBelow) bool {
 	_, err := syscall.Write(1, fmt.Appendf(nil, "%d %d %d\n", pid, seen.begun, seen.leader))
@@ -974,27 +991,10 @@ func (g *guardState) processes() []procInfo {
 	return slices.DeleteFunc(all, func(p procInfo) bool { return !chosen[p.pid] || p.pid == os.Getpid() })
 }
 
-// hasMark tells whether a process was started with that value of runMark, or by a flowctl that
-// was.
+// hasMark tells whether a process was started with that value of runMark, or by a flowctl that was.
 func hasMark(pid int, mark string) bool { return isMarked(environ(pid), mark) }
 
 func isMarked(env []byte, mark string) bool {
 	entry := "\x00" + runMark + "=" + mark
 	return bytes.Contains(env, []byte(entry+"\x00")) || bytes.Contains(env, []byte(entry+"/"))
-}
-
-// removeContainersOf removes the containers of run, for a while: the engine may still be making one.
-func removeContainersOf(run, enginePath string) {
-	e, err := findEngine(enginePath)
-	if err != nil {
-		return
-	}
-	e.commands, e.env = newReaper(), baseEnv()
-	deadline := time.Now().Add(2 * engineTimeout)
-	for quiet := 0; quiet < scanTries && time.Now().Before(deadline); quiet++ {
-		if names, _ := e.remove(context.Background(), "label="+labelRun+"="+run); len(names) > 0 {
-			quiet = 0
-		}
-		time.Sleep(10 * scanStep) // nothing tells of a container that is about to be made
-	}
 }

@@ -348,9 +348,9 @@ func TestGuard_NotReadingIsReplaced(t *testing.T) {
 	t.Parallel()
 	l := newTestLauncher(t)
 	guardPID := func() int {
-		l.guard.mu.Lock()
-		defer l.guard.mu.Unlock()
-		return l.guard.cmd.Process.Pid
+		l.config.guard.mu.Lock()
+		defer l.config.guard.mu.Unlock()
+		return l.config.guard.cmd.Process.Pid
 	}
 	old := guardPID()
 	if err := syscall.Kill(old, syscall.SIGSTOP); err != nil {
@@ -361,8 +361,8 @@ func TestGuard_NotReadingIsReplaced(t *testing.T) {
 	go func() {
 		defer close(told)
 		for range 10_000 { // more than the pipe holds
-			l.guard.tell("started", os.Getpid())
-			l.guard.tell("ended", os.Getpid())
+			l.config.guard.tell("started", os.Getpid())
+			l.config.guard.tell("ended", os.Getpid())
 		}
 	}()
 	select {
@@ -506,14 +506,15 @@ type testLauncher struct {
 func newTestLauncher(t testing.TB) *testLauncher {
 	t.Helper()
 	l := &testLauncher{t: t, running: make(map[*child]bool)}
-	var err error
-	l.launcher, err = newLauncher(launchConfig{
-		endpoint: "127.0.0.1:1", heartbeat: 10 * time.Second, reaper: newReaper(),
-		emit: func(string, string, []byte, int) {}, log: slog.New(slog.NewTextHandler(t.Output(), nil)),
-	})
+	log, children := slog.New(slog.NewTextHandler(t.Output(), nil)), newReaper()
+	guard, err := startGuard(children, log)
 	if err != nil {
 		t.Fatal(err)
 	}
+	l.launcher = newLauncher(launchConfig{
+		endpoint: "127.0.0.1:1", heartbeat: 10 * time.Second, reaper: children, guard: guard,
+		emit: func(string, string, []byte, int) {}, log: log,
+	})
 	t.Cleanup(func() {
 		for ch := range l.running {
 			l.signal(ch, syscall.SIGKILL)
@@ -521,7 +522,7 @@ func newTestLauncher(t testing.TB) *testLauncher {
 		for len(l.running) > 0 {
 			l.end()
 		}
-		l.guard.dismiss() // not close, which ends all descendants, those of other tests too
+		l.config.guard.dismiss() // not close, which ends all descendants, those of other tests too
 		l.cgroup.remove()
 	})
 	return l

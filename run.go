@@ -66,7 +66,7 @@ type run struct {
 
 // runPipeline runs p and returns an *exitError for everything but success.
 func runPipeline(p *Pipeline, config runConfig) error {
-	limitGarbage()
+	limitMemory()
 	r := &run{config: config, once: fromStandardInput(config.file), info: pipelineInfo{name: p.Metadata.Name, version: config.version, started: time.Now()}}
 	defer r.close()
 	r.out = openOutputs(outputConfig{pipeline: r.info.name, ids: p.ids(), format: config.format, level: config.logLevel, footer: config.showStatus, command: len(config.command) > 0})
@@ -85,7 +85,7 @@ func runPipeline(p *Pipeline, config runConfig) error {
 	if r.wrapped, err = newWrapped(config.command); err != nil {
 		return &exitError{code: exitUsage, err: err}
 	}
-	file, children, err := r.claim()
+	claimed, err := r.claim()
 	if err != nil {
 		return err
 	}
@@ -100,7 +100,7 @@ func runPipeline(p *Pipeline, config runConfig) error {
 		}
 		return nil
 	}
-	if err := r.open(p, file, children); err != nil {
+	if err := r.open(p, claimed); err != nil {
 		return err
 	}
 	r.loop(signals)
@@ -112,14 +112,20 @@ func runPipeline(p *Pipeline, config runConfig) error {
 	return r.end()
 }
 
-// limitGarbage has the garbage collector come sooner, unless its own variables say otherwise: callers make
-// the control plane hold much for a moment, and the rest of a run takes little.
+// limitMemory has the garbage collector come more and more often from garbageLimit on, unless its own
+// variable says otherwise.
+func limitMemory() {
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(garbageLimit)
+	}
+}
+
+// limitGarbage has the garbage collector come sooner, unless its own variable says otherwise: callers make
+// the control plane hold much for a moment, and the rest of a run takes little. It is called once the
+// pipeline is ready, because a start has nothing to collect.
 func limitGarbage() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(50)
-	}
-	if os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(garbageLimit)
 	}
 }
 
@@ -131,29 +137,41 @@ func (r *run) close() {
 	}
 }
 
-// claim claims the name of the pipeline and makes flowctl the parent of what its descendants orphan,
-// before anything happens that others could see.
-func (r *run) claim() (*runFile, *reaper, error) {
-	file, err := claimRun(runInfo{Pipeline: r.info.name, TLS: r.config.tls.cert != ""})
-	if _, running := errors.AsType[*runningError](err); running {
-		return nil, nil, &exitError{exitPlane, err, "flowctl list"}
-	} else if err != nil {
-		r.log.Warn("list cannot find this run by itself, and a second one would not be refused", "err", err)
-	}
-	r.closeLater(file.release)
+// claimed is what a run has before anything happens that others could see.
+type claimed struct {
+	file     *runFile // nil for none
+	children *reaper
+	guard    *guard
+}
+
+// claim claims the name of the pipeline and makes flowctl the parent of what its descendants orphan.
+// The guard begins first: it takes the longest until it is there.
+func (r *run) claim() (claimed, error) {
 	children := newReaper()
 	if err := children.adopt(); err != nil {
 		r.log.Warn("processes that leave their process group cannot be ended", "err", err)
 	}
 	r.closeLater(children.close)
+	guard, err := startGuard(children, r.log)
+	if err != nil {
+		return claimed{}, &exitError{code: exitFailed, err: fmt.Errorf("cannot start the guard, which ends the components of a flowctl that is killed: %v", err)}
+	}
+	r.closeLater(guard.dismiss)
+	file, err := claimRun(runInfo{Pipeline: r.info.name, TLS: r.config.tls.cert != ""})
+	if _, running := errors.AsType[*runningError](err); running {
+		return claimed{}, &exitError{exitPlane, err, "flowctl list"}
+	} else if err != nil {
+		r.log.Warn("list cannot find this run by itself, and a second one would not be refused", "err", err)
+	}
+	r.closeLater(file.release)
 	if engine := r.config.engine; engine != nil {
 		engine.commands, engine.env, engine.pipeline, engine.ownerLabel = children, baseEnv(), r.info.name, file.ownerLabel()
 	}
-	return file, children, nil
+	return claimed{file, children, guard}, nil
 }
 
 // open opens what the loop needs: listeners, launcher, supervisor and control plane.
-func (r *run) open(p *Pipeline, file *runFile, children *reaper) error {
+func (r *run) open(p *Pipeline, claimed claimed) error {
 	certs, err := openCertificates(r.config.tls, r.log)
 	if err != nil {
 		return &exitError{code: exitPlane, err: err}
@@ -164,13 +182,13 @@ func (r *run) open(p *Pipeline, file *runFile, children *reaper) error {
 	}
 	r.closeLater(func() { closeAll(listeners) }) // once more, if a control plane has served them
 	endpoint := listeners[0].endpoint
-	operators, err := file.listen()
+	operators, err := claimed.file.listen()
 	if err != nil {
 		r.log.Warn("operators have no socket here", "err", err)
 	} else {
 		r.closeLater(func() { operators.Close() })
 	}
-	if err := file.publish(endpoint); err != nil { // not before: who finds the endpoint looks for that socket
+	if err := claimed.file.publish(endpoint); err != nil { // not before: who finds the endpoint looks for that socket
 		r.log.Warn("list cannot find this run by itself", "err", err)
 	}
 	access, err := openComponentAccess(certs, endpoint, p.speakTLS(true), p.speakTLS(false), r.log)
@@ -182,7 +200,7 @@ func (r *run) open(p *Pipeline, file *runFile, children *reaper) error {
 	}
 	launch := launchConfig{
 		endpoint: access.endpoint, tlsEndpoint: endpoint, containerEndpoint: inContainers(listeners), tlsEnv: access.tlsEnv, heartbeat: r.config.ttl / 3, commandEnv: r.config.variables.environ(),
-		engine: r.config.engine, reaper: children, emit: r.out.emit, flush: r.out.flush, log: r.log,
+		engine: r.config.engine, reaper: claimed.children, guard: claimed.guard, emit: r.out.emit, flush: r.out.flush, log: r.log,
 	}
 	identify, err := r.openProcesses(p, launch)
 	if err != nil {
@@ -204,7 +222,7 @@ func (r *run) open(p *Pipeline, file *runFile, children *reaper) error {
 		r.plane, err = newPlane(planeConfig{
 			listeners: listeners, held: held, componentListener: access.listener, ttl: r.config.ttl, interval: r.config.interval, forget: r.config.forget,
 			members: r.members(), pipeline: r.info, store: st, certs: certs, identifier: identify,
-			operatorListener: operators, runFile: file, operators: r.config.operators, requests: r.reloads, lines: r.out.lines, log: r.log,
+			operatorListener: operators, runFile: claimed.file, operators: r.config.operators, requests: r.reloads, lines: r.out.lines, log: r.log,
 		})
 	}
 	if err != nil {
@@ -212,7 +230,7 @@ func (r *run) open(p *Pipeline, file *runFile, children *reaper) error {
 		r.launcher.close()
 		return &exitError{code: exitPlane, err: err}
 	}
-	if err := r.launcher.guard.awaitBeat(); err != nil {
+	if err := claimed.guard.awaitBeat(); err != nil {
 		r.plane.stop()
 		r.launcher.close()
 		return &exitError{code: exitFailed, err: err}
@@ -258,10 +276,7 @@ func (r *run) openProcesses(p *Pipeline, launch launchConfig) (*identifier, erro
 			r.out.lines.path = r.out.files.path
 		}
 	}
-	var err error
-	if r.launcher, err = newLauncher(launch); err != nil {
-		return nil, &exitError{code: exitFailed, err: err}
-	}
+	r.launcher = newLauncher(launch)
 	if err := r.reservePorts(p); err != nil {
 		r.launcher.close()
 		return nil, &exitError{code: exitFailed, err: err}
@@ -719,6 +734,7 @@ func (r *run) checkReady(now time.Time) {
 		return
 	}
 	r.info.ready = true
+	limitGarbage()
 	r.log.Info("pipeline ready", "components", len(r.sup.procs), "endpoint", r.plane.registry.endpoint, "after", now.Sub(r.info.started).Round(time.Millisecond))
 	r.showStatus() // who is told that all are ready finds it so when asking
 	r.plane.registry.publishPipeline(r.info)
