@@ -81,6 +81,64 @@ func (ServiceType) EnumDescriptor() ([]byte, []int) {
 	return file_flowctl_control_plane_proto_rawDescGZIP(), []int{0}
 }
 
+type RunStatus int32
+
+const (
+	RunStatus_RUN_STATUS_UNKNOWN   RunStatus = 0
+	RunStatus_RUN_STATUS_STARTING  RunStatus = 1
+	RunStatus_RUN_STATUS_RUNNING   RunStatus = 2
+	RunStatus_RUN_STATUS_COMPLETED RunStatus = 3
+	RunStatus_RUN_STATUS_FAILED    RunStatus = 4
+	RunStatus_RUN_STATUS_STOPPED   RunStatus = 5
+)
+
+// Enum value maps for RunStatus.
+var (
+	RunStatus_name = map[int32]string{
+		0: "RUN_STATUS_UNKNOWN",
+		1: "RUN_STATUS_STARTING",
+		2: "RUN_STATUS_RUNNING",
+		3: "RUN_STATUS_COMPLETED",
+		4: "RUN_STATUS_FAILED",
+		5: "RUN_STATUS_STOPPED",
+	}
+	RunStatus_value = map[string]int32{
+		"RUN_STATUS_UNKNOWN":   0,
+		"RUN_STATUS_STARTING":  1,
+		"RUN_STATUS_RUNNING":   2,
+		"RUN_STATUS_COMPLETED": 3,
+		"RUN_STATUS_FAILED":    4,
+		"RUN_STATUS_STOPPED":   5,
+	}
+)
+
+func (x RunStatus) Enum() *RunStatus {
+	p := new(RunStatus)
+	*p = x
+	return p
+}
+
+func (x RunStatus) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (RunStatus) Descriptor() protoreflect.EnumDescriptor {
+	return file_flowctl_control_plane_proto_enumTypes[1].Descriptor()
+}
+
+func (RunStatus) Type() protoreflect.EnumType {
+	return &file_flowctl_control_plane_proto_enumTypes[1]
+}
+
+func (x RunStatus) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use RunStatus.Descriptor instead.
+func (RunStatus) EnumDescriptor() ([]byte, []int) {
+	return file_flowctl_control_plane_proto_rawDescGZIP(), []int{1}
+}
+
 type ServiceInfo struct {
 	state            protoimpl.MessageState `protogen:"open.v1"`
 	ServiceId        string                 `protobuf:"bytes,1,opt,name=service_id,json=serviceId,proto3" json:"service_id,omitempty"`
@@ -430,6 +488,602 @@ func (x *ServiceList) GetServices() []*ServiceStatus {
 	return nil
 }
 
+type PipelineRun struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// run_id is given in full or, in a request, by a beginning that no other id has.
+	RunId        string                 `protobuf:"bytes,1,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	PipelineId   string                 `protobuf:"bytes,2,opt,name=pipeline_id,json=pipelineId,proto3" json:"pipeline_id,omitempty"`
+	PipelineName string                 `protobuf:"bytes,3,opt,name=pipeline_name,json=pipelineName,proto3" json:"pipeline_name,omitempty"`
+	Status       RunStatus              `protobuf:"varint,4,opt,name=status,proto3,enum=flowctl.RunStatus" json:"status,omitempty"`
+	StartTime    *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
+	EndTime      *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
+	// config_yaml is the pipeline file, for operators.
+	ConfigYaml    string      `protobuf:"bytes,7,opt,name=config_yaml,json=configYaml,proto3" json:"config_yaml,omitempty"`
+	Metrics       *RunMetrics `protobuf:"bytes,8,opt,name=metrics,proto3" json:"metrics,omitempty"`
+	Error         string      `protobuf:"bytes,9,opt,name=error,proto3" json:"error,omitempty"`
+	ComponentIds  []string    `protobuf:"bytes,10,rep,name=component_ids,json=componentIds,proto3" json:"component_ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PipelineRun) Reset() {
+	*x = PipelineRun{}
+	mi := &file_flowctl_control_plane_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PipelineRun) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PipelineRun) ProtoMessage() {}
+
+func (x *PipelineRun) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_control_plane_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PipelineRun.ProtoReflect.Descriptor instead.
+func (*PipelineRun) Descriptor() ([]byte, []int) {
+	return file_flowctl_control_plane_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *PipelineRun) GetRunId() string {
+	if x != nil {
+		return x.RunId
+	}
+	return ""
+}
+
+func (x *PipelineRun) GetPipelineId() string {
+	if x != nil {
+		return x.PipelineId
+	}
+	return ""
+}
+
+func (x *PipelineRun) GetPipelineName() string {
+	if x != nil {
+		return x.PipelineName
+	}
+	return ""
+}
+
+func (x *PipelineRun) GetStatus() RunStatus {
+	if x != nil {
+		return x.Status
+	}
+	return RunStatus_RUN_STATUS_UNKNOWN
+}
+
+func (x *PipelineRun) GetStartTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartTime
+	}
+	return nil
+}
+
+func (x *PipelineRun) GetEndTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.EndTime
+	}
+	return nil
+}
+
+func (x *PipelineRun) GetConfigYaml() string {
+	if x != nil {
+		return x.ConfigYaml
+	}
+	return ""
+}
+
+func (x *PipelineRun) GetMetrics() *RunMetrics {
+	if x != nil {
+		return x.Metrics
+	}
+	return nil
+}
+
+func (x *PipelineRun) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *PipelineRun) GetComponentIds() []string {
+	if x != nil {
+		return x.ComponentIds
+	}
+	return nil
+}
+
+type RunMetrics struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	EventsProcessed int64                  `protobuf:"varint,1,opt,name=events_processed,json=eventsProcessed,proto3" json:"events_processed,omitempty"`
+	EventsPerSecond float64                `protobuf:"fixed64,2,opt,name=events_per_second,json=eventsPerSecond,proto3" json:"events_per_second,omitempty"`
+	BytesProcessed  int64                  `protobuf:"varint,3,opt,name=bytes_processed,json=bytesProcessed,proto3" json:"bytes_processed,omitempty"`
+	// component_metrics are by component id.
+	ComponentMetrics map[string]*ComponentMetrics `protobuf:"bytes,4,rep,name=component_metrics,json=componentMetrics,proto3" json:"component_metrics,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *RunMetrics) Reset() {
+	*x = RunMetrics{}
+	mi := &file_flowctl_control_plane_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RunMetrics) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RunMetrics) ProtoMessage() {}
+
+func (x *RunMetrics) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_control_plane_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RunMetrics.ProtoReflect.Descriptor instead.
+func (*RunMetrics) Descriptor() ([]byte, []int) {
+	return file_flowctl_control_plane_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *RunMetrics) GetEventsProcessed() int64 {
+	if x != nil {
+		return x.EventsProcessed
+	}
+	return 0
+}
+
+func (x *RunMetrics) GetEventsPerSecond() float64 {
+	if x != nil {
+		return x.EventsPerSecond
+	}
+	return 0
+}
+
+func (x *RunMetrics) GetBytesProcessed() int64 {
+	if x != nil {
+		return x.BytesProcessed
+	}
+	return 0
+}
+
+func (x *RunMetrics) GetComponentMetrics() map[string]*ComponentMetrics {
+	if x != nil {
+		return x.ComponentMetrics
+	}
+	return nil
+}
+
+type ComponentMetrics struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	EventsIn         int64                  `protobuf:"varint,1,opt,name=events_in,json=eventsIn,proto3" json:"events_in,omitempty"`
+	EventsOut        int64                  `protobuf:"varint,2,opt,name=events_out,json=eventsOut,proto3" json:"events_out,omitempty"`
+	BytesIn          int64                  `protobuf:"varint,3,opt,name=bytes_in,json=bytesIn,proto3" json:"bytes_in,omitempty"`
+	BytesOut         int64                  `protobuf:"varint,4,opt,name=bytes_out,json=bytesOut,proto3" json:"bytes_out,omitempty"`
+	ProcessingTimeMs float64                `protobuf:"fixed64,5,opt,name=processing_time_ms,json=processingTimeMs,proto3" json:"processing_time_ms,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *ComponentMetrics) Reset() {
+	*x = ComponentMetrics{}
+	mi := &file_flowctl_control_plane_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ComponentMetrics) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ComponentMetrics) ProtoMessage() {}
+
+func (x *ComponentMetrics) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_control_plane_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ComponentMetrics.ProtoReflect.Descriptor instead.
+func (*ComponentMetrics) Descriptor() ([]byte, []int) {
+	return file_flowctl_control_plane_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *ComponentMetrics) GetEventsIn() int64 {
+	if x != nil {
+		return x.EventsIn
+	}
+	return 0
+}
+
+func (x *ComponentMetrics) GetEventsOut() int64 {
+	if x != nil {
+		return x.EventsOut
+	}
+	return 0
+}
+
+func (x *ComponentMetrics) GetBytesIn() int64 {
+	if x != nil {
+		return x.BytesIn
+	}
+	return 0
+}
+
+func (x *ComponentMetrics) GetBytesOut() int64 {
+	if x != nil {
+		return x.BytesOut
+	}
+	return 0
+}
+
+func (x *ComponentMetrics) GetProcessingTimeMs() float64 {
+	if x != nil {
+		return x.ProcessingTimeMs
+	}
+	return 0
+}
+
+type CreatePipelineRunRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// run_id is made where it is empty.
+	RunId         string   `protobuf:"bytes,1,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	PipelineName  string   `protobuf:"bytes,2,opt,name=pipeline_name,json=pipelineName,proto3" json:"pipeline_name,omitempty"`
+	ConfigYaml    string   `protobuf:"bytes,3,opt,name=config_yaml,json=configYaml,proto3" json:"config_yaml,omitempty"`
+	ComponentIds  []string `protobuf:"bytes,4,rep,name=component_ids,json=componentIds,proto3" json:"component_ids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreatePipelineRunRequest) Reset() {
+	*x = CreatePipelineRunRequest{}
+	mi := &file_flowctl_control_plane_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreatePipelineRunRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreatePipelineRunRequest) ProtoMessage() {}
+
+func (x *CreatePipelineRunRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_control_plane_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreatePipelineRunRequest.ProtoReflect.Descriptor instead.
+func (*CreatePipelineRunRequest) Descriptor() ([]byte, []int) {
+	return file_flowctl_control_plane_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *CreatePipelineRunRequest) GetRunId() string {
+	if x != nil {
+		return x.RunId
+	}
+	return ""
+}
+
+func (x *CreatePipelineRunRequest) GetPipelineName() string {
+	if x != nil {
+		return x.PipelineName
+	}
+	return ""
+}
+
+func (x *CreatePipelineRunRequest) GetConfigYaml() string {
+	if x != nil {
+		return x.ConfigYaml
+	}
+	return ""
+}
+
+func (x *CreatePipelineRunRequest) GetComponentIds() []string {
+	if x != nil {
+		return x.ComponentIds
+	}
+	return nil
+}
+
+type UpdatePipelineRunRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	RunId         string                 `protobuf:"bytes,1,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	Status        RunStatus              `protobuf:"varint,2,opt,name=status,proto3,enum=flowctl.RunStatus" json:"status,omitempty"`
+	Metrics       *RunMetrics            `protobuf:"bytes,3,opt,name=metrics,proto3" json:"metrics,omitempty"`
+	Error         string                 `protobuf:"bytes,4,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdatePipelineRunRequest) Reset() {
+	*x = UpdatePipelineRunRequest{}
+	mi := &file_flowctl_control_plane_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdatePipelineRunRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdatePipelineRunRequest) ProtoMessage() {}
+
+func (x *UpdatePipelineRunRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_control_plane_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdatePipelineRunRequest.ProtoReflect.Descriptor instead.
+func (*UpdatePipelineRunRequest) Descriptor() ([]byte, []int) {
+	return file_flowctl_control_plane_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *UpdatePipelineRunRequest) GetRunId() string {
+	if x != nil {
+		return x.RunId
+	}
+	return ""
+}
+
+func (x *UpdatePipelineRunRequest) GetStatus() RunStatus {
+	if x != nil {
+		return x.Status
+	}
+	return RunStatus_RUN_STATUS_UNKNOWN
+}
+
+func (x *UpdatePipelineRunRequest) GetMetrics() *RunMetrics {
+	if x != nil {
+		return x.Metrics
+	}
+	return nil
+}
+
+func (x *UpdatePipelineRunRequest) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+type GetPipelineRunRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	RunId         string                 `protobuf:"bytes,1,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetPipelineRunRequest) Reset() {
+	*x = GetPipelineRunRequest{}
+	mi := &file_flowctl_control_plane_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetPipelineRunRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetPipelineRunRequest) ProtoMessage() {}
+
+func (x *GetPipelineRunRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_control_plane_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetPipelineRunRequest.ProtoReflect.Descriptor instead.
+func (*GetPipelineRunRequest) Descriptor() ([]byte, []int) {
+	return file_flowctl_control_plane_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *GetPipelineRunRequest) GetRunId() string {
+	if x != nil {
+		return x.RunId
+	}
+	return ""
+}
+
+type StopPipelineRunRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	RunId         string                 `protobuf:"bytes,1,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StopPipelineRunRequest) Reset() {
+	*x = StopPipelineRunRequest{}
+	mi := &file_flowctl_control_plane_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StopPipelineRunRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StopPipelineRunRequest) ProtoMessage() {}
+
+func (x *StopPipelineRunRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_control_plane_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StopPipelineRunRequest.ProtoReflect.Descriptor instead.
+func (*StopPipelineRunRequest) Descriptor() ([]byte, []int) {
+	return file_flowctl_control_plane_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *StopPipelineRunRequest) GetRunId() string {
+	if x != nil {
+		return x.RunId
+	}
+	return ""
+}
+
+type ListPipelineRunsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// pipeline_name is empty for all.
+	PipelineName string `protobuf:"bytes,1,opt,name=pipeline_name,json=pipelineName,proto3" json:"pipeline_name,omitempty"`
+	// status is UNKNOWN for any.
+	Status RunStatus `protobuf:"varint,2,opt,name=status,proto3,enum=flowctl.RunStatus" json:"status,omitempty"`
+	// limit is 10 where it is 0.
+	Limit         int32 `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListPipelineRunsRequest) Reset() {
+	*x = ListPipelineRunsRequest{}
+	mi := &file_flowctl_control_plane_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListPipelineRunsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListPipelineRunsRequest) ProtoMessage() {}
+
+func (x *ListPipelineRunsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_control_plane_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListPipelineRunsRequest.ProtoReflect.Descriptor instead.
+func (*ListPipelineRunsRequest) Descriptor() ([]byte, []int) {
+	return file_flowctl_control_plane_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ListPipelineRunsRequest) GetPipelineName() string {
+	if x != nil {
+		return x.PipelineName
+	}
+	return ""
+}
+
+func (x *ListPipelineRunsRequest) GetStatus() RunStatus {
+	if x != nil {
+		return x.Status
+	}
+	return RunStatus_RUN_STATUS_UNKNOWN
+}
+
+func (x *ListPipelineRunsRequest) GetLimit() int32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+type ListPipelineRunsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// runs has the latest first.
+	Runs          []*PipelineRun `protobuf:"bytes,1,rep,name=runs,proto3" json:"runs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListPipelineRunsResponse) Reset() {
+	*x = ListPipelineRunsResponse{}
+	mi := &file_flowctl_control_plane_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListPipelineRunsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListPipelineRunsResponse) ProtoMessage() {}
+
+func (x *ListPipelineRunsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_control_plane_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListPipelineRunsResponse.ProtoReflect.Descriptor instead.
+func (*ListPipelineRunsResponse) Descriptor() ([]byte, []int) {
+	return file_flowctl_control_plane_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ListPipelineRunsResponse) GetRuns() []*PipelineRun {
+	if x != nil {
+		return x.Runs
+	}
+	return nil
+}
+
 var File_flowctl_control_plane_proto protoreflect.FileDescriptor
 
 const file_flowctl_control_plane_proto_rawDesc = "" +
@@ -478,18 +1132,82 @@ const file_flowctl_control_plane_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x01R\x05value:\x028\x01\"A\n" +
 	"\vServiceList\x122\n" +
-	"\bservices\x18\x01 \x03(\v2\x16.flowctl.ServiceStatusR\bservices*\x92\x01\n" +
+	"\bservices\x18\x01 \x03(\v2\x16.flowctl.ServiceStatusR\bservices\"\x93\x03\n" +
+	"\vPipelineRun\x12\x15\n" +
+	"\x06run_id\x18\x01 \x01(\tR\x05runId\x12\x1f\n" +
+	"\vpipeline_id\x18\x02 \x01(\tR\n" +
+	"pipelineId\x12#\n" +
+	"\rpipeline_name\x18\x03 \x01(\tR\fpipelineName\x12*\n" +
+	"\x06status\x18\x04 \x01(\x0e2\x12.flowctl.RunStatusR\x06status\x129\n" +
+	"\n" +
+	"start_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\x125\n" +
+	"\bend_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x12\x1f\n" +
+	"\vconfig_yaml\x18\a \x01(\tR\n" +
+	"configYaml\x12-\n" +
+	"\ametrics\x18\b \x01(\v2\x13.flowctl.RunMetricsR\ametrics\x12\x14\n" +
+	"\x05error\x18\t \x01(\tR\x05error\x12#\n" +
+	"\rcomponent_ids\x18\n" +
+	" \x03(\tR\fcomponentIds\"\xc4\x02\n" +
+	"\n" +
+	"RunMetrics\x12)\n" +
+	"\x10events_processed\x18\x01 \x01(\x03R\x0feventsProcessed\x12*\n" +
+	"\x11events_per_second\x18\x02 \x01(\x01R\x0feventsPerSecond\x12'\n" +
+	"\x0fbytes_processed\x18\x03 \x01(\x03R\x0ebytesProcessed\x12V\n" +
+	"\x11component_metrics\x18\x04 \x03(\v2).flowctl.RunMetrics.ComponentMetricsEntryR\x10componentMetrics\x1a^\n" +
+	"\x15ComponentMetricsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12/\n" +
+	"\x05value\x18\x02 \x01(\v2\x19.flowctl.ComponentMetricsR\x05value:\x028\x01\"\xb4\x01\n" +
+	"\x10ComponentMetrics\x12\x1b\n" +
+	"\tevents_in\x18\x01 \x01(\x03R\beventsIn\x12\x1d\n" +
+	"\n" +
+	"events_out\x18\x02 \x01(\x03R\teventsOut\x12\x19\n" +
+	"\bbytes_in\x18\x03 \x01(\x03R\abytesIn\x12\x1b\n" +
+	"\tbytes_out\x18\x04 \x01(\x03R\bbytesOut\x12,\n" +
+	"\x12processing_time_ms\x18\x05 \x01(\x01R\x10processingTimeMs\"\x9c\x01\n" +
+	"\x18CreatePipelineRunRequest\x12\x15\n" +
+	"\x06run_id\x18\x01 \x01(\tR\x05runId\x12#\n" +
+	"\rpipeline_name\x18\x02 \x01(\tR\fpipelineName\x12\x1f\n" +
+	"\vconfig_yaml\x18\x03 \x01(\tR\n" +
+	"configYaml\x12#\n" +
+	"\rcomponent_ids\x18\x04 \x03(\tR\fcomponentIds\"\xa2\x01\n" +
+	"\x18UpdatePipelineRunRequest\x12\x15\n" +
+	"\x06run_id\x18\x01 \x01(\tR\x05runId\x12*\n" +
+	"\x06status\x18\x02 \x01(\x0e2\x12.flowctl.RunStatusR\x06status\x12-\n" +
+	"\ametrics\x18\x03 \x01(\v2\x13.flowctl.RunMetricsR\ametrics\x12\x14\n" +
+	"\x05error\x18\x04 \x01(\tR\x05error\".\n" +
+	"\x15GetPipelineRunRequest\x12\x15\n" +
+	"\x06run_id\x18\x01 \x01(\tR\x05runId\"/\n" +
+	"\x16StopPipelineRunRequest\x12\x15\n" +
+	"\x06run_id\x18\x01 \x01(\tR\x05runId\"\x80\x01\n" +
+	"\x17ListPipelineRunsRequest\x12#\n" +
+	"\rpipeline_name\x18\x01 \x01(\tR\fpipelineName\x12*\n" +
+	"\x06status\x18\x02 \x01(\x0e2\x12.flowctl.RunStatusR\x06status\x12\x14\n" +
+	"\x05limit\x18\x03 \x01(\x05R\x05limit\"D\n" +
+	"\x18ListPipelineRunsResponse\x12(\n" +
+	"\x04runs\x18\x01 \x03(\v2\x14.flowctl.PipelineRunR\x04runs*\x92\x01\n" +
 	"\vServiceType\x12\x1c\n" +
 	"\x18SERVICE_TYPE_UNSPECIFIED\x10\x00\x12\x17\n" +
 	"\x13SERVICE_TYPE_SOURCE\x10\x01\x12\x1a\n" +
 	"\x16SERVICE_TYPE_PROCESSOR\x10\x02\x12\x15\n" +
 	"\x11SERVICE_TYPE_SINK\x10\x03\x12\x19\n" +
-	"\x15SERVICE_TYPE_PIPELINE\x10\x042\x8a\x02\n" +
+	"\x15SERVICE_TYPE_PIPELINE\x10\x04*\x9d\x01\n" +
+	"\tRunStatus\x12\x16\n" +
+	"\x12RUN_STATUS_UNKNOWN\x10\x00\x12\x17\n" +
+	"\x13RUN_STATUS_STARTING\x10\x01\x12\x16\n" +
+	"\x12RUN_STATUS_RUNNING\x10\x02\x12\x18\n" +
+	"\x14RUN_STATUS_COMPLETED\x10\x03\x12\x15\n" +
+	"\x11RUN_STATUS_FAILED\x10\x04\x12\x16\n" +
+	"\x12RUN_STATUS_STOPPED\x10\x052\x91\x05\n" +
 	"\fControlPlane\x12:\n" +
 	"\bRegister\x12\x14.flowctl.ServiceInfo\x1a\x18.flowctl.RegistrationAck\x12>\n" +
 	"\tHeartbeat\x12\x19.flowctl.ServiceHeartbeat\x1a\x16.google.protobuf.Empty\x12@\n" +
 	"\x10GetServiceStatus\x12\x14.flowctl.ServiceInfo\x1a\x16.flowctl.ServiceStatus\x12<\n" +
-	"\fListServices\x12\x16.google.protobuf.Empty\x1a\x14.flowctl.ServiceListB7Z5github.com/withobsrvr/flowctl/proto/flowctl;flowctlpbb\x06proto3"
+	"\fListServices\x12\x16.google.protobuf.Empty\x1a\x14.flowctl.ServiceList\x12L\n" +
+	"\x11CreatePipelineRun\x12!.flowctl.CreatePipelineRunRequest\x1a\x14.flowctl.PipelineRun\x12L\n" +
+	"\x11UpdatePipelineRun\x12!.flowctl.UpdatePipelineRunRequest\x1a\x14.flowctl.PipelineRun\x12F\n" +
+	"\x0eGetPipelineRun\x12\x1e.flowctl.GetPipelineRunRequest\x1a\x14.flowctl.PipelineRun\x12W\n" +
+	"\x10ListPipelineRuns\x12 .flowctl.ListPipelineRunsRequest\x1a!.flowctl.ListPipelineRunsResponse\x12H\n" +
+	"\x0fStopPipelineRun\x12\x1f.flowctl.StopPipelineRunRequest\x1a\x14.flowctl.PipelineRunB7Z5github.com/withobsrvr/flowctl/proto/flowctl;flowctlpbb\x06proto3"
 
 var (
 	file_flowctl_control_plane_proto_rawDescOnce sync.Once
@@ -503,45 +1221,76 @@ func file_flowctl_control_plane_proto_rawDescGZIP() []byte {
 	return file_flowctl_control_plane_proto_rawDescData
 }
 
-var file_flowctl_control_plane_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_flowctl_control_plane_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_flowctl_control_plane_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_flowctl_control_plane_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_flowctl_control_plane_proto_goTypes = []any{
-	(ServiceType)(0),              // 0: flowctl.ServiceType
-	(*ServiceInfo)(nil),           // 1: flowctl.ServiceInfo
-	(*RegistrationAck)(nil),       // 2: flowctl.RegistrationAck
-	(*ServiceHeartbeat)(nil),      // 3: flowctl.ServiceHeartbeat
-	(*ServiceStatus)(nil),         // 4: flowctl.ServiceStatus
-	(*ServiceList)(nil),           // 5: flowctl.ServiceList
-	nil,                           // 6: flowctl.ServiceInfo.MetadataEntry
-	nil,                           // 7: flowctl.RegistrationAck.ConnectionInfoEntry
-	nil,                           // 8: flowctl.ServiceHeartbeat.MetricsEntry
-	nil,                           // 9: flowctl.ServiceStatus.MetricsEntry
-	(*timestamppb.Timestamp)(nil), // 10: google.protobuf.Timestamp
-	(*emptypb.Empty)(nil),         // 11: google.protobuf.Empty
+	(ServiceType)(0),                 // 0: flowctl.ServiceType
+	(RunStatus)(0),                   // 1: flowctl.RunStatus
+	(*ServiceInfo)(nil),              // 2: flowctl.ServiceInfo
+	(*RegistrationAck)(nil),          // 3: flowctl.RegistrationAck
+	(*ServiceHeartbeat)(nil),         // 4: flowctl.ServiceHeartbeat
+	(*ServiceStatus)(nil),            // 5: flowctl.ServiceStatus
+	(*ServiceList)(nil),              // 6: flowctl.ServiceList
+	(*PipelineRun)(nil),              // 7: flowctl.PipelineRun
+	(*RunMetrics)(nil),               // 8: flowctl.RunMetrics
+	(*ComponentMetrics)(nil),         // 9: flowctl.ComponentMetrics
+	(*CreatePipelineRunRequest)(nil), // 10: flowctl.CreatePipelineRunRequest
+	(*UpdatePipelineRunRequest)(nil), // 11: flowctl.UpdatePipelineRunRequest
+	(*GetPipelineRunRequest)(nil),    // 12: flowctl.GetPipelineRunRequest
+	(*StopPipelineRunRequest)(nil),   // 13: flowctl.StopPipelineRunRequest
+	(*ListPipelineRunsRequest)(nil),  // 14: flowctl.ListPipelineRunsRequest
+	(*ListPipelineRunsResponse)(nil), // 15: flowctl.ListPipelineRunsResponse
+	nil,                              // 16: flowctl.ServiceInfo.MetadataEntry
+	nil,                              // 17: flowctl.RegistrationAck.ConnectionInfoEntry
+	nil,                              // 18: flowctl.ServiceHeartbeat.MetricsEntry
+	nil,                              // 19: flowctl.ServiceStatus.MetricsEntry
+	nil,                              // 20: flowctl.RunMetrics.ComponentMetricsEntry
+	(*timestamppb.Timestamp)(nil),    // 21: google.protobuf.Timestamp
+	(*emptypb.Empty)(nil),            // 22: google.protobuf.Empty
 }
 var file_flowctl_control_plane_proto_depIdxs = []int32{
 	0,  // 0: flowctl.ServiceInfo.service_type:type_name -> flowctl.ServiceType
-	6,  // 1: flowctl.ServiceInfo.metadata:type_name -> flowctl.ServiceInfo.MetadataEntry
-	7,  // 2: flowctl.RegistrationAck.connection_info:type_name -> flowctl.RegistrationAck.ConnectionInfoEntry
-	10, // 3: flowctl.ServiceHeartbeat.timestamp:type_name -> google.protobuf.Timestamp
-	8,  // 4: flowctl.ServiceHeartbeat.metrics:type_name -> flowctl.ServiceHeartbeat.MetricsEntry
+	16, // 1: flowctl.ServiceInfo.metadata:type_name -> flowctl.ServiceInfo.MetadataEntry
+	17, // 2: flowctl.RegistrationAck.connection_info:type_name -> flowctl.RegistrationAck.ConnectionInfoEntry
+	21, // 3: flowctl.ServiceHeartbeat.timestamp:type_name -> google.protobuf.Timestamp
+	18, // 4: flowctl.ServiceHeartbeat.metrics:type_name -> flowctl.ServiceHeartbeat.MetricsEntry
 	0,  // 5: flowctl.ServiceStatus.service_type:type_name -> flowctl.ServiceType
-	10, // 6: flowctl.ServiceStatus.last_heartbeat:type_name -> google.protobuf.Timestamp
-	9,  // 7: flowctl.ServiceStatus.metrics:type_name -> flowctl.ServiceStatus.MetricsEntry
-	4,  // 8: flowctl.ServiceList.services:type_name -> flowctl.ServiceStatus
-	1,  // 9: flowctl.ControlPlane.Register:input_type -> flowctl.ServiceInfo
-	3,  // 10: flowctl.ControlPlane.Heartbeat:input_type -> flowctl.ServiceHeartbeat
-	1,  // 11: flowctl.ControlPlane.GetServiceStatus:input_type -> flowctl.ServiceInfo
-	11, // 12: flowctl.ControlPlane.ListServices:input_type -> google.protobuf.Empty
-	2,  // 13: flowctl.ControlPlane.Register:output_type -> flowctl.RegistrationAck
-	11, // 14: flowctl.ControlPlane.Heartbeat:output_type -> google.protobuf.Empty
-	4,  // 15: flowctl.ControlPlane.GetServiceStatus:output_type -> flowctl.ServiceStatus
-	5,  // 16: flowctl.ControlPlane.ListServices:output_type -> flowctl.ServiceList
-	13, // [13:17] is the sub-list for method output_type
-	9,  // [9:13] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	21, // 6: flowctl.ServiceStatus.last_heartbeat:type_name -> google.protobuf.Timestamp
+	19, // 7: flowctl.ServiceStatus.metrics:type_name -> flowctl.ServiceStatus.MetricsEntry
+	5,  // 8: flowctl.ServiceList.services:type_name -> flowctl.ServiceStatus
+	1,  // 9: flowctl.PipelineRun.status:type_name -> flowctl.RunStatus
+	21, // 10: flowctl.PipelineRun.start_time:type_name -> google.protobuf.Timestamp
+	21, // 11: flowctl.PipelineRun.end_time:type_name -> google.protobuf.Timestamp
+	8,  // 12: flowctl.PipelineRun.metrics:type_name -> flowctl.RunMetrics
+	20, // 13: flowctl.RunMetrics.component_metrics:type_name -> flowctl.RunMetrics.ComponentMetricsEntry
+	1,  // 14: flowctl.UpdatePipelineRunRequest.status:type_name -> flowctl.RunStatus
+	8,  // 15: flowctl.UpdatePipelineRunRequest.metrics:type_name -> flowctl.RunMetrics
+	1,  // 16: flowctl.ListPipelineRunsRequest.status:type_name -> flowctl.RunStatus
+	7,  // 17: flowctl.ListPipelineRunsResponse.runs:type_name -> flowctl.PipelineRun
+	9,  // 18: flowctl.RunMetrics.ComponentMetricsEntry.value:type_name -> flowctl.ComponentMetrics
+	2,  // 19: flowctl.ControlPlane.Register:input_type -> flowctl.ServiceInfo
+	4,  // 20: flowctl.ControlPlane.Heartbeat:input_type -> flowctl.ServiceHeartbeat
+	2,  // 21: flowctl.ControlPlane.GetServiceStatus:input_type -> flowctl.ServiceInfo
+	22, // 22: flowctl.ControlPlane.ListServices:input_type -> google.protobuf.Empty
+	10, // 23: flowctl.ControlPlane.CreatePipelineRun:input_type -> flowctl.CreatePipelineRunRequest
+	11, // 24: flowctl.ControlPlane.UpdatePipelineRun:input_type -> flowctl.UpdatePipelineRunRequest
+	12, // 25: flowctl.ControlPlane.GetPipelineRun:input_type -> flowctl.GetPipelineRunRequest
+	14, // 26: flowctl.ControlPlane.ListPipelineRuns:input_type -> flowctl.ListPipelineRunsRequest
+	13, // 27: flowctl.ControlPlane.StopPipelineRun:input_type -> flowctl.StopPipelineRunRequest
+	3,  // 28: flowctl.ControlPlane.Register:output_type -> flowctl.RegistrationAck
+	22, // 29: flowctl.ControlPlane.Heartbeat:output_type -> google.protobuf.Empty
+	5,  // 30: flowctl.ControlPlane.GetServiceStatus:output_type -> flowctl.ServiceStatus
+	6,  // 31: flowctl.ControlPlane.ListServices:output_type -> flowctl.ServiceList
+	7,  // 32: flowctl.ControlPlane.CreatePipelineRun:output_type -> flowctl.PipelineRun
+	7,  // 33: flowctl.ControlPlane.UpdatePipelineRun:output_type -> flowctl.PipelineRun
+	7,  // 34: flowctl.ControlPlane.GetPipelineRun:output_type -> flowctl.PipelineRun
+	15, // 35: flowctl.ControlPlane.ListPipelineRuns:output_type -> flowctl.ListPipelineRunsResponse
+	7,  // 36: flowctl.ControlPlane.StopPipelineRun:output_type -> flowctl.PipelineRun
+	28, // [28:37] is the sub-list for method output_type
+	19, // [19:28] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_flowctl_control_plane_proto_init() }
@@ -554,8 +1303,8 @@ func file_flowctl_control_plane_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flowctl_control_plane_proto_rawDesc), len(file_flowctl_control_plane_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   9,
+			NumEnums:      2,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
