@@ -78,8 +78,8 @@ func shell(id, script string) Component {
 	return Component{ID: id, Command: []string{"sh", "-c", strings.ReplaceAll(script, "$", "$$")}, Register: new(false)}
 }
 
-// writePipeline writes a pipeline file: what has no inputs is a source, all else a
-// processor.
+// writePipeline writes a pipeline file: what has no inputs is a source, what has the role of a sink one, all
+// else a processor.
 func writePipeline(tb testing.TB, components ...Component) string {
 	tb.Helper()
 	p := Pipeline{APIVersion: "flowctl/v1", Kind: "Pipeline", Metadata: Metadata{Name: "test"}}
@@ -87,6 +87,8 @@ func writePipeline(tb testing.TB, components ...Component) string {
 		switch {
 		case c.Role == roleService:
 			p.Spec.Services = append(p.Spec.Services, c)
+		case c.Role == roleSink:
+			p.Spec.Sinks = append(p.Spec.Sinks, c)
 		case len(c.Inputs) == 0:
 			p.Spec.Sources = append(p.Spec.Sources, c)
 		default:

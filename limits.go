@@ -63,6 +63,13 @@ const (
 	refusalPause  = 50 * time.Millisecond
 )
 
+// For events that flowctl moves.
+const (
+	maxWindow  = 1 << 20   // bytes of events between two components, or one event
+	maxWindows = 256 << 20 // bytes of all those; beyond it one event for an edge that has none
+	maxEvent   = 64 << 20  // bytes of one event, without -max-event-bytes
+)
+
 // For one service.
 const (
 	maxServiceBytes = 16 << 10 // of all that it says of itself, with its metrics

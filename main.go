@@ -180,6 +180,7 @@ func startRun(fs *flag.FlagSet, args []string, sandbox bool) error {
 	operators := fs.String("operators", "", "who has a client certificate with one of these `names`, a,b, is an operator: may reload, restart, stop, see logs")
 	defineChoice(fs, &config.until, "until", untilStopped, "run until `event`: stopped, ready or done", untilStopped, untilReady, untilDone)
 	defineDuration(fs, &config.timeout, "timeout", 0, "`time` that the whole run may take, a command after -- included (default none)")
+	define(fs, &config.maxEvent, "max-event-bytes", maxEvent, "`bytes` that one event may have which flowctl moves", parseBytes)
 	defineBool(fs, &config.watch, "watch", false, "reload, or restart a component, when its files have changed; what fails waits for that")
 	dashed := slices.Index(args, "--")
 	if dashed >= 0 {
@@ -817,6 +818,15 @@ func (o *flagValue[T]) IsBoolFlag() bool {
 }
 
 func (o *flagValue[T]) problem() error { return o.err }
+
+// parseBytes parses a number of bytes that a message may have.
+func parseBytes(text string) (int, error) {
+	n, err := strconv.Atoi(text)
+	if err != nil || n < 1 || n > math.MaxInt32 {
+		return 0, fmt.Errorf("it must be a number of bytes from 1 to %d", math.MaxInt32)
+	}
+	return n, nil
+}
 
 func defineBool(fs *flag.FlagSet, to *bool, name string, value bool, usage string) {
 	define(fs, to, name, value, usage, func(text string) (bool, error) {

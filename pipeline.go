@@ -51,6 +51,7 @@ type Metadata struct {
 
 type Spec struct {
 	Description string      `json:"description,omitempty"`
+	Relay       string      `json:"relay,omitempty" check:"relay"` // whether flowctl moves events: auto or off
 	Sources     []Component `json:"sources,omitempty"`
 	Processors  []Component `json:"processors,omitempty"`
 	Sinks       []Component `json:"sinks,omitempty"`
@@ -90,6 +91,7 @@ type Component struct {
 	StopSignal       string            `json:"stop_signal,omitempty" check:"signal"`
 	InputEventTypes  []string          `json:"input_event_types,omitempty" check:"filled"`
 	OutputEventTypes []string          `json:"output_event_types,omitempty" check:"filled"`
+	StreamParams     map[string]string `json:"stream_params,omitempty"`
 
 	Role          Role     `json:"-"` // which list of the file it is in
 	HealthCommand []string `json:"-"` // program and arguments of an exec: health_check
@@ -132,6 +134,9 @@ const (
 	restartOnFailure = "on-failure"
 	restartAlways    = "always"
 )
+
+// relayOff is spec.relay of a pipeline whose events flowctl does not move.
+const relayOff = "off"
 
 var (
 	stopSignalNames = []string{"SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL"}
@@ -393,6 +398,7 @@ var rules = map[string]func(text string) error{
 	"filled":  checkFilled,
 	"health":  checkHealth,
 	"policy":  oneOf(restartNo, restartOnFailure, restartAlways),
+	"relay":   oneOf("auto", relayOff),
 	"signal":  oneOf(stopSignalNames...),
 	"from0":   atLeast(0),
 	"from1":   atLeast(1),
@@ -616,6 +622,9 @@ func (c *Component) checkPolicies(f findings) {
 		for _, field := range []any{&c.HealthInterval, &c.HealthTimeout, &c.HealthRetries} {
 			f.wrong(field, "has no effect without health_check")
 		}
+	}
+	if c.Role != roleSource {
+		f.wrong(&c.StreamParams, "is for sources, which are asked to stream")
 	}
 	if c.Oneshot {
 		for _, field := range []any{&c.HealthCheck, &c.Register} {

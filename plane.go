@@ -48,6 +48,7 @@ type planeConfig struct {
 	forget            time.Duration // what is not of the pipeline and has been stale for so long is forgotten; 0 for never
 	members           []member      // the components of the pipeline, nil for a control plane alone
 	pipeline          pipelineInfo
+	relay             *relay        // nil for a control plane alone
 	store             *store        // open; nil to keep the registry in memory alone
 	certs             *certificates // nil without TLS
 	identifier        *identifier   // nil: nobody is looked up
@@ -304,7 +305,7 @@ func (v v1Server) RegisterComponent(ctx context.Context, in *flowctlv1.RegisterR
 		id: c.GetId(), componentID: in.GetComponentId(), kind: legacyType(c.GetType()),
 		name: c.GetName(), description: c.GetDescription(), version: c.GetVersion(),
 		inputEvents: c.GetInputEventTypes(), outputEvents: c.GetOutputEventTypes(),
-		endpoint: c.GetEndpoint(), metadata: c.GetMetadata(),
+		endpoint: c.GetEndpoint(), v1: true, metadata: c.GetMetadata(),
 	}, from, time.Now())
 	if err != nil {
 		return nil, err

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"log/slog"
 	mathrand "math/rand/v2"
-	"reflect"
 	"slices"
 	"syscall"
 	"time"
@@ -32,6 +31,14 @@ const (
 type starter interface {
 	start(c *Component) (*child, error)
 	signal(ch *child, sig syscall.Signal)
+}
+
+// eventStreams are the streams by which flowctl moves the events of components.
+type eventStreams interface {
+	// leave has the streams of component id end, whose process is about to; again says that another follows.
+	leave(id string, again bool)
+	// holds tells whether it has streams that have not ended.
+	holds(id string) bool
 }
 
 // procState is where a component is in its life. Only supervisor.transition changes it.
@@ -162,7 +169,8 @@ type supervisor struct {
 	times      procTimes
 	log        *slog.Logger
 	starter    starter
-	procs      []*proc // in file order
+	streams    eventStreams // nil for none
+	procs      []*proc      // in file order
 	byID       map[string]*proc
 	before     map[string][]stopEdge // by id: what has to stop before it
 	stopping   bool
@@ -692,17 +700,20 @@ func (s *supervisor) affected(p *proc) (never, stopped []string) {
 	return never, stopped
 }
 
-// servicesAlone tells whether nothing but services runs or will.
-func (s *supervisor) servicesAlone() bool {
+// worked tells whether nothing but services, and what has ended by the word of ended, runs or will, and
+// something of that does.
+func (s *supervisor) worked(ended func(id string) bool) bool {
 	done, run := false, false
 	for _, p := range s.procs {
 		switch {
+		case p.over():
+			done = done || p.component.Role != roleService
 		case p.component.Role == roleService:
-			run = run || !p.over()
-		case !p.over():
+			run = true
+		case !ended(p.id()):
 			return false
 		default:
-			done = true
+			done, run = true, true
 		}
 	}
 	return done && run
@@ -753,7 +764,22 @@ func (s *supervisor) stopInTurn(p *proc, now time.Time) {
 	if !p.runs() || slices.ContainsFunc(s.before[p.id()], func(e stopEdge) bool { return s.blocks(e, now) }) {
 		return
 	}
-	s.tellStop(p, now)
+	if !s.drains(p, now) {
+		s.tellStop(p, now)
+	}
+}
+
+// drains has the streams of p end, which is about to be stopped, and tells whether to wait for that: what is
+// on its way is moved first. It may take half of the stop timeout.
+func (s *supervisor) drains(p *proc, now time.Time) bool {
+	if s.streams == nil || p.state != procReady || p.component.Role == roleSource || !s.streams.holds(p.id()) {
+		return false
+	}
+	if p.deadline.IsZero() {
+		p.deadline = now.Add(s.stopTimeout(p) / 2)
+		s.streams.leave(p.id(), p.replacement != nil && !s.stopping)
+	}
+	return now.Before(p.deadline)
 }
 
 // tellStop sends p, which runs, its stop signal.
@@ -761,6 +787,9 @@ func (s *supervisor) tellStop(p *proc, now time.Time) {
 	sig := p.component.stopSignal()
 	p.log.Info("stopping", "pid", p.child.pid, "signal", sig.String())
 	p.stopSent = now
+	if s.streams != nil {
+		s.streams.leave(p.id(), !s.stopping && (p.ill || p.replacement != nil))
+	}
 	s.starter.signal(p.child, sig)
 	s.transition(p, procStopping, now.Add(s.stopTimeout(p)))
 }
@@ -814,7 +843,7 @@ func (s *supervisor) stopBound() time.Duration {
 			longest = max(longest, bound(e.id))
 		}
 		p := s.byID[id]
-		memo[id] = longest + s.stopTimeout(p) + p.component.killPatience()
+		memo[id] = longest + s.stopTimeout(p)*3/2 + p.component.killPatience() // a half for its streams
 		return memo[id]
 	}
 	var longest time.Duration
@@ -822,152 +851,6 @@ func (s *supervisor) stopBound() time.Duration {
 		longest = max(longest, bound(id))
 	}
 	return longest + sweepGrace + killPatience
-}
-
-// reloaded is what a reload changes, by id.
-type reloaded struct {
-	added, removed, restarted []string
-	unchanged                 int
-}
-
-// reload begins to turn the components into those of next: what is gone or has changed is stopped, then
-// what is new or has changed starts, and so does what has failed; the rest is left alone. A reload that
-// comes before the last one is finished adds to it. envFiles are the digests of what the env_files of
-// next hold, by path.
-func (s *supervisor) reload(next *Pipeline, envFiles map[string]digest) reloaded {
-	var out reloaded
-	listed := make(map[string]bool)
-	for _, c := range next.components() {
-		listed[c.ID] = true
-		switch p := s.byID[c.ID]; {
-		case p == nil:
-			out.added = append(out.added, c.ID)
-			s.procs = append(s.procs, s.bring(c))
-		case !p.retiring && p.state != procFailed && reflect.DeepEqual(p.component, c) && p.hasEnvFiles(envFiles):
-			out.unchanged++
-		case p.mayStay() && reflect.DeepEqual(p.component, c) && p.hasEnvFiles(envFiles):
-			out.unchanged++
-			p.retiring, p.replacement = false, nil
-			if p.wasReady = p.state == procReady; !p.wasReady {
-				p.deadline = p.readyBy
-			}
-		default:
-			out.restarted = append(out.restarted, c.ID)
-			s.retire(p, c)
-		}
-	}
-	for _, p := range s.procs {
-		if !listed[p.id()] {
-			out.removed = append(out.removed, p.id())
-			s.retire(p, nil)
-		}
-	}
-	s.loaded, s.pending = next, next
-	return out
-}
-
-// bring makes the proc of c, which a reload or restart has brought.
-func (s *supervisor) bring(c *Component) *proc {
-	p := s.newProc(c)
-	p.brought = true
-	return p
-}
-
-// hasEnvFiles tells whether the env_files of p hold what its last process was started with.
-func (p *proc) hasEnvFiles(now map[string]digest) bool {
-	if p.last == nil {
-		return true
-	}
-	for _, path := range p.component.EnvFiles {
-		if p.last.envFiles[path] != now[path] {
-			return false
-		}
-	}
-	return true
-}
-
-// restart has the component id stopped and then replaced by itself, also one that is over. It fails,
-// and changes nothing, for an id that the loaded file does not have, and for a process that cannot be ended.
-func (s *supervisor) restart(id string) error {
-	if err := s.mayRestart(id); err != nil {
-		return err
-	}
-	p := s.byID[id]
-	p.failure = nil
-	if !p.retiring {
-		s.retire(p, p.component)
-	}
-	s.pending = s.loaded
-	return nil
-}
-
-// mayRestart fails where restart would.
-func (s *supervisor) mayRestart(id string) error {
-	p := s.byID[id]
-	switch {
-	case p == nil || p.retiring && p.replacement == nil:
-		return &unknownError{id, s.loaded.ids()}
-	case p.failure != nil && p.failure.kind == failStuck && p.child != nil:
-		return fmt.Errorf("component %s cannot be restarted: %s", id, p.failure.reason)
-	}
-	return nil
-}
-
-// mayStay tells whether p, which another reload has stopped and taken out, can be left as it is: it was not
-// told yet.
-func (p *proc) mayStay() bool {
-	return p.retiring && p.runs() && p.stopSent.IsZero() && p.failure == nil && p.replacement != p.component
-}
-
-// retire has p stopped and then replaced, by nothing if replacement is nil.
-func (s *supervisor) retire(p *proc, replacement *Component) {
-	p.retiring, p.replacement = true, replacement
-	p.wasReady, p.unhealthySince = false, time.Time{}
-	s.cancelStart(p)
-}
-
-// advanceReload stops those that retire, in the order of a stop, and replaces those that have ended.
-// It returns the ids of which no component is left.
-func (s *supervisor) advanceReload(now time.Time) (gone []string) {
-	if s.pending == nil || s.stopping {
-		return nil
-	}
-	for _, p := range s.procs {
-		if p.retiring {
-			s.stopInTurn(p, now)
-		}
-	}
-	return s.finishRetiring()
-}
-
-// finishRetiring replaces those that retire, once all of them have ended. It returns the ids of which no
-// component is left.
-func (s *supervisor) finishRetiring() (gone []string) {
-	if len(s.failures()) > 0 || slices.ContainsFunc(s.procs, func(p *proc) bool { return p.retiring && !p.over() }) {
-		return nil
-	}
-	for i, p := range s.procs {
-		if !p.retiring {
-			continue
-		}
-		delete(s.byID, p.id())
-		s.generation++
-		if s.procs[i] = nil; p.replacement != nil {
-			s.procs[i] = s.bring(p.replacement)
-			s.procs[i].renewed = true
-		} else {
-			gone = append(gone, p.id())
-		}
-	}
-	s.procs = slices.DeleteFunc(s.procs, func(p *proc) bool { return p == nil })
-	s.before = stopOrder(s.pending.components())
-	order := make(map[string]int)
-	for i, c := range s.pending.components() {
-		order[c.ID] = i
-	}
-	slices.SortFunc(s.procs, func(a, b *proc) int { return order[a.id()] - order[b.id()] })
-	s.pending = nil
-	return gone
 }
 
 // transition is the one place that changes a component's state.

@@ -502,9 +502,9 @@ func (r *registry) seenLocked(s *service, now time.Time) {
 
 // healthLocked judges s at the time now.
 func (r *registry) healthLocked(s *service, now time.Time) serviceHealth {
-	var ended, failing string
+	var ended, failing, stuck string
 	if s.member != nil {
-		ended, failing = s.member.ended, s.member.failing
+		ended, failing, stuck = s.member.ended, s.member.failing, s.member.stuck
 	}
 	switch {
 	case ended != "":
@@ -519,6 +519,8 @@ func (r *registry) healthLocked(s *service, now time.Time) serviceHealth {
 		return serviceHealth{condition: unhealthy, why: whyDeclared, reason: "it declared itself STOPPING"}
 	case failing != "":
 		return serviceHealth{condition: unhealthy, why: whyCheck, reason: failing}
+	case stuck != "":
+		return serviceHealth{condition: unhealthy, why: whyStream, reason: stuck}
 	case !s.noTTL && now.After(r.expiryLocked(s)):
 		if s.lastSeen.Equal(s.registeredAt) {
 			return serviceHealth{condition: unhealthy, why: whyMute, silent: s.lastSeen}
@@ -841,6 +843,30 @@ func (r *registry) checked(id, failing string, now time.Time) {
 	})
 }
 
+// moved notes that events of component id are moved, or, with a cause, why not.
+func (r *registry) moved(id, cause string, now time.Time) {
+	r.updateMember(id, now, func(s *service) { s.member.stuck = cause })
+}
+
+// served is where a component serves its events, and which types it wants.
+type served struct {
+	endpoint string
+	wants    []string
+}
+
+// served returns the components that have registered through flowctl.v1 and whose processes have not ended, by id.
+func (r *registry) served() map[string]served {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	out := make(map[string]served)
+	for _, s := range r.members {
+		if s.registered && s.said.v1 && s.said.endpoint != "" && s.member.ended == "" {
+			out[s.key()] = served{s.said.endpoint, s.said.inputEvents}
+		}
+	}
+	return out
+}
+
 // markReady registers component id, which does not do it itself. Its process and its health
 // check stand for it, so it is never stale. Nobody waits until that is on disk, as its
 // process may have ended by then.
@@ -876,7 +902,7 @@ func (r *registry) resetLocked(s *service) {
 	r.unqueueLocked(s)
 	s.describe(registration{id: s.member.id})
 	s.metrics, s.registered, s.noTTL = nil, false, false
-	s.member.ended, s.member.failing = "", ""
+	s.member.ended, s.member.failing, s.member.stuck = "", "", ""
 	s.declared = flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN
 }
 

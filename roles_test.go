@@ -76,29 +76,30 @@ func TestMain(m *testing.M) {
 // that a test can wait for it: "waiting" for SIGUSR2, "registered", and what
 // SIGUSR1 and SIGUSR2 have changed.
 type role struct {
-	Dialect   string `json:",omitempty"` // "legacy" or "v1"; without one it does not register
-	Anonymous bool   `json:",omitempty"` // it sends no id
-	Nameless  bool   `json:",omitempty"` // it sends nothing to know it by, and cannot register unless it is known
-	Alias     string `json:",omitempty"` // it registers as this service
-	Gate      bool   `json:",omitempty"` // before it registers or passes a check, it waits for SIGUSR2
-	Mute      bool   `json:",omitempty"` // it never heartbeats
-	Hidden    bool   `json:",omitempty"` // only root can look into it
-	OnUSR1    string `json:",omitempty"` // "exit", "mute", "unhealthy", "fail" its checks; SIGUSR2 undoes it
-	End       string `json:",omitempty"` // ends with Code: "early", before it registers, or "registered"
-	Starts    int    `json:",omitempty"` // so many first starts End so, 0 for all; needs a Journal
-	Code      int    `json:",omitempty"`
-	Out, Err  []byte `json:",omitempty"` // printed first
-	Long      int    `json:",omitempty"` // after Err, so often longPiece in one line, and a line without its end
-	Hoard     int    `json:",omitempty"` // bytes of lines to leave in its pipe, before it ends
-	Flood     int    `json:",omitempty"` // numbered lines to print
-	Environ   bool   `json:",omitempty"` // print the environment
-	Deaf      bool   `json:",omitempty"` // ignore SIGTERM
-	Serve     string `json:",omitempty"` // unix socket; after SIGTERM it lives until its one client has gone
-	Dial      string `json:",omitempty"` // unix socket to connect to
-	Check     string `json:",omitempty"` // "http", "tcp" or "grpc": serve health checks on HEALTH_PORT
-	Journal   string `json:",omitempty"` // file for a line at start, SIGTERM and end
-	Floor     bool   `json:",omitempty"` // it is no component: it serves the floor until SIGTERM
-	NoNetlink bool   `json:",omitempty"` // it is no component: it becomes its arguments, which get no socket of AF_NETLINK
+	Dialect   string     `json:",omitempty"` // "legacy" or "v1"; without one it does not register
+	Anonymous bool       `json:",omitempty"` // it sends no id
+	Nameless  bool       `json:",omitempty"` // it sends nothing to know it by, and cannot register unless it is known
+	Alias     string     `json:",omitempty"` // it registers as this service
+	Gate      bool       `json:",omitempty"` // before it registers or passes a check, it waits for SIGUSR2
+	Mute      bool       `json:",omitempty"` // it never heartbeats
+	Hidden    bool       `json:",omitempty"` // only root can look into it
+	OnUSR1    string     `json:",omitempty"` // "exit", "mute", "unhealthy", "fail" its checks; SIGUSR2 undoes it
+	End       string     `json:",omitempty"` // ends with Code: "early", before it registers, or "registered"
+	Starts    int        `json:",omitempty"` // so many first starts End so, 0 for all; needs a Journal
+	Code      int        `json:",omitempty"`
+	Out, Err  []byte     `json:",omitempty"` // printed first
+	Long      int        `json:",omitempty"` // after Err, so often longPiece in one line, and a line without its end
+	Hoard     int        `json:",omitempty"` // bytes of lines to leave in its pipe, before it ends
+	Flood     int        `json:",omitempty"` // numbered lines to print
+	Environ   bool       `json:",omitempty"` // print the environment
+	Deaf      bool       `json:",omitempty"` // ignore SIGTERM
+	Serve     string     `json:",omitempty"` // unix socket; after SIGTERM it lives until its one client has gone
+	Dial      string     `json:",omitempty"` // unix socket to connect to
+	Check     string     `json:",omitempty"` // "http", "tcp" or "grpc": serve health checks on HEALTH_PORT
+	Journal   string     `json:",omitempty"` // file for a line at start, SIGTERM and end
+	Floor     bool       `json:",omitempty"` // it is no component: it serves the floor until SIGTERM
+	NoNetlink bool       `json:",omitempty"` // it is no component: it becomes its arguments, which get no socket of AF_NETLINK
+	Events    *eventRole `json:",omitempty"` // it serves events, and does nothing else
 }
 
 const longPiece = "0123456789abcdef"
@@ -112,6 +113,9 @@ func (r role) play() int {
 	if r.NoNetlink {
 		fmt.Fprintln(os.Stderr, withoutNetlink(os.Args[1:]))
 		return 2
+	}
+	if r.Events != nil {
+		return r.Events.play(signals)
 	}
 	if r.Floor {
 		server, endpoint, err := serveFloor()

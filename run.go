@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"os/signal"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -18,9 +17,6 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 )
-
-// repeatTime is how long after a signal the same one is taken for the same request.
-const repeatTime = 50 * time.Millisecond
 
 // garbageLimit is the memory in bytes from which the garbage collector comes more and more often. What is in
 // use stays below it: see the bounds in limits.go.
@@ -46,6 +42,7 @@ type run struct {
 	launcher *launcher
 	sup      *supervisor
 	checks   *checks
+	moving   *moving
 	plane    *plane
 	wrapped  *wrapped // nil for none
 	warner   *warner
@@ -104,6 +101,7 @@ func runPipeline(p *Pipeline, config runConfig) error {
 		return err
 	}
 	r.loop(signals)
+	r.moving.relay.close()
 	r.wrapped.close()
 	r.reloads.close()
 	r.checks.close()
@@ -221,7 +219,7 @@ func (r *run) open(p *Pipeline, claimed claimed) error {
 	if err == nil {
 		r.plane, err = newPlane(planeConfig{
 			listeners: listeners, held: held, componentListener: access.listener, ttl: r.config.ttl, interval: r.config.interval, forget: r.config.forget,
-			members: r.members(), pipeline: r.info, store: st, certs: certs, identifier: identify,
+			members: r.members(), pipeline: r.info, relay: r.moving.relay, store: st, certs: certs, identifier: identify,
 			operatorListener: operators, runFile: claimed.file, operators: r.config.operators, requests: r.reloads, lines: r.out.lines, log: r.log,
 		})
 	}
@@ -236,6 +234,7 @@ func (r *run) open(p *Pipeline, claimed claimed) error {
 		return &exitError{code: exitFailed, err: err}
 	}
 	r.generation = r.sup.generation
+	r.moving.registry = r.plane.registry
 	r.openRecorder()
 	return nil
 }
@@ -283,6 +282,8 @@ func (r *run) openProcesses(p *Pipeline, launch launchConfig) (*identifier, erro
 	}
 	r.sup = newSupervisor(p, r.config.times, r.launcher, r.log)
 	r.sup.watching = r.config.watch
+	r.moving = &moving{relay: newRelay(r.config.maxEvent, r.log), sup: r.sup}
+	r.sup.streams = r.moving.relay
 	r.restarts = &restarts{sup: r.sup, log: r.log}
 	identify := newIdentifier(r.launcher, r.log)
 	r.checks = newChecks(identify.componentOf, r.log)
@@ -372,6 +373,8 @@ func (r *run) loop(signals <-chan os.Signal) {
 		case sig := <-signals:
 			r.signalled(sig, time.Now())
 		case <-r.plane.registry.wake:
+		case <-r.moving.relay.wake:
+			r.moving.take(time.Now())
 		case <-r.plane.certs.expiryTold():
 		case e := <-r.launcher.exits:
 			r.exited(e, time.Now())
@@ -435,6 +438,7 @@ func (r *run) advance(now time.Time) {
 	if r.generation != r.sup.generation {
 		r.generation = r.sup.generation
 		r.plane.registry.setMembers(r.members(), now)
+		r.moving.update()
 	}
 	r.expireUnhealthy(now)
 	r.expireTimeout(now)
@@ -448,8 +452,8 @@ func (r *run) advance(now time.Time) {
 	if !r.info.ready && !r.sup.stopping {
 		r.checkReady(now)
 	}
-	if r.info.ready && !r.sup.stopping && !r.wrapped.runs() && r.sup.servicesAlone() {
-		r.log.Info("all components have completed, stopping the services")
+	if r.info.ready && !r.sup.stopping && !r.wrapped.runs() && r.sup.worked(r.moving.relay.ended) {
+		r.log.Info("all components have completed, stopping what still runs")
 		r.sup.complete = true
 		r.stop(exitOK, nil, now)
 	}
@@ -497,7 +501,11 @@ func (r *run) checked(result checkResult, now time.Time) {
 func (r *run) takeChanges(now time.Time) {
 	r.putOff(now)
 	r.others.flush(now)
-	for _, c := range r.plane.registry.changes(now) {
+	changes := r.plane.registry.changes(now)
+	if slices.ContainsFunc(changes, func(c change) bool { return c.component != "" }) {
+		defer r.moving.update()
+	}
+	for _, c := range changes {
 		p := r.sup.byID[c.component]
 		switch {
 		case p == nil:
@@ -585,6 +593,10 @@ func (r *run) exited(e childEnd, now time.Time) {
 		cause = "its process ended: " + describeExit(e.status)
 	}
 	r.plane.registry.finished(p.id(), cause, now)
+	if p.over() {
+		r.moving.relay.leave(p.id(), false)
+	}
+	r.moving.update()
 }
 
 // explainFailures adds to new failures what the control plane knows of them, and tells of those with
@@ -668,25 +680,6 @@ func (r *run) cutShort(sig os.Signal) (int, error) {
 	return exitOK, nil
 }
 
-// heededSignal is the last signal that the run heeded before its stop.
-type heededSignal struct {
-	sig os.Signal // nil for none, or for whichever may have ended the command
-	at  time.Time
-}
-
-// isRepeated tells whether sig is the request that was heeded, come by another way: a shell
-// and the kernel both tell of a terminal that is closed, timeout(1) tells the group and its
-// child, and a terminal tells flowctl and the command that ends by it.
-func (h heededSignal) isRepeated(sig os.Signal, now time.Time) bool {
-	if h.sig == nil {
-		return !h.at.IsZero() && now.Sub(h.at) < repeatTime
-	}
-	if sig == syscall.SIGHUP {
-		return h.sig != nil && !isInterrupt(h.sig)
-	}
-	return sig == h.sig && now.Sub(h.at) < repeatTime
-}
-
 // stop begins the end of the run, with the exit code and the error of the first reason.
 func (r *run) stop(code int, err error, now time.Time) {
 	if r.sup.stopping {
@@ -740,6 +733,8 @@ func (r *run) checkReady(now time.Time) {
 	r.plane.registry.publishPipeline(r.info)
 	r.record(runRunning, "")
 	r.systemd.send(daemon.SdNotifyReady)
+	r.moving.begun = true
+	r.moving.update()
 	if r.config.sandbox {
 		r.tellServices()
 	}
@@ -912,6 +907,9 @@ func (r *run) members() []member {
 // end prints the failure report, if something failed, and then returns an *exitError.
 func (r *run) end() error {
 	r.out.screen.remove()
+	if failed := r.moving.tell(r.log); failed > 0 && r.config.until == untilDone && r.code == exitOK {
+		r.code, r.err = exitFailed, fmt.Errorf("%d events failed: see the log", failed)
+	}
 	if len(r.left) > 0 {
 		r.err = errors.Join(r.err, fmt.Errorf("still running after SIGKILL: %s", namesOf(r.left)))
 	}
@@ -969,17 +967,4 @@ func (r *run) describe(p *proc) failedComponent {
 	}
 	out.NeverStarted, out.Stopped = r.sup.affected(p)
 	return out
-}
-
-// catchSignals returns the signals that ask for an end. SIGHUP stays ignored where flowctl was started
-// so, by nohup; SIGINT and SIGQUIT do not, which a script's shell ignores for what it starts in the
-// background, and children would inherit that. Without SIGPIPE a closed standard output is an error of a write.
-func catchSignals() <-chan os.Signal {
-	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT)
-	if !signal.Ignored(syscall.SIGHUP) {
-		signal.Notify(signals, syscall.SIGHUP)
-	}
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
-	return signals
 }

@@ -40,6 +40,7 @@ type runConfig struct {
 	servicesOf     int  // process of the sandbox whose services are used, 0 for none
 	until          string
 	timeout        time.Duration // of the whole run, 0 for none
+	maxEvent       int           // bytes of one event that is moved
 	watch          bool          // reload and restart what has changed
 	engine         *engine       // nil for none
 	command        []string      // after --

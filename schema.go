@@ -80,6 +80,7 @@ func textSchema(rule string) map[string]any {
 		"version":  {"anyOf": allow("flowctl/v1")},
 		"kind":     {"anyOf": allow("Pipeline")},
 		"policy":   {"anyOf": allow(restartNo, restartOnFailure, restartAlways)},
+		"relay":    {"anyOf": allow("auto", relayOff)},
 		"signal":   {"anyOf": allow(stopSignalNames...)},
 		"duration": {"pattern": `^\+?(([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h))+$|` + anyReference}, // both ways to write µ
 		"name":     {"pattern": namePattern().String() + "|" + anyReference, "not": map[string]any{"enum": []string{".", ".."}}},

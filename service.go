@@ -62,6 +62,7 @@ const (
 	whyCheck            // its health check does not pass
 	whySilent           // its heartbeats have stopped
 	whyMute             // it has sent none since it registered
+	whyStream           // its events cannot be moved
 )
 
 var notRegistered = serviceHealth{why: whyUnregistered, reason: "not registered"}
@@ -91,6 +92,7 @@ type registration struct {
 	inputEvents  []string
 	outputEvents []string
 	endpoint     string
+	v1           bool // it registered through flowctl.v1, so it may serve events at endpoint
 	maxInflight  int32
 	metadata     map[string]string
 }
@@ -151,6 +153,7 @@ type memberState struct {
 	process processReport // its zero value until there is one
 	ended   string        // how its process ended, "" while it lives
 	failing string        // why its health check fails, "" while it passes
+	stuck   string        // why its events cannot be moved, "" while they can
 }
 
 // check applies the bounds.

@@ -1,0 +1,87 @@
+package main
+
+// Where the events that flowctl moves meet the components of a run: which of them serve events, and what becomes
+// of those whose events cannot be moved.
+
+import (
+	"log/slog"
+	"maps"
+	"strings"
+	"time"
+)
+
+// moving tells the relay of the components of a run. The loop calls its methods.
+type moving struct {
+	relay    *relay
+	sup      *supervisor
+	registry *registry
+	begun    bool // all components have been ready
+}
+
+// update tells the relay how components are now, once all have been ready.
+func (m *moving) update() {
+	if !m.begun {
+		return
+	}
+	var members []relayMember
+	if m.sup.loaded.Spec.Relay != relayOff {
+		served := m.registry.served()
+		for _, p := range m.sup.procs {
+			c := p.component
+			if c.Role == roleService {
+				continue
+			}
+			member := relayMember{id: c.ID, role: c.Role, endpoint: served[c.ID].endpoint, wants: served[c.ID].wants, inputs: c.Inputs}
+			if member.endpoint != "" {
+				member.since = p.started
+			}
+			if c.Role == roleSource {
+				member.params = c.streamParams()
+			}
+			members = append(members, member)
+		}
+	}
+	m.relay.update(members)
+}
+
+// take takes in what has happened to streams, and tells the relay of components that have ended for good.
+func (m *moving) take(now time.Time) {
+	for _, p := range m.sup.procs {
+		m.registry.moved(p.id(), m.relay.cause(p.id()), now)
+		if p.over() {
+			m.relay.leave(p.id(), false)
+		}
+	}
+}
+
+// streamParams returns what a source is asked to stream: what the predecessor passed of its environment, and
+// stream_params, which win.
+func (c *Component) streamParams() map[string]string {
+	params := make(map[string]string)
+	for _, name := range []string{"START_LEDGER", "END_LEDGER"} {
+		if value := fileEnv(c, name); value != "" {
+			params[strings.ToLower(name)] = value
+		}
+	}
+	maps.Copy(params, c.StreamParams)
+	return params
+}
+
+// tell logs what each component has moved, and returns how many events failed.
+func (m *moving) tell(log *slog.Logger) (failed int64) {
+	for _, n := range m.relay.nodeReports() {
+		attrs := []any{"component", n.id, "in", n.in, "out", n.out}
+		if n.unmatched > 0 {
+			attrs = append(attrs, "unmatched", n.unmatched)
+		}
+		if n.failed > 0 {
+			attrs = append(attrs, "failed", n.failed)
+		}
+		if n.lost > 0 {
+			attrs = append(attrs, "lost_at_most", n.lost)
+		}
+		log.Info("moved", attrs...)
+		failed += n.failed
+	}
+	return failed
+}
