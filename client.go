@@ -583,8 +583,15 @@ func (c *listClient) listed(id string) (p listedPipeline, ok bool) {
 func listPipeline(p *operatorv1.Pipeline) listedPipeline {
 	return listedPipeline{
 		Pipeline: p.GetName(), Endpoint: p.GetEndpoint(), PID: p.GetPid(), Version: p.GetVersion(), Started: listTime(p.GetStarted()),
-		Status: p.GetStatus(), Ready: p.GetReady(), StateFile: p.GetStateFile(), NotDurable: p.GetNotDurable(),
+		Status: p.GetStatus(), Ready: p.GetReady(), StateFile: p.GetStateFile(), NotDurable: p.GetNotDurable(), Edges: listEdges(p.GetEdges()),
 	}
+}
+
+func listEdges(edges []*operatorv1.Edge) (out []listedEdge) {
+	for _, e := range edges {
+		out = append(out, listedEdge{e.GetFrom(), e.GetTo(), e.GetState(), e.GetEvents(), e.GetBytes(), e.GetEventsPerSecond(), e.GetWaitingSeconds()})
+	}
+	return out
 }
 
 func listComponent(c *operatorv1.Component) *listedComponent {

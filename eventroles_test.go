@@ -39,7 +39,6 @@ type eventRole struct {
 	Unserved bool     `json:",omitempty"` // it moves its own data: GetInfo is UNIMPLEMENTED
 	Late     string   `json:",omitempty"` // how long after its registration it listens
 	Linger   bool     `json:",omitempty"` // after SIGTERM it waits for the end of its streams
-	LogsPort bool     `json:",omitempty"`
 }
 
 // events serves the role over gRPC.
@@ -142,9 +141,12 @@ func (e *events) info() (*flowctlv1.ComponentInfo, error) {
 }
 
 // take takes its time for an event, and tells whether this was enough.
-func (e *events) take(n int) (enough bool) {
+func (e *events) take(ctx context.Context, n int) (enough bool) {
 	if each, _ := time.ParseDuration(e.role.Each); each > 0 {
-		time.Sleep(each)
+		select {
+		case <-time.After(each):
+		case <-ctx.Done():
+		}
 	}
 	return n == e.role.Enough
 }
@@ -185,15 +187,15 @@ func (s sourceEvents) StreamEvents(in *flowctlv1.StreamRequest, stream grpc.Serv
 		if types := s.role.Types; len(types) > 0 {
 			ev.Type = types[i%len(types)]
 		}
-		if err := stream.Send(ev); err != nil {
-			return err
-		}
-		s.take(i)
 		if s.state != nil {
 			if _, err := s.state.WriteAt(fmt.Appendf(nil, "%-19d\n", i), 0); err != nil {
 				return err
 			}
 		}
+		if err := stream.Send(ev); err != nil {
+			return err
+		}
+		s.take(stream.Context(), i)
 		select {
 		case <-s.stop:
 			return nil
@@ -229,7 +231,7 @@ func (p processorEvents) Process(stream grpc.BidiStreamingServer[flowctlv1.Event
 		if err := stream.Send(ev); err != nil {
 			return err
 		}
-		if p.take(n) {
+		if p.take(stream.Context(), n) {
 			return nil
 		}
 	}
@@ -265,7 +267,7 @@ func (s sinkEvents) Consume(stream grpc.ClientStreamingServer[flowctlv1.Event, f
 				return err
 			}
 		}
-		if err != nil || s.take(n) {
+		if err != nil || s.take(stream.Context(), n) {
 			fmt.Println("consumed", n)
 			answer := &flowctlv1.ConsumeResponse{EventsConsumed: int64(n), EventsFailed: int64(s.role.Fail)}
 			for range s.role.Fail {

@@ -647,7 +647,7 @@ func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 func BenchmarkHeartbeatGrowth(b *testing.B) {
 	now := time.Now()
 	few, many, followed := silentRegistry(b, 100, time.Hour, now), silentRegistry(b, 100_000, time.Hour, now), silentRegistry(b, 100, time.Hour, now)
-	o := newOperatorServer(followed, nil, nil, nil)
+	o := newOperatorServer(followed, nil, nil, nil, nil)
 	for range maxFollowers {
 		w := get(o.join(func(*operatorv1.WatchResponse) error { return nil }, streamKind{follows: true}))(b)
 		must(b, cmp.Or(w.snapshot(), w.catchUp()))

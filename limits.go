@@ -58,6 +58,7 @@ const (
 	smallAnswer   = 4 << 10   // bytes up to which an answer is not counted in maxUnread
 	leastUnread   = 64 << 10  // bytes for which any other is counted, so that they are not many either
 	maxPart       = 24 << 10  // bytes of a message of a stream of changes; grpc has buffers of 32 KiB and then of 1 MiB
+	maxEdges      = 4 << 10   // edges along which events are moved, in what list is told of a pipeline
 	maxDirty      = 8 << 10   // changes that wait for one stream; a stream that is further behind gets a new snapshot
 	unreadTimeout = time.Second
 	refusalPause  = 50 * time.Millisecond

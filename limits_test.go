@@ -880,7 +880,7 @@ func TestNoPause(t *testing.T) {
 				return nil
 			}
 		}
-		o := newOperatorServer(r, nil, nil, nil)
+		o := newOperatorServer(r, nil, nil, nil, nil)
 		w := get(o.join(nil, streamKind{follows: true}))(t)
 		w.pause = 0
 		measure("snapshot", func(step func()) { w.send = send(step); _ = w.snapshot() })

@@ -4,6 +4,7 @@ package main
 // of those whose events cannot be moved.
 
 import (
+	"fmt"
 	"log/slog"
 	"maps"
 	"strings"
@@ -48,7 +49,7 @@ func (m *moving) update() {
 func (m *moving) take(now time.Time) {
 	for _, p := range m.sup.procs {
 		m.registry.moved(p.id(), m.relay.cause(p.id()), now)
-		if p.over() {
+		if p.isGone() {
 			m.relay.leave(p.id(), false)
 		}
 	}
@@ -65,6 +66,30 @@ func (c *Component) streamParams() map[string]string {
 	}
 	maps.Copy(params, c.StreamParams)
 	return params
+}
+
+// rates says how many events a second each component gets and sends, nil where flowctl moves none.
+func (m *moving) rates() map[string]string {
+	in, out := make(map[string]float64), make(map[string]float64)
+	for _, e := range m.relay.reports(time.Time{}) {
+		in[e.to] += e.perSecond
+		out[e.from] = max(out[e.from], e.perSecond) // of several readers: what it sends comes to each
+	}
+	if len(in) == 0 {
+		return nil
+	}
+	rates := make(map[string]string)
+	for _, p := range m.sup.procs {
+		var parts []string
+		if rate, reads := in[p.id()]; reads {
+			parts = append(parts, fmt.Sprintf("%.0f in", rate))
+		}
+		if rate, sends := out[p.id()]; sends {
+			parts = append(parts, fmt.Sprintf("%.0f out", rate))
+		}
+		rates[p.id()] = strings.Join(parts, ", ")
+	}
+	return rates
 }
 
 // tell logs what each component has moved, and returns how many events failed.

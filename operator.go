@@ -72,6 +72,7 @@ type operatorServer struct {
 	ended    <-chan struct{} // closed when the control plane stops
 	requests runRequests     // nil for a control plane alone
 	lines    *lineLog        // the same
+	relay    *relay          // the same
 
 	// registry.mu guards the fields below.
 	streams map[*changeStream]struct{}
@@ -79,8 +80,8 @@ type operatorServer struct {
 }
 
 // newOperatorServer returns a server whose streams hear of the changes of r.
-func newOperatorServer(r *registry, ended <-chan struct{}, requests runRequests, lines *lineLog) *operatorServer {
-	o := &operatorServer{registry: r, ended: ended, requests: requests, lines: lines, streams: make(map[*changeStream]struct{}), open: make(map[streamKind]int)}
+func newOperatorServer(r *registry, ended <-chan struct{}, requests runRequests, lines *lineLog, relay *relay) *operatorServer {
+	o := &operatorServer{registry: r, ended: ended, requests: requests, lines: lines, relay: relay, streams: make(map[*changeStream]struct{}), open: make(map[streamKind]int)}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.publish = o.publishLocked
@@ -100,7 +101,7 @@ func (o *operatorServer) publishLocked(seq int64) {
 func (o *operatorServer) GetPipeline(ctx context.Context, _ *operatorv1.GetPipelineRequest) (*operatorv1.Pipeline, error) {
 	r := o.registry
 	r.mu.Lock()
-	out := r.pipelineLocked()
+	out := o.pipelineLocked()
 	r.mu.Unlock()
 	err := r.list(ctx, func(s *service, now time.Time) bool {
 		out.Components = append(out.Components, r.componentLocked(s, now))
@@ -257,7 +258,9 @@ func (o *operatorServer) checkOperator(ctx context.Context, command string) erro
 	return nil
 }
 
-func (r *registry) pipelineLocked() *operatorv1.Pipeline {
+// pipelineLocked is the pipeline as a whole, with its edges. It needs registry.mu.
+func (o *operatorServer) pipelineLocked() *operatorv1.Pipeline {
+	r := o.registry
 	p := &r.pipeline
 	out := &operatorv1.Pipeline{
 		Name: p.name, Version: p.version, Pid: int64(os.Getpid()), Started: timestamppb.New(p.started),
@@ -265,6 +268,10 @@ func (r *registry) pipelineLocked() *operatorv1.Pipeline {
 	}
 	if r.persistence.err != nil {
 		out.NotDurable = r.persistence.err.Error()
+	}
+	edges := o.relay.reports(time.Now())
+	for _, e := range edges[:min(len(edges), maxEdges)] {
+		out.Edges = append(out.Edges, &operatorv1.Edge{From: e.from, To: e.to, State: e.state, Events: e.events, Bytes: e.bytes, EventsPerSecond: e.perSecond, WaitingSeconds: e.waiting.Seconds()})
 	}
 	return out
 }
@@ -449,7 +456,7 @@ func (w *changeStream) snapshot() error {
 	r := w.operator.registry
 	r.mu.Lock()
 	w.behind, w.dirty, w.beat = false, make(map[int64]struct{}), r.lastNow
-	out := &operatorv1.WatchResponse{Pipeline: r.pipelineLocked(), Reset_: true}
+	out := &operatorv1.WatchResponse{Pipeline: w.operator.pipelineLocked(), Reset_: true}
 	all := slices.Concat(r.members, r.others)
 	r.mu.Unlock()
 	out, err := w.tell(out, seqsOf(all), time.Time{})
@@ -540,7 +547,7 @@ func (w *changeStream) fill(out *operatorv1.WatchResponse, seqs []int64, since t
 		case i == batch:
 			return seqs[i:]
 		case seq == 0:
-			out.Pipeline = r.pipelineLocked()
+			out.Pipeline = w.operator.pipelineLocked()
 		case s == nil:
 			out.Removed = append(out.Removed, seq)
 		case !s.lastSeen.After(since) && !since.IsZero():
@@ -560,6 +567,9 @@ func (w *changeStream) tellHeartbeats(now time.Time) error {
 	r := w.operator.registry
 	r.mu.Lock()
 	all := slices.Concat(r.members, r.others)
+	if len(r.members) > 0 {
+		w.dirty[0] = struct{}{} // its edges move events
+	}
 	r.mu.Unlock()
 	since := w.beat
 	w.beat = now

@@ -309,7 +309,7 @@ func follow(t *testing.T, r *registry) (tell func() (components []*operatorv1.Co
 	t.Helper()
 	var components []*operatorv1.Component
 	var removed []int64
-	w, err := newOperatorServer(r, nil, nil, nil).join(func(out *operatorv1.WatchResponse) error {
+	w, err := newOperatorServer(r, nil, nil, nil, nil).join(func(out *operatorv1.WatchResponse) error {
 		components, removed = append(components, out.GetComponents()...), append(removed, out.GetRemoved()...)
 		return nil
 	}, streamKind{follows: true})

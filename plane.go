@@ -99,7 +99,7 @@ func servePlane(r *registry, c planeConfig) *plane {
 	services := registrar{p.server, traffic}
 	flowctlpb.RegisterControlPlaneServer(services, legacyServer{registry: r})
 	flowctlv1.RegisterControlPlaneServiceServer(services, v1Server{registry: r})
-	operatorv1.RegisterOperatorServer(services, newOperatorServer(r, p.ended, c.requests, c.lines))
+	operatorv1.RegisterOperatorServer(services, newOperatorServer(r, p.ended, c.requests, c.lines, c.relay))
 	healthpb.RegisterHealthServer(services, healthServer{p.health})
 	for name := range p.server.GetServiceInfo() {
 		p.health.SetServingStatus(name, healthpb.HealthCheckResponse_SERVING)

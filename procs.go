@@ -150,6 +150,9 @@ func (p *proc) over() bool {
 	return p.state == procCompleted || p.state == procFailed || p.state == procStopped
 }
 
+// isGone tells whether p has ended and no process takes its place.
+func (p *proc) isGone() bool { return p.over() && p.replacement == nil }
+
 // wasReadyNow tells whether its last process was ready.
 func (p *proc) wasReadyNow() bool { return !p.readyAt.IsZero() && !p.readyAt.Before(p.started) }
 

@@ -102,7 +102,7 @@ func (r *relay) update(members []relayMember) {
 }
 
 func (r *relay) newNode(m relayMember) *eventNode {
-	n := &eventNode{relay: r, log: r.log.With("component", m.id), filled: make(chan struct{}, 1), changed: make(chan struct{}, 1), member: m}
+	n := &eventNode{relay: r, log: r.log.With("component", m.id), filled: make(chan struct{}, 1), changed: make(chan struct{}, 1), hurry: make(chan struct{}, 1), member: m}
 	n.in.Store(new([]*edge))
 	n.out.Store(new([]*edge))
 	return n
@@ -110,9 +110,10 @@ func (r *relay) newNode(m relayMember) *eventNode {
 
 // returnedLocked has a new process of n go on, also where the streams of n have ended.
 func (r *relay) returnedLocked(n *eventNode) {
-	n.leaving, n.tries, n.tried, n.cause = staying, 0, time.Time{}, ""
+	n.leaving, n.enough, n.tries, n.tried, n.cause = staying, false, 0, time.Time{}, ""
+	wake(n.hurry)
 	if n.state == streamEnded {
-		n.state, n.enough, n.runs = streamOpen, false, false // it has been asked, and goes on by its token
+		n.state, n.runs = streamOpen, false // it has been asked, and goes on by its token
 		for _, e := range slices.Concat(*n.in.Load(), *n.out.Load()) {
 			e.reopen(e.from.state == streamEnded)
 		}
@@ -257,6 +258,7 @@ func (r *relay) leave(id string, again bool) {
 		r.drainLocked(n)
 	}
 	wake(n.changed)
+	wake(n.hurry)
 	wake(n.filled)
 }
 
@@ -280,6 +282,9 @@ func (r *relay) drainLocked(n *eventNode) {
 				return !waiting.IsZero()
 			})
 			if n.received.Load() == before && !waits {
+				r.mu.Lock()
+				n.enough = n.stream == stream // nothing is on its way, so this is no break
+				r.mu.Unlock()
 				cancel()
 				return
 			}

@@ -3,9 +3,16 @@
 package main
 
 import (
+	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -43,4 +50,260 @@ func wantEvents(t *testing.T, file, way, kind string, first, last int) {
 	if got := string(get(os.ReadFile(file))(t)); got != string(want) {
 		t.Errorf("%s has %d bytes, want %d: %.200q", file, len(got), len(want), got)
 	}
+}
+
+// Each reader gets what it names, of all that it reads from.
+func TestRelay_FilterFanOutAndMerge(t *testing.T) {
+	t.Parallel()
+	const count = 300
+	folder := t.TempDir()
+	file := func(name string) string { return filepath.Join(folder, name) }
+	p := launch(t, writePipeline(t,
+		flowing("a", eventRole{Kind: "source", Count: count, Types: []string{"even", "odd", "rest"}}),
+		flowing("b", eventRole{Kind: "source", Count: count, Types: []string{"odd"}}),
+		flowing("copy", eventRole{Kind: "processor", Types: []string{"odd", "rest"}}, "a", "b"),
+		flowing("all", eventRole{Kind: "sink", File: file("all")}, "copy", "a"),
+		flowing("odd", eventRole{Kind: "sink", File: file("odd"), Types: []string{"odd"}}, "copy"),
+	), "-until", "done")
+	p.exit(exitOK)
+	all, odd := linesBy(t, file("all")), linesBy(t, file("odd"))
+	wantEqual(t, "ways to all", slices.Sorted(maps.Keys(all)), []string{"a even", "a odd", "a rest", "a>copy odd", "a>copy rest", "b>copy odd"})
+	wantEqual(t, "ways to odd", slices.Sorted(maps.Keys(odd)), []string{"a>copy odd", "b>copy odd"})
+	for way, ids := range all {
+		if want := count / 3; len(ids) != want && way != "b>copy odd" || !slices.IsSorted(ids) {
+			t.Errorf("all got by %q %d events, want %d in order: %v", way, len(ids), want, ids)
+		}
+	}
+	wantEqual(t, "events of b to odd", odd["b>copy odd"], numbers(1, count))
+	p.has(p.stderr, "msg=moved component=a in=0 out=300\n", "msg=moved component=copy in=500 out=500\n", "msg=moved component=odd in=400 out=0\n")
+}
+
+// Events of a type that no reader wants are counted.
+func TestRelay_UnwantedTypesAreTold(t *testing.T) {
+	t.Parallel()
+	p := launch(t, writePipeline(t,
+		flowing("a", eventRole{Kind: "source", Count: 10, Types: []string{"even", "odd"}}),
+		flowing("odd", eventRole{Kind: "sink", Types: []string{"odd"}}, "a"),
+	))
+	p.exit(exitOK)
+	p.has(p.stderr, "msg=moved component=a in=0 out=10 unmatched=5\n", "msg=moved component=odd in=5 out=0\n")
+}
+
+// A sink that says that events failed is a warning, and with -until done a failure.
+func TestRelay_FailedEvents(t *testing.T) {
+	t.Parallel()
+	for until, code := range map[string]int{untilStopped: exitOK, untilDone: exitFailed} {
+		t.Run(until, func(t *testing.T) {
+			t.Parallel()
+			p := launch(t, writePipeline(t,
+				flowing("a", eventRole{Kind: "source", Count: 10}),
+				flowing("store", eventRole{Kind: "sink", Fail: 2}, "a"),
+			), "-until", until)
+			p.exit(code)
+			p.has(p.stderr, `level=WARN msg="events failed" component=store failed=2 `, `errors="row is too long, row is too long"`, "msg=moved component=store in=10 out=0 failed=2\n")
+		})
+	}
+}
+
+// A reader that ends its stream has had enough: the others go on, and a source of which nobody wants more ends.
+func TestRelay_ReaderHasEnough(t *testing.T) {
+	t.Parallel()
+	folder := t.TempDir()
+	few, more := filepath.Join(folder, "few"), filepath.Join(folder, "more")
+	p := launch(t, writePipeline(t,
+		flowing("endless", eventRole{Kind: "source"}),
+		flowing("head", eventRole{Kind: "processor", Enough: 500}, "endless"),
+		flowing("few", eventRole{Kind: "sink", File: few, Enough: 5}, "endless"),
+		flowing("more", eventRole{Kind: "sink", File: more}, "head"),
+	))
+	p.exit(exitOK)
+	wantEvents(t, few, "endless", "", 1, 5)
+	wantEvents(t, more, "endless>head", "", 1, 500)
+}
+
+// Who moves its own data, or registers by the legacy dialect, is left alone, and so is everybody with relay off.
+func TestRelay_OthersAreLeftAlone(t *testing.T) {
+	t.Parallel()
+	p := launch(t, writePipeline(t,
+		flowing("serves", eventRole{Kind: "source", Count: 1}),
+		flowing("own", eventRole{Kind: "sink", Unserved: true}, "serves"),
+		actor("legacy", role{Dialect: "legacy"}),
+	))
+	p.waitErr(`msg=events moved=- moved_by_themselves="serves, own"`)
+	p.stop()
+	p.hasNot(p.stdout, "streams")
+	p.hasNot(p.stderr, "msg=moved")
+
+	file := writePipeline(t, flowing("serves", eventRole{Kind: "source", Count: 1}), flowing("store", eventRole{Kind: "sink"}, "serves"))
+	text := strings.Replace(string(get(os.ReadFile(file))(t)), `"spec":{`, `"spec":{"relay":"off",`, 1)
+	p = launch(t, writeFile(t, file, text), "-until", untilReady)
+	p.exit(exitOK)
+	p.hasNot(p.stderr, "msg=events")
+}
+
+// A source is asked for what the file says, and a server may listen a while after it registered.
+func TestRelay_ParamsAndLateServer(t *testing.T) {
+	t.Parallel()
+	source := flowing("ledgers", eventRole{Kind: "source", Count: 3})
+	source.Env["START_LEDGER"] = "10"
+	source.Config = map[string]any{"end_ledger": "20"}
+	source.StreamParams = map[string]string{"start_ledger": "11", "network": "testnet"}
+	p := launch(t, writePipeline(t, source, flowing("store", eventRole{Kind: "sink", Late: "300ms"}, "ledgers")))
+	p.exit(exitOK)
+	p.has(p.stdout, `streams resume=false token="" params=map[end_ledger:20 network:testnet start_ledger:11]`, "store   | consumed 4\n")
+}
+
+// A source that refuses to stream is ill, and the run fails by that.
+func TestRelay_RefusalIsIllness(t *testing.T) {
+	t.Parallel()
+	p := launch(t, writePipeline(t, flowing("ledgers", eventRole{Kind: "source", Refuse: true}), flowing("store", eventRole{Kind: "sink"}, "ledgers")), "-unhealthy-timeout", "1s")
+	p.exit(exitFailed)
+	p.has(p.stderr, "its events cannot be moved: FailedPrecondition: it has no ledger to begin with")
+}
+
+// An event above the bound is refused by name, and one below passes.
+func TestRelay_LargeEvents(t *testing.T) {
+	t.Parallel()
+	out := filepath.Join(t.TempDir(), "out")
+	large := []Component{flowing("a", eventRole{Kind: "source", Count: 3, Bytes: 50 << 20}), flowing("b", eventRole{Kind: "processor"}, "a"), flowing("store", eventRole{Kind: "sink", File: out}, "b")}
+	launch(t, writePipeline(t, large...)).exit(exitOK)
+	wantEvents(t, out, "a>b", "", 1, 3)
+	p := launch(t, writePipeline(t, large...), "-max-event-bytes", "1000000", "-unhealthy-timeout", "1s")
+	p.exit(exitFailed)
+	p.has(p.stderr, "its events cannot be moved: ResourceExhausted:", "-max-event-bytes")
+}
+
+// A component that is killed is connected again. No more is lost than was told, and nothing comes twice from a
+// source that knows what it has sent.
+func TestRelay_KilledComponentsAreConnectedAgain(t *testing.T) {
+	t.Parallel()
+	for _, killed := range []string{"a", "b", "store"} {
+		t.Run(killed, func(t *testing.T) {
+			t.Parallel()
+			folder, count := t.TempDir(), 20_000
+			out := filepath.Join(folder, "out")
+			all := []Component{
+				flowing("a", eventRole{Kind: "source", Count: count, Bytes: 1000, State: filepath.Join(folder, "state"), Each: "20us"}),
+				flowing("b", eventRole{Kind: "processor"}, "a"),
+				flowing("store", eventRole{Kind: "sink", File: out}, "b"),
+			}
+			for i := range all {
+				all[i].RestartPolicy = restartAlways
+			}
+			p := launch(t, writePipeline(t, all...))
+			eventually(t, "some events", func() bool { data, _ := os.ReadFile(out); return len(data) > 10_000 })
+			p.tell(killed, syscall.SIGKILL)
+			p.exit(exitOK)
+			ids := linesBy(t, out)["a>b "]
+			told := 0
+			for _, m := range regexp.MustCompile(`in_flight="up to (\d+) events"`).FindAllStringSubmatch(p.stderr.String(), -1) {
+				told += get(strconv.Atoi(m[1]))(t)
+			}
+			if !slices.IsSorted(ids) || len(slices.Compact(slices.Clone(ids))) != len(ids) {
+				t.Errorf("events came twice, or not in order")
+			}
+			if lost := count - len(ids); lost > told || told == 0 {
+				t.Errorf("%d events were lost, and at most %d told\n%s", lost, told, p)
+			}
+			p.has(p.stderr, `msg="its events are moved again" component=`+killed)
+		})
+	}
+}
+
+// A restart that an operator asks for loses nothing: what is on its way is moved first.
+func TestRelay_RestartLosesNothing(t *testing.T) {
+	t.Parallel()
+	folder, count := t.TempDir(), 30_000
+	out := filepath.Join(folder, "out")
+	p := launch(t, writePipeline(t,
+		flowing("a", eventRole{Kind: "source", Count: count, Bytes: 1000, State: filepath.Join(folder, "state"), Each: "20us"}),
+		flowing("b", eventRole{Kind: "processor"}, "a"),
+		flowing("store", eventRole{Kind: "sink", File: out}, "b"),
+	))
+	eventually(t, "some events", func() bool { data, _ := os.ReadFile(out); return len(data) > 10_000 })
+	for _, id := range []string{"b", "store"} {
+		if code, _, stderr := p.ask("restart", "-pipeline", "test", id); code != exitOK {
+			t.Fatalf("restart %s: %d\n%s\n%s", id, code, stderr, p)
+		}
+	}
+	p.exit(exitOK)
+	wantEvents(t, out, "a>b", "", 1, count)
+}
+
+// What sources have sent is moved before those that read it are stopped.
+func TestRelay_StopDrains(t *testing.T) {
+	t.Parallel()
+	folder := t.TempDir()
+	out, state := filepath.Join(folder, "out"), filepath.Join(folder, "state")
+	p := launch(t, writePipeline(t,
+		flowing("a", eventRole{Kind: "source", Bytes: 1000, State: state, Each: "100us"}),
+		flowing("b", eventRole{Kind: "processor", Each: "300us"}, "a"),
+		flowing("store", eventRole{Kind: "sink", File: out}, "b"),
+	))
+	eventually(t, "some events", func() bool { data, _ := os.ReadFile(out); return len(data) > 1000 })
+	p.stop()
+	sent := get(strconv.Atoi(strings.TrimSpace(string(get(os.ReadFile(state))(t)))))(t)
+	wantEvents(t, out, "a>b", "", 1, sent)
+}
+
+// A source whose server waits for its streams ends with the stream, not by SIGKILL.
+func TestRelay_LingeringSourceIsLeft(t *testing.T) {
+	t.Parallel()
+	p := launch(t, writePipeline(t, flowing("a", eventRole{Kind: "source", Each: "1h", Linger: true}), flowing("store", eventRole{Kind: "sink", Linger: true}, "a")))
+	p.waitOut("store | consumes")
+	p.stop()
+	p.hasNot(p.stderr, "SIGKILL")
+}
+
+// A slow sink slows its source, and what is on its way takes little memory.
+func TestRelay_SlowSinkSlowsItsSource(t *testing.T) {
+	t.Parallel()
+	p := launch(t, writePipeline(t,
+		flowing("a", eventRole{Kind: "source", Bytes: 10_000}),
+		flowing("slow", eventRole{Kind: "sink", Each: "1s"}, "a"),
+		flowing("fast", eventRole{Kind: "sink"}, "a"),
+	))
+	p.waitReady()
+	eventually(t, "an edge that waits", func() bool {
+		for _, e := range p.listed(t).Edges {
+			if e.To == "slow" && e.WaitingSeconds > 0 {
+				return true
+			}
+		}
+		return false
+	})
+	p.stop()
+}
+
+// listed returns what list -json prints.
+func (p *process) listed(t *testing.T) (out listedPipeline) {
+	t.Helper()
+	_, stdout, _ := p.ask("list", "-json", "-pipeline", "test")
+	var all []listedPipeline
+	must(t, json.Unmarshal([]byte(stdout), &all))
+	return all[0]
+}
+
+// linesBy returns the ids of events in the file of a sink, by where they came by and their type.
+func linesBy(t *testing.T, file string) map[string][]int {
+	t.Helper()
+	out := make(map[string][]int)
+	for line := range strings.Lines(string(get(os.ReadFile(file))(t))) {
+		way, id, _ := cutLast(strings.TrimSuffix(line, "\n"))
+		out[way] = append(out[way], get(strconv.Atoi(id))(t))
+	}
+	return out
+}
+
+// cutLast cuts text at its last space.
+func cutLast(text string) (before, after string, found bool) {
+	i := strings.LastIndexByte(text, ' ')
+	return text[:i], text[i+1:], i >= 0
+}
+
+func numbers(first, last int) (out []int) {
+	for i := first; i <= last; i++ {
+		out = append(out, i)
+	}
+	return out
 }

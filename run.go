@@ -593,7 +593,7 @@ func (r *run) exited(e childEnd, now time.Time) {
 		cause = "its process ended: " + describeExit(e.status)
 	}
 	r.plane.registry.finished(p.id(), cause, now)
-	if p.over() {
+	if p.isGone() {
 		r.moving.relay.leave(p.id(), false)
 	}
 	r.moving.update()
@@ -814,7 +814,7 @@ func (r *run) showStatus() {
 // footerRows are the rows of the footer.
 func (r *run) footerRows(now time.Time) []string {
 	registry := r.plane.registry
-	f := footer{pipeline: r.info.name, endpoint: registry.endpoint, status: r.info.status}
+	f := footer{pipeline: r.info.name, endpoint: registry.endpoint, status: r.info.status, rates: r.moving.rates()}
 	snapshots := registry.memberSnapshots(now)
 	for _, p := range r.sup.procs {
 		f.components = append(f.components, footerComponent{p.id(), processOf(p), snapshots[p.id()]})

@@ -119,6 +119,7 @@ type footer struct {
 	pipeline, endpoint string
 	status             string // an overview in a line
 	components         []footerComponent
+	rates              map[string]string // of events, by component; nil where flowctl moves none
 }
 
 type footerComponent struct {
@@ -140,11 +141,17 @@ func processOf(p *proc) processReport {
 func (f footer) rows(now time.Time) []string {
 	var table strings.Builder
 	tw := newColumns(&table)
-	fmt.Fprintln(tw, "ID\tSTATE\tHEALTH\tPID\tUPTIME\tLAST SEEN\tRESTARTS\tMETRICS")
+	events := func(text string) string {
+		if f.rates == nil {
+			return ""
+		}
+		return cmp.Or(text, "-") + "\t"
+	}
+	fmt.Fprintln(tw, "ID\tSTATE\tHEALTH\tPID\tUPTIME\tLAST SEEN\tRESTARTS\t"+events("EVENTS/S")+"METRICS")
 	for _, c := range f.components {
 		uptime := max(now.Sub(c.started), 0).Round(time.Second)
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t%s\n", clean(c.id), clean(c.state), clean(c.health), dash(c.pid != 0, c.pid),
-			dash(c.pid != 0, uptime), dash(!c.lastSeen.IsZero(), ago(now.Sub(c.lastSeen))), c.restarts, shortMetrics(c.metrics))
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t%s%s\n", clean(c.id), clean(c.state), clean(c.health), dash(c.pid != 0, c.pid),
+			dash(c.pid != 0, uptime), dash(!c.lastSeen.IsZero(), ago(now.Sub(c.lastSeen))), c.restarts, events(f.rates[c.id]), shortMetrics(c.metrics))
 	}
 	_ = tw.Flush() // a Builder always takes it
 	head := fmt.Sprintf("%s (%s): %s", clean(f.pipeline), clean(f.endpoint), printable(f.status))
@@ -450,6 +457,7 @@ type listedPipeline struct {
 	StateFile  string             `json:"state_file,omitempty"`
 	NotDurable string             `json:"not_durable,omitempty"`
 	Components []*listedComponent `json:"components"`
+	Edges      []listedEdge       `json:"edges,omitempty"`
 
 	ended string // why list -watch hears no more of it, "" while it does
 }
@@ -481,6 +489,17 @@ type listedComponent struct {
 	Restarts     int64             `json:"restarts"`
 	Metrics      map[string]any    `json:"metrics,omitempty"`
 	History      []listedChange    `json:"history,omitempty"`
+}
+
+// listedEdge is one along which flowctl moves events.
+type listedEdge struct {
+	From           string  `json:"from"`
+	To             string  `json:"to"`
+	State          string  `json:"state"`
+	Events         int64   `json:"events"`
+	Bytes          int64   `json:"bytes"`
+	PerSecond      float64 `json:"events_per_second"`
+	WaitingSeconds float64 `json:"waiting_seconds"`
 }
 
 // listedChange is one change of health.
@@ -562,6 +581,22 @@ func (p *listedPipeline) writeTable(w *bufio.Writer, now time.Time) {
 			fmt.Fprintf(w, "%s: %s\n", clean(l.ID), printable(l.Cause))
 		}
 	}
+	p.writeEdges(w)
+}
+
+// writeEdges writes a table of the edges along which flowctl moves events, if there are any.
+func (p *listedPipeline) writeEdges(w *bufio.Writer) {
+	if len(p.Edges) == 0 {
+		return
+	}
+	fmt.Fprintln(w)
+	tw := newColumns(w)
+	fmt.Fprintln(tw, "FROM\tTO\tSTATE\tEVENTS\tEVENTS/S\tBYTES\tWAITING")
+	for _, e := range p.Edges {
+		waiting := time.Duration(e.WaitingSeconds * float64(time.Second)).Round(100 * time.Millisecond)
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%d\t%.0f\t%d\t%s\n", clean(e.From), clean(e.To), clean(e.State), e.Events, e.PerSecond, e.Bytes, dash(waiting > 0, waiting))
+	}
+	_ = tw.Flush() // w keeps the error
 }
 
 // durability says what is wrong with the state file, "" if nothing is.

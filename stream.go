@@ -78,7 +78,8 @@ type eventNode struct {
 	log      *slog.Logger
 	in, out  atomic.Pointer[[]*edge] // replaced under relay.mu, never changed
 	filled   chan struct{}           // gets a token when an edge to it has an event, or ends
-	changed  chan struct{}           // gets a token when something has changed that run waits for
+	changed  chan struct{}           // gets a token when something has changed that await waits for
+	hurry    chan struct{}           // gets a token when a broken stream is not to wait for its pause
 	unsent   *event                  // was taken from an edge and could not be sent
 	received atomic.Int64            // events that it has sent
 	bytes    atomic.Int64            // of those
@@ -113,7 +114,7 @@ func (n *eventNode) run(ctx context.Context) {
 		}
 		select {
 		case <-time.After(pause):
-		case <-n.changed:
+		case <-n.hurry:
 		case <-ctx.Done():
 			return
 		}
@@ -340,7 +341,7 @@ func (n *eventNode) opening(ctx context.Context, cancel context.CancelFunc) {
 	r := n.relay
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if n.state == streamOpen {
+	if n.state == streamOpen && n.tries <= 1 {
 		n.log.Info("its events are moved again")
 	}
 	n.state, n.stream, n.cancel = streamOpen, ctx, cancel
@@ -358,6 +359,7 @@ func (n *eventNode) closing() {
 	n.relay.mu.Lock()
 	defer n.relay.mu.Unlock()
 	n.stream, n.cancel = nil, nil
+	wake(n.relay.wake)
 }
 
 // send sends what StreamEvents is asked, or the events of all edges that lead to n, and then ends that side of the stream.
@@ -550,9 +552,17 @@ func upTo(events int) string { return fmt.Sprintf("up to %d events", events) }
 
 // streamError is err in the words of the component, where it has some.
 func streamError(err error) string {
-	s, ok := status.FromError(err)
+	said, ok := errors.AsType[interface {
+		error
+		GRPCStatus() *status.Status
+	}](err)
 	if !ok {
 		return printable(err.Error())
 	}
-	return printable(fmt.Sprintf("%s: %s", s.Code(), s.Message()))
+	s := said.GRPCStatus()
+	text := fmt.Sprintf("%s: %s", s.Code(), s.Message())
+	if s.Code() == codes.ResourceExhausted { // grpc says so of an event that is too large, too
+		text += " (see -max-event-bytes)"
+	}
+	return printable(text)
 }

@@ -799,8 +799,10 @@ type Pipeline struct {
 	// Where the registry's state is kept, empty for nowhere.
 	StateFile string `protobuf:"bytes,8,opt,name=state_file,json=stateFile,proto3" json:"state_file,omitempty"`
 	// Why what is registered now would not survive a restart although it should.
-	NotDurable    string       `protobuf:"bytes,9,opt,name=not_durable,json=notDurable,proto3" json:"not_durable,omitempty"`
-	Components    []*Component `protobuf:"bytes,10,rep,name=components,proto3" json:"components,omitempty"`
+	NotDurable string       `protobuf:"bytes,9,opt,name=not_durable,json=notDurable,proto3" json:"not_durable,omitempty"`
+	Components []*Component `protobuf:"bytes,10,rep,name=components,proto3" json:"components,omitempty"`
+	// Those of inputs along which flowctl moves events, the first 4096.
+	Edges         []*Edge `protobuf:"bytes,11,rep,name=edges,proto3" json:"edges,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -905,6 +907,110 @@ func (x *Pipeline) GetComponents() []*Component {
 	return nil
 }
 
+func (x *Pipeline) GetEdges() []*Edge {
+	if x != nil {
+		return x.Edges
+	}
+	return nil
+}
+
+// How the events from one component to another are moved.
+type Edge struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	From  string                 `protobuf:"bytes,1,opt,name=from,proto3" json:"from,omitempty"`
+	To    string                 `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
+	// asking, waiting, open or ended.
+	State string `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
+	// That the reader was sent.
+	Events int64 `protobuf:"varint,4,opt,name=events,proto3" json:"events,omitempty"`
+	// Of those.
+	Bytes           int64   `protobuf:"varint,5,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	EventsPerSecond float64 `protobuf:"fixed64,6,opt,name=events_per_second,json=eventsPerSecond,proto3" json:"events_per_second,omitempty"`
+	// How long its writer has been waiting for its reader, 0 while it does not.
+	WaitingSeconds float64 `protobuf:"fixed64,7,opt,name=waiting_seconds,json=waitingSeconds,proto3" json:"waiting_seconds,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *Edge) Reset() {
+	*x = Edge{}
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Edge) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Edge) ProtoMessage() {}
+
+func (x *Edge) ProtoReflect() protoreflect.Message {
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Edge.ProtoReflect.Descriptor instead.
+func (*Edge) Descriptor() ([]byte, []int) {
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Edge) GetFrom() string {
+	if x != nil {
+		return x.From
+	}
+	return ""
+}
+
+func (x *Edge) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *Edge) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Edge) GetEvents() int64 {
+	if x != nil {
+		return x.Events
+	}
+	return 0
+}
+
+func (x *Edge) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Edge) GetEventsPerSecond() float64 {
+	if x != nil {
+		return x.EventsPerSecond
+	}
+	return 0
+}
+
+func (x *Edge) GetWaitingSeconds() float64 {
+	if x != nil {
+		return x.WaitingSeconds
+	}
+	return 0
+}
+
 type Component struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Tells this record from others for as long as the control plane lives.
@@ -947,7 +1053,7 @@ type Component struct {
 
 func (x *Component) Reset() {
 	*x = Component{}
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[14]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -959,7 +1065,7 @@ func (x *Component) String() string {
 func (*Component) ProtoMessage() {}
 
 func (x *Component) ProtoReflect() protoreflect.Message {
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[14]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -972,7 +1078,7 @@ func (x *Component) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Component.ProtoReflect.Descriptor instead.
 func (*Component) Descriptor() ([]byte, []int) {
-	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{14}
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Component) GetRecord() int64 {
@@ -1147,7 +1253,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[15]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1159,7 +1265,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[15]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1172,7 +1278,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{15}
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Change) GetTime() *timestamppb.Timestamp {
@@ -1210,7 +1316,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[16]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1222,7 +1328,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[16]
+	mi := &file_flowctl_operator_v1_operator_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1235,7 +1341,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{16}
+	return file_flowctl_operator_v1_operator_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Process) GetState() string {
@@ -1325,7 +1431,7 @@ const file_flowctl_operator_v1_operator_proto_rawDesc = "" +
 	"components\x12\x18\n" +
 	"\aremoved\x18\x03 \x03(\x03R\aremoved\x12\x14\n" +
 	"\x05reset\x18\x04 \x01(\bR\x05reset\x12\x1a\n" +
-	"\bcomplete\x18\x05 \x01(\bR\bcomplete\"\xca\x02\n" +
+	"\bcomplete\x18\x05 \x01(\bR\bcomplete\"\xfb\x02\n" +
 	"\bPipeline\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x10\n" +
@@ -1341,7 +1447,16 @@ const file_flowctl_operator_v1_operator_proto_rawDesc = "" +
 	"\n" +
 	"components\x18\n" +
 	" \x03(\v2\x1e.flowctl.operator.v1.ComponentR\n" +
-	"components\"\xbf\t\n" +
+	"components\x12/\n" +
+	"\x05edges\x18\v \x03(\v2\x19.flowctl.operator.v1.EdgeR\x05edges\"\xc3\x01\n" +
+	"\x04Edge\x12\x12\n" +
+	"\x04from\x18\x01 \x01(\tR\x04from\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\tR\x02to\x12\x14\n" +
+	"\x05state\x18\x03 \x01(\tR\x05state\x12\x16\n" +
+	"\x06events\x18\x04 \x01(\x03R\x06events\x12\x14\n" +
+	"\x05bytes\x18\x05 \x01(\x03R\x05bytes\x12*\n" +
+	"\x11events_per_second\x18\x06 \x01(\x01R\x0feventsPerSecond\x12'\n" +
+	"\x0fwaiting_seconds\x18\a \x01(\x01R\x0ewaitingSeconds\"\xbf\t\n" +
 	"\tComponent\x12\x16\n" +
 	"\x06record\x18\x01 \x01(\x03R\x06record\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x1f\n" +
@@ -1411,7 +1526,7 @@ func file_flowctl_operator_v1_operator_proto_rawDescGZIP() []byte {
 	return file_flowctl_operator_v1_operator_proto_rawDescData
 }
 
-var file_flowctl_operator_v1_operator_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_flowctl_operator_v1_operator_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_flowctl_operator_v1_operator_proto_goTypes = []any{
 	(*ReloadRequest)(nil),         // 0: flowctl.operator.v1.ReloadRequest
 	(*ReloadResponse)(nil),        // 1: flowctl.operator.v1.ReloadResponse
@@ -1427,51 +1542,53 @@ var file_flowctl_operator_v1_operator_proto_goTypes = []any{
 	(*WatchRequest)(nil),          // 11: flowctl.operator.v1.WatchRequest
 	(*WatchResponse)(nil),         // 12: flowctl.operator.v1.WatchResponse
 	(*Pipeline)(nil),              // 13: flowctl.operator.v1.Pipeline
-	(*Component)(nil),             // 14: flowctl.operator.v1.Component
-	(*Change)(nil),                // 15: flowctl.operator.v1.Change
-	(*Process)(nil),               // 16: flowctl.operator.v1.Process
-	nil,                           // 17: flowctl.operator.v1.Component.MetadataEntry
-	nil,                           // 18: flowctl.operator.v1.Component.MetricsEntry
-	nil,                           // 19: flowctl.operator.v1.Component.TextMetricsEntry
-	nil,                           // 20: flowctl.operator.v1.Component.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 21: google.protobuf.Timestamp
+	(*Edge)(nil),                  // 14: flowctl.operator.v1.Edge
+	(*Component)(nil),             // 15: flowctl.operator.v1.Component
+	(*Change)(nil),                // 16: flowctl.operator.v1.Change
+	(*Process)(nil),               // 17: flowctl.operator.v1.Process
+	nil,                           // 18: flowctl.operator.v1.Component.MetadataEntry
+	nil,                           // 19: flowctl.operator.v1.Component.MetricsEntry
+	nil,                           // 20: flowctl.operator.v1.Component.TextMetricsEntry
+	nil,                           // 21: flowctl.operator.v1.Component.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 22: google.protobuf.Timestamp
 }
 var file_flowctl_operator_v1_operator_proto_depIdxs = []int32{
 	4,  // 0: flowctl.operator.v1.ReloadResponse.components:type_name -> flowctl.operator.v1.Restarted
 	4,  // 1: flowctl.operator.v1.RestartResponse.components:type_name -> flowctl.operator.v1.Restarted
 	9,  // 2: flowctl.operator.v1.LogsResponse.printed:type_name -> flowctl.operator.v1.Printed
-	21, // 3: flowctl.operator.v1.Printed.time:type_name -> google.protobuf.Timestamp
+	22, // 3: flowctl.operator.v1.Printed.time:type_name -> google.protobuf.Timestamp
 	13, // 4: flowctl.operator.v1.WatchResponse.pipeline:type_name -> flowctl.operator.v1.Pipeline
-	14, // 5: flowctl.operator.v1.WatchResponse.components:type_name -> flowctl.operator.v1.Component
-	21, // 6: flowctl.operator.v1.Pipeline.started:type_name -> google.protobuf.Timestamp
-	14, // 7: flowctl.operator.v1.Pipeline.components:type_name -> flowctl.operator.v1.Component
-	17, // 8: flowctl.operator.v1.Component.metadata:type_name -> flowctl.operator.v1.Component.MetadataEntry
-	21, // 9: flowctl.operator.v1.Component.registered_at:type_name -> google.protobuf.Timestamp
-	21, // 10: flowctl.operator.v1.Component.last_seen:type_name -> google.protobuf.Timestamp
-	18, // 11: flowctl.operator.v1.Component.metrics:type_name -> flowctl.operator.v1.Component.MetricsEntry
-	19, // 12: flowctl.operator.v1.Component.text_metrics:type_name -> flowctl.operator.v1.Component.TextMetricsEntry
-	15, // 13: flowctl.operator.v1.Component.history:type_name -> flowctl.operator.v1.Change
-	16, // 14: flowctl.operator.v1.Component.process:type_name -> flowctl.operator.v1.Process
-	20, // 15: flowctl.operator.v1.Component.labels:type_name -> flowctl.operator.v1.Component.LabelsEntry
-	21, // 16: flowctl.operator.v1.Change.time:type_name -> google.protobuf.Timestamp
-	21, // 17: flowctl.operator.v1.Process.started:type_name -> google.protobuf.Timestamp
-	10, // 18: flowctl.operator.v1.Operator.GetPipeline:input_type -> flowctl.operator.v1.GetPipelineRequest
-	11, // 19: flowctl.operator.v1.Operator.Watch:input_type -> flowctl.operator.v1.WatchRequest
-	0,  // 20: flowctl.operator.v1.Operator.Reload:input_type -> flowctl.operator.v1.ReloadRequest
-	2,  // 21: flowctl.operator.v1.Operator.Restart:input_type -> flowctl.operator.v1.RestartRequest
-	5,  // 22: flowctl.operator.v1.Operator.Stop:input_type -> flowctl.operator.v1.StopRequest
-	7,  // 23: flowctl.operator.v1.Operator.Logs:input_type -> flowctl.operator.v1.LogsRequest
-	13, // 24: flowctl.operator.v1.Operator.GetPipeline:output_type -> flowctl.operator.v1.Pipeline
-	12, // 25: flowctl.operator.v1.Operator.Watch:output_type -> flowctl.operator.v1.WatchResponse
-	1,  // 26: flowctl.operator.v1.Operator.Reload:output_type -> flowctl.operator.v1.ReloadResponse
-	3,  // 27: flowctl.operator.v1.Operator.Restart:output_type -> flowctl.operator.v1.RestartResponse
-	6,  // 28: flowctl.operator.v1.Operator.Stop:output_type -> flowctl.operator.v1.StopResponse
-	8,  // 29: flowctl.operator.v1.Operator.Logs:output_type -> flowctl.operator.v1.LogsResponse
-	24, // [24:30] is the sub-list for method output_type
-	18, // [18:24] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	15, // 5: flowctl.operator.v1.WatchResponse.components:type_name -> flowctl.operator.v1.Component
+	22, // 6: flowctl.operator.v1.Pipeline.started:type_name -> google.protobuf.Timestamp
+	15, // 7: flowctl.operator.v1.Pipeline.components:type_name -> flowctl.operator.v1.Component
+	14, // 8: flowctl.operator.v1.Pipeline.edges:type_name -> flowctl.operator.v1.Edge
+	18, // 9: flowctl.operator.v1.Component.metadata:type_name -> flowctl.operator.v1.Component.MetadataEntry
+	22, // 10: flowctl.operator.v1.Component.registered_at:type_name -> google.protobuf.Timestamp
+	22, // 11: flowctl.operator.v1.Component.last_seen:type_name -> google.protobuf.Timestamp
+	19, // 12: flowctl.operator.v1.Component.metrics:type_name -> flowctl.operator.v1.Component.MetricsEntry
+	20, // 13: flowctl.operator.v1.Component.text_metrics:type_name -> flowctl.operator.v1.Component.TextMetricsEntry
+	16, // 14: flowctl.operator.v1.Component.history:type_name -> flowctl.operator.v1.Change
+	17, // 15: flowctl.operator.v1.Component.process:type_name -> flowctl.operator.v1.Process
+	21, // 16: flowctl.operator.v1.Component.labels:type_name -> flowctl.operator.v1.Component.LabelsEntry
+	22, // 17: flowctl.operator.v1.Change.time:type_name -> google.protobuf.Timestamp
+	22, // 18: flowctl.operator.v1.Process.started:type_name -> google.protobuf.Timestamp
+	10, // 19: flowctl.operator.v1.Operator.GetPipeline:input_type -> flowctl.operator.v1.GetPipelineRequest
+	11, // 20: flowctl.operator.v1.Operator.Watch:input_type -> flowctl.operator.v1.WatchRequest
+	0,  // 21: flowctl.operator.v1.Operator.Reload:input_type -> flowctl.operator.v1.ReloadRequest
+	2,  // 22: flowctl.operator.v1.Operator.Restart:input_type -> flowctl.operator.v1.RestartRequest
+	5,  // 23: flowctl.operator.v1.Operator.Stop:input_type -> flowctl.operator.v1.StopRequest
+	7,  // 24: flowctl.operator.v1.Operator.Logs:input_type -> flowctl.operator.v1.LogsRequest
+	13, // 25: flowctl.operator.v1.Operator.GetPipeline:output_type -> flowctl.operator.v1.Pipeline
+	12, // 26: flowctl.operator.v1.Operator.Watch:output_type -> flowctl.operator.v1.WatchResponse
+	1,  // 27: flowctl.operator.v1.Operator.Reload:output_type -> flowctl.operator.v1.ReloadResponse
+	3,  // 28: flowctl.operator.v1.Operator.Restart:output_type -> flowctl.operator.v1.RestartResponse
+	6,  // 29: flowctl.operator.v1.Operator.Stop:output_type -> flowctl.operator.v1.StopResponse
+	8,  // 30: flowctl.operator.v1.Operator.Logs:output_type -> flowctl.operator.v1.LogsResponse
+	25, // [25:31] is the sub-list for method output_type
+	19, // [19:25] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_flowctl_operator_v1_operator_proto_init() }
@@ -1485,7 +1602,7 @@ func file_flowctl_operator_v1_operator_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_flowctl_operator_v1_operator_proto_rawDesc), len(file_flowctl_operator_v1_operator_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   21,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
