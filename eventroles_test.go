@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/signal"
 	"strconv"
 	"strings"
 	"sync"
@@ -52,7 +53,9 @@ type events struct {
 	state *os.File
 }
 
-func (r *eventRole) play(signals <-chan os.Signal) int {
+func (r *eventRole) play() int {
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGTERM)
 	if err := r.serve(signals); err != nil {
 		fmt.Fprintln(os.Stderr, "events:", err)
 		return 1
@@ -100,10 +103,7 @@ func (r *eventRole) serve(signals <-chan os.Signal) error {
 		select {
 		case <-ticker.C:
 			alive()
-		case sig := <-signals:
-			if sig != syscall.SIGTERM {
-				continue
-			}
+		case <-signals:
 			if r.Linger {
 				fmt.Println("lingers")
 				server.GracefulStop()

@@ -480,7 +480,7 @@ func TestLimitsAreDocumented(t *testing.T) {
 	text := get(os.ReadFile("docs/architecture.md"))(t)
 	for name, value := range map[string]int{
 		"maxConnections": maxConnections, "maxGuestConnections": maxGuestConnections, "maxCalls": maxCalls, "maxLists": maxLists, "maxUnfinished": maxUnfinished, "maxUnread": maxUnread, "maxFollowers": maxFollowers, "maxOtherStreams": maxOtherStreams, "maxServices": maxServices, "maxOtherBytes": maxOtherBytes, "maxGuests": maxGuests, "maxGuestBytes": maxGuestBytes, "maxFormer": maxFormer,
-		"maxStreams": maxStreams, "maxMessage": maxMessage, "maxHeaders": maxHeaders, "maxAnswer": maxAnswer, "maxPart": maxPart, "maxDirty": maxDirty, "maxHeartbeat": maxHeartbeat,
+		"maxStreams": maxStreams, "maxMessage": maxMessage, "maxHeaders": maxHeaders, "maxAnswer": maxAnswer, "maxPart": maxPart, "maxEdges": maxEdges, "maxDirty": maxDirty, "maxWindow": maxWindow, "maxWindows": maxWindows, "maxEvent": maxEvent, "maxHeartbeat": maxHeartbeat,
 		"maxServiceBytes": maxServiceBytes, "maxNames": maxNames, "maxEntries": maxEntries, "maxID": maxID, "maxText": maxText, "maxHistory": maxHistory,
 	} {
 		if !regexp.MustCompile(fmt.Sprintf("(?m)^\\| `%s` \\| %d\\b", name, value)).Match(text) {

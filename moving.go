@@ -13,10 +13,11 @@ import (
 
 // moving tells the relay of the components of a run. The loop calls its methods.
 type moving struct {
-	relay    *relay
-	sup      *supervisor
-	registry *registry
-	begun    bool // all components have been ready
+	relay      *relay
+	sup        *supervisor
+	registry   *registry
+	generation int  // of sup's components, that the registry knows
+	begun      bool // all components have been ready
 }
 
 // update tells the relay how components are now, once all have been ready.

@@ -1,22 +1,101 @@
 package main
 
 // Moving events along the inputs of a pipeline, between components of the v1 dialect: which edges there are,
-// and how they are. stream.go has the streams, window.go what is on its way.
+// when the streams of a component are opened, opened again, and ended.
 
 import (
 	"cmp"
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 )
 
 const (
+	minRetry   = 100 * time.Millisecond // before a stream that broke is opened again
+	maxRetry   = 5 * time.Second        // the longest pause
+	illTries   = 3                      // tries in a row in vain, and
+	illTime    = 2 * time.Second        // so long since the first, after which a component is ill; so long lasts a stream that is no such try
+	drainQuiet = time.Second            // without an event, after which the stream of a source that stops is ended
+
 	relayTick = time.Second      // between two looks at rates and at edges that wait
 	longWait  = 10 * time.Second // of a writer, after which it is told
 )
+
+// streamState is how far the streams of a component are.
+type streamState int
+
+const (
+	streamAsking  streamState = iota // whether it serves events
+	streamOwn                        // it does not: it moves its own data
+	streamWaiting                    // for its readers, to be opened for the first time
+	streamOpen                       // or broken, and about to be opened again
+	streamEnded                      // after its last event
+)
+
+func (s streamState) String() string {
+	return [...]string{"asking", "own", "waiting", "open", "ended"}[s]
+}
+
+// relayMember is what the relay is told of a component.
+type relayMember struct {
+	id       string
+	role     Role
+	endpoint string    // where it serves; "" while it is not registered through flowctl.v1
+	since    time.Time // of that registration: another one is another process's
+	wants    []string  // input event types, none for all
+	inputs   []string
+	params   map[string]string // of StreamEvents
+}
+
+// leaving says what becomes of a component's process, of its own will or not.
+type leaving int
+
+const (
+	staying     leaving = iota
+	leavingOnce         // it is about to be stopped and started again
+	leavingEver         // it is about to end, or has ended, and is not started again
+)
+
+// eventNode is a component whose events flowctl moves. One goroutine, in run, has its streams.
+type eventNode struct {
+	relay    *relay
+	log      *slog.Logger
+	in, out  atomic.Pointer[[]*edge] // replaced under relay.mu, never changed
+	filled   chan struct{}           // gets a token when an edge to it has an event, or ends
+	changed  chan struct{}           // gets a token when something has changed that await waits for
+	hurry    chan struct{}           // gets a token when a broken stream is not to wait for its pause
+	unsent   *event                  // was taken from an edge and has not been sent
+	turn     int                     // which edge it came from
+	received atomic.Int64            // events that it has sent
+	bytes    atomic.Int64            // of those
+	unwanted atomic.Int64            // of those, of a type that no reader wants
+
+	// relay.mu guards the fields below.
+	member  relayMember
+	state   streamState
+	runs    bool // its goroutine does
+	leaving leaving
+	stream  context.Context    // of its streams; nil while there are none
+	cancel  context.CancelFunc // ends them
+	enough  bool               // its readers have had enough
+	tried   time.Time          // since when nothing could be moved, zero while it could
+	tries   int                // since then
+	told    bool               // that nothing can be moved yet
+	cause   string             // why it is ill, "" while it is not
+	failed  int64              // events that it could not take, as it said
+	lost    int64              // events that were in flight when a stream of it broke, at most
+}
 
 // relay moves events between components that registered through flowctl.v1 and serve them. Its methods may be
 // called from any goroutine. It owns the goroutines of its nodes.
@@ -115,11 +194,11 @@ func (r *relay) returnedLocked(n *eventNode) {
 	if n.state == streamEnded {
 		n.state, n.runs = streamOpen, false // it has been asked, and goes on by its token
 		for _, e := range slices.Concat(*n.in.Load(), *n.out.Load()) {
-			e.reopen(e.from.state == streamEnded)
+			e.reopen(r.nodes[e.from].state == streamEnded)
 		}
 		for _, e := range *n.out.Load() {
-			if e.to.state == streamEnded && e.to.leaving == staying {
-				r.returnedLocked(e.to)
+			if to := r.nodes[e.to]; to.state == streamEnded && to.leaving == staying {
+				r.returnedLocked(to)
 			}
 		}
 	}
@@ -130,7 +209,7 @@ func (r *relay) returnedLocked(n *eventNode) {
 func (r *relay) connectLocked() {
 	before := make(map[[2]string]*edge)
 	for _, e := range r.edges {
-		before[[2]string{e.from.member.id, e.to.member.id}] = e
+		before[[2]string{e.from, e.to}] = e
 	}
 	r.edges = nil
 	in, out := make(map[*eventNode][]*edge), make(map[*eventNode][]*edge)
@@ -141,11 +220,11 @@ func (r *relay) connectLocked() {
 				continue
 			}
 			e := before[[2]string{id, to.member.id}]
-			if e == nil || e.from != from || e.to != to {
+			if e == nil {
 				if from.member.endpoint == "" || to.member.endpoint == "" {
 					continue
 				}
-				e = &edge{from: from, to: to, windows: &r.windows, room: make(chan struct{}, 1)}
+				e = &edge{from: id, to: to.member.id, windows: &r.windows, filled: to.filled, room: make(chan struct{}, 1)}
 			}
 			e.want(to.member.wants)
 			r.edges, in[to], out[from] = append(r.edges, e), append(in[to], e), append(out[from], e)
@@ -198,7 +277,7 @@ func (r *relay) tellLocked() {
 		}
 	}
 	for _, e := range r.edges {
-		moved = append(moved, e.from.member.id+" > "+e.to.member.id)
+		moved = append(moved, e.from+" > "+e.to)
 	}
 	wake(r.wake)
 	text := strings.Join(slices.Concat(moved, []string{""}, own), "\n")
@@ -222,7 +301,7 @@ func (r *relay) endLocked(n *eventNode) {
 	}
 	for _, e := range *n.in.Load() {
 		dropped += e.refuse()
-		r.enoughLocked(e.from)
+		r.enoughLocked(r.nodes[e.from])
 	}
 	if n.lost += int64(dropped); dropped > 0 {
 		n.log.Warn("events were not delivered: it has ended", "events", dropped)
@@ -232,7 +311,7 @@ func (r *relay) endLocked(n *eventNode) {
 
 // enoughLocked ends the stream of n if all that read from it want no more.
 func (r *relay) enoughLocked(n *eventNode) {
-	if slices.ContainsFunc(*n.out.Load(), func(e *edge) bool { return !e.isRefused() }) {
+	if n == nil || slices.ContainsFunc(*n.out.Load(), func(e *edge) bool { return !e.isRefused() }) {
 		return
 	}
 	n.enough = true
@@ -348,7 +427,7 @@ func (r *relay) look(now time.Time, seconds float64) {
 			continue
 		}
 		e.warned = waiting
-		e.from.log.Warn("it waits for a reader that takes no events", "reader", e.to.member.id, "for", now.Sub(waiting).Round(time.Second))
+		r.nodes[e.from].log.Warn("it waits for a reader that takes no events", "reader", e.to, "for", now.Sub(waiting).Round(time.Second))
 	}
 }
 
@@ -361,7 +440,7 @@ func (r *relay) reports(now time.Time) (out []edgeReport) {
 	defer r.mu.Unlock()
 	for _, e := range r.edges {
 		events, bytes, waiting := e.counts()
-		report := edgeReport{from: e.from.member.id, to: e.to.member.id, state: min(e.from.state, e.to.state).String(), events: events, bytes: bytes, perSecond: e.perSecond}
+		report := edgeReport{from: e.from, to: e.to, state: min(r.nodes[e.from].state, r.nodes[e.to].state).String(), events: events, bytes: bytes, perSecond: e.perSecond}
 		if !waiting.IsZero() {
 			report.waiting = now.Sub(waiting)
 		}
@@ -390,3 +469,294 @@ func (r *relay) nodeReports() (out []nodeReport) {
 	}
 	return out
 }
+
+// run moves the events of n until its streams have ended or ctx does.
+func (n *eventNode) run(ctx context.Context) {
+	for {
+		err := n.session(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		pause, over := n.judge(err, time.Now())
+		if over {
+			return
+		}
+		select {
+		case <-time.After(pause):
+		case <-n.hurry:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// errOwn is of a component whose events flowctl does not move, errLeft of one that has ended.
+var (
+	errOwn  = errors.New("it moves its own data")
+	errLeft = errors.New("its process has ended")
+)
+
+// session asks n whether it serves events, opens its stream and moves events. It returns nil when n has ended its
+// stream or nobody wants more, and else why that broke.
+func (n *eventNode) session(ctx context.Context) error {
+	member, err := n.registered(ctx)
+	if err != nil {
+		return err
+	}
+	conn, err := dialComponent(member.endpoint, member.role)
+	if err != nil {
+		return err
+	}
+	defer conn.conn.Close()
+	again, err := n.ask(ctx, conn)
+	if err == nil {
+		err = n.awaitOthers(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	ends := streamEnds{next: n.next, sent: func() { n.unsent = nil }, deliver: func(ev event) error { return n.deliver(ctx, ev) }, consumed: n.consumed}
+	if member.role == roleSource {
+		if ends.request, err = conn.request(ctx, member.params, again); err != nil {
+			return err
+		}
+	}
+	stream, err := conn.open(ctx, n.relay.maxEvent)
+	if err != nil {
+		return err
+	}
+	n.opening(ctx, cancel)
+	lasts := time.AfterFunc(illTime, n.works)
+	err = conn.move(ctx, stream, ends)
+	lasts.Stop()
+	if n.closing() {
+		return nil
+	}
+	return err
+}
+
+// registered waits until n has registered, and returns what it said.
+func (n *eventNode) registered(ctx context.Context) (member relayMember, err error) {
+	err = n.await(ctx, func() (bool, error) {
+		if member = n.member; n.leaving == leavingEver {
+			return false, errLeft
+		}
+		return member.endpoint != "" && n.leaving != leavingOnce, nil
+	})
+	return member, err
+}
+
+// await waits until ready, which needs relay.mu, is true or fails.
+func (n *eventNode) await(ctx context.Context, ready func() (bool, error)) error {
+	for {
+		n.relay.mu.Lock()
+		ok, err := ready()
+		n.relay.mu.Unlock()
+		if ok || err != nil {
+			return err
+		}
+		select {
+		case <-n.changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// ask asks n whether it serves events, which fails with errOwn where it does not. again tells that its stream was
+// open before.
+func (n *eventNode) ask(ctx context.Context, conn *componentConn) (again bool, err error) {
+	err = conn.serves(ctx)
+	n.relay.mu.Lock()
+	defer n.relay.mu.Unlock()
+	switch {
+	case n.state != streamAsking:
+	case status.Code(err) == codes.Unimplemented:
+		n.relay.decideLocked(n, streamOwn)
+		err = errOwn
+	case err == nil:
+		n.relay.decideLocked(n, streamWaiting)
+	}
+	return n.state == streamOpen, err
+}
+
+// awaitOthers waits until the streams of all that read from n are open, and until it is known of one that n reads
+// from that it serves events. It fails with errOwn where there is nobody to move events to or from.
+func (n *eventNode) awaitOthers(ctx context.Context) error {
+	return n.await(ctx, func() (bool, error) {
+		in, out := *n.in.Load(), *n.out.Load()
+		isSource := n.member.role == roleSource
+		switch {
+		case n.leaving != staying:
+			return false, errLeft
+		case n.state != streamWaiting:
+			return true, nil
+		case isSource && len(out) == 0, !isSource && len(in) == 0:
+			n.relay.decideLocked(n, streamOwn)
+			return false, errOwn
+		}
+		serves := isSource || slices.ContainsFunc(in, func(e *edge) bool { return n.relay.nodes[e.from].state != streamAsking })
+		return serves && !slices.ContainsFunc(out, func(e *edge) bool { return n.relay.nodes[e.to].state < streamOpen }), nil
+	})
+}
+
+// opening notes that the streams of n are open.
+func (n *eventNode) opening(ctx context.Context, cancel context.CancelFunc) {
+	r := n.relay
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n.state == streamOpen && n.tries <= 1 {
+		n.log.Info("its events are moved again")
+	}
+	n.state, n.stream, n.cancel = streamOpen, ctx, cancel
+	if n.leaving != staying {
+		r.drainLocked(n)
+	}
+	if n.enough {
+		cancel()
+	}
+	r.tellLocked()
+}
+
+// closing notes that they are not, and tells whether nobody wants more of n.
+func (n *eventNode) closing() (enough bool) {
+	n.relay.mu.Lock()
+	defer n.relay.mu.Unlock()
+	n.stream, n.cancel = nil, nil
+	wake(n.relay.wake)
+	return n.enough
+}
+
+// next waits for the next event of the edges to n, which take turns; it stays the next until it was sent. It is false
+// when there will be none: all have ended, or n is about to be stopped and those that have not ended are left alone.
+func (n *eventNode) next(ctx context.Context) (*event, bool) {
+	for n.unsent == nil {
+		leaves := n.isLeaving()
+		in, ended := *n.in.Load(), 0
+		for range in {
+			n.turn = (n.turn + 1) % len(in)
+			e := in[n.turn]
+			if leaves && !e.isClosed() {
+				ended++
+				continue
+			}
+			ev, ok, over := e.take()
+			if ok {
+				n.unsent = &ev
+				return n.unsent, true
+			}
+			if over {
+				ended++
+			}
+		}
+		if ended == len(in) {
+			return nil, false
+		}
+		select {
+		case <-n.filled:
+		case <-ctx.Done():
+			return nil, false
+		}
+	}
+	return n.unsent, true
+}
+
+// deliver puts an event of n to all who want it.
+func (n *eventNode) deliver(ctx context.Context, ev event) error {
+	var kind []byte
+	known, wanted := false, false
+	for _, e := range *n.out.Load() {
+		if wants := e.wants.Load(); wants != nil {
+			if !known {
+				kind, known = ev.kind(), true
+			}
+			if !(*wants)[string(kind)] {
+				continue
+			}
+		}
+		wanted = true
+		if err := e.put(ctx, ev); err != nil {
+			return err
+		}
+	}
+	n.received.Add(1)
+	n.bytes.Add(int64(len(ev)))
+	if !wanted {
+		n.unwanted.Add(1)
+	}
+	return nil
+}
+
+// consumed takes in what a sink says of the events that it got.
+func (n *eventNode) consumed(out *flowctlv1.ConsumeResponse) {
+	if out.GetEventsFailed() > 0 {
+		n.log.Warn("events failed", "failed", out.GetEventsFailed(), "consumed", out.GetEventsConsumed(), "errors", printable(enumerate(out.GetErrors())))
+	}
+	n.relay.mu.Lock()
+	defer n.relay.mu.Unlock()
+	n.failed += out.GetEventsFailed()
+}
+
+// works notes that a stream of n lasts.
+func (n *eventNode) works() {
+	n.relay.mu.Lock()
+	defer n.relay.mu.Unlock()
+	if n.tries, n.tried = 0, (time.Time{}); n.cause != "" {
+		n.cause = ""
+		wake(n.relay.wake)
+	}
+}
+
+func (n *eventNode) isLeaving() bool {
+	n.relay.mu.Lock()
+	defer n.relay.mu.Unlock()
+	return n.leaving != staying
+}
+
+// judge decides what follows from the end of a session: the pause before the next, or that this was the last.
+func (n *eventNode) judge(err error, now time.Time) (pause time.Duration, over bool) {
+	r := n.relay
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	broken, isBroken := errors.AsType[*brokenStream](err)
+	if isBroken {
+		n.lost += int64(broken.inFlight)
+	}
+	switch {
+	case errors.Is(err, errOwn):
+		return 0, true
+	case err == nil && n.leaving != leavingOnce, err != nil && n.leaving == leavingEver:
+		if level := slog.LevelWarn; isBroken && broken.inFlight > 0 {
+			if n.member.role == roleSource { // it is asked to stop, and decides what it still sends
+				level = slog.LevelInfo
+			}
+			n.log.Log(r.ctx, level, "its stream broke as it ended", "in_flight", upTo(broken.inFlight), "err", streamError(err))
+		}
+		r.endLocked(n)
+		return 0, true
+	case err == nil:
+		return 0, false // registered waits for its next process
+	}
+	if n.tried.IsZero() {
+		n.tried = now
+	}
+	n.tries++
+	pause = min(minRetry<<min(n.tries-1, 10), maxRetry)
+	switch {
+	case isBroken:
+		n.log.Warn("its stream broke", "in_flight", upTo(broken.inFlight), "err", streamError(err), "again_in", pause)
+	case n.state == streamAsking && now.Sub(n.tried) >= askTimeout && !n.told:
+		n.told = true
+		n.log.Warn("its events cannot be moved yet", "endpoint", n.member.endpoint, "err", streamError(err))
+	}
+	if n.state != streamAsking && n.tries >= illTries && now.Sub(n.tried) >= illTime {
+		n.cause = "its events cannot be moved: " + streamError(err)
+		wake(r.wake)
+	}
+	return pause, false
+}
+
+// upTo says how many events may be lost.
+func upTo(events int) string { return fmt.Sprintf("up to %d events", events) }

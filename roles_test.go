@@ -49,6 +49,9 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(2)
 		}
+		if r.Events != nil {
+			os.Exit(r.Events.play())
+		}
 		os.Exit(r.play())
 	}
 	// Not those of the machine, for a flowctl that is told of no other.
@@ -113,9 +116,6 @@ func (r role) play() int {
 	if r.NoNetlink {
 		fmt.Fprintln(os.Stderr, withoutNetlink(os.Args[1:]))
 		return 2
-	}
-	if r.Events != nil {
-		return r.Events.play(signals)
 	}
 	if r.Floor {
 		server, endpoint, err := serveFloor()

@@ -51,14 +51,13 @@ type run struct {
 	restarts *restarts
 	recorder *recorder // nil for none
 
-	generation int           // of sup's components, that the registry knows
-	stopped    time.Duration // how long flowctl itself was stopped, that sup knows
-	heeded     heededSignal
-	others     changeLog  // of what is not of the pipeline
-	code       int        // the exit code, once a stop has begun
-	err        error      // why the code is not 0; nil where a component is the reason
-	left       []procInfo // what SIGKILL has not ended
-	closers    []func()   // to be called when the run is over or cannot begin, the last first
+	stopped time.Duration // how long flowctl itself was stopped, that sup knows
+	heeded  heededSignal
+	others  changeLog  // of what is not of the pipeline
+	code    int        // the exit code, once a stop has begun
+	err     error      // why the code is not 0; nil where a component is the reason
+	left    []procInfo // what SIGKILL has not ended
+	closers []func()   // to be called when the run is over or cannot begin, the last first
 }
 
 // runPipeline runs p and returns an *exitError for everything but success.
@@ -233,8 +232,7 @@ func (r *run) open(p *Pipeline, claimed claimed) error {
 		r.launcher.close()
 		return &exitError{code: exitFailed, err: err}
 	}
-	r.generation = r.sup.generation
-	r.moving.registry = r.plane.registry
+	r.moving.registry, r.moving.generation = r.plane.registry, r.sup.generation
 	r.openRecorder()
 	return nil
 }
@@ -435,8 +433,8 @@ func (r *run) advance(now time.Time) {
 		r.launcher.forget(id)
 		r.out.forget(id)
 	}
-	if r.generation != r.sup.generation {
-		r.generation = r.sup.generation
+	if r.moving.generation != r.sup.generation {
+		r.moving.generation = r.sup.generation
 		r.plane.registry.setMembers(r.members(), now)
 		r.moving.update()
 	}

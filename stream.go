@@ -1,19 +1,17 @@
 package main
 
-// The streams by which flowctl moves the events of one component: out of a source, through a processor, into
-// a sink. They are opened again when they break.
+// A stream by which flowctl moves the events of one component: out of a source, through a processor, or into a
+// sink.
 
 import (
 	"context"
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -27,183 +25,29 @@ import (
 )
 
 const (
-	minRetry   = 100 * time.Millisecond // before a stream that broke is opened again
-	maxRetry   = 5 * time.Second        // the longest pause
-	illTries   = 3                      // tries in a row by which nothing was moved, and
-	illTime    = 2 * time.Second        // so long since the first: the component is ill
-	askTimeout = 5 * time.Second        // for an answer of GetInfo and GetState
-	drainQuiet = time.Second            // without an event, after which the stream of a source that stops is ended
-	recvWindow = 256 << 10              // bytes of a stream that flowctl has not read yet
-	peerBuffer = 64 << 10               // bytes that the sender of a stream holds back, as grpc does
+	askTimeout = 5 * time.Second // for an answer of GetInfo and GetState
+	recvWindow = 256 << 10       // bytes of a stream that flowctl has not read yet
+	peerBuffer = 64 << 10        // bytes that the sender of a stream holds back, as grpc does
 )
 
-// streamState is how far the streams of a component are.
-type streamState int
-
-const (
-	streamAsking  streamState = iota // whether it serves events
-	streamOwn                        // it does not: it moves its own data
-	streamWaiting                    // for its readers, to be opened for the first time
-	streamOpen                       // or broken, and about to be opened again
-	streamEnded                      // after its last event
-)
-
-func (s streamState) String() string {
-	return [...]string{"asking", "own", "waiting", "open", "ended"}[s]
+// componentConn is a connection to a component that serves events, which opens itself when it is used.
+type componentConn struct {
+	role Role
+	conn *grpc.ClientConn
+	peer *windowConn
 }
 
-// relayMember is what the relay is told of a component.
-type relayMember struct {
-	id       string
-	role     Role
-	endpoint string    // where it serves; "" while it is not registered through flowctl.v1
-	since    time.Time // of that registration: another one is another process's
-	wants    []string  // input event types, none for all
-	inputs   []string
-	params   map[string]string // of StreamEvents
+// streamEnds is what the stream of a component connects.
+type streamEnds struct {
+	request  *event                                   // what a source is asked; nil for the others, which get events
+	next     func(ctx context.Context) (*event, bool) // waits for the next event to send; false where none will come
+	sent     func()                                   // the last one was sent
+	deliver  func(event) error                        // takes one that has come
+	consumed func(*flowctlv1.ConsumeResponse)         // takes what a sink says
 }
 
-// leaving says what becomes of a component's process, of its own will or not.
-type leaving int
-
-const (
-	staying     leaving = iota
-	leavingOnce         // it is about to be stopped and started again
-	leavingEver         // it is about to end, or has ended, and is not started again
-)
-
-// eventNode is a component whose events flowctl moves. One goroutine, in run, has its streams.
-type eventNode struct {
-	relay    *relay
-	log      *slog.Logger
-	in, out  atomic.Pointer[[]*edge] // replaced under relay.mu, never changed
-	filled   chan struct{}           // gets a token when an edge to it has an event, or ends
-	changed  chan struct{}           // gets a token when something has changed that await waits for
-	hurry    chan struct{}           // gets a token when a broken stream is not to wait for its pause
-	unsent   *event                  // was taken from an edge and could not be sent
-	received atomic.Int64            // events that it has sent
-	bytes    atomic.Int64            // of those
-	unwanted atomic.Int64            // of those, of a type that no reader wants
-
-	// relay.mu guards the fields below.
-	member  relayMember
-	state   streamState
-	runs    bool // its goroutine does
-	leaving leaving
-	stream  context.Context    // of its streams; nil while there are none
-	cancel  context.CancelFunc // ends them
-	enough  bool               // its readers have had enough
-	tried   time.Time          // since when nothing could be moved, zero while it could
-	tries   int                // since then
-	told    bool               // that nothing can be moved yet
-	cause   string             // why it is ill, "" while it is not
-	failed  int64              // events that it could not take, as it said
-	lost    int64              // events that were in flight when a stream of it broke, at most
-}
-
-// run moves the events of n until its streams have ended or ctx does.
-func (n *eventNode) run(ctx context.Context) {
-	for {
-		err := n.session(ctx)
-		if ctx.Err() != nil {
-			return
-		}
-		pause, over := n.judge(err, time.Now())
-		if over {
-			return
-		}
-		select {
-		case <-time.After(pause):
-		case <-n.hurry:
-		case <-ctx.Done():
-			return
-		}
-	}
-}
-
-// session asks n whether it serves events, opens its streams and moves events. It returns nil when n has ended
-// its stream, and else why that broke.
-func (n *eventNode) session(ctx context.Context) error {
-	member, err := n.registered(ctx)
-	if err != nil {
-		return err
-	}
-	conn, peer, err := dialComponent(member.endpoint)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	if err := n.ask(ctx, conn, member.role); err != nil {
-		return err
-	}
-	if err := n.awaitOthers(ctx); err != nil {
-		return err
-	}
-	request, err := n.request(ctx, conn, &member)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	peer.taken.Store(0)
-	stream, err := conn.NewStream(ctx, &grpc.StreamDesc{ClientStreams: member.role != roleSource, ServerStreams: member.role != roleSink},
-		streamMethods[member.role], grpc.ForceCodecV2(eventCodec{}), grpc.MaxCallRecvMsgSize(n.relay.maxEvent), grpc.MaxCallSendMsgSize(n.relay.maxEvent))
-	if err != nil {
-		return err
-	}
-	n.opening(ctx, cancel)
-	defer n.closing()
-	flight := &flight{conn: peer}
-	lasts := time.AfterFunc(illTime, n.works)
-	defer lasts.Stop()
-	var sending sync.WaitGroup
-	sending.Go(func() { n.send(ctx, stream, request, flight) })
-	mean, err := n.receive(ctx, stream, member.role)
-	cancel()
-	sending.Wait()
-	if err == nil {
-		return nil
-	}
-	return &brokenStream{err, inFlight(member.role, flight, mean)}
-}
-
-// errOwn is of a component whose events flowctl does not move, errLeft of one that has ended.
-var (
-	errOwn  = errors.New("it moves its own data")
-	errLeft = errors.New("its process has ended")
-)
-
-// streamMethods are the methods that move events, by role.
-var streamMethods = [...]string{
-	roleSource:    flowctlv1.SourceService_StreamEvents_FullMethodName,
-	roleProcessor: flowctlv1.ProcessorService_Process_FullMethodName,
-	roleSink:      flowctlv1.ConsumerService_Consume_FullMethodName,
-}
-
-// brokenStream is a stream that did not end with OK, with so many events in flight at most.
-type brokenStream struct {
-	err      error
-	inFlight int
-}
-
-func (b *brokenStream) Error() string { return b.err.Error() }
-func (b *brokenStream) Unwrap() error { return b.err }
-
-// inFlight returns how many events may be lost with a stream. What a component has sent and flowctl has not
-// received is no more than fits into the window and its buffer, by the mean size of those before, in bytes.
-func inFlight(role Role, sent *flight, mean int) int {
-	n := sent.events()
-	if role != roleSink && mean > 0 {
-		n += (recvWindow+peerBuffer)/mean + 1
-	}
-	if role == roleProcessor {
-		n = min(n, sent.count)
-	}
-	return n
-}
-
-// dialComponent returns a connection to endpoint, which opens itself when it is used.
-func dialComponent(endpoint string) (*grpc.ClientConn, *windowConn, error) {
+// dialComponent returns a connection to the endpoint that a component has registered.
+func dialComponent(endpoint string, role Role) (*componentConn, error) {
 	peer := &windowConn{}
 	dial := func(ctx context.Context, addr string) (net.Conn, error) {
 		network := "tcp"
@@ -223,7 +67,7 @@ func dialComponent(endpoint string) (*grpc.ClientConn, *windowConn, error) {
 	}
 	conn, err := grpc.NewClient("passthrough:///"+componentAddress(endpoint), grpc.WithContextDialer(dial), grpc.WithNoProxy(), grpc.WithDisableRetry(),
 		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithStaticStreamWindowSize(recvWindow), grpc.WithStaticConnWindowSize(2*recvWindow))
-	return conn, peer, err
+	return &componentConn{role, conn, peer}, err
 }
 
 // componentAddress returns the address of the endpoint that a component has registered. One that names no
@@ -239,93 +83,28 @@ func componentAddress(endpoint string) string {
 	return endpoint
 }
 
-// registered waits until n has registered, and returns what it said.
-func (n *eventNode) registered(ctx context.Context) (member relayMember, err error) {
-	err = n.await(ctx, func() (bool, error) {
-		if member = n.member; n.leaving == leavingEver {
-			return false, errLeft
-		}
-		return member.endpoint != "" && n.leaving != leavingOnce, nil
-	})
-	return member, err
-}
-
-// await waits until ready, which needs relay.mu, is true or fails.
-func (n *eventNode) await(ctx context.Context, ready func() (bool, error)) error {
-	for {
-		n.relay.mu.Lock()
-		ok, err := ready()
-		n.relay.mu.Unlock()
-		if ok || err != nil {
-			return err
-		}
-		select {
-		case <-n.changed:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-}
-
-// ask asks n by GetInfo whether it serves events. It fails with errOwn where n does not.
-func (n *eventNode) ask(ctx context.Context, conn *grpc.ClientConn, role Role) (err error) {
+// serves asks by GetInfo whether the component serves events: UNIMPLEMENTED says that it does not.
+func (c *componentConn) serves(ctx context.Context) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	switch role {
+	switch c.role {
 	case roleSource:
-		_, err = flowctlv1.NewSourceServiceClient(conn).GetInfo(ctx, &emptypb.Empty{})
+		_, err = flowctlv1.NewSourceServiceClient(c.conn).GetInfo(ctx, &emptypb.Empty{})
 	case roleProcessor:
-		_, err = flowctlv1.NewProcessorServiceClient(conn).GetInfo(ctx, &emptypb.Empty{})
+		_, err = flowctlv1.NewProcessorServiceClient(c.conn).GetInfo(ctx, &emptypb.Empty{})
 	case roleSink:
-		_, err = flowctlv1.NewConsumerServiceClient(conn).GetInfo(ctx, &emptypb.Empty{})
-	}
-	n.relay.mu.Lock()
-	defer n.relay.mu.Unlock()
-	switch {
-	case n.state != streamAsking:
-		return err
-	case status.Code(err) == codes.Unimplemented:
-		n.relay.decideLocked(n, streamOwn)
-		return errOwn
-	case err == nil:
-		n.relay.decideLocked(n, streamWaiting)
+		_, err = flowctlv1.NewConsumerServiceClient(c.conn).GetInfo(ctx, &emptypb.Empty{})
 	}
 	return err
 }
 
-// awaitOthers waits until the streams of all that read from n are open, and until it is known of one that n reads
-// from that it serves events. It fails with errOwn where there is nobody to move events to or from.
-func (n *eventNode) awaitOthers(ctx context.Context) error {
-	return n.await(ctx, func() (bool, error) {
-		in, out := *n.in.Load(), *n.out.Load()
-		isSource := n.member.role == roleSource
-		switch {
-		case n.leaving != staying:
-			return false, errLeft
-		case n.state != streamWaiting:
-			return true, nil
-		case isSource && len(out) == 0, !isSource && len(in) == 0:
-			n.relay.decideLocked(n, streamOwn)
-			return false, errOwn
-		}
-		serves := isSource || slices.ContainsFunc(in, func(e *edge) bool { return e.from.state != streamAsking })
-		return serves && !slices.ContainsFunc(out, func(e *edge) bool { return e.to.state < streamOpen }), nil
-	})
-}
-
-// request returns what StreamEvents is asked, nil for other roles. After a break the source is asked for its token.
-func (n *eventNode) request(ctx context.Context, conn *grpc.ClientConn, member *relayMember) (*event, error) {
-	if member.role != roleSource {
-		return nil, nil
-	}
-	request := &flowctlv1.StreamRequest{Params: member.params}
-	n.relay.mu.Lock()
-	again := n.state == streamOpen
-	n.relay.mu.Unlock()
+// request returns what StreamEvents is to be asked. To go on after a break the source is asked for its token.
+func (c *componentConn) request(ctx context.Context, params map[string]string, again bool) (*event, error) {
+	request := &flowctlv1.StreamRequest{Params: params}
 	if again {
 		ctx, cancel := context.WithTimeout(ctx, askTimeout)
 		defer cancel()
-		state, err := flowctlv1.NewSourceServiceClient(conn).GetState(ctx, &flowctlv1.StateRequest{})
+		state, err := flowctlv1.NewSourceServiceClient(c.conn).GetState(ctx, &flowctlv1.StateRequest{})
 		if err != nil && status.Code(err) != codes.Unimplemented {
 			return nil, fmt.Errorf("GetState: %w", err)
 		}
@@ -336,219 +115,105 @@ func (n *eventNode) request(ctx context.Context, conn *grpc.ClientConn, member *
 	return (*event)(&data), err
 }
 
-// opening notes that the streams of n are open.
-func (n *eventNode) opening(ctx context.Context, cancel context.CancelFunc) {
-	r := n.relay
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if n.state == streamOpen && n.tries <= 1 {
-		n.log.Info("its events are moved again")
-	}
-	n.state, n.stream, n.cancel = streamOpen, ctx, cancel
-	if n.leaving != staying {
-		r.drainLocked(n)
-	}
-	if n.enough {
-		cancel()
-	}
-	r.tellLocked()
+// streamMethods are the methods that move events, by role.
+var streamMethods = [...]string{
+	roleSource:    flowctlv1.SourceService_StreamEvents_FullMethodName,
+	roleProcessor: flowctlv1.ProcessorService_Process_FullMethodName,
+	roleSink:      flowctlv1.ConsumerService_Consume_FullMethodName,
 }
 
-// closing notes that they are not.
-func (n *eventNode) closing() {
-	n.relay.mu.Lock()
-	defer n.relay.mu.Unlock()
-	n.stream, n.cancel = nil, nil
-	wake(n.relay.wake)
+// open opens the stream. An event of more than so many bytes breaks it.
+func (c *componentConn) open(ctx context.Context, maxEvent int) (grpc.ClientStream, error) {
+	c.peer.taken.Store(0)
+	return c.conn.NewStream(ctx, &grpc.StreamDesc{ClientStreams: c.role != roleSource, ServerStreams: c.role != roleSink},
+		streamMethods[c.role], grpc.ForceCodecV2(eventCodec{}), grpc.MaxCallRecvMsgSize(maxEvent), grpc.MaxCallSendMsgSize(maxEvent))
 }
 
-// send sends what StreamEvents is asked, or the events of all edges that lead to n, and then ends that side of the stream.
-func (n *eventNode) send(ctx context.Context, stream grpc.ClientStream, request *event, flight *flight) {
-	if request != nil {
-		_ = stream.SendMsg(request) // where it fails, so does receive
+// move moves events by an open stream until it ends, which ctx has it do too. It returns nil when the component
+// has ended it with OK, the error of deliver, or a *brokenStream.
+func (c *componentConn) move(ctx context.Context, stream grpc.ClientStream, ends streamEnds) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	sent := &flight{conn: c.peer}
+	var sending sync.WaitGroup
+	sending.Go(func() { send(ctx, stream, ends, sent) })
+	mean, err := c.receive(stream, ends)
+	cancel()
+	sending.Wait()
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return &brokenStream{err, c.inFlight(sent, mean)}
+}
+
+// send sends what a source is asked, or all that comes, and then ends that side of the stream. Where it fails,
+// receive does too, and says why.
+func send(ctx context.Context, stream grpc.ClientStream, ends streamEnds, flight *flight) {
+	if ends.request != nil {
+		_ = stream.SendMsg(ends.request)
 		_ = stream.CloseSend()
 		return
 	}
-	for turn := 0; ; turn++ {
-		if n.unsent == nil {
-			ev, ok := n.next(ctx, turn)
-			if !ok {
-				_ = stream.CloseSend()
-				return
-			}
-			n.unsent = &ev
-		}
-		if stream.SendMsg(n.unsent) != nil {
+	for {
+		ev, ok := ends.next(ctx)
+		if !ok {
+			_ = stream.CloseSend()
 			return
 		}
-		flight.note(len(*n.unsent))
-		n.unsent = nil
+		if stream.SendMsg(ev) != nil {
+			return
+		}
+		flight.note(len(*ev))
+		ends.sent()
 	}
 }
 
-// next waits for the next event of the edges to n, which take turns. It is false when there will be none: all
-// have ended, or n is about to be stopped and those that have not ended are left alone.
-func (n *eventNode) next(ctx context.Context, turn int) (event, bool) {
-	for {
-		leaves := n.isLeaving()
-		in, ended := *n.in.Load(), 0
-		for i := range in {
-			e := in[(turn+i)%len(in)]
-			if leaves && !e.isClosed() {
-				ended++
-				continue
-			}
-			ev, ok, over := e.take()
-			if ok {
-				return ev, true
-			}
-			if over {
-				ended++
-			}
-		}
-		if ended == len(in) {
-			return nil, false
-		}
-		select {
-		case <-n.filled:
-		case <-ctx.Done():
-			return nil, false
-		}
-	}
-}
-
-// receive takes what n sends until its stream ends, and returns the mean size of its events in bytes. It returns
-// nil for an end with OK, and where nobody wants more.
-func (n *eventNode) receive(ctx context.Context, stream grpc.ClientStream, role Role) (mean int, err error) {
+// receive takes what comes until the stream ends, by io.EOF where it ends with OK, and returns the mean size of
+// events in bytes.
+func (c *componentConn) receive(stream grpc.ClientStream, ends streamEnds) (mean int, err error) {
 	count, bytes := 0, 0
 	for {
 		var ev event
-		err := stream.RecvMsg(&ev)
-		if err == nil && role == roleSink {
-			n.consumed(ev)
-			return 0, nil
+		if err = stream.RecvMsg(&ev); err != nil {
+			break
 		}
-		if err == nil {
-			count, bytes = count+1, bytes+len(ev)
-			err = n.deliver(ctx, ev)
-		}
-		if err != nil {
-			if errors.Is(err, io.EOF) || n.hasEnough() {
-				err = nil
+		if c.role == roleSink {
+			var answer flowctlv1.ConsumeResponse
+			if err = proto.Unmarshal(ev, &answer); err != nil {
+				return 0, fmt.Errorf("its ConsumeResponse cannot be read: %w", err)
 			}
-			return bytes / max(count, 1), err
+			ends.consumed(&answer)
+			return 0, io.EOF
+		}
+		count, bytes = count+1, bytes+len(ev)
+		if err = ends.deliver(ev); err != nil {
+			break
 		}
 	}
+	return bytes / max(count, 1), err
 }
 
-// deliver puts an event of n to all who want it.
-func (n *eventNode) deliver(ctx context.Context, ev event) error {
-	var kind []byte
-	known, wanted := false, false
-	for _, e := range *n.out.Load() {
-		if wants := e.wants.Load(); wants != nil {
-			if !known {
-				kind, known = ev.kind(), true
-			}
-			if !(*wants)[string(kind)] {
-				continue
-			}
-		}
-		wanted = true
-		if err := e.put(ctx, ev); err != nil {
-			return err
-		}
-	}
-	n.received.Add(1)
-	n.bytes.Add(int64(len(ev)))
-	if !wanted {
-		n.unwanted.Add(1)
-	}
-	return nil
+// brokenStream is a stream that did not end with OK, with so many events in flight at most.
+type brokenStream struct {
+	err      error
+	inFlight int
 }
 
-// consumed takes in what a sink says of the events that it got.
-func (n *eventNode) consumed(answer event) {
-	var out flowctlv1.ConsumeResponse
-	if err := proto.Unmarshal(answer, &out); err != nil {
-		n.log.Warn("its ConsumeResponse cannot be read", "err", err)
-		return
-	}
-	if out.GetEventsFailed() > 0 {
-		n.log.Warn("events failed", "failed", out.GetEventsFailed(), "consumed", out.GetEventsConsumed(), "errors", printable(enumerate(out.GetErrors())))
-	}
-	n.relay.mu.Lock()
-	defer n.relay.mu.Unlock()
-	n.failed += out.GetEventsFailed()
-}
+func (b *brokenStream) Error() string { return b.err.Error() }
+func (b *brokenStream) Unwrap() error { return b.err }
 
-// works notes that a stream of n lasts.
-func (n *eventNode) works() {
-	n.relay.mu.Lock()
-	defer n.relay.mu.Unlock()
-	if n.tries, n.tried = 0, (time.Time{}); n.cause != "" {
-		n.cause = ""
-		wake(n.relay.wake)
+// inFlight returns how many events may be lost with the stream. What a component has sent and flowctl has not
+// received is no more than fits into the window and its buffer, by the mean size of those before, in bytes.
+func (c *componentConn) inFlight(sent *flight, mean int) int {
+	n := sent.events()
+	if c.role != roleSink && mean > 0 {
+		n += (recvWindow+peerBuffer)/mean + 1
 	}
+	if c.role == roleProcessor {
+		n = min(n, sent.count)
+	}
+	return n
 }
-
-func (n *eventNode) isLeaving() bool {
-	n.relay.mu.Lock()
-	defer n.relay.mu.Unlock()
-	return n.leaving != staying
-}
-
-func (n *eventNode) hasEnough() bool {
-	n.relay.mu.Lock()
-	defer n.relay.mu.Unlock()
-	return n.enough
-}
-
-// judge decides what follows from the end of a session: the pause before the next, or that this was the last.
-func (n *eventNode) judge(err error, now time.Time) (pause time.Duration, over bool) {
-	r := n.relay
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	broken, isBroken := errors.AsType[*brokenStream](err)
-	if isBroken {
-		n.lost += int64(broken.inFlight)
-	}
-	switch {
-	case errors.Is(err, errOwn):
-		return 0, true
-	case err == nil && n.leaving != leavingOnce, err != nil && n.leaving == leavingEver:
-		if level := slog.LevelWarn; isBroken && broken.inFlight > 0 {
-			if n.member.role == roleSource { // it is asked to stop, and decides what it still sends
-				level = slog.LevelInfo
-			}
-			n.log.Log(r.ctx, level, "its stream broke as it ended", "in_flight", upTo(broken.inFlight), "err", streamError(err))
-		}
-		r.endLocked(n)
-		return 0, true
-	case err == nil:
-		return 0, false // registered waits for its next process
-	}
-	if n.tried.IsZero() {
-		n.tried = now
-	}
-	n.tries++
-	pause = min(minRetry<<min(n.tries-1, 10), maxRetry)
-	switch {
-	case isBroken:
-		n.log.Warn("its stream broke", "in_flight", upTo(broken.inFlight), "err", streamError(err), "again_in", pause)
-	case n.state == streamAsking && now.Sub(n.tried) >= askTimeout && !n.told:
-		n.told = true
-		n.log.Warn("its events cannot be moved yet", "endpoint", n.member.endpoint, "err", streamError(err))
-	}
-	if n.state != streamAsking && n.tries >= illTries && now.Sub(n.tried) >= illTime {
-		n.cause = "its events cannot be moved: " + streamError(err)
-		wake(r.wake)
-	}
-	return pause, false
-}
-
-// upTo says how many events may be lost.
-func upTo(events int) string { return fmt.Sprintf("up to %d events", events) }
 
 // streamError is err in the words of the component, where it has some.
 func streamError(err error) string {

@@ -63,8 +63,9 @@ type windows struct {
 
 // edge leads the events of one component to another that reads them. It has one writer and one reader.
 type edge struct {
-	from, to *eventNode
+	from, to string
 	windows  *windows
+	filled   chan struct{}                   // gets a token when the reader finds an event, or the end
 	room     chan struct{}                   // gets a token when the writer may try again
 	wants    atomic.Pointer[map[string]bool] // event types; nil for all
 
@@ -114,7 +115,7 @@ func (e *edge) put(ctx context.Context, ev event) error {
 			w.used += len(ev)
 			e.waiting = time.Time{}
 			w.mu.Unlock()
-			wake(e.to.filled)
+			wake(e.filled)
 			return nil
 		case e.bytes+len(ev) <= maxWindow:
 			w.short = append(w.short, e)
@@ -169,7 +170,7 @@ func (e *edge) close() {
 	e.windows.mu.Lock()
 	e.closed = true
 	e.windows.mu.Unlock()
-	wake(e.to.filled)
+	wake(e.filled)
 }
 
 // refuse has nothing more put, and returns how many events were on their way.
