@@ -272,7 +272,7 @@ func (l legacyServer) ListServices(ctx context.Context, _ *emptypb.Empty) (*flow
 
 func (l legacyServer) statusLocked(s *service, now time.Time) *flowctlpb.ServiceStatus {
 	out := &flowctlpb.ServiceStatus{
-		ServiceId: s.said.id, ComponentId: s.component(), ServiceType: s.said.kind,
+		ServiceId: s.said.id, ComponentId: cmp.Or(s.said.componentID, s.component()), ServiceType: s.said.kind,
 		IsHealthy: l.registry.healthLocked(s, now).condition.ok(), LastHeartbeat: timestamppb.New(s.lastSeen),
 	}
 	for i := range s.metrics {

@@ -602,9 +602,11 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 	legacy, v1 := legacyServer{registry: r}, v1Server{registry: r}
 	var list []*flowctlpb.ServiceStatus
 	var listV1 []*flowctlv1.ComponentStatusResponse
+	var inPipeline []string
 	_ = r.each(context.Background(), now, func(s *service, now time.Time) bool { // as the lists of both dialects, but at the time now
 		if s.registered {
 			list, listV1 = append(list, legacy.statusLocked(s, now)), append(listV1, v1.statusLocked(s, now))
+			inPipeline = append(inPipeline, s.component())
 		}
 		return true
 	})
@@ -619,7 +621,7 @@ func checkRegistry(t testing.TB, r *registry, now time.Time) {
 			t.Errorf("service %q is listed twice, or has no id", id)
 		}
 		seen[id] = true
-		switch component := s.GetComponentId(); {
+		switch component := inPipeline[i]; {
 		case component == "":
 			others++
 		case others > 0 || components[component]:

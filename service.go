@@ -84,7 +84,7 @@ type member struct {
 // two dialects have in common. Its lists and its map are never changed.
 type registration struct {
 	id           string // its own choice, may be empty
-	componentID  string // the component_id field
+	componentID  string // the component_id field, which may be none of the pipeline's
 	kind         flowctlpb.ServiceType
 	name         string
 	description  string

@@ -319,8 +319,8 @@ func TestIdentity(t *testing.T) {
 				}
 				for _, id := range []string{got, cmp.Or(test.component, got), cmp.Or(test.reg.componentID, got)} {
 					legacy, v1 := c.mustStatus(t, id)
-					if legacy.GetComponentId() != test.component || legacy.GetServiceId() != got || v1.GetComponent().GetId() != got {
-						t.Errorf("status of %q: got id %q, v1 id %q, component %q, want %q, %[4]q, %q", id, legacy.GetServiceId(), v1.GetComponent().GetId(), legacy.GetComponentId(), got, test.component)
+					if legacy.GetComponentId() != cmp.Or(test.reg.componentID, test.component) || legacy.GetServiceId() != got || v1.GetComponent().GetId() != got {
+						t.Errorf("status of %q: got id %q, v1 id %q, component %q, want %q, %[5]q, %q", id, legacy.GetServiceId(), v1.GetComponent().GetId(), legacy.GetComponentId(), got, cmp.Or(test.reg.componentID, test.component))
 					}
 					for _, in := range dialects {
 						wantCode(t, in+" heartbeat as "+id, c.heartbeat(t.Context(), in, id), codes.OK)

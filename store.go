@@ -209,7 +209,8 @@ func (p *persister) finish(changes uint64, err error) {
 // savedService is a service in the state file: one line of it.
 type savedService struct {
 	ID           string        `json:"id"`
-	Component    string        `json:"component,omitempty"` // of the pipeline
+	Component    string        `json:"component,omitempty"`    // of the pipeline
+	ComponentID  string        `json:"component_id,omitempty"` // as it sent it
 	Names        []string      `json:"names,omitempty"`
 	Type         string        `json:"type,omitempty"`
 	Name         string        `json:"name,omitempty"`
@@ -360,7 +361,7 @@ func (out *savedService) set(s *service) {
 	}
 	said := &s.said
 	*out = savedService{
-		ID: said.id, Component: s.component(), Names: s.names, Type: typeName(said.kind),
+		ID: said.id, Component: s.component(), ComponentID: said.componentID, Names: s.names, Type: typeName(said.kind),
 		Name: said.name, Description: said.description, Version: said.version,
 		InputEvents: said.inputEvents, OutputEvents: said.outputEvents,
 		Endpoint: said.endpoint, MaxInflight: said.maxInflight, Metadata: said.metadata, Owner: s.owner,
@@ -506,7 +507,7 @@ func (r *registry) restoreLocked(in savedService, now time.Time) *service {
 		r.byID[name] = s
 	}
 	s.describe(registration{
-		id: in.ID, kind: flowctlpb.ServiceType(flowctlpb.ServiceType_value["SERVICE_TYPE_"+strings.ToUpper(in.Type)]),
+		id: in.ID, componentID: in.ComponentID, kind: flowctlpb.ServiceType(flowctlpb.ServiceType_value["SERVICE_TYPE_"+strings.ToUpper(in.Type)]),
 		name: in.Name, description: in.Description, version: in.Version,
 		inputEvents: in.InputEvents, outputEvents: in.OutputEvents,
 		endpoint: in.Endpoint, maxInflight: in.MaxInflight, metadata: in.Metadata,
