@@ -35,6 +35,7 @@ type Pipeline struct {
 	Spec       Spec     `json:"spec"`
 
 	Notes []warning `json:"-"` // what reading it has noted
+	Text  string    `json:"-"` // of the file
 }
 
 // warning is something that is right in the file, and hardly meant or about to fail on this machine.

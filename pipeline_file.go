@@ -83,6 +83,7 @@ func readPipeline(path string, env func(string) (string, bool)) (*Pipeline, erro
 		return nil, fmt.Errorf("cannot find the folder of %s: %v", path, err)
 	}
 	p.resolve(folder)
+	p.Text = string(data)
 	return p, nil
 }
 

@@ -208,7 +208,7 @@ func TestModel(t *testing.T) {
 			HealthInterval: Duration(time.Second), HealthTimeout: Duration(100 * time.Millisecond), HealthRetries: 1, Role: roleSource}},
 		Sinks: []Component{{ID: "store", Command: []string{"./sink", "-v"}, Register: new(false), TLS: true, HealthCheck: "tcp://db:5432", StopSignal: "SIGINT",
 			Config: map[string]any{"batch": json.Number("1.50"), "Url": "http://a?b&c", "dry_run": true, "tables": []any{"<a>", map[string]any{"z": json.Number("1"), "b": nil}}}, Role: roleSink}},
-	}, nil}
+	}, nil, ""}
 	if !reflect.DeepEqual(p, want) {
 		t.Errorf("got  %+v\nwant %+v", p, want)
 	}

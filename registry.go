@@ -43,6 +43,8 @@ type pipelineInfo struct {
 	started time.Time
 	status  string // in one line
 	ready   bool
+	runID   string
+	file    string // the pipeline file, as it was read
 }
 
 // change tells the run how a service is now. Changes that follow each other faster than

@@ -63,7 +63,7 @@ type run struct {
 // runPipeline runs p and returns an *exitError for everything but success.
 func runPipeline(p *Pipeline, config runConfig) error {
 	limitMemory()
-	r := &run{config: config, once: fromStandardInput(config.file), info: pipelineInfo{name: p.Metadata.Name, version: config.version, started: time.Now()}}
+	r := &run{config: config, once: fromStandardInput(config.file), info: pipelineInfo{name: p.Metadata.Name, version: config.version, started: time.Now(), file: p.Text}}
 	defer r.close()
 	r.out = openOutputs(outputConfig{pipeline: r.info.name, ids: p.ids(), format: config.format, level: config.logLevel, footer: config.showStatus, command: len(config.command) > 0})
 	r.closeLater(r.out.close)
@@ -249,7 +249,7 @@ func (r *run) openRecorder() {
 
 // record records how the run is now.
 func (r *run) record(state, reason string) {
-	record := runRecord{ID: runID(r.launcher.mark), Pipeline: r.info.name, PID: os.Getpid(), State: state, Started: r.info.started, Reason: reason}
+	record := runRecord{ID: r.info.runID, Pipeline: r.info.name, PID: os.Getpid(), State: state, Started: r.info.started, Reason: reason}
 	if state != runStarting && state != runRunning {
 		record.Ended, record.ExitCode = new(time.Now()), &r.code
 	}
@@ -274,6 +274,7 @@ func (r *run) openProcesses(p *Pipeline, launch launchConfig) (*identifier, erro
 		}
 	}
 	r.launcher = newLauncher(launch)
+	r.info.runID = runID(r.launcher.mark)
 	if err := r.reservePorts(p); err != nil {
 		r.launcher.close()
 		return nil, &exitError{code: exitFailed, err: err}
@@ -864,6 +865,8 @@ func (r *run) reload(request *reloadRequest) (out reloadResult, err error) {
 		}
 		return out, err
 	}
+	r.info.file = request.pipeline.Text
+	r.plane.registry.publishPipeline(r.info)
 	changed := r.sup.reload(request.pipeline, request.envFiles)
 	out = reloadResult{added: changed.added, removed: changed.removed, restarted: changed.restarted, unchanged: changed.unchanged}
 	r.log.Info("reloaded", "file", request.file, "added", enumerate(out.added), "removed", enumerate(out.removed), "restarted", enumerate(out.restarted), "unchanged", out.unchanged)
