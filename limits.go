@@ -42,6 +42,12 @@ const (
 	maxOtherBytes   = 48 << 20  // of all that those say of themselves, with their metrics: a write of the state file takes less than a second
 )
 
+// For the records that callers keep of runs of their own.
+const (
+	maxCallerRuns     = 256
+	maxCallerRunBytes = 1 << 20 // of all as messages, with who keeps them; each is a few of maxMessage at most
+)
+
 // For a run, where what is not of the pipeline is a guest.
 const (
 	maxGuestConnections = 1 << 10 // connections, while one of them is a stranger's
@@ -472,7 +478,7 @@ func (s countedStream) RecvMsg(request any) error {
 }
 
 // listMethods have answers that can be large.
-var listMethods = map[string]bool{"ListServices": true, "ListComponents": true, "DiscoverComponents": true, "GetPipeline": true}
+var listMethods = map[string]bool{"ListServices": true, "ListComponents": true, "DiscoverComponents": true, "GetPipeline": true, "ListPipelineRuns": true}
 
 // turn waits until a list can be made. The caller has to call done when it has been. Errors:
 // RESOURCE_EXHAUSTED where too many wait, and those of ctx.

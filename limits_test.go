@@ -479,7 +479,7 @@ func TestLimitsAreDocumented(t *testing.T) {
 	t.Parallel()
 	text := get(os.ReadFile("docs/architecture.md"))(t)
 	for name, value := range map[string]int{
-		"maxConnections": maxConnections, "maxGuestConnections": maxGuestConnections, "maxCalls": maxCalls, "maxLists": maxLists, "maxUnfinished": maxUnfinished, "maxUnread": maxUnread, "maxFollowers": maxFollowers, "maxOtherStreams": maxOtherStreams, "maxServices": maxServices, "maxOtherBytes": maxOtherBytes, "maxGuests": maxGuests, "maxGuestBytes": maxGuestBytes, "maxFormer": maxFormer,
+		"maxConnections": maxConnections, "maxGuestConnections": maxGuestConnections, "maxCalls": maxCalls, "maxLists": maxLists, "maxUnfinished": maxUnfinished, "maxUnread": maxUnread, "maxFollowers": maxFollowers, "maxOtherStreams": maxOtherStreams, "maxServices": maxServices, "maxOtherBytes": maxOtherBytes, "maxGuests": maxGuests, "maxGuestBytes": maxGuestBytes, "maxCallerRuns": maxCallerRuns, "maxCallerRunBytes": maxCallerRunBytes, "maxFormer": maxFormer,
 		"maxStreams": maxStreams, "maxMessage": maxMessage, "maxHeaders": maxHeaders, "maxAnswer": maxAnswer, "maxPart": maxPart, "maxEdges": maxEdges, "maxDirty": maxDirty, "maxWindow": maxWindow, "maxWindows": maxWindows, "maxEvent": maxEvent, "maxHeartbeat": maxHeartbeat,
 		"maxServiceBytes": maxServiceBytes, "maxNames": maxNames, "maxEntries": maxEntries, "maxID": maxID, "maxText": maxText, "maxHistory": maxHistory,
 	} {
@@ -713,7 +713,9 @@ var wireMethods = []string{
 	"flowctl.ControlPlane/Register", "flowctl.ControlPlane/Heartbeat", "flowctl.ControlPlane/GetServiceStatus", "flowctl.ControlPlane/ListServices",
 	"flowctl.v1.ControlPlaneService/RegisterComponent", "flowctl.v1.ControlPlaneService/UnregisterComponent", "flowctl.v1.ControlPlaneService/DiscoverComponents",
 	"flowctl.v1.ControlPlaneService/Heartbeat", "flowctl.v1.ControlPlaneService/GetComponentStatus", "flowctl.v1.ControlPlaneService/ListComponents",
-	"flowctl.operator.v1.Operator/GetPipeline", "flowctl.operator.v1.Operator/Watch", "grpc.health.v1.Health/Check", "flowctl.ControlPlane/Nothing",
+	"flowctl.operator.v1.Operator/GetPipeline", "flowctl.operator.v1.Operator/Watch", "grpc.health.v1.Health/Check",
+	"flowctl.ControlPlane/CreatePipelineRun", "flowctl.ControlPlane/UpdatePipelineRun", "flowctl.ControlPlane/GetPipelineRun", "flowctl.ControlPlane/ListPipelineRuns", "flowctl.ControlPlane/StopPipelineRun",
+	"flowctl.ControlPlane/Nothing",
 }
 
 // wireMessage makes a message of the kind that wireMethods[method] takes.
@@ -740,6 +742,16 @@ func wireMessage(method int, a, b byte, text string) proto.Message {
 		return &flowctlv1.ListComponentsRequest{TypeFilter: flowctlv1.ComponentType(a % 5), IncludeUnhealthy: b%2 == 0}
 	case 11:
 		return &operatorv1.WatchRequest{Follow: a%2 == 0, Heartbeats: b%2 == 0}
+	case 13:
+		return &flowctlpb.CreatePipelineRunRequest{RunId: id, PipelineName: other, ConfigYaml: text, ComponentIds: []string{text}}
+	case 14:
+		return &flowctlpb.UpdatePipelineRunRequest{RunId: id, Status: flowctlpb.RunStatus(int8(b) % 8), Error: text, Metrics: &flowctlpb.RunMetrics{ComponentMetrics: map[string]*flowctlpb.ComponentMetrics{text: nil}}}
+	case 15:
+		return &flowctlpb.GetPipelineRunRequest{RunId: id}
+	case 16:
+		return &flowctlpb.ListPipelineRunsRequest{PipelineName: other, Status: flowctlpb.RunStatus(int8(a) % 8), Limit: int32(int8(b))}
+	case 17:
+		return &flowctlpb.StopPipelineRunRequest{RunId: id}
 	}
 	return &emptypb.Empty{}
 }
@@ -752,6 +764,7 @@ func FuzzWire(f *testing.F) {
 	}
 	f.Add([]byte{0, 1, 3, 3, 0, 7, 1, 3, 3, 1, 'm', 11, 1, 0, 0, 0, 5, 1, 3, 0, 0, 9, 1, 0, 0, 0})
 	f.Add([]byte{4, 2, 0, 0, 4, 0x0a, 2, 0x0a, 0xff, 4, 2, 0, 0, 3, 0x12, 1, 0x80, 1, 2, 0, 0, 2, 0xff, 0xff})
+	f.Add([]byte{13, 0, 3, 4, 1, 'x', 13, 0, 3, 4, 0, 14, 0, 3, 4, 1, 'e', 15, 0, 3, 0, 0, 16, 0, 0, 255, 0, 17, 0, 3, 0, 0, 17, 0, 3, 0, 0, 13, 2, 0, 0, 2, 0x12, 0})
 	f.Fuzz(func(t *testing.T, in []byte) {
 		r := testRegistry()
 		lis := bufconn.Listen(64 << 10)
@@ -780,6 +793,10 @@ func FuzzWire(f *testing.F) {
 			cancel()
 			switch code := status.Code(err); code {
 			case codes.OK, codes.InvalidArgument, codes.NotFound, codes.ResourceExhausted:
+			case codes.AlreadyExists, codes.FailedPrecondition:
+				if !strings.Contains(wireMethods[method], "PipelineRun") {
+					t.Errorf("%s(%q): %v", wireMethods[method], data, err)
+				}
 			case codes.Internal:
 				if !raw {
 					t.Errorf("%s(%q): %v", wireMethods[method], data, err)

@@ -559,7 +559,7 @@ func serverCommand(fs *flag.FlagSet, args []string) error {
 	}
 	alone := pipelineInfo{version: versionName(), started: time.Now(), status: "control plane alone", ready: true}
 	plane, err := newPlane(planeConfig{
-		listeners: listeners, held: held, ttl: o.ttl, interval: o.interval, forget: o.forget, store: st, certs: certs, runFile: file, identifier: newIdentifier(nil, log), log: log,
+		listeners: listeners, held: held, ttl: o.ttl, interval: o.interval, forget: o.forget, store: st, certs: certs, runFile: file, identifier: newIdentifier(nil, log), records: o.records(), log: log,
 		pipeline: alone,
 	})
 	if err != nil {

@@ -43,8 +43,8 @@ type runRequests interface {
 	// with errStopping, and for what cannot be restarted.
 	requestRestart(ctx context.Context, ids []string, wait bool) ([]restartResult, error)
 
-	// requestStop asks for the end of the run, and returns when all components have ended.
-	requestStop(ctx context.Context) error
+	// requestStop asks for the end of the run. With wait it returns when all components have ended.
+	requestStop(ctx context.Context, wait bool) error
 }
 
 // reloadResult is what a reload has changed, by id.
@@ -166,7 +166,7 @@ func (o *operatorServer) Stop(ctx context.Context, _ *operatorv1.StopRequest) (*
 	if err := o.checkOperator(ctx, "stop"); err != nil {
 		return nil, err
 	}
-	if err := o.requests.requestStop(ctx); err != nil {
+	if err := o.requests.requestStop(ctx, true); err != nil {
 		return nil, status.FromContextError(err).Err()
 	}
 	return &operatorv1.StopResponse{}, nil
@@ -249,10 +249,15 @@ func printed(parts []*linePart) []*operatorv1.Printed {
 // checkOperator fails unless there is a run, and an operator makes the call of ctx. command is what they
 // would type.
 func (o *operatorServer) checkOperator(ctx context.Context, command string) error {
-	switch {
-	case o.requests == nil:
+	if o.requests == nil {
 		return status.Error(codes.Unimplemented, "a control plane alone has no pipeline")
-	case !byOperator(ctx):
+	}
+	return refuseOthers(ctx, command)
+}
+
+// refuseOthers fails unless an operator makes the call of ctx. command is what they would type.
+func refuseOthers(ctx context.Context, command string) error {
+	if !byOperator(ctx) {
 		return status.Errorf(codes.PermissionDenied, "only an operator may do that: user %d or root on this machine by flowctl %s, and not from a component, or a client certificate with a name of -operators", os.Geteuid(), command)
 	}
 	return nil

@@ -156,12 +156,15 @@ func (q *reloads) requestRestart(ctx context.Context, ids []string, wait bool) (
 	}
 }
 
-// requestStop asks the loop for the end of the run, and returns when it has come.
-func (q *reloads) requestStop(ctx context.Context) error {
+// requestStop asks the loop for the end of the run. With wait it returns when that has come.
+func (q *reloads) requestStop(ctx context.Context, wait bool) error {
 	stops := q.stops
 	for {
 		select {
 		case stops <- struct{}{}:
+			if !wait {
+				return nil
+			}
 			stops = nil
 		case <-ctx.Done():
 			return ctx.Err()

@@ -202,15 +202,60 @@ func recordedRuns(folders []string) (records []runRecord, errs []error) {
 			errs = append(errs, err)
 			continue
 		}
-		lock, err := os.OpenFile(filepath.Join(folder, runsLock), os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
-		for i := range some {
-			if some[i].Ended == nil && (err != nil || !isLocked(lock, some[i].Number)) {
-				some[i].State = runKilled
-			}
-		}
+		lock, _ := openRunsLock(folder)
+		markKilled(some, lock)
 		lock.Close()
 		records = append(records, some...)
 	}
 	slices.SortStableFunc(records, func(a, b runRecord) int { return a.Started.Compare(b.Started) })
 	return records, errs
+}
+
+// openRunsLock opens the lock file of a folder, to see which runs live.
+func openRunsLock(folder string) (*os.File, error) {
+	return os.OpenFile(filepath.Join(folder, runsLock), os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+}
+
+// markKilled says which records are of runs that were killed; lock is nil where there is no lock file.
+func markKilled(records []runRecord, lock *os.File) {
+	for i := range records {
+		if records[i].Ended == nil && (lock == nil || !isLocked(lock, records[i].Number)) {
+			records[i].State = runKilled
+		}
+	}
+}
+
+// runsReader reads the records of a folder in a process that may have recorded a run there itself, which looks as if
+// it was killed. The lock file stays open: the kernel takes all locks that a process has on a file when that closes
+// any descriptor of it.
+type runsReader struct {
+	folder string
+	lock   *os.File // nil until it is there
+
+	at   time.Time // when the fields below were read
+	runs []runRecord
+	err  error
+}
+
+// read returns the runs as they are at the time wanted or later, the latest last: those who have waited for their
+// turn meanwhile share what was read. One goroutine at a time may call it.
+func (r *runsReader) read(wanted time.Time) ([]runRecord, error) {
+	if r.at.After(wanted) {
+		return r.runs, r.err
+	}
+	r.at = time.Now()
+	r.runs, r.err = readRuns(filepath.Join(r.folder, runsName))
+	if !r.isOpen() {
+		r.lock.Close() // it was removed, or there was none: nobody looks at its locks
+		r.lock, _ = openRunsLock(r.folder)
+	}
+	markKilled(r.runs, r.lock)
+	return r.runs, r.err
+}
+
+// isOpen tells whether r.lock is the lock file that the folder has now.
+func (r *runsReader) isOpen() bool {
+	was, err := r.lock.Stat()
+	is, errNow := os.Lstat(filepath.Join(r.folder, runsLock))
+	return err == nil && errNow == nil && os.SameFile(was, is)
 }

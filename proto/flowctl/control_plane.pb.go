@@ -982,7 +982,7 @@ type ListPipelineRunsRequest struct {
 	PipelineName string `protobuf:"bytes,1,opt,name=pipeline_name,json=pipelineName,proto3" json:"pipeline_name,omitempty"`
 	// status is UNKNOWN for any.
 	Status RunStatus `protobuf:"varint,2,opt,name=status,proto3,enum=flowctl.RunStatus" json:"status,omitempty"`
-	// limit is 10 where it is 0.
+	// limit is 10 where it is 0, and none below that.
 	Limit         int32 `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
