@@ -234,7 +234,7 @@ func (p *pipelineRuns) own() []knownRun {
 		run.Status = flowctlpb.RunStatus_RUN_STATUS_RUNNING
 	}
 	if p.metrics != nil {
-		run.Metrics = p.metrics()
+		run.Metrics = cmp.Or(p.metrics(), run.Metrics)
 	}
 	return []knownRun{{PipelineRun: run, keeper: keptByThis}}
 }
