@@ -26,7 +26,8 @@ import (
 type plane struct {
 	flowctlv1.UnimplementedControlPlaneServiceServer
 	registered chan *flowctlv1.ComponentInfo
-	endpoint   string // of the last one; only one component registers at a time
+	beats      chan *flowctlv1.HeartbeatRequest // those that a test waits for
+	endpoint   string                           // of the last one; only one component registers at a time
 }
 
 func (p *plane) RegisterComponent(_ context.Context, r *flowctlv1.RegisterRequest) (*flowctlv1.RegisterResponse, error) {
@@ -39,7 +40,11 @@ func (p *plane) RegisterComponent(_ context.Context, r *flowctlv1.RegisterReques
 	return &flowctlv1.RegisterResponse{ServiceId: r.ComponentId, ConnectionInfo: info}, nil
 }
 
-func (p *plane) Heartbeat(context.Context, *flowctlv1.HeartbeatRequest) (*emptypb.Empty, error) {
+func (p *plane) Heartbeat(_ context.Context, r *flowctlv1.HeartbeatRequest) (*emptypb.Empty, error) {
+	select {
+	case p.beats <- r:
+	default:
+	}
 	return &emptypb.Empty{}, nil
 }
 
@@ -49,7 +54,7 @@ func startPlane(t *testing.T) *plane {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &plane{registered: make(chan *flowctlv1.ComponentInfo, 1)}
+	p := &plane{registered: make(chan *flowctlv1.ComponentInfo, 1), beats: make(chan *flowctlv1.HeartbeatRequest)}
 	server := grpc.NewServer()
 	flowctlv1.RegisterControlPlaneServiceServer(server, p)
 	go server.Serve(listener)

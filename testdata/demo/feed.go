@@ -146,6 +146,15 @@ type inlet struct {
 	last     *feed.Record
 }
 
+// open is open below, for the one input of a component.
+func (m *membership) open(stop context.Context, grace time.Duration) (*inlet, error) {
+	endpoint, err := onlyInput(m.connections)
+	if err != nil {
+		return nil, err
+	}
+	return open(stop, endpoint, grace)
+}
+
 // open connects to the outlet at endpoint, which must end within grace of a
 // request to stop. The caller must close the inlet.
 func open(stop context.Context, endpoint string, grace time.Duration) (*inlet, error) {

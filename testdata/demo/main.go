@@ -3,6 +3,9 @@
 // processor that turns counters into rates, and a sink that writes JSON lines.
 // This file is what flowctl asks of a component, roles.go the work, feed.go the
 // stream between two of them; ../demo.json runs them.
+//
+// Those three dial each other. The roles of events.go, which ../lines.json runs,
+// do not: they serve, and flowctl moves the events between them.
 package main
 
 import (
@@ -33,10 +36,14 @@ const (
 const usage = `usage: demo source [-file PATH] [-interval DURATION]
        demo processor
        demo sink [-out FILE]
+       demo lines | words | tally
 `
 
 func main() {
-	roles := map[string]func(context.Context, []string) error{"source": source, "processor": processor, "sink": sink}
+	roles := map[string]func(context.Context, []string) error{
+		"source": source, "processor": processor, "sink": sink,
+		"lines": lines, "words": words, "tally": tally,
+	}
 	if len(os.Args) < 2 || roles[os.Args[1]] == nil {
 		fmt.Fprint(os.Stderr, usage)
 		os.Exit(2)
@@ -52,8 +59,8 @@ func main() {
 // membership is a component's registration with the control plane. Heartbeats
 // keep it alive until leave.
 type membership struct {
-	input   string       // the endpoint of the component to read from; a source has none
-	records atomic.Int64 // handled so far, for the heartbeats to tell
+	connections map[string]string // connection_info, as onlyInput reads it
+	records     atomic.Int64      // handled so far, for the heartbeats to tell
 
 	leave func() // ends the heartbeats; flowctl itself sees the component end
 }
@@ -77,21 +84,18 @@ func join(info *flowctlv1.ComponentInfo) (*membership, error) {
 	if err != nil {
 		return nil, fmt.Errorf("control plane %q: %w", endpoint, err)
 	}
-	m := &membership{}
 	plane := flowctlv1.NewControlPlaneServiceClient(conn)
 
 	info.Id, info.Name, info.Version = id, id, version
 	ctx, cancel := context.WithTimeout(context.Background(), registerTimeout)
 	defer cancel()
 	reply, err := plane.RegisterComponent(ctx, &flowctlv1.RegisterRequest{Component: info, ComponentId: id})
-	if err == nil && info.Type != flowctlv1.ComponentType_COMPONENT_TYPE_SOURCE {
-		m.input, err = onlyInput(reply.ConnectionInfo)
-	}
 	if err != nil {
 		_ = conn.Close()
 		return nil, fmt.Errorf("cannot register %q with %q: %w", id, endpoint, err)
 	}
 
+	m := &membership{connections: reply.ConnectionInfo}
 	told, toldAt := int64(0), time.Now()
 	quit := every(interval, func(ctx context.Context) {
 		ctx, cancel := context.WithTimeout(ctx, heartbeatTimeout)

@@ -214,7 +214,7 @@ func processor(stop context.Context, args []string) error {
 		OutputEventTypes: []string{ratesType},
 	}
 	return serve(stop, info, func(member *membership, out *outlet) error {
-		in, err := open(stop, member.input, inputGrace)
+		in, err := member.open(stop, inputGrace)
 		if err != nil {
 			return err
 		}
@@ -288,7 +288,7 @@ func sink(stop context.Context, args []string) error {
 		return err
 	}
 	defer member.leave()
-	in, err := open(stop, member.input, outputGrace)
+	in, err := member.open(stop, outputGrace)
 	if err != nil {
 		return err
 	}
