@@ -229,9 +229,61 @@ func TestTally(t *testing.T) {
 	}
 }
 
+func TestFlood(t *testing.T) {
+	p := startPlane(t)
+	t.Setenv("EVENTS", "3")
+	t.Setenv("EVENT_BYTES", "5000000") // above gRPC's own limit
+	conn, end := p.serves(t, "flood", flood)
+	defer end()
+	source, err := flowctlv1.NewSourceServiceClient(conn).StreamEvents(t.Context(), &flowctlv1.StreamRequest{}, grpc.MaxCallRecvMsgSize(maxEvent))
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, end = p.serves(t, "pass", pass)
+	defer end()
+	processor, err := flowctlv1.NewProcessorServiceClient(conn).Process(t.Context(), grpc.MaxCallRecvMsgSize(maxEvent))
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, end = p.serves(t, "count", count)
+	defer end()
+	sink, err := flowctlv1.NewConsumerServiceClient(conn).Consume(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		event, err := source.Recv()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := processor.Send(event); err != nil {
+			t.Fatal(err)
+		}
+		if event, err = processor.Recv(); err != nil {
+			t.Fatal(err)
+		}
+		if err := sink.Send(event); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := source.Recv(); err != io.EOF {
+		t.Errorf("the source has more: %v", err)
+	}
+	if err := processor.CloseSend(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := processor.Recv(); err != io.EOF {
+		t.Errorf("the processor has more: %v", err)
+	}
+	response, err := sink.CloseAndRecv()
+	if err != nil || response.EventsConsumed != 3 {
+		t.Errorf("got %v, %v", response, err)
+	}
+}
+
 // Without the file that it needs a role does not register.
 func TestPassiveErrors(t *testing.T) {
-	for name, role := range map[string]func(context.Context, []string) error{"FILE": lines, "OUT": tally} {
+	for name, role := range map[string]func(context.Context, []string) error{"FILE": lines, "OUT": tally, "EVENTS": flood} {
 		t.Setenv(name, "/nonexistent/file")
 		if err := role(t.Context(), nil); err == nil || !strings.Contains(err.Error(), name) || !strings.Contains(err.Error(), "/nonexistent/file") {
 			t.Errorf("%s: %v", name, err)

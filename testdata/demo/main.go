@@ -37,12 +37,14 @@ const usage = `usage: demo source [-file PATH] [-interval DURATION]
        demo processor
        demo sink [-out FILE]
        demo lines | words | tally
+       demo flood | pass | count
 `
 
 func main() {
 	roles := map[string]func(context.Context, []string) error{
 		"source": source, "processor": processor, "sink": sink,
 		"lines": lines, "words": words, "tally": tally,
+		"flood": flood, "pass": pass, "count": count,
 	}
 	if len(os.Args) < 2 || roles[os.Args[1]] == nil {
 		fmt.Fprint(os.Stderr, usage)
