@@ -311,10 +311,11 @@ func TestReadmeLanguages(t *testing.T) {
 	programs := make(map[string][]string) // by language
 	for _, tt := range []struct {
 		language, needs string
-		program         []string
+		program         []string // nil for one that sends no metrics
 	}{
 		{"Go", "go version", []string{n.folder + "/first/count"}},
 		{"Python", "python3 -c 'import grpc, grpc_tools.protoc'", []string{"python3", n.folder + "/first/count.py"}},
+		{"Python, a sink of events", "python3 -c 'import grpc, grpc_tools.protoc'", nil},
 		{"Node.js", "node --version && npm --version", []string{"node", n.folder + "/first/count.js"}},
 	} {
 		t.Run(tt.language, func(t *testing.T) {
@@ -329,7 +330,9 @@ func TestReadmeLanguages(t *testing.T) {
 			n.follow(slices.DeleteFunc(section(t, "docs/components.md", "In "+tt.language), func(b block) bool {
 				return tt.language == "Go" && b.language == "console" // TestReadmeNewcomer has those
 			}))
-			programs[tt.language] = tt.program
+			if tt.program != nil {
+				programs[tt.language] = tt.program
+			}
 		})
 	}
 	atAddress := func(t *testing.T, address string) {
