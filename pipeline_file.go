@@ -389,7 +389,7 @@ func (r *reader) checkSize(root *node) bool {
 		return true
 	}
 	count := 0
-	for _, name := range []string{"sources", "processors", "sinks"} {
+	for _, name := range []string{"sources", "processors", "sinks", "services"} {
 		if list := spec.child(name); list != nil && list.kind == kindList {
 			count += len(list.kids)
 		}

@@ -157,6 +157,7 @@ var ruleRows = []pipelineRow{
 		`2:306: spec.processors[5].inputs[0]: cycle, each waits for the next: d -> e -> d`,
 	}},
 	{"too many components", specFile(`"sources": [` + strings.Repeat("{},", 1000) + `{}]`), []string{`1:85: spec: 1001 components, at most 1000 are allowed`}},
+	{"too many services", specFile(`"services": [` + strings.Repeat("{},", 1000) + `{}]`), []string{`1:85: spec: 1001 components, at most 1000 are allowed`}},
 }
 
 // checkErrors are values of health_check, and what is wrong with them.
