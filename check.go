@@ -4,11 +4,14 @@ package main
 // run at its start.
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -54,7 +57,11 @@ func (w *warner) warn(p *Pipeline) {
 	for _, f := range found {
 		if !w.told[f] {
 			w.told[f] = true
-			w.log.Warn("check warns", "component", f.Component, "field", f.Field, "reason", f.Message)
+			log := w.log
+			if f.Component != "" {
+				log = log.With("component", f.Component)
+			}
+			log.Warn("check warns", "field", f.Field, "reason", f.Message)
 		}
 	}
 }
@@ -154,12 +161,31 @@ func (c *Component) commandWarnings(path string, warn func(field, format string,
 	} else if fault := programFault(file); fault != "" {
 		warn("command", "cannot run %q: %s", c.Command[0], fault)
 	}
+	c.argumentWarnings("command", c.Command[1:], 1, warn)
+	c.argumentWarnings("args", c.Args, 0, warn)
 	if i := slices.IndexFunc(c.HealthCommand, func(arg string) bool { return slices.Contains(shellOperators, arg) }); i > 0 {
 		warn("health_check", "no shell reads it, and %s is an argument: write exec:sh -c '...'", quote(c.HealthCommand[i]))
 	}
 	if len(c.HealthCommand) > 0 {
 		if _, err := find(c.HealthCommand[0]); err != nil {
 			warn("health_check", "cannot run %q: %v", c.HealthCommand[0], cause(err))
+		}
+	}
+}
+
+// argumentWarnings is about arguments that are paths of the folder where flowctl was started, and not of the one
+// that c runs in. The first of them is the one at index first of field.
+func (c *Component) argumentWarnings(field string, args []string, first int, warn func(field, format string, args ...any)) {
+	for i, arg := range args {
+		if !strings.Contains(arg, "/") || filepath.IsAbs(arg) {
+			continue
+		}
+		if _, err := os.Stat(filepath.Join(c.WorkingDir, arg)); !errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if right := pathFrom(c.WorkingDir, arg); right != "" {
+			warn(fmt.Sprintf("%s[%d]", field, first+i), "%s exists in the folder that flowctl was started in, but the component runs in %q: write %s",
+				quote(arg), c.WorkingDir, quote(right))
 		}
 	}
 }

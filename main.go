@@ -339,6 +339,7 @@ func checkCommand(fs *flag.FlagSet, args []string) error {
 	switch found, listed := errors.AsType[*fileErrors](err); {
 	case listed:
 		report.Errors, report.More = found.list, found.more
+		report.Warnings = append(report.Warnings, found.warnings...)
 	case err != nil:
 		report.Errors = append(report.Errors, fileError{Message: err.Error()})
 	default:
@@ -351,11 +352,11 @@ func checkCommand(fs *flag.FlagSet, args []string) error {
 		}
 		return &exitError{code: exitUsage}
 	}
+	for _, w := range report.Warnings {
+		fmt.Fprintf(os.Stderr, "%s: warning: %v\n", file, w)
+	}
 	if err != nil {
 		return &exitError{code: exitUsage, err: err}
-	}
-	for _, w := range report.Warnings {
-		fmt.Fprintf(os.Stderr, "%s: warning: component %s: %s: %s\n", file, w.Component, w.Field, w.Message)
 	}
 	if !report.OK {
 		return &exitError{code: exitUsage, err: fmt.Errorf("%s has warnings, which -strict does not allow: %d", file, len(report.Warnings))}

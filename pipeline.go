@@ -40,9 +40,16 @@ type Pipeline struct {
 
 // warning is something that is right in the file, and hardly meant or about to fail on this machine.
 type warning struct {
-	Component string `json:"component"`
+	Component string `json:"component"` // "" for what is of none
 	Field     string `json:"field"`
 	Message   string `json:"message"`
+}
+
+func (w warning) String() string {
+	if w.Component == "" {
+		return w.Field + ": " + w.Message
+	}
+	return fmt.Sprintf("component %s: %s: %s", w.Component, w.Field, w.Message)
 }
 
 type Metadata struct {
@@ -199,6 +206,21 @@ func (c *Component) configEnv() map[string]string {
 		vars[strings.ToUpper(key)] = text
 	}
 	return vars
+}
+
+// variableNames returns the names of the variables that the file sets for c.
+func (c *Component) variableNames() map[string]bool {
+	names := make(map[string]bool)
+	for name := range c.Env {
+		names[name] = true
+	}
+	for name := range c.EnvFiles {
+		names[name] = true
+	}
+	for key := range c.Config {
+		names[strings.ToUpper(key)] = true
+	}
+	return names
 }
 
 // lists returns the lists of components, by role.
@@ -599,7 +621,7 @@ func (c *Component) checkCommand(f findings) {
 	case !command && !image:
 		f.missing(c, "command")
 	case command && image:
-		f.wrong(&c.Image, "cannot be given beside command")
+		f.wrong(&c.Image, "cannot be given beside command: what a container is to run goes into args, after the entrypoint of its image")
 	case image:
 		if !strings.HasPrefix(c.WorkingDir, "/") {
 			f.wrong(&c.WorkingDir, "must be an absolute path in the container, not %s", quote(c.WorkingDir))

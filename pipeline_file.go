@@ -44,6 +44,8 @@ type fileErrors struct {
 	name string
 	list []fileError
 	more int // errors that are not in the list
+
+	warnings []warning // of fields that have no effect
 }
 
 func (e *fileErrors) Error() string {
@@ -96,12 +98,6 @@ func folderOf(file string) string {
 		return "."
 	}
 	return filepath.Dir(file)
-}
-
-// yamlCommand returns the shell command that turns a YAML file into JSON.
-func yamlCommand(from, to string) string {
-	return "python3 -c 'import json, sys, yaml; json.dump(yaml.safe_load(sys.stdin.buffer), sys.stdout, indent=2, default=str)' < " +
-		shellWord(from) + " > " + shellWord(to)
 }
 
 // readFile reads at most one byte more than maxFileSize, by which parsePipeline sees that
@@ -158,25 +154,6 @@ func (p *Pipeline) resolve(folder string) {
 	}
 }
 
-// pipelineFiles returns which of the first small JSON files of a folder are pipelines.
-func pipelineFiles(folder string) []string {
-	const mostFiles, mostBytes = 20, 256 << 10
-	entries, _ := os.ReadDir(folder) // what could be read will do
-	entries = slices.DeleteFunc(entries, func(e os.DirEntry) bool { return filepath.Ext(e.Name()) != ".json" || !e.Type().IsRegular() })
-	var out []string
-	for _, e := range entries[:min(len(entries), mostFiles)] {
-		var head struct{ Kind string }
-		if info, err := e.Info(); err != nil || info.Size() > mostBytes {
-			continue
-		}
-		data, err := os.ReadFile(filepath.Join(folder, e.Name()))
-		if err == nil && json.Unmarshal(data, &head) == nil && head.Kind == "Pipeline" {
-			out = append(out, printable(e.Name()))
-		}
-	}
-	return out
-}
-
 // fromStandardInput tells whether file is no plain file, and cannot be read a second time.
 func fromStandardInput(file string) bool {
 	info, err := os.Stat(file)
@@ -185,13 +162,20 @@ func fromStandardInput(file string) bool {
 
 // A reader turns one file into a Pipeline: syntax, then a tree of nodes, then the model and its rules.
 type reader struct {
-	data  []byte
-	env   func(string) (string, bool)
-	dec   *json.Decoder
-	nodes map[any]*node // by pointer into the model
-	added int           // bytes that the environment has added
-	taken []assumption
-	errs  fileErrors
+	data   []byte
+	env    func(string) (string, bool)
+	dec    *json.Decoder
+	nodes  map[any]*node // by pointer into the model
+	added  int           // bytes that the environment has added
+	taken  []assumption
+	former []formerNote
+	errs   fileErrors
+}
+
+// A formerNote says what takes the place of a field that has no effect.
+type formerNote struct {
+	node    *node
+	instead string
 }
 
 // An assumption is that a variable which is not set has a value in a unit of systemd.
@@ -238,6 +222,14 @@ func (n *node) child(name string) *node {
 	return nil
 }
 
+// literal returns the text of n as it is in the file, "" for none.
+func (n *node) literal() string {
+	if n == nil {
+		return ""
+	}
+	return n.text
+}
+
 // path returns the JSON path of n, "" for the root and for none.
 func (n *node) path() string {
 	switch {
@@ -265,10 +257,12 @@ func parsePipeline(data []byte, name string, env func(string) (string, bool)) (*
 			p.check(r)
 		}
 	}
+	former := r.formerWarnings()
 	if len(r.errs.list) > 0 {
+		r.errs.warnings = former
 		return nil, r.sortedErrors()
 	}
-	p.Notes = r.notes(p)
+	p.Notes = append(former, r.notes(p)...)
 	return p, nil
 }
 
@@ -431,6 +425,9 @@ func (r *reader) object(n *node, v reflect.Value) {
 	}
 	l := &levels[slices.IndexFunc(levels, func(l level) bool { return l.model == v.Type() })]
 	for _, kid := range n.kids {
+		if r.withoutEffect(kid, l) {
+			continue
+		}
 		i := slices.Index(l.fields, kid.key)
 		if i < 0 {
 			if right := r.unknownField(n, kid, l); right >= 0 {
@@ -456,6 +453,25 @@ func (r *reader) object(n *node, v reflect.Value) {
 	}
 }
 
+// withoutEffect tells whether kid is a field of the predecessor that had no effect there, which is a warning.
+func (r *reader) withoutEffect(kid *node, l *level) bool {
+	instead, former := formerFields[l.model][kid.key]
+	if l.model == reflect.TypeFor[Component]() {
+		switch kid.key {
+		case "replicas": // one ran of each component, whatever it said
+			former = kid.text == "1" || kid.parent.parent.parent.child("driver") != nil
+		case "health_check":
+			if former = strings.HasPrefix(kid.text, "/"); former {
+				instead = wholeHealthCheck(kid.text, kid.parent.child("health_port").literal())
+			}
+		}
+	}
+	if former && len(r.former) < maxErrors {
+		r.former = append(r.former, formerNote{kid, instead})
+	}
+	return former
+}
+
 // unknownField reports kid. Where n lacks the field that it seems to stand for, kid gets
 // its name, so that it is not reported as missing too; the result is its index, else -1.
 func (r *reader) unknownField(n, kid *node, l *level) int {
@@ -476,26 +492,6 @@ func (r *reader) unknownField(n, kid *node, l *level) int {
 	return slices.Index(l.fields, right)
 }
 
-// foreignFields are fields of other tools (compose, systemd, supervisord, Kubernetes), in lower case
-// without _ and -, each after the one that takes its place in a component.
-var foreignFields = map[string][]string{
-	"id":             {"name", "containername"},
-	"command":        {"cmd", "entrypoint", "exec", "execstart", "program", "run", "script"},
-	"env":            {"environment", "environ", "envs", "envvars", "variables", "vars"},
-	"env_files":      {"environmentfile", "environmentfiles", "envfrom", "secret", "secrets", "credentials", "loadcredential"},
-	"working_dir":    {"cwd", "chdir", "dir", "directory", "workdir", "workingdirectory"},
-	"inputs":         {"from", "reads", "upstream", "upstreams"},
-	"depends_on":     {"after", "bindsto", "depends", "dependencies", "links", "needs", "requires", "wants"},
-	"restart_policy": {"autorestart", "restart"},
-	"max_restarts":   {"maxretries", "startlimitburst", "startretries"},
-	"start_timeout":  {"startperiod", "startsecs", "timeoutstartsec"},
-	"stop_timeout":   {"killtimeout", "shutdowntimeout", "stopgraceperiod", "stopwaitsecs", "terminationgraceperiodseconds", "timeoutstopsec"},
-	"stop_signal":    {"killsignal", "shutdownsignal"},
-	"health_check":   {"check", "health", "livenessprobe", "probe", "readiness", "readinessprobe", "startupprobe"},
-	"volumes":        {"mounts", "volumemounts"},
-	"ports":          {"expose", "publish"},
-}
-
 // suggest returns the field of l that name stands for, or else a hint where name belongs, or nothing.
 func suggest(name string, l *level) (right, hint string) {
 	plain := strings.NewReplacer("_", "", "-", "").Replace(strings.ToLower(clip(name)))
@@ -505,9 +501,9 @@ func suggest(name string, l *level) (right, hint string) {
 				return field, ""
 			}
 		}
-		if slices.Contains([]string{"instances", "numprocs", "replicas", "scale"}, plain) {
-			return "", ": each copy is a component of its own"
-		}
+	}
+	if hint := foreignHints[l.model][plain]; hint != "" {
+		return "", hint
 	}
 	var places []string
 	for _, other := range levels {
@@ -590,10 +586,17 @@ func (r *reader) want(n *node, k kind) bool {
 		return true
 	case k == kindString && (n.kind == kindNumber || n.kind == kindBool):
 		r.errorf(n, "must be %s, not %s: write %s", k, n.kind, quote(n.text))
+	case k == kindString && n.kind == kindObject && n.parent.kind == kindList && n.entry() != "":
+		r.errorf(n, "must be %s, not %s: write %s", k, n.kind, quote(n.entry()))
 	default:
 		r.errorf(n, "must be %s, not %s", k, n.kind)
 	}
 	return false
+}
+
+// entry returns the text that n, an object of the predecessor in a list, stands for, "" for none.
+func (n *node) entry() string {
+	return entryOf(n.parent.key, func(name string) string { return n.child(name).literal() })
 }
 
 func (r *reader) wantStrings(n *node) bool {
@@ -608,26 +611,8 @@ func (r *reader) wantStrings(n *node) bool {
 	return false
 }
 
-// shellSyntax matches what only a shell would understand.
-var shellSyntax = pattern("[|<>;`]|&&|\\$[A-Za-z_(]|^\\s*\\w+=")
-
 // likelyList returns the strings, quoted, of the list that the text of n is written in the place of.
 func likelyList(n *node) string { return listOf(n.text, n.key == "command") }
-
-// listOf returns the strings, quoted, of the list that a text means: of a command, by a shell where it needs one.
-func listOf(text string, command bool) string {
-	list, err := words(text)
-	switch {
-	case command && shellSyntax().MatchString(text):
-		list = []string{"sh", "-c", text}
-	case err != nil || len(list) == 0 || len(list) > 10:
-		list = []string{"..."}
-	}
-	for i := range list {
-		list[i] = quote(list[i])
-	}
-	return strings.Join(list, ", ")
-}
 
 func (r *reader) number(n *node) int {
 	if !r.want(n, kindNumber) {
@@ -805,6 +790,19 @@ func (r *reader) notes(p *Pipeline) []warning {
 	return out
 }
 
+// formerWarnings returns what is noted of fields that have no effect.
+func (r *reader) formerWarnings() []warning {
+	var out []warning
+	for _, f := range r.former {
+		w := warning{Field: f.node.path(), Message: f.instead}
+		if id := f.node.parent.child("id"); id != nil && id.kind == kindString && !id.bad {
+			w.Component, w.Field = id.text, f.node.key
+		}
+		out = append(out, w)
+	}
+	return out
+}
+
 // texts returns the nodes of a field that is a text, or a list or a map of texts.
 func (r *reader) texts(field any) []*node {
 	switch n := r.nodes[field]; {
@@ -842,21 +840,6 @@ func (r *reader) unfilled(text string, own map[string]bool) string {
 		}
 	}
 	return ""
-}
-
-// variableNames returns the names of the variables that the file sets for c.
-func (c *Component) variableNames() map[string]bool {
-	names := make(map[string]bool)
-	for name := range c.Env {
-		names[name] = true
-	}
-	for name := range c.EnvFiles {
-		names[name] = true
-	}
-	for key := range c.Config {
-		names[strings.ToUpper(key)] = true
-	}
-	return names
 }
 
 // shellScript returns the index of the first of argv that is read by a shell, len(argv) for none.
@@ -901,7 +884,14 @@ func (r *reader) wrongKey(object any, key, format string, args ...any) {
 }
 
 func (r *reader) missing(object any, name string) {
-	r.missingField(r.nodes[object], name, "is missing")
+	n := r.nodes[object]
+	if kid := n.child("type"); name == "command" && kid != nil && !kid.bad {
+		if instead := insteadOfDownload(kid.raw); instead != "" {
+			r.errorf(kid, "%s", instead)
+			return
+		}
+	}
+	r.missingField(n, name, "is missing")
 }
 
 // errorf reports an error at the value n, and marks n as bad.

@@ -55,7 +55,7 @@ var ruleRows = []pipelineRow{
 		`2:68: spec.processors[0].ports: has no effect without image`,
 		`2:90: spec.processors[0].volumes: has no effect without image`,
 	}},
-	{"image and command", commandFile(`"image": "alpine:3"`), []string{`2:55: spec.processors[0].image: cannot be given beside command`}},
+	{"image and command", commandFile(`"image": "alpine:3"`), []string{`2:55: spec.processors[0].image: cannot be given beside command: what a container is to run goes into args, after the entrypoint of its image`}},
 	{"empty image", componentFile(`"image": ""`), []string{`2:37: spec.processors[0].image: must not be empty`}},
 	{"empty values", commandFile(`"working_dir": "", "health_check": "", "restart_policy": "", "stop_signal": "", "start_timeout": "", "input_event_types": [""], "output_event_types": ["a", ""], "env_files": {"A": ""}`), []string{
 		`2:61: spec.processors[0].working_dir: must not be empty`,

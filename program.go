@@ -88,8 +88,8 @@ func describeProgram(program, file, dir string, err error) error {
 		why = cmp.Or(programFault(file), "the interpreter that it names, or its loader, does not exist")
 	case errors.Is(err, fs.ErrNotExist):
 		if near, err := filepath.Rel(dir, file); err == nil && filepath.IsLocal(near) {
-			if _, err := os.Stat(near); err == nil {
-				why += "; there is one in the folder that flowctl was started in, but paths are relative to the pipeline file's"
+			if right := pathFrom(dir, near); right != "" {
+				why += fmt.Sprintf("; there is one in the folder that flowctl was started in, but paths are relative to the pipeline file's: write %q", right)
 			}
 		}
 	case errors.Is(err, fs.ErrPermission) && fileErr == nil && info.IsDir():
@@ -106,6 +106,23 @@ func describeProgram(program, file, dir string, err error) error {
 		why = noProgram
 	}
 	return &startError{fmt.Sprintf("cannot run %q: %s", program, why), kind}
+}
+
+// pathFrom returns how a file that is at path from the folder where flowctl was started is named from dir, "" where
+// there is none.
+func pathFrom(dir, path string) string {
+	if _, err := os.Stat(path); err != nil {
+		return ""
+	}
+	here, err := filepath.Abs(path)
+	if err != nil {
+		return ""
+	}
+	right, err := filepath.Rel(dir, here)
+	if err == nil && filepath.IsLocal(right) {
+		right = "./" + right
+	}
+	return right
 }
 
 // Faults of scripts.

@@ -155,13 +155,23 @@ func TestPastProxy(t *testing.T) {
 	}
 }
 
-// A path that is right in the folder where flowctl is started, and not in the file's, is told apart.
+// A path that is right in the folder where flowctl is started, and not in the file's, is told with the one to write.
 func TestCheck_PathsAreRelativeToTheFile(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	writeProgram(t, filepath.Join(dir, "mine"), "#!/bin/sh\n")
-	file := writePipeline(t, plainProgram("a", "./mine"))
+	must(t, os.MkdirAll(filepath.Join(dir, "bin"), 0o700))
+	must(t, os.Mkdir(filepath.Join(dir, "pipelines"), 0o700))
+	writeProgram(t, filepath.Join(dir, "bin", "mine"), "#!/bin/sh\n")
+	c := changed(plainProgram("a", "./bin/mine"), func(c *Component) {
+		c.Args = []string{"bin/none", "bin/mine", "mine", "../bin/mine", "--f=bin/mine", "/bin"}
+	})
+	file := filepath.Join(dir, "pipelines", "p.json")
+	must(t, os.Rename(writePipeline(t, c, plainProgram("b", "sh", "./bin/mine")), file))
 	check := start(t, []string{"check", file}, inFolder(dir))
 	check.exit(exitOK)
-	check.has(check.stderr, fmt.Sprintf("cannot run %q: no such file or directory; there is one in the folder that flowctl was started in, but paths are relative to the pipeline file's\n", filepath.Join(filepath.Dir(file), "mine")))
+	const arg = `"%sbin/mine" exists in the folder that flowctl was started in, but the component runs in %q: write "../bin/mine"`
+	wantEqual(t, "what check says", strings.ReplaceAll(check.stderr.String(), file+": warning: component ", ""),
+		fmt.Sprintf("a: command: cannot run %q: no such file or directory; there is one in the folder that flowctl was started in, but paths are relative to the pipeline file's: write \"../bin/mine\"\n",
+			filepath.Join(filepath.Dir(file), "bin", "mine"))+
+			fmt.Sprintf("a: args[1]: "+arg+"\nb: command[1]: "+arg+"\n", "", filepath.Dir(file), "./", filepath.Dir(file)))
 }

@@ -4,9 +4,12 @@ package main
 
 import (
 	"cmp"
+	"encoding/json"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
+	"slices"
 	"time"
 )
 
@@ -100,4 +103,23 @@ func inContainers(listeners []planeListener) (endpoint string) {
 		endpoint = cmp.Or(endpoint, containerEndpoint(lis.Addr(), lis.endpoint))
 	}
 	return endpoint
+}
+
+// pipelineFiles returns which of the first small JSON files of a folder are pipelines.
+func pipelineFiles(folder string) []string {
+	const mostFiles, mostBytes = 20, 256 << 10
+	entries, _ := os.ReadDir(folder) // what could be read will do
+	entries = slices.DeleteFunc(entries, func(e os.DirEntry) bool { return filepath.Ext(e.Name()) != ".json" || !e.Type().IsRegular() })
+	var out []string
+	for _, e := range entries[:min(len(entries), mostFiles)] {
+		var head struct{ Kind string }
+		if info, err := e.Info(); err != nil || info.Size() > mostBytes {
+			continue
+		}
+		data, err := os.ReadFile(filepath.Join(folder, e.Name()))
+		if err == nil && json.Unmarshal(data, &head) == nil && head.Kind == "Pipeline" {
+			out = append(out, printable(e.Name()))
+		}
+	}
+	return out
 }

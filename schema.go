@@ -33,6 +33,9 @@ func structSchema(t reflect.Type) map[string]any {
 			required = append(required, name)
 		}
 	}
+	for name, instead := range formerFields[t] {
+		properties[name] = map[string]any{"deprecated": true, "description": instead}
+	}
 	return map[string]any{"type": "object", "properties": properties, "required": required, "additionalProperties": false}
 }
 
@@ -84,7 +87,7 @@ func textSchema(rule string) map[string]any {
 		"signal":   {"anyOf": allow(stopSignalNames...)},
 		"duration": {"pattern": `^\+?(([0-9]+\.?[0-9]*|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h))+$|` + anyReference}, // both ways to write µ
 		"name":     {"pattern": namePattern().String() + "|" + anyReference, "not": map[string]any{"enum": []string{".", ".."}}},
-		"health":   {"pattern": `^https?://[^/?#]|^(tcp|grpc)://[^/?#]+:[0-9$]|^exec:[\s\S]|` + anyReference},
+		"health":   {"pattern": `^/|^https?://[^/?#]|^(tcp|grpc)://[^/?#]+:[0-9$]|^exec:[\s\S]|` + anyReference},
 		"image":    {"pattern": `^[^- \t\r\n][^ \t\r\n]*$|` + anyReference},
 		"volume":   {"pattern": `^[^:]+:/[^:]*(:[^:]*)?$|` + anyReference, "not": map[string]any{"pattern": `^~[/:]`}},
 		"port":     {"pattern": portPattern().String() + "|" + anyReference},
