@@ -215,6 +215,7 @@ var fileErrorRows = []errorRow{
 	{name: "none, check", args: "check", code: exitUsage, want: "flowctl: no pipeline file is named, and there is no flow.json here\nTry: flowctl help check\n"},
 	{name: "others", args: "run", prepare: haveFile("package.json", "{}"), code: exitUsage, want: "flowctl: no pipeline file is named, and there is no flow.json here; what is here: p.json\nTry: flowctl run p.json\n"},
 	{name: "others, check", args: "check", prepare: haveFile("a b.json", `{"kind": "Pipeline"}`), code: exitUsage, want: "flowctl: no pipeline file is named, and there is no flow.json here; what is here: a b.json, p.json\nTry: flowctl check 'a b.json'\n"},
+	{name: "none but YAML", args: "run", prepare: haveFile("flow.yml", ""), code: exitUsage, want: "flowctl: flow.yml: a pipeline file is JSON; this turns YAML into it: " + yamlCommand("flow.yml", "flow.json") + "\n"},
 	{name: "missing", args: "run q.json", code: exitUsage, want: "flowctl: cannot read pipeline file: open q.json: no such file or directory\n"},
 	{name: "a folder", args: "check .", code: exitUsage, want: "flowctl: cannot read pipeline file: . is a folder\n"},
 	{name: "yaml", args: "run flow.yaml", code: exitUsage, want: "flowctl: flow.yaml: a pipeline file is JSON; this turns YAML into it: " + yamlCommand("flow.yaml", "flow.json") + "\n"},

@@ -9,6 +9,10 @@ import (
 	"strings"
 )
 
+// yamlDefaults are the files that the predecessor's run takes, and people name like ours. To read one is an error that
+// shows yamlCommand.
+var yamlDefaults = []string{"flow.yml", "flow.yaml"}
+
 // yamlCommand returns the shell command that turns a YAML file into JSON.
 func yamlCommand(from, to string) string {
 	return "python3 -c 'import json, sys, yaml; json.dump(yaml.safe_load(sys.stdin.buffer), sys.stdout, indent=2, default=str)' < " +
@@ -67,6 +71,7 @@ var formerFields = map[reflect.Type]map[string]string{
 
 // wholeHealthCheck says what to write for a health_check that is a path, where the file gives the port or "".
 func wholeHealthCheck(path, port string) string {
+	path, _, _ = strings.Cut(path, "?") // which may be secret
 	return fmt.Sprintf("has no effect, because it is a path: write the whole address, such as %s",
 		quote("http://localhost:"+cmp.Or(port, "$HEALTH_PORT")+path))
 }

@@ -42,7 +42,7 @@ func TestParsePipeline_FormerFields(t *testing.T) {
 	for in, want := range map[string][]warning{
 		commandFile(`"health_port": 8088, "health_endpoint": "http://localhost:8088/health"`): {{"a", "health_port", port}, {"a", "health_endpoint", "has no effect: health_check takes its place"}},
 		commandFile(`"health_check": "/health", "health_port": 8088`):                         {{"a", "health_check", path + `"http://localhost:8088/health"`}, {"a", "health_port", port}},
-		commandFile(`"health_check": "/${NOPE}"`):                                             {{"a", "health_check", path + `"http://localhost:$HEALTH_PORT/${NOPE}"`}},
+		commandFile(`"health_check": "/${NOPE}?token=x"`):                                     {{"a", "health_check", path + `"http://localhost:$HEALTH_PORT/${NOPE}"`}},
 		commandFile(`"replicas": 1`):                                                          {{"a", "replicas", replicas}},
 		commandFile(`"resources": {"limits": {"cpu": 1}}`):                                    {{"a", "resources", "has no effect: limit the whole pipeline, such as by MemoryMax= and CPUQuota= of its unit"}},
 		specFile(`"driver": "docker", "config": {"x": "${NOPE}"}, "sinks": [{"replicas": 3, "id": "a", "command": ["x"]}]`): {

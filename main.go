@@ -282,7 +282,7 @@ func defaultLogDir(file string) string {
 }
 
 // fileArgument returns the pipeline file: the one that either -f or the argument names, - for standard
-// input, else the default of -f, which has to exist.
+// input, else the default of -f, or what the predecessor took; one has to exist.
 func fileArgument(fs *flag.FlagSet, file string, rest []string) (string, error) {
 	set := given(fs, "f")
 	if len(rest) > 0 && set {
@@ -297,8 +297,10 @@ func fileArgument(fs *flag.FlagSet, file string, rest []string) (string, error) 
 	if set {
 		return file, nil
 	}
-	if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
-		return file, nil
+	for _, name := range append([]string{file}, yamlDefaults...) {
+		if _, err := os.Stat(name); !errors.Is(err, os.ErrNotExist) {
+			return name, nil
+		}
 	}
 	none, others := "no pipeline file is named, and there is no "+file+" here", pipelineFiles(".")
 	if len(others) == 0 {
