@@ -3,9 +3,11 @@
 package main
 
 import (
+	"encoding/json"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
@@ -598,4 +600,80 @@ func TestReadmeServices(t *testing.T) {
 	p.exit(exitOK)
 	wantEqual(t, "what the database keeps", p.stdout.String(), "t\n")
 	p.has(p.stderr, "msg=ended component=files ", "msg=ready component=db ", "msg=ended component=schema ", "msg=started component=feed ")
+}
+
+// The page for who comes from the predecessor: each converter that this machine has, and with FLOWCTL_LANGUAGES=must all of
+// them; what check says then; a file with several documents; and paths.
+func TestReadmeMigrating(t *testing.T) {
+	t.Parallel()
+	must := os.Getenv("FLOWCTL_LANGUAGES") == "must"
+	const name = "docs/migrating.md"
+	n, bin := newNewcomer(t, t.TempDir()), t.TempDir()
+	if err := os.Symlink(plainFlowctl(), filepath.Join(bin, "flowctl")); err != nil {
+		t.Fatal(err)
+	}
+	n.env = append(n.env, "PATH="+bin+":/usr/bin:"+os.Getenv("PATH")) // another python3 may lack yaml
+	has := func(needs string) bool {
+		out, err := n.command(needs).CombinedOutput()
+		if err != nil && must {
+			t.Fatalf("%s: %v\n%s", needs, err, out)
+		}
+		return err == nil
+	}
+	if !has("python3 -c 'import yaml'") {
+		t.Skip("no python3 with yaml here")
+	}
+	from, to := filepath.Join(n.folder, "flow.yaml"), filepath.Join(n.folder, "flow.json")
+	converters := slices.DeleteFunc(section(t, name, "Turn it into JSON"), func(b block) bool { return b.language != "sh" })
+	wantEqual(t, "the first command", converters[0].text, yamlCommand("flow.yaml", "flow.json")+"\n")
+	yaml := blocks(page(t, name))[0].text
+	writeFile(t, from, strings.Replace(yaml, "yes", `"yes"`, 1)) // which they do not agree on
+	var first any
+	for _, b := range converters {
+		program, _, _ := strings.Cut(b.text, " ")
+		if !has("command -v " + program) {
+			continue
+		}
+		n.run(b.text)
+		var got any
+		if err := json.Unmarshal(get(os.ReadFile(to))(t), &got); err != nil || first != nil && !reflect.DeepEqual(got, first) {
+			t.Errorf("%s%v\ngot  %v\nwant %v", b.text, err, got, first)
+		}
+		first = got
+	}
+	writeFile(t, from, yaml)
+	n.run(converters[0].text)
+	n.prints(section(t, name, "What YAML takes for something else"), "")
+	n.prints(section(t, name, "Check it"), "")
+
+	writeFile(t, from, yaml+"---\n"+yaml)
+	if out, err := n.command(converters[0].text).CombinedOutput(); err == nil || !strings.Contains(string(out), "expected a single document in the stream") {
+		t.Errorf("of two documents: %v\n%s", err, out)
+	}
+	n.run(section(t, name, "Several documents in a file")[0].text + "cmp flow-1.json flow-2.json")
+
+	for _, folder := range []string{"bin", "pipelines"} {
+		if err := os.Mkdir(filepath.Join(n.folder, folder), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	writeProgram(t, filepath.Join(n.folder, "bin", "sink"), "#!/bin/sh\n")
+	writeFile(t, filepath.Join(n.folder, "pipelines", "flow.json"),
+		`{"apiVersion": "flowctl/v1", "kind": "Pipeline", "metadata": {"name": "transfers"}, "spec": {"sinks": [{"id": "store", "command": ["./bin/sink"]}]}}`)
+	n.prints(section(t, name, "Paths"), "/srv/transfers")
+}
+
+// prints does the commands of consoles, which may fail, and compares what they print. The page has the folder as place.
+func (n *newcomer) prints(blocks []block, place string) {
+	n.t.Helper()
+	for _, b := range slices.DeleteFunc(blocks, func(b block) bool { return b.language != "console" }) {
+		for _, e := range typedIn(b.text) {
+			out, _ := n.command(e.command).CombinedOutput()
+			got := string(out)
+			if place != "" {
+				got = strings.ReplaceAll(got, n.folder, place)
+			}
+			wantEqual(n.t, e.command, got, strings.Join(e.lines, "\n")+"\n")
+		}
+	}
 }
