@@ -45,7 +45,7 @@ const eachCopy = ": each copy is a component of its own"
 // foreignHints say what to do about fields, written as in foreignFields, whose place no single field takes.
 var foreignHints = map[reflect.Type]map[string]string{
 	reflect.TypeFor[Pipeline]():  {"tls": ": -tls-cert, -tls-key and -tls-ca-cert take its place", "loglevel": ": -log-level takes its place"},
-	reflect.TypeFor[Spec]():      {"pipelines": ": what is in it belongs in sources, processors, sinks or services"},
+	reflect.TypeFor[Spec]():      {"flow": ": the inputs of each component take its place", "pipelines": ": what is in it belongs in sources, processors, sinks or services"},
 	reflect.TypeFor[Component](): {"instances": eachCopy, "numprocs": eachCopy, "replicas": eachCopy, "scale": eachCopy},
 }
 

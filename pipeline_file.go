@@ -612,7 +612,13 @@ func (r *reader) wantStrings(n *node) bool {
 }
 
 // likelyList returns the strings, quoted, of the list that the text of n is written in the place of.
-func likelyList(n *node) string { return listOf(n.text, n.key == "command") }
+func likelyList(n *node) string {
+	command := n.parent.child("command")
+	if n.key == "args" && command != nil && len(command.kids) > 0 && shellCommand().MatchString(command.kids[len(command.kids)-1].text) {
+		return quote(n.text)
+	}
+	return listOf(n.text, n.key == "command")
+}
 
 func (r *reader) number(n *node) int {
 	if !r.want(n, kindNumber) {
