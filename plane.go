@@ -48,17 +48,16 @@ type planeConfig struct {
 	forget            time.Duration // what is not of the pipeline and has been stale for so long is forgotten; 0 for never
 	members           []member      // the components of the pipeline, nil for a control plane alone
 	pipeline          pipelineInfo
-	relay             *relay                       // nil for a control plane alone
-	store             *store                       // open; nil to keep the registry in memory alone
-	certs             *certificates                // nil without TLS
-	identifier        *identifier                  // nil: nobody is looked up
-	operatorListener  net.Listener                 // of operators on this machine; nil for none
-	runFile           *runFile                     // which has that listener's socket beside it; nil for none
-	operators         []string                     // the names of others, in their client certificates
-	requests          runRequests                  // nil for a control plane alone
-	lines             *lineLog                     // the same
-	records           string                       // the folder with the record of runs, "" for none
-	runMetrics        func() *flowctlpb.RunMetrics // of the run; nil for none
+	relay             *relay        // nil for a control plane alone
+	store             *store        // open; nil to keep the registry in memory alone
+	certs             *certificates // nil without TLS
+	identifier        *identifier   // nil: nobody is looked up
+	operatorListener  net.Listener  // of operators on this machine; nil for none
+	runFile           *runFile      // which has that listener's socket beside it; nil for none
+	operators         []string      // the names of others, in their client certificates
+	requests          runRequests   // nil for a control plane alone
+	lines             *lineLog      // the same
+	records           string        // the folder with the record of runs, "" for none
 	log               *slog.Logger
 }
 
@@ -100,7 +99,7 @@ func servePlane(r *registry, c planeConfig) *plane {
 	p.server = grpc.NewServer(planeOptions(peerCredentials{c.certs.credentials(), c.identifier, c.operators, c.log}, traffic)...)
 	services := registrar{p.server, traffic}
 	flowctlpb.RegisterControlPlaneServer(services, legacyServer{registry: r, pipelineRuns: &pipelineRuns{
-		registry: r, requests: c.requests, metrics: c.runMetrics, records: runsReader{folder: c.records}, disk: newDiskTurn(diskTime),
+		registry: r, requests: c.requests, metrics: c.relay.runMetrics, records: runsReader{folder: c.records}, disk: newDiskTurn(diskTime),
 	}})
 	flowctlv1.RegisterControlPlaneServiceServer(services, v1Server{registry: r})
 	operatorv1.RegisterOperatorServer(services, newOperatorServer(r, p.ended, c.requests, c.lines, c.relay))

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	flowctlpb "github.com/withobsrvr/flowctl/proto/flowctl"
 	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 )
 
@@ -133,6 +134,20 @@ type nodeReport struct {
 	unmatched         int64 // of those that it has sent: no reader wanted their type
 	failed            int64 // of those that it got, as it said
 	lost              int64 // at most: in flight when a stream broke, or not delivered
+}
+
+// runMetrics is what the components have moved, as the legacy dialect tells of it.
+func (r *relay) runMetrics() *flowctlpb.RunMetrics {
+	out := &flowctlpb.RunMetrics{ComponentMetrics: make(map[string]*flowctlpb.ComponentMetrics)}
+	for _, n := range r.nodeReports() {
+		out.ComponentMetrics[n.id] = &flowctlpb.ComponentMetrics{EventsIn: n.in, EventsOut: n.out, BytesIn: n.inBytes, BytesOut: n.outBytes}
+		out.EventsProcessed += n.in
+		out.BytesProcessed += n.inBytes
+	}
+	for _, e := range r.reports(time.Now()) {
+		out.EventsPerSecond += e.perSecond
+	}
+	return out
 }
 
 func newRelay(maxEvent int, log *slog.Logger) *relay {
@@ -297,7 +312,8 @@ func (r *relay) endLocked(n *eventNode) {
 	}
 	dropped := 0
 	if n.unsent != nil {
-		n.unsent, dropped = nil, 1
+		n.sent()
+		dropped = 1
 	}
 	for _, e := range *n.in.Load() {
 		dropped += e.refuse()
@@ -517,7 +533,7 @@ func (n *eventNode) session(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	ends := streamEnds{next: n.next, sent: func() { n.unsent = nil }, deliver: func(ev event) error { return n.deliver(ctx, ev) }, consumed: n.consumed}
+	ends := streamEnds{next: n.next, sent: n.sent, deliver: func(ev event) error { return n.deliver(ctx, ev) }, consumed: n.consumed}
 	if member.role == roleSource {
 		if ends.request, err = conn.request(ctx, member.params, again); err != nil {
 			return err
@@ -663,6 +679,12 @@ func (n *eventNode) next(ctx context.Context) (*event, bool) {
 	return n.unsent, true
 }
 
+// sent takes note that the event of next was sent.
+func (n *eventNode) sent() {
+	n.unsent.Free()
+	n.unsent = nil
+}
+
 // deliver puts an event of n to all who want it.
 func (n *eventNode) deliver(ctx context.Context, ev event) error {
 	var kind []byte
@@ -682,7 +704,7 @@ func (n *eventNode) deliver(ctx context.Context, ev event) error {
 		}
 	}
 	n.received.Add(1)
-	n.bytes.Add(int64(len(ev)))
+	n.bytes.Add(int64(ev.Len()))
 	if !wanted {
 		n.unwanted.Add(1)
 	}

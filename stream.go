@@ -42,7 +42,7 @@ type streamEnds struct {
 	request  *event                                   // what a source is asked; nil for the others, which get events
 	next     func(ctx context.Context) (*event, bool) // waits for the next event to send; false where none will come
 	sent     func()                                   // the last one was sent
-	deliver  func(event) error                        // takes one that has come
+	deliver  func(event) error                        // takes one that has come; it is freed after that
 	consumed func(*flowctlv1.ConsumeResponse)         // takes what a sink says
 }
 
@@ -112,7 +112,7 @@ func (c *componentConn) request(ctx context.Context, params map[string]string, a
 		request.Resume = request.ResumeToken != ""
 	}
 	data, err := proto.Marshal(request)
-	return (*event)(&data), err
+	return new(newEvent(data)), err
 }
 
 // streamMethods are the methods that move events, by role.
@@ -150,7 +150,7 @@ func (c *componentConn) move(ctx context.Context, stream grpc.ClientStream, ends
 // receive does too, and says why.
 func send(ctx context.Context, stream grpc.ClientStream, ends streamEnds, flight *flight) {
 	if ends.request != nil {
-		_ = stream.SendMsg(ends.request)
+		_ = stream.SendMsg(*ends.request)
 		_ = stream.CloseSend()
 		return
 	}
@@ -160,10 +160,10 @@ func send(ctx context.Context, stream grpc.ClientStream, ends streamEnds, flight
 			_ = stream.CloseSend()
 			return
 		}
-		if stream.SendMsg(ev) != nil {
+		if stream.SendMsg(*ev) != nil {
 			return
 		}
-		flight.note(len(*ev))
+		flight.note(ev.Len())
 		ends.sent()
 	}
 }
@@ -179,14 +179,15 @@ func (c *componentConn) receive(stream grpc.ClientStream, ends streamEnds) (mean
 		}
 		if c.role == roleSink {
 			var answer flowctlv1.ConsumeResponse
-			if err = proto.Unmarshal(ev, &answer); err != nil {
+			if err = proto.Unmarshal(ev.ReadOnlyData(), &answer); err != nil {
 				return 0, fmt.Errorf("its ConsumeResponse cannot be read: %w", err)
 			}
 			ends.consumed(&answer)
 			return 0, io.EOF
 		}
-		count, bytes = count+1, bytes+len(ev)
-		if err = ends.deliver(ev); err != nil {
+		count, bytes = count+1, bytes+ev.Len()
+		err = ends.deliver(ev)
+		if ev.Free(); err != nil {
 			break
 		}
 	}

@@ -15,15 +15,28 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// event is a message as it was received. Nobody changes its bytes.
-type event []byte
+// event is a message as it was received. Its bytes lie in a buffer that is used again once all have freed it who
+// hold it: each holder of an event that passes it on and keeps it takes a reference. One that is forgotten is garbage.
+type event struct{ mem.Buffer }
+
+// eventBuffers are buffers of 1 KiB to 64 MiB, each twice as large as the one before.
+var eventBuffers = sync.OnceValue(func() mem.BufferPool {
+	pool, err := mem.NewBinaryTieredBufferPool(10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26)
+	if err != nil {
+		panic(err) // of the numbers above
+	}
+	return pool
+})
+
+// newEvent returns an event with those bytes, which are no longer the caller's.
+func newEvent(data []byte) event { return event{mem.SliceBuffer(data)} }
 
 // eventTypeField is the number of the field type of a flowctl.v1.Event.
 const eventTypeField = 2
 
-// kind returns the type of an event, nil for none and for what is no event.
+// kind returns the type of an event, nil for none and for what is no event. It is part of the event.
 func (ev event) kind() (kind []byte) {
-	for rest := []byte(ev); len(rest) > 0; {
+	for rest := ev.ReadOnlyData(); len(rest) > 0; {
 		number, wire, n := protowire.ConsumeTag(rest)
 		if n < 0 {
 			return nil
@@ -46,11 +59,15 @@ type eventCodec struct{}
 func (eventCodec) Name() string { return "proto" }
 
 func (eventCodec) Marshal(v any) (mem.BufferSlice, error) {
-	return mem.BufferSlice{mem.SliceBuffer(*v.(*event))}, nil
+	ev := v.(event)
+	ev.Ref() // grpc frees it
+	return mem.BufferSlice{ev.Buffer}, nil
 }
 
 func (eventCodec) Unmarshal(data mem.BufferSlice, v any) error {
-	*v.(*event) = data.Materialize()
+	buffer := eventBuffers().Get(data.Len())
+	data.CopyTo(*buffer)
+	*v.(*event) = event{mem.NewBuffer(buffer, eventBuffers())}
 	return nil
 }
 
@@ -98,10 +115,10 @@ func (e *edge) want(kinds []string) {
 	e.wants.Store(&wants)
 }
 
-// put waits for room and puts ev, unless the reader wants no more. An edge that is empty takes one
+// put waits for room and puts ev, of which it takes a reference, unless the reader wants no more. An edge that is empty takes one
 // event however large, and however full the others are: else what is between them could wait for ever.
 func (e *edge) put(ctx context.Context, ev event) error {
-	w := e.windows
+	w, size := e.windows, ev.Len()
 	for {
 		w.mu.Lock()
 		switch {
@@ -109,15 +126,16 @@ func (e *edge) put(ctx context.Context, ev event) error {
 			e.waiting = time.Time{}
 			w.mu.Unlock()
 			return nil
-		case e.head == len(e.queue) || e.bytes+len(ev) <= maxWindow && w.used+len(ev) <= maxWindows:
+		case e.head == len(e.queue) || e.bytes+size <= maxWindow && w.used+size <= maxWindows:
+			ev.Ref()
 			e.queue = append(e.queue, ev)
-			e.bytes += len(ev)
-			w.used += len(ev)
+			e.bytes += size
+			w.used += size
 			e.waiting = time.Time{}
 			w.mu.Unlock()
 			wake(e.filled)
 			return nil
-		case e.bytes+len(ev) <= maxWindow:
+		case e.bytes+size <= maxWindow:
 			w.short = append(w.short, e)
 		}
 		if e.waiting.IsZero() {
@@ -132,21 +150,21 @@ func (e *edge) put(ctx context.Context, ev event) error {
 	}
 }
 
-// take returns the next event. Without one it tells whether none will come.
+// take returns the next event, which the caller frees. Without one it tells whether none will come.
 func (e *edge) take() (ev event, ok, over bool) {
 	w := e.windows
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if e.head == len(e.queue) {
-		return nil, false, e.closed || e.refused
+		return event{}, false, e.closed || e.refused
 	}
-	ev, e.queue[e.head] = e.queue[e.head], nil
+	ev, e.queue[e.head] = e.queue[e.head], event{}
 	if e.head++; e.head == len(e.queue) {
 		e.queue, e.head = e.queue[:0], 0
 	}
-	e.freeLocked(len(ev))
+	e.freeLocked(ev.Len())
 	e.events++
-	e.moved += int64(len(ev))
+	e.moved += int64(ev.Len())
 	return ev, true, false
 }
 
@@ -177,6 +195,9 @@ func (e *edge) close() {
 func (e *edge) refuse() (dropped int) {
 	e.windows.mu.Lock()
 	dropped = len(e.queue) - e.head
+	for _, ev := range e.queue[e.head:] {
+		ev.Free()
+	}
 	e.refused, e.queue, e.head = true, nil, 0
 	e.freeLocked(e.bytes)
 	e.windows.mu.Unlock()
