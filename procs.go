@@ -86,6 +86,7 @@ const (
 	hintHeartbeat      // its heartbeats stopped
 	hintMute           // it has never sent one
 	hintDeclared       // it has declared itself unhealthy
+	hintStream         // its events cannot be moved
 )
 
 // failure tells why a component failed, and how its last process was then.
@@ -846,7 +847,10 @@ func (s *supervisor) stopBound() time.Duration {
 			longest = max(longest, bound(e.id))
 		}
 		p := s.byID[id]
-		memo[id] = longest + s.stopTimeout(p)*3/2 + p.component.killPatience() // a half for its streams
+		memo[id] = longest + s.stopTimeout(p) + p.component.killPatience()
+		if s.streams != nil && s.streams.holds(id) {
+			memo[id] += s.stopTimeout(p) / 2 // see drains
+		}
 		return memo[id]
 	}
 	var longest time.Duration

@@ -290,6 +290,7 @@ func TestReadmeNewcomer(t *testing.T) {
 	n.interrupt()
 	n.follow(section(t, "README.md", "Your first pipeline"))
 	n.follow(section(t, "README.md", "A component in 20 lines"))
+	n.follow(section(t, "README.md", "Events that flowctl moves"))
 	n.follow(section(t, "docs/components.md", "In Go"))
 }
 

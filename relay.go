@@ -4,11 +4,11 @@ package main
 // when the streams of a component are opened, opened again, and ended.
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -300,7 +300,12 @@ func (r *relay) tellLocked() {
 		return
 	}
 	r.told = text
-	r.log.Info("events", "moved", cmp.Or(enumerate(moved), "-"), "moved_by_themselves", cmp.Or(enumerate(own), "-"))
+	if len(moved) > 0 {
+		r.log.Info("moving events", "edges", enumerate(moved))
+	}
+	if len(own) > 0 {
+		r.log.Info("these components move their own data", "components", enumerate(own))
+	}
 }
 
 // endLocked has the streams of n ended for good: who reads from it gets the rest, and who is read by it alone
@@ -438,7 +443,7 @@ func (r *relay) look(now time.Time, seconds float64) {
 	defer r.mu.Unlock()
 	for _, e := range r.edges {
 		events, _, waiting := e.counts()
-		e.perSecond, e.looked = float64(events-e.looked)/seconds, events
+		e.perSecond, e.looked = math.Round(float64(events-e.looked)/seconds), events
 		if waiting.IsZero() || e.warned == waiting || now.Sub(waiting) < longWait {
 			continue
 		}
@@ -743,18 +748,16 @@ func (n *eventNode) judge(err error, now time.Time) (pause time.Duration, over b
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	broken, isBroken := errors.AsType[*brokenStream](err)
-	if isBroken {
+	leaves := n.leaving != staying && n.member.role == roleSource // it is asked to stop, and decides what it still sends
+	if isBroken && !leaves {
 		n.lost += int64(broken.inFlight)
 	}
 	switch {
 	case errors.Is(err, errOwn):
 		return 0, true
 	case err == nil && n.leaving != leavingOnce, err != nil && n.leaving == leavingEver:
-		if level := slog.LevelWarn; isBroken && broken.inFlight > 0 {
-			if n.member.role == roleSource { // it is asked to stop, and decides what it still sends
-				level = slog.LevelInfo
-			}
-			n.log.Log(r.ctx, level, "its stream broke as it ended", "in_flight", upTo(broken.inFlight), "err", streamError(err))
+		if isBroken && broken.inFlight > 0 && !leaves {
+			n.log.Warn("its stream broke as it ended", "in_flight", upTo(broken.inFlight), "err", streamError(err))
 		}
 		r.endLocked(n)
 		return 0, true

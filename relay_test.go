@@ -129,16 +129,16 @@ func TestRelay_OthersAreLeftAlone(t *testing.T) {
 		flowing("own", eventRole{Kind: "sink", Unserved: true}, "serves"),
 		actor("legacy", role{Dialect: "legacy"}),
 	))
-	p.waitErr(`msg=events moved=- moved_by_themselves="serves, own"`)
+	p.waitErr(`msg="these components move their own data" components="serves, own"`)
 	p.stop()
 	p.hasNot(p.stdout, "streams")
-	p.hasNot(p.stderr, "msg=moved")
+	p.hasNot(p.stderr, "msg=moved", "moving events")
 
 	file := writePipeline(t, flowing("serves", eventRole{Kind: "source", Count: 1}), flowing("store", eventRole{Kind: "sink"}, "serves"))
 	text := strings.Replace(string(get(os.ReadFile(file))(t)), `"spec":{`, `"spec":{"relay":"off",`, 1)
 	p = launch(t, writeFile(t, file, text), "-until", untilReady)
 	p.exit(exitOK)
-	p.hasNot(p.stderr, "msg=events")
+	p.hasNot(p.stderr, "events", "their own data")
 }
 
 // A source is asked for what the file says, and a server may listen a while after it registered.

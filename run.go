@@ -535,7 +535,7 @@ func healthOf(c condition, cause string) healthInfo {
 }
 
 // hints are what may help where the registry says why a component is not healthy.
-var hints = map[why]hint{whyUnregistered: hintRegister, whyCheck: hintCheck, whyDeclared: hintDeclared, whySilent: hintHeartbeat, whyMute: hintMute}
+var hints = map[why]hint{whyUnregistered: hintRegister, whyCheck: hintCheck, whyDeclared: hintDeclared, whySilent: hintHeartbeat, whyMute: hintMute, whyStream: hintStream}
 
 // expireUnhealthy restarts or fails what has been unhealthy for too long and, asked now, still is.
 func (r *run) expireUnhealthy(now time.Time) {

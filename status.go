@@ -347,6 +347,7 @@ var hintTexts = map[hint]string{
 	hintCheck:     "ask by hand what its health_check asks, while %s runs; if it is only slow, give it a longer ",
 	hintHeartbeat: "see what %s did for so long; if it is to be silent that long, run with a longer -heartbeat-ttl",
 	hintMute:      "if %s sends no heartbeats, give it a \"health_check\": a pass counts as one",
+	hintStream:    "it refuses the stream by which flowctl moves its events, or breaks it: look for the reason in its lines; \"relay\": \"off\" in spec is for a pipeline that moves its own",
 	hintDeclared:  "it is %s that says so: look for the reason in its lines, or give it longer with -unhealthy-timeout",
 }
 

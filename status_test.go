@@ -88,6 +88,7 @@ func TestFailure_Try(t *testing.T) {
 		{"check before ready", failure{component: program, kind: failNotReady, hint: hintCheck}, "f", `ask by hand what its health_check asks, while a runs; if it is only slow, give it a longer "start_timeout"`},
 		{"check", failure{component: program, kind: failUnhealthy, hint: hintCheck}, "f", `ask by hand what its health_check asks, while a runs; if it is only slow, give it a longer "health_timeout" or more`},
 		{"silent", failure{component: program, kind: failUnhealthy, hint: hintHeartbeat}, "f", "see what a did for so long"},
+		{"stream", failure{component: program, kind: failUnhealthy, hint: hintStream}, "f", "it refuses the stream"},
 		{"declared", failure{component: program, kind: failUnhealthy, hint: hintDeclared}, "f", "it is a that says so"},
 		{"not started", failure{component: program, kind: failStart}, "my file", "flowctl check 'my file' shows"},
 		{"not started, without a file", failure{component: program, kind: failStart}, "", ""},
