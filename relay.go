@@ -81,6 +81,7 @@ type eventNode struct {
 	received atomic.Int64            // events that it has sent
 	bytes    atomic.Int64            // of those
 	unwanted atomic.Int64            // of those, of a type that no reader wants
+	leaves   atomic.Bool             // leaving is not staying: next asks for each event
 
 	// relay.mu guards the fields below.
 	member  relayMember
@@ -205,6 +206,7 @@ func (r *relay) newNode(m relayMember) *eventNode {
 // returnedLocked has a new process of n go on, also where the streams of n have ended.
 func (r *relay) returnedLocked(n *eventNode) {
 	n.leaving, n.enough, n.tries, n.tried, n.cause = staying, false, 0, time.Time{}, ""
+	n.leaves.Store(false)
 	wake(n.hurry)
 	if n.state == streamEnded {
 		n.state, n.runs = streamOpen, false // it has been asked, and goes on by its token
@@ -234,8 +236,9 @@ func (r *relay) connectLocked() {
 			if from == nil || from.state == streamOwn || to.state == streamOwn {
 				continue
 			}
-			e := before[[2]string{id, to.member.id}]
-			if e == nil {
+			key := [2]string{id, to.member.id}
+			e := before[key]
+			if delete(before, key); e == nil {
 				if from.member.endpoint == "" || to.member.endpoint == "" {
 					continue
 				}
@@ -246,10 +249,8 @@ func (r *relay) connectLocked() {
 		}
 	}
 	for _, e := range before {
-		if !slices.Contains(r.edges, e) {
-			e.close()
-			e.refuse()
-		}
+		e.close()
+		e.refuse()
 	}
 	for _, n := range r.order {
 		n.in.Store(new(in[n]))
@@ -354,6 +355,7 @@ func (r *relay) leave(id string, again bool) {
 	if n.leaving = leavingEver; again {
 		n.leaving = leavingOnce
 	}
+	n.leaves.Store(true)
 	if was == staying && n.stream != nil {
 		r.drainLocked(n)
 	}
@@ -654,7 +656,7 @@ func (n *eventNode) closing() (enough bool) {
 // when there will be none: all have ended, or n is about to be stopped and those that have not ended are left alone.
 func (n *eventNode) next(ctx context.Context) (*event, bool) {
 	for n.unsent == nil {
-		leaves := n.isLeaving()
+		leaves := n.leaves.Load()
 		in, ended := *n.in.Load(), 0
 		for range in {
 			n.turn = (n.turn + 1) % len(in)
@@ -734,12 +736,6 @@ func (n *eventNode) works() {
 		n.cause = ""
 		wake(n.relay.wake)
 	}
-}
-
-func (n *eventNode) isLeaving() bool {
-	n.relay.mu.Lock()
-	defer n.relay.mu.Unlock()
-	return n.leaving != staying
 }
 
 // judge decides what follows from the end of a session: the pause before the next, or that this was the last.
