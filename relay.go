@@ -152,7 +152,7 @@ func (r *relay) runMetrics() *flowctlpb.RunMetrics {
 }
 
 func newRelay(maxEvent int, log *slog.Logger) *relay {
-	r := &relay{log: log, maxEvent: maxEvent, wake: make(chan struct{}, 1), nodes: make(map[string]*eventNode)}
+	r := &relay{log: log, maxEvent: maxEvent, wake: make(chan struct{}, 1), nodes: make(map[string]*eventNode), windows: windows{most: maxWindows}}
 	r.ctx, r.end = context.WithCancel(context.Background())
 	return r
 }

@@ -73,6 +73,7 @@ func (eventCodec) Unmarshal(data mem.BufferSlice, v any) error {
 
 // windows are those of all edges. Its mutex guards them.
 type windows struct {
+	most  int // bytes in all of them, set once
 	mu    sync.Mutex
 	used  int     // bytes in all of them
 	short []*edge // whose writers wait because all windows together are full
@@ -126,8 +127,9 @@ func (e *edge) put(ctx context.Context, ev event) error {
 			e.waiting = time.Time{}
 			w.mu.Unlock()
 			return nil
-		case e.head == len(e.queue) || e.bytes+size <= maxWindow && w.used+size <= maxWindows:
+		case e.head == len(e.queue) || e.bytes+size <= maxWindow && w.used+size <= w.most:
 			ev.Ref()
+			e.compactLocked()
 			e.queue = append(e.queue, ev)
 			e.bytes += size
 			w.used += size
@@ -148,6 +150,17 @@ func (e *edge) put(ctx context.Context, ev event) error {
 			return ctx.Err()
 		}
 	}
+}
+
+// compactLocked makes room in a full queue of the places that take has left: one of a reader that is always behind
+// is never empty, and would grow for ever.
+func (e *edge) compactLocked() {
+	if len(e.queue) < cap(e.queue) || e.head <= len(e.queue)/2 {
+		return
+	}
+	n := copy(e.queue, e.queue[e.head:])
+	clear(e.queue[n:])
+	e.queue, e.head = e.queue[:n], 0
 }
 
 // take returns the next event, which the caller frees. Without one it tells whether none will come.

@@ -1,0 +1,31 @@
+//go:build linux
+
+package main
+
+import (
+	"fmt"
+	"testing"
+)
+
+// newEdges returns edges of one bound.
+func newEdges(w *windows, count int) (edges []*edge) {
+	for i := range count {
+		edges = append(edges, &edge{from: "a", to: fmt.Sprint(i), windows: w, filled: make(chan struct{}, 1), room: make(chan struct{}, 1)})
+	}
+	return edges
+}
+
+// An edge whose reader is always behind does not keep the places of what it has taken.
+func TestEdge_ReaderThatIsAlwaysBehind(t *testing.T) {
+	t.Parallel()
+	e := newEdges(&windows{most: maxWindows}, 1)[0]
+	for i := range 100_000 {
+		must(t, e.put(t.Context(), newEvent([]byte{1})))
+		if i >= 10 {
+			e.take()
+		}
+	}
+	if room := cap(e.queue); room > 100 {
+		t.Errorf("the queue of 10 events has %d places", room)
+	}
+}
