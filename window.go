@@ -147,6 +147,9 @@ func (e *edge) put(ctx context.Context, ev event) error {
 		select {
 		case <-e.room:
 		case <-ctx.Done():
+			w.mu.Lock()
+			e.waiting = time.Time{}
+			w.mu.Unlock()
 			return ctx.Err()
 		}
 	}

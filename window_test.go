@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"testing"
 )
@@ -27,5 +28,18 @@ func TestEdge_ReaderThatIsAlwaysBehind(t *testing.T) {
 	}
 	if room := cap(e.queue); room > 100 {
 		t.Errorf("the queue of 10 events has %d places", room)
+	}
+}
+
+// A writer that gives up does not count as one that waits.
+func TestEdge_WriterThatGivesUp(t *testing.T) {
+	t.Parallel()
+	e := newEdges(&windows{most: maxWindows}, 1)[0]
+	must(t, e.put(t.Context(), newEvent(make([]byte, maxWindow))))
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	err := e.put(ctx, newEvent([]byte{1}))
+	if _, _, waiting := e.counts(); err == nil || !waiting.IsZero() {
+		t.Errorf("put: %v, and it waits since %v", err, waiting)
 	}
 }
