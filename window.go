@@ -19,14 +19,17 @@ import (
 // hold it: each holder of an event that passes it on and keeps it takes a reference. One that is forgotten is garbage.
 type event struct{ mem.Buffer }
 
-// eventBuffers are buffers of 1 KiB to 64 MiB, each twice as large as the one before.
+// eventBuffers are buffers of 2 KiB to 64 MiB, each twice as large as the one before.
 var eventBuffers = sync.OnceValue(func() mem.BufferPool {
-	pool, err := mem.NewBinaryTieredBufferPool(10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26)
+	pool, err := mem.NewBinaryTieredBufferPool(11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26)
 	if err != nil {
 		panic(err) // of the numbers above
 	}
 	return pool
 })
+
+// eventCost is what an event takes in a window beside its bytes: its place in the queue, and its buffer's head.
+const eventCost = 64 // bytes
 
 // newEvent returns an event with those bytes, which are no longer the caller's.
 func newEvent(data []byte) event { return event{mem.SliceBuffer(data)} }
@@ -65,6 +68,10 @@ func (eventCodec) Marshal(v any) (mem.BufferSlice, error) {
 }
 
 func (eventCodec) Unmarshal(data mem.BufferSlice, v any) error {
+	if mem.IsBelowBufferPoolingThreshold(data.Len()) { // a buffer so small would not be used again
+		*v.(*event) = newEvent(data.Materialize())
+		return nil
+	}
 	buffer := eventBuffers().Get(data.Len())
 	data.CopyTo(*buffer)
 	*v.(*event) = event{mem.NewBuffer(buffer, eventBuffers())}
@@ -95,7 +102,7 @@ type edge struct {
 	// windows.mu guards the fields below.
 	queue   []event // those from head on
 	head    int
-	bytes   int       // in queue
+	bytes   int       // in queue, with eventCost for each
 	events  int64     // that the reader was sent
 	moved   int64     // bytes of those
 	waiting time.Time // since when the writer waits, zero while it does not
@@ -119,7 +126,7 @@ func (e *edge) want(kinds []string) {
 // put waits for room and puts ev, of which it takes a reference, unless the reader wants no more. An edge that is empty takes one
 // event however large, and however full the others are: else what is between them could wait for ever.
 func (e *edge) put(ctx context.Context, ev event) error {
-	w, size := e.windows, ev.Len()
+	w, size := e.windows, ev.Len()+eventCost
 	for {
 		w.mu.Lock()
 		switch {
@@ -178,7 +185,7 @@ func (e *edge) take() (ev event, ok, over bool) {
 	if e.head++; e.head == len(e.queue) {
 		e.queue, e.head = e.queue[:0], 0
 	}
-	e.freeLocked(ev.Len())
+	e.freeLocked(ev.Len() + eventCost)
 	e.events++
 	e.moved += int64(ev.Len())
 	return ev, true, false

@@ -6,7 +6,22 @@ import (
 	"context"
 	"fmt"
 	"testing"
+
+	"google.golang.org/grpc/mem"
 )
+
+// What an event takes of memory is what it has, or little more.
+func TestEvent_TakesWhatItNeeds(t *testing.T) {
+	t.Parallel()
+	for _, size := range []int{0, 10, 100, 1000, 1024, 1025, 5000, 1 << 20, 64 << 20} {
+		var ev event
+		must(t, eventCodec{}.Unmarshal(mem.BufferSlice{mem.SliceBuffer(make([]byte, size/2)), mem.SliceBuffer(make([]byte, size-size/2))}, &ev))
+		if has := cap(ev.ReadOnlyData()); ev.Len() != size || has > 2*size {
+			t.Errorf("an event of %d bytes has %d, and room for %d", size, ev.Len(), has)
+		}
+		ev.Free()
+	}
+}
 
 // newEdges returns edges of one bound.
 func newEdges(w *windows, count int) (edges []*edge) {
