@@ -172,6 +172,7 @@ func (r *relay) update(members []relayMember) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	before := r.nodes
+	var returned []*eventNode
 	r.nodes, r.order = make(map[string]*eventNode), nil
 	for _, m := range members {
 		n := before[m.id]
@@ -179,10 +180,10 @@ func (r *relay) update(members []relayMember) {
 			n = r.newNode(m)
 		}
 		r.nodes[m.id], r.order = n, append(r.order, n)
-		again := n.member.since != m.since && m.endpoint != ""
-		if n.member = m; again {
-			r.returnedLocked(n)
+		if n.member.since != m.since && m.endpoint != "" {
+			returned = append(returned, n)
 		}
+		n.member = m
 		wake(n.changed)
 	}
 	for id, n := range before {
@@ -192,6 +193,9 @@ func (r *relay) update(members []relayMember) {
 		}
 	}
 	r.connectLocked()
+	for _, n := range returned {
+		r.returnedLocked(n)
+	}
 	r.startLocked()
 	r.tellLocked()
 }
