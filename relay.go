@@ -246,7 +246,7 @@ func (r *relay) connectLocked() {
 				if from.member.endpoint == "" || to.member.endpoint == "" {
 					continue
 				}
-				e = &edge{from: id, to: to.member.id, windows: &r.windows, filled: to.filled, room: make(chan struct{}, 1)}
+				e = &edge{from: id, to: to.member.id, windows: &r.windows, filled: to.filled, room: make(chan struct{}, 1), closed: from.state == streamEnded}
 			}
 			e.want(to.member.wants)
 			r.edges, in[to], out[from] = append(r.edges, e), append(in[to], e), append(out[from], e)

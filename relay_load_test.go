@@ -113,3 +113,20 @@ func TestRelay_ReturnsWithoutItsInput(t *testing.T) {
 	<-got
 	eventually(t, "the end of all streams", func() bool { return r.ended("b") && r.ended("store") })
 }
+
+// Who comes to read from a component that has ended gets nothing, and ends.
+func TestRelay_LateReaderEnds(t *testing.T) {
+	t.Parallel()
+	got := make(chan *flowctlv1.Event, 1)
+	source := serveHere(t, servedSource{stream: func(stream grpc.ServerStreamingServer[flowctlv1.Event]) error {
+		return stream.Send(&flowctlv1.Event{Id: "7"})
+	}})
+	sink := serveHere(t, servedSink{got: got})
+	members := []relayMember{{id: "a", role: roleSource, endpoint: source}, {id: "store", role: roleSink, endpoint: sink, inputs: []string{"a"}}}
+	r := startRelay(t)
+	r.update(members)
+	<-got
+	eventually(t, "the end of all streams", func() bool { return r.ended("a") })
+	r.update(append(members, relayMember{id: "late", role: roleSink, endpoint: sink, inputs: []string{"a"}}))
+	eventually(t, "the end of the late reader's stream", func() bool { return r.ended("late") })
+}
