@@ -377,6 +377,152 @@ func BenchmarkThroughput(b *testing.B) {
 	}
 }
 
+// BenchmarkEvents is how fast events come from a source through a processor to a sink, and what that costs the
+// relay, as a multiple of what testdata/wired does, which receives and sends and no more. They take turns with the
+// same components, and with all of a run. One operation is a round of all three. The times are those of the sink.
+func BenchmarkEvents(b *testing.B) {
+	if raceEnabled() {
+		b.Skip("the race detector is not what we measure")
+	}
+	for _, bb := range []struct {
+		name         string
+		events, size int
+	}{
+		{"1KiB", 50_000, 1 << 10},
+		{"1MiB", 200, 1 << 20},
+	} {
+		b.Run(bb.name, func(b *testing.B) { measureEvents(b, newFlood(b, bb.events, bb.size)) })
+	}
+}
+
+func measureEvents(b *testing.B, f *floodRun) {
+	var relayed, wired, whole moved
+	var ratios, wholeRatios []float64
+	for n := 0; b.Loop(); n++ {
+		var r, w moved
+		if n%2 == 0 {
+			r, w = f.relay(b), f.wire(b)
+		} else {
+			w, r = f.wire(b), f.relay(b)
+		}
+		c := f.run(b)
+		relayed, wired, whole = relayed.plus(r), wired.plus(w), whole.plus(c)
+		ratios = append(ratios, w.seconds/r.seconds)
+		wholeRatios = append(wholeRatios, w.seconds/c.seconds)
+	}
+	slices.Sort(ratios)
+	slices.Sort(wholeRatios)
+	ratio, events := ratios[len(ratios)/2], float64(f.events*len(ratios))
+	b.ReportMetric(0, "ns/op") // of all three: says nothing
+	b.ReportMetric(events/relayed.seconds, "events/s")
+	b.ReportMetric(events/wired.seconds, "wired-events/s")
+	b.ReportMetric(events/whole.seconds, "flowctl-events/s")
+	b.ReportMetric(ratio, "ratio")
+	b.ReportMetric(wholeRatios[len(wholeRatios)/2], "flowctl-ratio")
+	b.ReportMetric(relayed.processor/events*1e6, "cpu-s/M")
+	b.ReportMetric(wired.processor/events*1e6, "wired-cpu-s/M")
+	b.ReportMetric(relayed.allocations/events, "allocs/event")
+	b.ReportMetric(wired.allocations/events, "wired-allocs/event")
+	if least := 0.9; len(ratios) >= 5 && ratio < least { // of fewer rounds, one that was disturbed counts too much
+		b.Errorf("the ratio is %.3f, less than %v", ratio, least)
+	}
+}
+
+// floodRun is testdata/flood.json, whose components wait for who moves their events.
+type floodRun struct {
+	events    int
+	text      string // of the pipeline file
+	env       option
+	wired     string   // program
+	p         *process // flowctl that has started the components and moves nothing
+	endpoints [3]string
+	count     int // lines of the sink
+}
+
+// moved is what it took to move all events once.
+type moved struct{ seconds, processor, allocations float64 }
+
+func (m moved) plus(o moved) moved {
+	return moved{m.seconds + o.seconds, m.processor + o.processor, m.allocations + o.allocations}
+}
+
+func newFlood(b *testing.B, events, size int) *floodRun {
+	b.Helper()
+	text := strings.ReplaceAll(string(get(os.ReadFile("testdata/flood.json"))(b)), "../bin/demo", build("demo", "./testdata/demo"))
+	f := &floodRun{events: events, text: text, env: withEnv(fmt.Sprint("EVENTS=", events), fmt.Sprint("EVENT_BYTES=", size)), wired: build("wired", "./testdata/wired")}
+	f.p = f.start(b, strings.Replace(text, `"spec": {`, `"spec": {"relay": "off",`, 1))
+	f.p.waitReady()
+	byID, _ := listed(b, f.p.endpoint())
+	for i, id := range []string{"flood", "pass", "count"} {
+		f.endpoints[i] = byID[id].Endpoint
+	}
+	return f
+}
+
+func (f *floodRun) start(b *testing.B, text string) *process {
+	file := writeFile(b, filepath.Join(b.TempDir(), "flood.json"), text)
+	return start(b, runArgs(file), withBinary(plainFlowctl()), f.env)
+}
+
+// taken returns what the sink says of the count-th time that it has got all.
+func (f *floodRun) taken(b *testing.B, p *process, count int) (seconds float64) {
+	b.Helper()
+	p.wait(p.stdout, " events in ", count)
+	line := p.lines("count")[count-1]
+	var events int
+	if _, err := fmt.Sscanf(line, "%d events in %f s", &events, &seconds); err != nil || events != f.events {
+		b.Fatalf("the sink says %q, want %d events", line, f.events)
+	}
+	return seconds
+}
+
+// relay has the relay of this process move the events.
+func (f *floodRun) relay(b *testing.B) moved {
+	b.Helper()
+	var before, after runtime.MemStats
+	var begun, ended syscall.Rusage
+	runtime.ReadMemStats(&before)
+	must(b, syscall.Getrusage(syscall.RUSAGE_SELF, &begun))
+	r := newRelay(maxEvent, slog.New(slog.DiscardHandler))
+	r.update([]relayMember{
+		{id: "flood", role: roleSource, endpoint: f.endpoints[0]},
+		{id: "pass", role: roleProcessor, endpoint: f.endpoints[1], wants: []string{"flood"}, inputs: []string{"flood"}},
+		{id: "count", role: roleSink, endpoint: f.endpoints[2], wants: []string{"flood"}, inputs: []string{"pass"}},
+	})
+	for !r.ended("count") {
+		<-r.wake
+	}
+	r.close()
+	must(b, syscall.Getrusage(syscall.RUSAGE_SELF, &ended))
+	runtime.ReadMemStats(&after)
+	used := ended.Utime.Nano() + ended.Stime.Nano() - begun.Utime.Nano() - begun.Stime.Nano()
+	f.count++
+	return moved{f.taken(b, f.p, f.count), time.Duration(used).Seconds(), float64(after.Mallocs - before.Mallocs)}
+}
+
+// wire has testdata/wired move the events.
+func (f *floodRun) wire(b *testing.B) moved {
+	b.Helper()
+	cmd := exec.Command(f.wired, f.endpoints[:]...)
+	cmd.Stderr = os.Stderr
+	out := get(cmd.Output())(b)
+	_, last, _ := strings.Cut(string(out), "\n")
+	var allocations float64
+	if _, err := fmt.Sscanf(last, "%f allocations", &allocations); err != nil {
+		b.Fatalf("wired says %q", out)
+	}
+	f.count++
+	return moved{f.taken(b, f.p, f.count), (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()).Seconds(), allocations}
+}
+
+// run has all of flowctl run the pipeline.
+func (f *floodRun) run(b *testing.B) moved {
+	b.Helper()
+	p := f.start(b, f.text)
+	p.exit(exitOK)
+	return moved{seconds: f.taken(b, p, 1)}
+}
+
 // scaleVar makes the tests of bounds run at their size and hold their bounds.
 const scaleVar = "FLOWCTL_SCALE"
 

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"time"
 
 	"google.golang.org/grpc"
@@ -31,6 +32,9 @@ func main() {
 		os.Exit(1)
 	}
 	fmt.Printf("%d events in %.3f s\n", events, time.Since(start).Seconds())
+	var stats runtime.MemStats
+	runtime.ReadMemStats(&stats)
+	fmt.Printf("%d allocations\n", stats.Mallocs)
 }
 
 // move returns how many events the sink says it has got.
