@@ -104,11 +104,14 @@ func (r *eventRole) serve(signals <-chan os.Signal) error {
 		case <-ticker.C:
 			alive()
 		case <-signals:
-			if r.Linger {
+			switch {
+			case r.Linger:
 				fmt.Println("lingers")
 				server.GracefulStop()
-			} else {
+			case r.Kind == "source":
 				close(e.stop)
+				server.GracefulStop() // it ends its streams itself, and loses nothing that it has sent
+			default:
 				server.Stop()
 			}
 			serving.Wait()
@@ -145,6 +148,7 @@ func (e *events) take(ctx context.Context, n int) (enough bool) {
 	if each, _ := time.ParseDuration(e.role.Each); each > 0 {
 		select {
 		case <-time.After(each):
+		case <-e.stop:
 		case <-ctx.Done():
 		}
 	}

@@ -262,7 +262,7 @@ func TestRelay_SlowSinkSlowsItsSource(t *testing.T) {
 		flowing("a", eventRole{Kind: "source", Bytes: 10_000}),
 		flowing("slow", eventRole{Kind: "sink", Each: "1s"}, "a"),
 		flowing("fast", eventRole{Kind: "sink"}, "a"),
-	))
+	), "-stop-timeout", "1s")
 	p.waitReady()
 	eventually(t, "an edge that waits", func() bool {
 		for _, e := range p.listed(t).Edges {
