@@ -230,6 +230,27 @@ func TestRelay_RestartLosesNothing(t *testing.T) {
 	wantEvents(t, out, "a>b", "", 1, count)
 }
 
+// A source that had ended moves its events again when an operator restarts it, to a sink that had ended, too.
+func TestRelay_RestartAfterTheEnd(t *testing.T) {
+	t.Parallel()
+	out := filepath.Join(t.TempDir(), "out")
+	p := launch(t, writePipeline(t,
+		flowing("a", eventRole{Kind: "source", Count: 5}),
+		flowing("store", eventRole{Kind: "sink", File: out}, "a"),
+		flowing("endless", eventRole{Kind: "source", Each: "1h"}),
+		flowing("other", eventRole{Kind: "sink"}, "endless"),
+	), "-stop-timeout", "1s")
+	p.waitOut("consumed 6\n")
+	if code, _, stderr := p.ask("restart", "-pipeline", "test", "a"); code != exitOK {
+		t.Fatalf("restart: %d\n%s\n%s", code, stderr, p)
+	}
+	p.wait(p.stdout, "consumed 6\n", 2)
+	p.stop()
+	if got := linesBy(t, out)["a "]; !slices.Equal(got, slices.Concat(numbers(1, 5), numbers(1, 5))) {
+		t.Errorf("the sink got %v", got)
+	}
+}
+
 // What sources have sent is moved before those that read it are stopped.
 func TestRelay_StopDrains(t *testing.T) {
 	t.Parallel()
