@@ -136,9 +136,21 @@ func TestRelay_OthersAreLeftAlone(t *testing.T) {
 
 	file := writePipeline(t, flowing("serves", eventRole{Kind: "source", Count: 1}), flowing("store", eventRole{Kind: "sink"}, "serves"))
 	text := strings.Replace(string(get(os.ReadFile(file))(t)), `"spec":{`, `"spec":{"relay":"off",`, 1)
-	p = launch(t, writeFile(t, file, text), "-until", untilReady)
+	p = launch(t, writeFile(t, file, text))
+	p.waitReady()
+	wantEqual(t, "edges", len(p.listed(t).Edges), 0)
+	p.stop()
+	p.hasNot(p.stderr, "moving events", "their own data")
+}
+
+// A smoke test moves nothing, and the command after -- runs beside a pipeline however soon that has moved all.
+func TestRelay_UntilReadyAndCommand(t *testing.T) {
+	t.Parallel()
+	file := writePipeline(t, flowing("a", eventRole{Kind: "source", Count: 1}), flowing("store", eventRole{Kind: "sink"}, "a"))
+	p := launch(t, file, "-until", untilReady)
 	p.exit(exitOK)
-	p.hasNot(p.stderr, "events", "their own data")
+	p.hasNot(p.stdout, "streams", "consumes")
+	start(t, runArgs(file, "--", "sh", "-c", "exit 7")).exit(7)
 }
 
 // A source is asked for what the file says, and a server may listen a while after it registered.

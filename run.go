@@ -451,7 +451,7 @@ func (r *run) advance(now time.Time) {
 	if !r.info.ready && !r.sup.stopping {
 		r.checkReady(now)
 	}
-	if r.info.ready && !r.sup.stopping && !r.wrapped.runs() && r.sup.worked(r.moving.relay.ended) {
+	if r.info.ready && !r.sup.stopping && !r.wrapped.runs() && r.wrapped.prepared() == nil && r.sup.worked(r.moving.relay.ended) {
 		r.log.Info("all components have completed, stopping what still runs")
 		r.sup.complete = true
 		r.stop(exitOK, nil, now)
@@ -732,7 +732,7 @@ func (r *run) checkReady(now time.Time) {
 	r.plane.registry.publishPipeline(r.info)
 	r.record(runRunning, "")
 	r.systemd.send(daemon.SdNotifyReady)
-	r.moving.begun = true
+	r.moving.begun = r.config.until != untilReady // which ends now: no event is moved
 	r.moving.update()
 	if r.config.sandbox {
 		r.tellServices()
