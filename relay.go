@@ -172,8 +172,8 @@ func (r *relay) update(members []relayMember) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	before := r.nodes
-	var returned []*eventNode
 	r.nodes, r.order = make(map[string]*eventNode), nil
+	var returned []*eventNode
 	for _, m := range members {
 		n := before[m.id]
 		if n == nil {
@@ -193,7 +193,7 @@ func (r *relay) update(members []relayMember) {
 		}
 	}
 	r.connectLocked()
-	for _, n := range returned {
+	for _, n := range returned { // they look at their neighbours
 		r.returnedLocked(n)
 	}
 	r.startLocked()
@@ -213,12 +213,16 @@ func (r *relay) returnedLocked(n *eventNode) {
 	n.leaves.Store(false)
 	wake(n.hurry)
 	if n.state == streamEnded {
-		n.state, n.runs = streamOpen, false // it has been asked, and goes on by its token
-		for _, e := range slices.Concat(*n.in.Load(), *n.out.Load()) {
+		n.state = streamOpen // it has been asked, and goes on by its token
+		for _, e := range *n.in.Load() {
 			e.reopen(r.nodes[e.from].state == streamEnded)
 		}
 		for _, e := range *n.out.Load() {
-			if to := r.nodes[e.to]; to.state == streamEnded && to.leaving == staying {
+			switch to := r.nodes[e.to]; {
+			case to.state != streamEnded:
+				e.reopen(false)
+			case to.leaving == staying:
+				e.reopen(false)
 				r.returnedLocked(to)
 			}
 		}

@@ -263,6 +263,23 @@ func TestRelay_RestartAfterTheEnd(t *testing.T) {
 	}
 }
 
+// A source that is restarted after its last event goes on by its token.
+func TestRelay_RestartGoesOnByToken(t *testing.T) {
+	t.Parallel()
+	folder, count := t.TempDir(), 20
+	out := filepath.Join(folder, "out")
+	p := launch(t, writePipeline(t,
+		flowing("a", eventRole{Kind: "source", Count: count, State: filepath.Join(folder, "state")}),
+		flowing("store", eventRole{Kind: "sink", File: out, Each: "100ms"}, "a"),
+	))
+	eventually(t, "all sent", func() bool { edges := p.listed(t).Edges; return len(edges) > 0 && edges[0].Events == int64(count) })
+	if code, _, stderr := p.ask("restart", "-pipeline", "test", "a"); code != exitOK {
+		t.Errorf("restart: %d\n%s", code, stderr)
+	}
+	p.exit(exitOK)
+	wantEvents(t, out, "a", "", 1, count)
+}
+
 // What sources have sent is moved before those that read it are stopped.
 func TestRelay_StopDrains(t *testing.T) {
 	t.Parallel()
