@@ -33,7 +33,7 @@ func (m *moving) update() {
 			if c.Role == roleService {
 				continue
 			}
-			member := relayMember{id: c.ID, role: c.Role, endpoint: served[c.ID].endpoint, wants: served[c.ID].wants, inputs: c.Inputs}
+			member := relayMember{id: c.ID, role: c.Role, endpoint: served[c.ID].endpoint, wants: served[c.ID].wants, inputs: c.Inputs, comes: c.registers() && !p.over() && !p.health.registered}
 			if member.endpoint != "" {
 				member.since = p.started
 			}
@@ -50,9 +50,14 @@ func (m *moving) update() {
 func (m *moving) take(now time.Time) {
 	for _, p := range m.sup.procs {
 		m.registry.moved(p.id(), m.relay.cause(p.id()), now)
-		if p.isGone() {
-			m.relay.leave(p.id(), false)
-		}
+		m.leave(p)
+	}
+}
+
+// leave tells the relay of p if it has ended for good.
+func (m *moving) leave(p *proc) {
+	if p.isGone() || p.over() && m.sup.stopping {
+		m.relay.leave(p.id(), m.sup.leaving(p))
 	}
 }
 

@@ -336,6 +336,16 @@ func publishedPort(entry string) string {
 	return port
 }
 
+// leaving says what becomes of a component, of its own will or not. A later one is more.
+type leaving int
+
+const (
+	staying     leaving = iota
+	leavingOnce         // it ends, and another process may take its place
+	leavingOut          // it ends, and a reload takes it out of the pipeline
+	leavingEver         // it ends, or has ended, and is not started again
+)
+
 // A stopEdge names a component that must have stopped before another one is told to.
 type stopEdge struct {
 	id    string

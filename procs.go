@@ -35,8 +35,8 @@ type starter interface {
 
 // eventStreams are the streams by which flowctl moves the events of components.
 type eventStreams interface {
-	// leave has the streams of component id end, whose process is about to; again says that another follows.
-	leave(id string, again bool)
+	// leave has the streams of component id end, whose process is about to.
+	leave(id string, how leaving)
 	// holds tells whether it has streams that have not ended.
 	holds(id string) bool
 }
@@ -781,9 +781,22 @@ func (s *supervisor) drains(p *proc, now time.Time) bool {
 	}
 	if p.deadline.IsZero() {
 		p.deadline = now.Add(s.stopTimeout(p) / 2)
-		s.streams.leave(p.id(), p.replacement != nil && !s.stopping)
+		s.streams.leave(p.id(), s.leaving(p))
 	}
 	return now.Before(p.deadline)
+}
+
+// leaving says what becomes of p, which ends or has ended. What fails and ends no run may come again by a reload.
+func (s *supervisor) leaving(p *proc) leaving {
+	switch {
+	case s.stopping:
+		return leavingEver
+	case p.retiring && p.replacement == nil:
+		return leavingOut
+	case p.retiring || p.ill || p.failure != nil:
+		return leavingOnce
+	}
+	return leavingEver
 }
 
 // tellStop sends p, which runs, its stop signal.
@@ -792,7 +805,7 @@ func (s *supervisor) tellStop(p *proc, now time.Time) {
 	p.log.Info("stopping", "pid", p.child.pid, "signal", sig.String())
 	p.stopSent = now
 	if s.streams != nil {
-		s.streams.leave(p.id(), !s.stopping && (p.ill || p.replacement != nil))
+		s.streams.leave(p.id(), s.leaving(p))
 	}
 	s.starter.signal(p.child, sig)
 	s.transition(p, procStopping, now.Add(s.stopTimeout(p)))

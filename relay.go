@@ -39,13 +39,14 @@ type streamState int
 const (
 	streamAsking  streamState = iota // whether it serves events
 	streamOwn                        // it does not: it moves its own data
+	streamAlone                      // it has nobody to move events to or from
 	streamWaiting                    // for its readers, to be opened for the first time
 	streamOpen                       // or broken, and about to be opened again
 	streamEnded                      // after its last event
 )
 
 func (s streamState) String() string {
-	return [...]string{"asking", "own", "waiting", "open", "ended"}[s]
+	return [...]string{"asking", "own", "alone", "waiting", "open", "ended"}[s]
 }
 
 // relayMember is what the relay is told of a component.
@@ -56,17 +57,9 @@ type relayMember struct {
 	since    time.Time // of that registration: another one is another process's
 	wants    []string  // input event types, none for all
 	inputs   []string
+	comes    bool              // its first process has yet to register
 	params   map[string]string // of StreamEvents
 }
-
-// leaving says what becomes of a component's process, of its own will or not.
-type leaving int
-
-const (
-	staying     leaving = iota
-	leavingOnce         // it is about to be stopped and started again
-	leavingEver         // it is about to end, or has ended, and is not started again
-)
 
 // eventNode is a component whose events flowctl moves. One goroutine, in run, has its streams.
 type eventNode struct {
@@ -182,13 +175,16 @@ func (r *relay) update(members []relayMember) {
 		r.nodes[m.id], r.order = n, append(r.order, n)
 		if n.member.since != m.since && m.endpoint != "" {
 			returned = append(returned, n)
+			if n.state == streamOwn {
+				n.state = streamAsking // it may be another program
+			}
 		}
 		n.member = m
 		wake(n.changed)
 	}
 	for id, n := range before {
 		if r.nodes[id] == nil {
-			n.leaving = leavingEver
+			n.leaving = leavingOut
 			wake(n.changed)
 		}
 	}
@@ -258,7 +254,10 @@ func (r *relay) connectLocked() {
 	}
 	for _, e := range before {
 		e.close()
-		e.refuse()
+		dropped := e.refuse()
+		if to := r.nodes[e.to]; dropped > 0 && (to == nil || to.state != streamOwn) {
+			r.log.Warn("events were not delivered: the edge was taken out", "from", e.from, "to", e.to, "events", dropped)
+		}
 	}
 	for _, n := range r.order {
 		n.in.Store(new(in[n]))
@@ -270,7 +269,13 @@ func (r *relay) connectLocked() {
 // startLocked starts the goroutines of those that have edges and none yet, and of the watch over rates.
 func (r *relay) startLocked() {
 	for _, n := range r.order {
-		if !n.runs && n.state != streamOwn && n.state != streamEnded && len(*n.in.Load())+len(*n.out.Load()) > 0 {
+		if len(*n.in.Load())+len(*n.out.Load()) == 0 {
+			continue
+		}
+		if n.state == streamAlone {
+			n.state = streamAsking
+		}
+		if !n.runs && n.state != streamOwn && n.state != streamEnded {
 			n.runs = true
 			r.done.Go(func() { n.run(r.ctx) })
 		}
@@ -296,7 +301,7 @@ func (r *relay) tellLocked() {
 	for _, n := range r.order {
 		wake(n.changed)
 		known = known && !(n.runs && n.state == streamAsking)
-		if n.state == streamOwn {
+		if n.state == streamOwn || n.state == streamAlone {
 			own = append(own, n.member.id)
 		}
 	}
@@ -329,14 +334,22 @@ func (r *relay) endLocked(n *eventNode) {
 		n.sent()
 		dropped = 1
 	}
-	for _, e := range *n.in.Load() {
-		dropped += e.refuse()
-		r.enoughLocked(r.nodes[e.from])
+	if n.leaving != leavingOut {
+		dropped += r.refuseLocked(n)
 	}
 	if n.lost += int64(dropped); dropped > 0 {
 		n.log.Warn("events were not delivered: it has ended", "events", dropped)
 	}
 	r.tellLocked()
+}
+
+// refuseLocked has nothing more sent to n, and returns how many events were on their way.
+func (r *relay) refuseLocked(n *eventNode) (dropped int) {
+	for _, e := range *n.in.Load() {
+		dropped += e.refuse()
+		r.enoughLocked(r.nodes[e.from])
+	}
+	return dropped
 }
 
 // enoughLocked ends the stream of n if all that read from it want no more.
@@ -351,21 +364,22 @@ func (r *relay) enoughLocked(n *eventNode) {
 }
 
 // leave has the streams of a component end, before its process does: what is on its way to it is sent, where
-// who it comes from has ended. With again another process takes its place.
-func (r *relay) leave(id string, again bool) {
+// who it comes from has ended.
+func (r *relay) leave(id string, how leaving) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	n := r.nodes[id]
-	if n == nil || n.leaving == leavingEver {
+	if n == nil || n.leaving >= how {
 		return
 	}
 	was := n.leaving
-	if n.leaving = leavingEver; again {
-		n.leaving = leavingOnce
-	}
+	n.leaving = how
 	n.leaves.Store(true)
 	if was == staying && n.stream != nil {
 		r.drainLocked(n)
+	}
+	if was == leavingOut && n.state == streamEnded {
+		n.lost += int64(r.refuseLocked(n))
 	}
 	wake(n.changed)
 	wake(n.hurry)
@@ -571,7 +585,7 @@ func (n *eventNode) session(ctx context.Context) error {
 // registered waits until n has registered, and returns what it said.
 func (n *eventNode) registered(ctx context.Context) (member relayMember, err error) {
 	err = n.await(ctx, func() (bool, error) {
-		if member = n.member; n.leaving == leavingEver {
+		if member = n.member; n.leaving >= leavingOut {
 			return false, errLeft
 		}
 		return member.endpoint != "" && n.leaving != leavingOnce, nil
@@ -625,7 +639,7 @@ func (n *eventNode) awaitOthers(ctx context.Context) error {
 		case n.state != streamWaiting:
 			return true, nil
 		case isSource && len(out) == 0, !isSource && len(in) == 0:
-			n.relay.decideLocked(n, streamOwn)
+			n.relay.decideLocked(n, streamAlone)
 			return false, errOwn
 		}
 		serves := isSource || slices.ContainsFunc(in, func(e *edge) bool { return n.relay.nodes[e.from].state != streamAsking })
@@ -702,6 +716,11 @@ func (n *eventNode) sent() {
 
 // deliver puts an event of n to all who want it.
 func (n *eventNode) deliver(ctx context.Context, ev event) error {
+	if len(*n.out.Load()) == 0 {
+		if err := n.await(ctx, n.isReadLocked); err != nil {
+			return err
+		}
+	}
 	var kind []byte
 	known, wanted := false, false
 	for _, e := range *n.out.Load() {
@@ -724,6 +743,14 @@ func (n *eventNode) deliver(ctx context.Context, ev event) error {
 		n.unwanted.Add(1)
 	}
 	return nil
+}
+
+// isReadLocked tells whether events of n can go on: who reads them is known, or nobody will. While a reload has one
+// reader replaced by another there is none, for a moment.
+func (n *eventNode) isReadLocked() (bool, error) {
+	out := *n.out.Load()
+	comes := func(m *eventNode) bool { return m.member.comes && slices.Contains(m.member.inputs, n.member.id) }
+	return len(out) > 0 || n.member.role != roleSource && !slices.ContainsFunc(n.relay.order, comes), nil
 }
 
 // consumed takes in what a sink says of the events that it got.
@@ -758,8 +785,9 @@ func (n *eventNode) judge(err error, now time.Time) (pause time.Duration, over b
 	}
 	switch {
 	case errors.Is(err, errOwn):
-		return 0, true
-	case err == nil && n.leaving != leavingOnce, err != nil && n.leaving == leavingEver:
+		n.runs = n.state == streamAsking // another process of it has come
+		return 0, !n.runs
+	case err == nil && n.leaving != leavingOnce, err != nil && n.leaving >= leavingOut:
 		if isBroken && broken.inFlight > 0 && !leaves {
 			n.log.Warn("its stream broke as it ended", "in_flight", upTo(broken.inFlight), "err", streamError(err))
 		}

@@ -592,9 +592,7 @@ func (r *run) exited(e childEnd, now time.Time) {
 		cause = "its process ended: " + describeExit(e.status)
 	}
 	r.plane.registry.finished(p.id(), cause, now)
-	if p.isGone() {
-		r.moving.relay.leave(p.id(), false)
-	}
+	r.moving.leave(p)
 	r.moving.update()
 }
 
@@ -687,6 +685,7 @@ func (r *run) stop(code int, err error, now time.Time) {
 	r.code, r.err = code, err
 	r.wrapped.stop(now, r.config.times.stop)
 	r.sup.beginStop()
+	r.moving.take(now)
 	r.systemd.send(daemon.SdNotifyStopping, extendTimeout(r.sup.stopBound()))
 }
 
