@@ -248,7 +248,9 @@ func (r *relay) connectLocked() {
 				}
 				e = &edge{from: id, to: to.member.id, windows: &r.windows, filled: to.filled, room: make(chan struct{}, 1), closed: from.state == streamEnded}
 			}
-			e.want(to.member.wants)
+			if to.member.endpoint != "" { // else it is away
+				e.want(to.member.wants)
+			}
 			r.edges, in[to], out[from] = append(r.edges, e), append(in[to], e), append(out[from], e)
 		}
 	}

@@ -356,6 +356,21 @@ func TestRelay_ReloadBringsEvents(t *testing.T) {
 	p.stop()
 }
 
+// A reader that is away has not forgotten which types it wants.
+func TestRelay_KilledReaderGetsItsTypesAlone(t *testing.T) {
+	t.Parallel()
+	out := filepath.Join(t.TempDir(), "out")
+	odd := flowing("odd", eventRole{Kind: "sink", File: out, Types: []string{"odd"}}, "a")
+	odd.RestartPolicy = restartAlways
+	p := launch(t, writePipeline(t, flowing("a", eventRole{Kind: "source", Each: "1ms", Types: []string{"even", "odd"}}), odd))
+	grows(t, out)
+	p.tell("odd", syscall.SIGKILL)
+	p.waitErr(`msg="its events are moved again" component=odd`)
+	grows(t, out)
+	p.stop()
+	wantEqual(t, "ways", slices.Sorted(maps.Keys(linesBy(t, out))), []string{"a odd"})
+}
+
 // What sources have sent is moved before those that read it are stopped.
 func TestRelay_StopDrains(t *testing.T) {
 	t.Parallel()
