@@ -186,6 +186,9 @@ func (r *relay) update(members []relayMember) {
 		if r.nodes[id] == nil {
 			n.leaving = leavingOut
 			wake(n.changed)
+			if n.member.role == roleSource && n.cancel != nil {
+				n.cancel()
+			}
 		}
 	}
 	r.connectLocked()

@@ -356,6 +356,20 @@ func TestRelay_ReloadBringsEvents(t *testing.T) {
 	p.stop()
 }
 
+// With "relay": "off" brought by a reload the streams end.
+func TestRelay_ReloadTurnsItOff(t *testing.T) {
+	t.Parallel()
+	out := filepath.Join(t.TempDir(), "out")
+	file := writePipeline(t, flowing("a", eventRole{Kind: "source", Each: "1ms", Linger: true}), flowing("store", eventRole{Kind: "sink", File: out}, "a"))
+	p := launch(t, file)
+	grows(t, out)
+	writeFile(t, file, strings.Replace(string(get(os.ReadFile(file))(t)), `"spec":{`, `"spec":{"relay":"off",`, 1))
+	p.reload("reloaded: nothing has changed\n")
+	p.waitOut("store | consumed ")
+	p.stop()
+	p.hasNot(p.stderr, "SIGKILL")
+}
+
 // A reader that is away has not forgotten which types it wants.
 func TestRelay_KilledReaderGetsItsTypesAlone(t *testing.T) {
 	t.Parallel()

@@ -867,6 +867,7 @@ func (r *run) reload(request *reloadRequest) (out reloadResult, err error) {
 	r.info.file = request.pipeline.Text
 	r.plane.registry.publishPipeline(r.info)
 	changed := r.sup.reload(request.pipeline, request.envFiles)
+	r.moving.update() // spec.relay may be another
 	out = reloadResult{added: changed.added, removed: changed.removed, restarted: changed.restarted, unchanged: changed.unchanged}
 	r.log.Info("reloaded", "file", request.file, "added", enumerate(out.added), "removed", enumerate(out.removed), "restarted", enumerate(out.restarted), "unchanged", out.unchanged)
 	return out, nil
