@@ -25,6 +25,7 @@ import (
 const (
 	minRetry   = 100 * time.Millisecond // before a stream that broke is opened again
 	maxRetry   = 5 * time.Second        // the longest pause
+	maxAsk     = time.Minute            // the same before it is known whether a component serves events: it may be no server of gRPC
 	illTries   = 3                      // tries in a row in vain, and
 	illTime    = 2 * time.Second        // so long since the first, after which a component is ill; so long lasts a stream that is no such try
 	drainQuiet = time.Second            // without an event, after which the stream of a source that stops is ended
@@ -805,7 +806,11 @@ func (n *eventNode) judge(err error, now time.Time) (pause time.Duration, over b
 		n.tried = now
 	}
 	n.tries++
-	pause = min(minRetry<<min(n.tries-1, 10), maxRetry)
+	longest := maxRetry
+	if n.state == streamAsking {
+		longest = maxAsk
+	}
+	pause = min(minRetry<<min(n.tries-1, 10), longest)
 	switch {
 	case isBroken:
 		n.log.Warn("its stream broke", "in_flight", upTo(broken.inFlight), "err", streamError(err), "again_in", pause)

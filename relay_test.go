@@ -4,7 +4,9 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -14,6 +16,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // flowing returns a component that serves events.
@@ -119,6 +122,23 @@ func TestRelay_ReaderHasEnough(t *testing.T) {
 	p.exit(exitOK)
 	wantEvents(t, few, "endless", "", 1, 5)
 	wantEvents(t, more, "endless>head", "", 1, 500)
+}
+
+// What is no server of gRPC is told of once, makes nobody ill, and is asked less and less.
+func TestRelay_WhatIsNoServerIsLeftAlone(t *testing.T) {
+	t.Parallel()
+	var log strings.Builder
+	n := newRelay(maxWindow, slog.New(slog.NewTextHandler(&log, nil))).newNode(relayMember{id: "a", endpoint: "127.0.0.1:1"})
+	now, asked := time.Now(), 0
+	for end := now.Add(time.Hour); now.Before(end); asked++ {
+		pause, over := n.judge(errors.New("this is HTTP/1.1"), now)
+		if now = now.Add(pause); over || pause > time.Minute || n.cause != "" {
+			t.Fatalf("pause %s, over %v, cause %q", pause, over, n.cause)
+		}
+	}
+	if told := strings.Count(log.String(), "its events cannot be moved yet"); told != 1 || asked > 75 {
+		t.Errorf("was asked %d times in an hour, told %d times: %s", asked, told, &log)
+	}
 }
 
 // Who moves its own data, or registers by the legacy dialect, is left alone, and so is everybody with relay off.
