@@ -38,6 +38,7 @@ type eventRole struct {
 	Fail     int      `json:",omitempty"` // events that a sink says have failed
 	Refuse   bool     `json:",omitempty"` // to stream
 	Unserved bool     `json:",omitempty"` // it moves its own data: GetInfo is UNIMPLEMENTED
+	Hollow   bool     `json:",omitempty"` // it answers GetInfo, and its stream is UNIMPLEMENTED
 	Late     string   `json:",omitempty"` // how long after its registration it listens
 	Linger   bool     `json:",omitempty"` // after SIGTERM it waits for the end of its streams
 }
@@ -251,6 +252,9 @@ func (s sinkEvents) GetInfo(context.Context, *emptypb.Empty) (*flowctlv1.Compone
 }
 
 func (s sinkEvents) Consume(stream grpc.ClientStreamingServer[flowctlv1.Event, flowctlv1.ConsumeResponse]) error {
+	if s.role.Hollow {
+		return s.UnimplementedConsumerServiceServer.Consume(stream)
+	}
 	fmt.Println("consumes")
 	out := io.Discard
 	if s.role.File != "" {

@@ -793,6 +793,14 @@ func (n *eventNode) judge(err error, now time.Time) (pause time.Duration, over b
 	case errors.Is(err, errOwn):
 		n.runs = n.state == streamAsking // another process of it has come
 		return 0, !n.runs
+	case isBroken && status.Code(err) == codes.Unimplemented && n.tries == 0 && n.received.Load() == 0:
+		n.log.Warn("its events are not moved: it answers GetInfo, but its stream by UNIMPLEMENTED", "err", streamError(err))
+		if n.unsent != nil {
+			n.sent()
+		}
+		n.runs = false
+		r.decideLocked(n, streamOwn)
+		return 0, true
 	case err == nil && n.leaving != leavingOnce, err != nil && n.leaving >= leavingOut:
 		if isBroken && broken.inFlight > 0 && !leaves {
 			n.log.Warn("its stream broke as it ended", "in_flight", upTo(broken.inFlight), "err", streamError(err))

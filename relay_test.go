@@ -124,6 +124,16 @@ func TestRelay_ReaderHasEnough(t *testing.T) {
 	wantEvents(t, more, "endless>head", "", 1, 500)
 }
 
+// Who answers GetInfo and does not implement its stream moves its own data, too.
+func TestRelay_UnimplementedStreamIsLeftAlone(t *testing.T) {
+	t.Parallel()
+	p := launch(t, writePipeline(t, flowing("a", eventRole{Kind: "source"}), flowing("own", eventRole{Kind: "sink", Hollow: true}, "a")), "-unhealthy-timeout", "1s")
+	p.waitErr("msg=events moved=- moved_by_themselves=own")
+	p.stop()
+	p.has(p.stderr, `level=WARN msg="its events are not moved: it answers GetInfo, but its stream by UNIMPLEMENTED" component=own`)
+	p.hasNot(p.stderr, "its stream broke\"")
+}
+
 // What is no server of gRPC is told of once, makes nobody ill, and is asked less and less.
 func TestRelay_WhatIsNoServerIsLeftAlone(t *testing.T) {
 	t.Parallel()
