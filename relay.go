@@ -64,18 +64,16 @@ type relayMember struct {
 
 // eventNode is a component whose events flowctl moves. One goroutine, in run, has its streams.
 type eventNode struct {
-	relay    *relay
-	log      *slog.Logger
-	in, out  atomic.Pointer[[]*edge] // replaced under relay.mu, never changed
-	filled   chan struct{}           // gets a token when an edge to it has an event, or ends
-	changed  chan struct{}           // gets a token when something has changed that await waits for
-	hurry    chan struct{}           // gets a token when a broken stream is not to wait for its pause
-	unsent   *event                  // was taken from an edge and has not been sent
-	turn     int                     // which edge it came from
-	received atomic.Int64            // events that it has sent
-	bytes    atomic.Int64            // of those
-	unwanted atomic.Int64            // of those, of a type that no reader wants
-	leaves   atomic.Bool             // leaving is not staying: next asks for each event
+	relay   *relay
+	log     *slog.Logger
+	in, out atomic.Pointer[[]*edge] // replaced under relay.mu, never changed
+	filled  chan struct{}           // gets a token when an edge to it has an event, or ends
+	changed chan struct{}           // gets a token when something has changed that await waits for
+	hurry   chan struct{}           // gets a token when a broken stream is not to wait for its pause
+	unsent  *event                  // was taken from an edge and has not been sent
+	turn    int                     // which edge it came from
+	sent    eventCounts             // by it
+	leaves  atomic.Bool             // leaving is not staying: next asks for each event
 
 	// relay.mu guards the fields below.
 	member  relayMember
@@ -91,6 +89,13 @@ type eventNode struct {
 	cause   string             // why it is ill, "" while it is not
 	failed  int64              // events that it could not take, as it said
 	lost    int64              // events that were in flight when a stream of it broke, at most
+}
+
+// eventCounts counts the events that a component has sent.
+type eventCounts struct {
+	events   atomic.Int64
+	bytes    atomic.Int64
+	unwanted atomic.Int64 // events of a type that no reader wants
 }
 
 // relay moves events between components that registered through flowctl.v1 and serve them. Its methods may be
@@ -258,17 +263,20 @@ func (r *relay) connectLocked() {
 			r.edges, in[to], out[from] = append(r.edges, e), append(in[to], e), append(out[from], e)
 		}
 	}
+	for _, n := range r.order {
+		n.in.Store(new(in[n]))
+		n.out.Store(new(out[n]))
+		wake(n.filled)
+	}
 	for _, e := range before {
 		e.close()
 		dropped := e.refuse()
 		if to := r.nodes[e.to]; dropped > 0 && (to == nil || to.state != streamOwn) {
 			r.log.Warn("events were not delivered: the edge was taken out", "from", e.from, "to", e.to, "events", dropped)
 		}
-	}
-	for _, n := range r.order {
-		n.in.Store(new(in[n]))
-		n.out.Store(new(out[n]))
-		wake(n.filled)
+		if from := r.nodes[e.from]; from != nil && len(out[from]) > 0 { // those that are left may have had enough
+			r.enoughLocked(from)
+		}
 	}
 }
 
@@ -337,7 +345,7 @@ func (r *relay) endLocked(n *eventNode) {
 	}
 	dropped := 0
 	if n.unsent != nil {
-		n.sent()
+		n.free()
 		dropped = 1
 	}
 	if n.leaving != leavingOut {
@@ -401,7 +409,7 @@ func (r *relay) drainLocked(n *eventNode) {
 	stream, cancel := n.stream, n.cancel
 	r.done.Go(func() {
 		for {
-			before := n.received.Load()
+			before := n.sent.events.Load()
 			select {
 			case <-time.After(drainQuiet):
 			case <-stream.Done():
@@ -411,7 +419,7 @@ func (r *relay) drainLocked(n *eventNode) {
 				_, _, waiting := e.counts()
 				return !waiting.IsZero()
 			})
-			if n.received.Load() == before && !waits {
+			if n.sent.events.Load() == before && !waits {
 				r.mu.Lock()
 				n.enough = n.stream == stream // nothing is on its way, so this is no break
 				r.mu.Unlock()
@@ -511,7 +519,7 @@ func (r *relay) nodeReports() (out []nodeReport) {
 		if n.state < streamWaiting {
 			continue
 		}
-		report := nodeReport{id: n.member.id, out: n.received.Load(), outBytes: n.bytes.Load(), unmatched: n.unwanted.Load(), failed: n.failed, lost: n.lost}
+		report := nodeReport{id: n.member.id, out: n.sent.events.Load(), outBytes: n.sent.bytes.Load(), unmatched: n.sent.unwanted.Load(), failed: n.failed, lost: n.lost}
 		for _, e := range *n.in.Load() {
 			events, bytes, _ := e.counts()
 			report.in, report.inBytes = report.in+events, report.inBytes+bytes
@@ -568,7 +576,7 @@ func (n *eventNode) session(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	ends := streamEnds{next: n.next, sent: n.sent, deliver: func(ev event) error { return n.deliver(ctx, ev) }, consumed: n.consumed}
+	ends := streamEnds{next: n.next, sent: n.free, deliver: func(ev event) error { return n.deliver(ctx, ev) }, consumed: n.consumed}
 	if member.role == roleSource {
 		if ends.request, err = conn.request(ctx, member.params, again); err != nil {
 			return err
@@ -714,8 +722,8 @@ func (n *eventNode) next(ctx context.Context) (*event, bool) {
 	return n.unsent, true
 }
 
-// sent takes note that the event of next was sent.
-func (n *eventNode) sent() {
+// free takes note that nobody needs the event of next any more: it was sent.
+func (n *eventNode) free() {
 	n.unsent.Free()
 	n.unsent = nil
 }
@@ -743,10 +751,10 @@ func (n *eventNode) deliver(ctx context.Context, ev event) error {
 			return err
 		}
 	}
-	n.received.Add(1)
-	n.bytes.Add(int64(ev.Len()))
+	n.sent.events.Add(1)
+	n.sent.bytes.Add(int64(ev.Len()))
 	if !wanted {
-		n.unwanted.Add(1)
+		n.sent.unwanted.Add(1)
 	}
 	return nil
 }
@@ -793,10 +801,10 @@ func (n *eventNode) judge(err error, now time.Time) (pause time.Duration, over b
 	case errors.Is(err, errOwn):
 		n.runs = n.state == streamAsking // another process of it has come
 		return 0, !n.runs
-	case isBroken && status.Code(err) == codes.Unimplemented && n.tries == 0 && n.received.Load() == 0:
+	case isBroken && status.Code(err) == codes.Unimplemented && n.tries == 0 && n.sent.events.Load() == 0:
 		n.log.Warn("its events are not moved: it answers GetInfo, but its stream by UNIMPLEMENTED", "err", streamError(err))
 		if n.unsent != nil {
-			n.sent()
+			n.free()
 		}
 		n.runs = false
 		r.decideLocked(n, streamOwn)

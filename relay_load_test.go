@@ -63,7 +63,10 @@ func sinkTo(got chan<- *flowctlv1.Event) servedSink {
 			} else if err != nil {
 				return err
 			}
-			got <- ev
+			select {
+			case got <- ev:
+			case <-stream.Context().Done():
+			}
 		}
 	}}
 }
@@ -145,6 +148,35 @@ func TestRelay_LateReaderEnds(t *testing.T) {
 	eventually(t, "the end of all streams", func() bool { return r.ended("a") })
 	r.update(append(members, relayMember{id: "late", role: roleSink, endpoint: sink, inputs: []string{"a"}}))
 	eventually(t, "the end of the late reader's stream", func() bool { return r.ended("late") })
+}
+
+// A source of which one reader has had enough ends when the other leaves the pipeline.
+func TestRelay_LastReaderLeaves(t *testing.T) {
+	t.Parallel()
+	source := servedSource{stream: func(stream grpc.ServerStreamingServer[flowctlv1.Event]) (err error) {
+		for err == nil {
+			err = stream.Send(&flowctlv1.Event{Id: "7"})
+		}
+		return err
+	}}
+	few := servedSink{consume: func(stream grpc.ClientStreamingServer[flowctlv1.Event, flowctlv1.ConsumeResponse]) error {
+		return stream.SendAndClose(&flowctlv1.ConsumeResponse{})
+	}}
+	got := make(chan *flowctlv1.Event)
+	members := []relayMember{
+		{id: "a", role: roleSource, endpoint: serveHere(t, source)},
+		{id: "few", role: roleSink, endpoint: serveHere(t, few), inputs: []string{"a"}},
+		{id: "more", role: roleSink, endpoint: serveHere(t, sinkTo(got)), inputs: []string{"a"}},
+	}
+	r := startRelay(t)
+	r.update(members)
+	<-got
+	eventually(t, "the end of a reader", func() bool { return r.ended("few") })
+	if r.ended("a") {
+		t.Error("the source has ended, and a reader wants more")
+	}
+	r.update(members[:2])
+	eventually(t, "the end of the source", func() bool { return r.ended("a") })
 }
 
 // Nothing is left of streams that broke and were opened again.

@@ -128,7 +128,7 @@ func TestRelay_ReaderHasEnough(t *testing.T) {
 func TestRelay_UnimplementedStreamIsLeftAlone(t *testing.T) {
 	t.Parallel()
 	p := launch(t, writePipeline(t, flowing("a", eventRole{Kind: "source"}), flowing("own", eventRole{Kind: "sink", Hollow: true}, "a")), "-unhealthy-timeout", "1s")
-	p.waitErr("msg=events moved=- moved_by_themselves=own")
+	p.waitErr(`msg="these components move their own data" components=own`)
 	p.stop()
 	p.has(p.stderr, `level=WARN msg="its events are not moved: it answers GetInfo, but its stream by UNIMPLEMENTED" component=own`)
 	p.hasNot(p.stderr, "its stream broke\"")
@@ -379,7 +379,7 @@ func TestRelay_ReloadBringsEvents(t *testing.T) {
 	a := flowing("a", eventRole{Kind: "source", Each: "1ms"})
 	file := writePipeline(t, a, flowing("store", eventRole{Kind: "sink", Unserved: true}, "a"))
 	p := launch(t, file)
-	p.waitErr(`msg=events moved=- moved_by_themselves="a, store"`)
+	p.waitErr(`msg="these components move their own data" components="a, store"`)
 	rewrite(t, file, a, flowing("store", eventRole{Kind: "sink", File: out}, "a"))
 	p.reload("reloaded: restarted store; 1 unchanged\n")
 	grows(t, out)
@@ -491,4 +491,55 @@ func numbers(first, last int) (out []int) {
 		out = append(out, i)
 	}
 	return out
+}
+
+// A reload that puts one sink in the place of another leaves the stream of their source open, and what the source
+// sends meanwhile waits.
+func TestRelay_ReloadReplacesTheReader(t *testing.T) {
+	t.Parallel()
+	folder := t.TempDir()
+	one, two := filepath.Join(folder, "one"), filepath.Join(folder, "two")
+	source := flowing("a", eventRole{Kind: "source", Each: "1ms"})
+	file := writePipeline(t, source, flowing("one", eventRole{Kind: "sink", File: one}, "a"))
+	p := launch(t, file)
+	has := func(file string) bool { data, _ := os.ReadFile(file); return len(data) > 100 }
+	eventually(t, "some events", func() bool { return has(one) })
+	next := writePipeline(t, source, flowing("two", eventRole{Kind: "sink", File: two}, "a"))
+	must(t, os.Rename(next, file))
+	if code, _, stderr := p.callReload(); code != exitOK {
+		t.Fatalf("reload: %d\n%s\n%s", code, stderr, p)
+	}
+	eventually(t, "events at the other sink", func() bool { return has(two) })
+	p.stop()
+	before, after := linesBy(t, one)["a "], linesBy(t, two)["a "]
+	last, first, undelivered := before[len(before)-1], after[0], 0
+	if m := regexp.MustCompile(`the edge was taken out" from=a to=one events=(\d+)`).FindStringSubmatch(p.stderr.String()); m != nil {
+		undelivered = get(strconv.Atoi(m[1]))(t)
+	}
+	if first > last+undelivered+1 || !slices.Equal(after, numbers(first, first+len(after)-1)) {
+		t.Errorf("one got up to %d, %d were told as not delivered, and two got from %d on\n%s", last, undelivered, first, p)
+	}
+	p.has(p.stdout, "a   | streams resume=false")
+	p.hasNot(p.stderr, "moved again", "unmatched")
+}
+
+// A component that a reload adds and that turns out to move its own data holds nobody up.
+func TestRelay_ReloadAddsWhoMovesItsOwn(t *testing.T) {
+	t.Parallel()
+	out := filepath.Join(t.TempDir(), "out")
+	all := []Component{flowing("a", eventRole{Kind: "source", Bytes: 100_000, Each: "1ms"}), flowing("store", eventRole{Kind: "sink", File: out}, "a")}
+	file := writePipeline(t, all...)
+	p := launch(t, file)
+	size := func() int { data, _ := os.ReadFile(out); return len(data) }
+	eventually(t, "some events", func() bool { return size() > 0 })
+	legacy := actor("legacy", role{Dialect: "legacy"})
+	legacy.Role, legacy.Inputs = roleSink, []string{"a"}
+	must(t, os.Rename(writePipeline(t, append(all, legacy, flowing("own", eventRole{Kind: "sink", Unserved: true}, "a"))...), file))
+	if code, _, stderr := p.callReload(); code != exitOK {
+		t.Fatalf("reload: %d\n%s\n%s", code, stderr, p)
+	}
+	p.waitErr(`move their own data" components=own`)
+	before := size()
+	eventually(t, "more events than a window has room for", func() bool { return size() > before+500 })
+	p.stop()
 }
