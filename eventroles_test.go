@@ -40,6 +40,7 @@ type eventRole struct {
 	Unserved bool     `json:",omitempty"` // it moves its own data: GetInfo is UNIMPLEMENTED
 	Hollow   bool     `json:",omitempty"` // it answers GetInfo, and its stream is UNIMPLEMENTED
 	Late     string   `json:",omitempty"` // how long after its registration it listens
+	Holds    bool     `json:",omitempty"` // a sink does not end its stream
 	Linger   bool     `json:",omitempty"` // after SIGTERM it waits for the end of its streams
 }
 
@@ -274,6 +275,10 @@ func (s sinkEvents) Consume(stream grpc.ClientStreamingServer[flowctlv1.Event, f
 			if _, err := fmt.Fprintf(out, "%s %s %s\n", ev.GetSourceComponentId(), ev.GetType(), ev.GetId()); err != nil {
 				return err
 			}
+		}
+		if err != nil && s.role.Holds {
+			<-stream.Context().Done()
+			return stream.Context().Err()
 		}
 		if err != nil || s.take(stream.Context(), n) {
 			fmt.Println("consumed", n)

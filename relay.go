@@ -576,7 +576,15 @@ func (n *eventNode) session(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	ends := streamEnds{next: n.next, sent: n.free, deliver: func(ev event) error { return n.deliver(ctx, ev) }, consumed: n.consumed}
+	var overdue *time.Timer
+	next := func(ctx context.Context) (*event, bool) {
+		ev, ok := n.next(ctx)
+		if !ok && ctx.Err() == nil {
+			overdue = time.AfterFunc(longWait, func() { n.log.Warn("it has got all its events, and does not end its stream", "for", longWait) })
+		}
+		return ev, ok
+	}
+	ends := streamEnds{next: next, sent: n.free, deliver: func(ev event) error { return n.deliver(ctx, ev) }, consumed: n.consumed}
 	if member.role == roleSource {
 		if ends.request, err = conn.request(ctx, member.params, again); err != nil {
 			return err
@@ -590,6 +598,9 @@ func (n *eventNode) session(ctx context.Context) error {
 	lasts := time.AfterFunc(illTime, n.works)
 	err = conn.move(ctx, stream, ends)
 	lasts.Stop()
+	if overdue != nil {
+		overdue.Stop()
+	}
 	if n.closing() {
 		return nil
 	}

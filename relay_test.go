@@ -543,3 +543,11 @@ func TestRelay_ReloadAddsWhoMovesItsOwn(t *testing.T) {
 	eventually(t, "more events than a window has room for", func() bool { return size() > before+500 })
 	p.stop()
 }
+
+// A reader that has got all and does not end its stream holds up a finite pipeline: that is told.
+func TestRelay_ReaderThatDoesNotEnd(t *testing.T) {
+	t.Parallel()
+	p := launch(t, writePipeline(t, flowing("a", eventRole{Kind: "source", Count: 3}), flowing("store", eventRole{Kind: "sink", Holds: true}, "a")), "-stop-timeout", "1s")
+	p.waitErr(`msg="it has got all its events, and does not end its stream" component=store`)
+	p.stop()
+}
