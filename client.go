@@ -308,6 +308,7 @@ func newConn(endpoint string, creds credentials.TransportCredentials, wait bool,
 	return grpc.NewClient(endpoint, append(more,
 		grpc.WithTransportCredentials(creds),
 		grpc.WithNoProxy(),
+		grpc.WithDisableServiceConfig(), // which is a TXT record: where DNS does not answer, its look-up takes longer than an answer may
 		// A stream may have nothing to send for hours: this notices a machine that is gone.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second}),
 		grpc.WithDefaultCallOptions(grpc.WaitForReady(wait)),

@@ -16,6 +16,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -26,6 +27,7 @@ import (
 	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
@@ -217,6 +219,25 @@ func TestList_SaysWhyNobodyAnswers(t *testing.T) { // not in parallel: another t
 				p.has(p.stderr, append([]string{"flowctl: no control plane answers at " + tt.endpoint + ": "}, tt.want...)...)
 			})
 		}
+	}
+}
+
+// A control plane that is named by a host of /etc/hosts is asked without DNS, which may not answer.
+func TestNewConn_AsksNoDNS(t *testing.T) { // not in parallel: the resolver is that of the process
+	before := net.DefaultResolver
+	t.Cleanup(func() { net.DefaultResolver = before })
+	var asked atomic.Int64
+	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		asked.Add(1)
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}}
+	_, port, _ := net.SplitHostPort(fakePlane{get: func() (*operatorv1.Pipeline, error) { return &operatorv1.Pipeline{}, nil }}.serve(t))
+	conn := get(newConn("localhost:"+port, insecure.NewCredentials(), false))(t)
+	defer conn.Close()
+	_, err := operatorv1.NewOperatorClient(conn).GetPipeline(t.Context(), &operatorv1.GetPipelineRequest{})
+	if asked.Load() > 0 || err != nil {
+		t.Errorf("DNS was asked %d times, and the answer is: %v", asked.Load(), err)
 	}
 }
 
