@@ -407,8 +407,14 @@ func (o *listOptions) ended(endpoint string, came bool, err error) error {
 	return o.noAnswer(endpoint, err)
 }
 
+// latestAttempt comes before why no attempt to connect has succeeded: grpc says it only in this text.
+const latestAttempt = "latest balancer error: "
+
 // dialReason leaves of grpc's message only the error of the kernel or of TLS: there is only the text.
 func dialReason(text string) string {
+	if _, latest, ok := strings.Cut(text, latestAttempt); ok {
+		text = latest
+	}
 	if quoted, ok := strings.CutPrefix(text, "connection error: desc = "); ok {
 		if desc, err := strconv.Unquote(quoted); err == nil {
 			text = desc
@@ -461,9 +467,8 @@ func (c *listClient) follow(ctx context.Context, in *operatorv1.WatchRequest, ta
 		return err
 	}
 	why := cut.Error()
-	// Why no attempt to connect has succeeded, grpc says only in this text.
-	if _, latest, ok := strings.Cut(status.Convert(err).Message(), "latest balancer error: "); ok {
-		why += ": " + dialReason(latest)
+	if text := status.Convert(err).Message(); strings.Contains(text, latestAttempt) {
+		why += ": " + dialReason(text)
 	}
 	return status.Error(codes.DeadlineExceeded, why)
 }

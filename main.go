@@ -58,6 +58,10 @@ func commands() []command {
   flowctl logs -f                            go on with what comes
   flowctl logs flowctl -json                 flowctl's own log
 `},
+		{name: "wait", args: "[flags] [id...]", summary: "wait until components are ready, or done", run: waitCommand, examples: `
+  flowctl wait -timeout 1m                   all that the pipeline here has
+  flowctl wait -e 127.0.0.1:8080 ledgers     one, once a control plane answers there
+`},
 		{name: "restart", args: "[flags] id...", summary: "stop components, and start them again", run: restartCommand, examples: `
   flowctl restart ledgers                    say, its program was built anew
   flowctl restart ledgers -wait=false        do not wait until it is ready again
@@ -482,6 +486,17 @@ func runsCommand(fs *flag.FlagSet, args []string) error {
 		err = &exitError{code: exitPlane, err: errors.Join(errs...)}
 	}
 	return err
+}
+
+func waitCommand(fs *flag.FlagSet, args []string) error {
+	var o waitOptions
+	defineChoice(fs, &o.until, "until", untilReady, "wait until they are `what`: ready, or done (completed, or all their events moved)", untilReady, untilDone)
+	defineDuration(fs, &o.timeout, "timeout", 0, "end with 4 after this `time` (default none)")
+	var err error
+	if o.ids, err = parseAskFlags(fs, &o.listOptions, args, anyNumber); err != nil {
+		return err
+	}
+	return waitFor(o)
 }
 
 // parseAskFlags parses args by fs, with the flags that say which running flowctl to ask, and returns the

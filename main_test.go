@@ -46,6 +46,7 @@ Usage:
   flowctl check [flags] [pipeline.json] read and validate a pipeline file
   flowctl list [flags] [id]             show what is registered, and how it is
   flowctl logs [flags] [id...]          show what components print
+  flowctl wait [flags] [id...]          wait until components are ready, or done
   flowctl restart [flags] id...         stop components, and start them again
   flowctl reload [flags] [pipeline]     take over a changed pipeline file
   flowctl stop [flags]                  stop a running pipeline
@@ -131,7 +132,7 @@ func TestHelp_ExamplesWork(t *testing.T) {
 	pipeline.waitReady()
 	for _, example := range examples[1:] {
 		options := []option{folder}
-		if name, _, _ := strings.Cut(example, " "); slices.Contains([]string{"list", "logs", "restart", "reload", "stop"}, name) {
+		if name, _, _ := strings.Cut(example, " "); slices.Contains([]string{"list", "logs", "wait", "restart", "reload", "stop"}, name) {
 			options = append(options, runs)
 		}
 		p := start(t, strings.Fields(example), options...)

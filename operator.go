@@ -406,8 +406,8 @@ func (o *operatorServer) Watch(in *operatorv1.WatchRequest, stream grpc.ServerSt
 			err = w.catchUp()
 		case now := <-beat:
 			err = w.tellHeartbeats(now)
-		case <-o.ended:
-			return nil
+		case <-o.ended: // how all was at the end is told
+			return w.catchUp()
 		case <-stream.Context().Done():
 			return nil
 		}
