@@ -81,8 +81,9 @@ A unit of systemd with Restart=always is started again: use systemctl stop.
   flowctl sandbox pipeline.json              until Ctrl-C; flowctl run uses them meanwhile
 `},
 		{name: "apply", args: "[-f FILE] [flags] [pipeline]", summary: "reload, by a file that may be another one", hidden: true, run: applyCommand},
-		{name: "server", args: "[flags]", summary: "run the control plane alone", hidden: true, run: serverCommand, examples: `
+		{name: "server", args: "[flags] [pipeline.json]", summary: "run the control plane alone", hidden: true, run: serverCommand, examples: `
   flowctl server -control-plane-port 9090
+  flowctl server pipeline.json               of components started elsewhere
 `},
 		{name: "guard", summary: "end what is left of a run whose flowctl was killed", hidden: true, run: guardCommand},
 		{name: "version", summary: "print the version", run: versionCommand},
@@ -182,7 +183,7 @@ func startRun(fs *flag.FlagSet, args []string, sandbox bool) error {
 	operators := fs.String("operators", "", "who has a client certificate with one of these `names`, a,b, is an operator: may reload, restart, stop, see logs")
 	defineChoice(fs, &config.until, "until", untilStopped, "run until `event`: stopped, ready or done", untilStopped, untilReady, untilDone)
 	defineDuration(fs, &config.timeout, "timeout", 0, "`time` that the whole run may take, a command after -- included (default none)")
-	define(fs, &config.maxEvent, "max-event-bytes", maxEvent, "`bytes` that one event may have which flowctl moves", parseBytes)
+	defineMaxEvent(fs, &config.maxEvent)
 	defineBool(fs, &config.watch, "watch", false, "reload, or restart a component, when its files have changed; what fails waits for that")
 	dashed := slices.Index(args, "--")
 	if dashed >= 0 {
@@ -266,6 +267,10 @@ func defineEnvFiles(fs *flag.FlagSet, files *[]string) {
 // defineOrchestrator defines the flag that says whether there may be containers.
 func defineOrchestrator(fs *flag.FlagSet, value *string) {
 	defineChoice(fs, value, "orchestrator", orchestrateProcesses, "`kind` of component that is run: process, or container for those with an image, too", orchestrateProcesses, orchestrateContainers)
+}
+
+func defineMaxEvent(fs *flag.FlagSet, value *int) {
+	define(fs, value, "max-event-bytes", maxEvent, "`bytes` that one event may have which flowctl moves", parseBytes)
 }
 
 // defineTTL defines the flag for how long a heartbeat counts.
@@ -537,14 +542,26 @@ func parseAskFlags(fs *flag.FlagSet, o *listOptions, args []string, most int) ([
 func serverCommand(fs *flag.FlagSet, args []string) error {
 	o := serverConfig{version: versionName()}
 	o.define(fs)
-	if _, err := parseFlags(fs, args, 0); err != nil {
+	file := fs.String("f", "", "pipeline `file`, whose components something else starts (default none)")
+	defineMaxEvent(fs, &o.maxEvent)
+	rest, err := parseFlags(fs, args, 1)
+	if err != nil {
 		return err
 	}
 	if err := o.check(fs); err != nil {
 		return err
 	}
-	var err error
-	if o.state, err = o.planeFlags.state("registry", true); err != nil {
+	state := "registry"
+	if len(rest) > 0 || given(fs, "f") {
+		if *file, err = fileArgument(fs, *file, rest); err != nil {
+			return err
+		}
+		if o.pipeline, err = readPipeline(*file, os.LookupEnv); err != nil {
+			return &exitError{code: exitFor(err), err: err}
+		}
+		state = url.PathEscape(o.pipeline.Metadata.Name) + ".server"
+	}
+	if o.state, err = o.planeFlags.state(state, true); err != nil {
 		return &exitError{code: exitPlane, err: err}
 	}
 	o.records = o.planeFlags.records()

@@ -87,8 +87,7 @@ Flags:
 		{"help list", list, true}, {"list -help", list, true},
 		{"help version", "version: print the version\n\nUsage:\n  flowctl version\n", false},
 		{"help run", "run: run a pipeline ", true}, {"help check", "check: ", true},
-		{"help logs", "logs: ", true}, {"help restart", "restart: ", true}, {"help reload", "reload: ", true}, {"help stop", "stop: ", true},
-		{"help server", "server: run the control plane alone\n", true},
+		{"help logs", "logs: ", true}, {"help restart", "restart: ", true}, {"help reload", "reload: ", true}, {"help stop", "stop: ", true}, {"help server", "server: run the control plane alone\n", true},
 	} {
 		code, out, stderr := call(t, strings.Fields(tt.args)...)
 		if tt.args == "help server" && !strings.Contains(out, "$STATE_DIRECTORY or the user's state folder\n") {
@@ -144,7 +143,7 @@ func TestHelp_ExamplesWork(t *testing.T) {
 			p.exit(exitOK)
 			pipeline.exit(exitOK)
 		case strings.HasPrefix(example, "server"):
-			p.waitErr("msg=listening endpoint=127.0.0.1:9090\n")
+			p.waitErr("msg=listening endpoint=127.0.0.1:")
 			p.stop()
 		case strings.Contains(example, "-watch"):
 			p.waitOut("ledgers ready healthy")

@@ -38,6 +38,9 @@ import (
 // date. That it is not does not make the control plane less fit to serve.
 const durableService = "flowctl.durable"
 
+// readyService is the name under which grpc.health.v1 tells whether all components of the pipeline are ready.
+const readyService = "flowctl.ready"
+
 // planeConfig is what a control plane is made of.
 type planeConfig struct {
 	listeners         []planeListener // for all; the first is where components are sent
@@ -48,7 +51,7 @@ type planeConfig struct {
 	forget            time.Duration // what is not of the pipeline and has been stale for so long is forgotten; 0 for never
 	members           []member      // the components of the pipeline, nil for a control plane alone
 	pipeline          pipelineInfo
-	relay             *relay        // nil for a control plane alone
+	relay             *relay        // nil for a control plane without a pipeline
 	store             *store        // open; nil to keep the registry in memory alone
 	certs             *certificates // nil without TLS
 	identifier        *identifier   // nil: nobody is looked up
@@ -70,6 +73,7 @@ type plane struct {
 	certs    *certificates      // nil without TLS
 	ended    chan struct{}      // closed when stop begins
 	cancel   context.CancelFunc // ends the janitor and the writing of the state file
+	ready    bool               // all are, as it was told last; its caller's
 	done     sync.WaitGroup
 }
 
@@ -91,7 +95,7 @@ func newPlane(c planeConfig) (*plane, error) {
 // servePlane starts to answer for r.
 func servePlane(r *registry, c planeConfig) *plane {
 	most := maxConnections
-	if c.members != nil {
+	if c.requests != nil {
 		most = maxGuestConnections
 	}
 	traffic := newTraffic(c.log, most)
@@ -107,6 +111,8 @@ func servePlane(r *registry, c planeConfig) *plane {
 	for name := range p.server.GetServiceInfo() {
 		p.health.SetServingStatus(name, healthpb.HealthCheckResponse_SERVING)
 	}
+	p.tellHealth(readyService, false)
+	p.tellReady(c.pipeline.ready)
 	reflection.Register(services)
 
 	var ctx context.Context
@@ -162,12 +168,22 @@ func (p *plane) serve(lis net.Listener, log *slog.Logger) {
 }
 
 // tellDurable has grpc.health.v1 tell whether the state file is up to date.
-func (p *plane) tellDurable(durable bool) {
+func (p *plane) tellDurable(durable bool) { p.tellHealth(durableService, durable) }
+
+// tellReady has grpc.health.v1 tell whether all components of the pipeline are ready. It has one caller at a time.
+func (p *plane) tellReady(ready bool) {
+	if ready != p.ready {
+		p.ready = ready
+		p.tellHealth(readyService, ready)
+	}
+}
+
+func (p *plane) tellHealth(service string, serves bool) {
 	status := healthpb.HealthCheckResponse_NOT_SERVING
-	if durable {
+	if serves {
 		status = healthpb.HealthCheckResponse_SERVING
 	}
-	p.health.SetServingStatus(durableService, status)
+	p.health.SetServingStatus(service, status)
 }
 
 // stop answers what is being asked and then ends, within a second: a health watch or an idle

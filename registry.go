@@ -106,7 +106,7 @@ type persistence struct {
 // newRegistry returns a registry that knows members before they register.
 func newRegistry(ttl, interval time.Duration, endpoint string, members []member) *registry {
 	r := &registry{
-		ttl: ttl, interval: interval, endpoint: endpoint, keepsOthers: len(members) == 0,
+		ttl: ttl, interval: interval, endpoint: endpoint, keepsOthers: !slices.ContainsFunc(members, func(m member) bool { return !m.elsewhere }),
 		wake: make(chan struct{}, 1), publish: func(int64) {},
 		byID: make(map[string]*service), bySeq: make(map[int64]*service), byPort: make(map[string]*service),
 		persistence: persistence{dirty: make(chan struct{}, 1), written: make(chan struct{})},
@@ -178,6 +178,9 @@ func (r *registry) register(reg registration, from origin, now time.Time) (ackno
 	r.seenLocked(s, now)
 	r.noteLocked(s, now)
 	r.changedLocked(s)
+	if s.member != nil && s.member.elsewhere { // its endpoint can be another one, though it is as healthy as before
+		wake(r.wake)
+	}
 	return acknowledgement{reg.id, s.topics(), r.connectionInfoLocked(s)}, s.changeNumber, nil
 }
 
@@ -854,6 +857,7 @@ func (r *registry) moved(id, cause string, now time.Time) {
 type served struct {
 	endpoint string
 	wants    []string
+	since    time.Time // of its registration
 }
 
 // served returns the components that have registered through flowctl.v1 and whose processes have not ended, by id.
@@ -863,7 +867,7 @@ func (r *registry) served() map[string]served {
 	out := make(map[string]served)
 	for _, s := range r.members {
 		if s.registered && s.said.v1 && s.said.endpoint != "" && s.member.ended == "" {
-			out[s.key()] = served{s.said.endpoint, s.said.inputEvents}
+			out[s.key()] = served{s.said.endpoint, s.said.inputEvents, s.registeredAt}
 		}
 	}
 	return out

@@ -793,6 +793,7 @@ func (r *run) showStatus() {
 		r.plane.registry.publishProcess(p.id(), processOf(p))
 	}
 	o := overviewOf(r.sup, r.plane.certs.expiryText())
+	r.plane.tellReady(r.info.ready && o.ready == o.total && !o.stopping)
 	status := o.String()
 	if status == r.info.status || r.sup.over() {
 		return

@@ -78,6 +78,7 @@ type member struct {
 	outputEvents []string
 	kind         string            // the type that the pipeline file gives it: free text
 	labels       map[string]string // of the pipeline file
+	elsewhere    bool              // something else starts it: who registers as it is believed, as for what is not of the pipeline
 }
 
 // registration is what a service says of itself when it registers, in the words that the
@@ -222,16 +223,20 @@ func checkLength(what, text string, most int) error {
 	return nil
 }
 
+// isElsewhere reports whether something else than flowctl starts s.
+func (s *service) isElsewhere() bool { return s.member == nil || s.member.elsewhere }
+
 // refuse fails with PERMISSION_DENIED where the caller may not speak for s: only who is proven
 // to be of a component that flowctl started may speak for it, and for any other service the
-// user or certificate that registered it.
+// user or certificate that registered it. A component that something else starts is anybody's
+// again once it is stale or has unregistered.
 func (s *service) refuse(from origin) error {
 	switch {
 	case from.believed:
 		return nil
-	case s.member == nil && s.owner != "" && s.owner != from.owner:
+	case s.isElsewhere() && s.owner != "" && s.owner != from.owner && (s.member == nil || s.live != nil):
 		return status.Errorf(codes.PermissionDenied, "service %q was registered by %s: nobody else can speak for it", clip(s.said.id), printable(s.owner))
-	case s.member == nil || from.component == s.member.id:
+	case s.isElsewhere() || from.component == s.member.id:
 		return nil
 	}
 	who := "component " + from.component

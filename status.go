@@ -572,7 +572,7 @@ func (p *listedPipeline) writeTable(w *bufio.Writer, now time.Time) {
 	row(columns)
 	for _, l := range p.Components {
 		row([]string{
-			l.title(ofPipeline), clean(l.Type), cmp.Or(clean(l.State), "-"), dash(l.PID != 0, l.PID), dash(l.State != "", l.Restarts),
+			l.title(p.Pipeline != ""), clean(l.Type), cmp.Or(clean(l.State), "-"), dash(l.PID != 0, l.PID), dash(l.State != "", l.Restarts),
 			clean(l.Health), dash(l.LastSeen != nil, l.age(now)), cmp.Or(clean(l.Endpoint), "-"), shortMetrics(l.Metrics),
 		})
 	}

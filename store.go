@@ -219,6 +219,7 @@ type savedService struct {
 	InputEvents  []string      `json:"input_event_types,omitempty"`
 	OutputEvents []string      `json:"output_event_types,omitempty"`
 	Endpoint     string        `json:"endpoint,omitempty"`
+	V1           bool          `json:"v1,omitempty"` // it registered through flowctl.v1
 	MaxInflight  int32         `json:"max_inflight,omitempty"`
 	Metadata     savedTexts    `json:"metadata,omitempty"`
 	Owner        string        `json:"registered_by,omitempty"` // a user or a certificate
@@ -364,7 +365,7 @@ func (out *savedService) set(s *service) {
 		ID: said.id, Component: s.component(), ComponentID: said.componentID, Names: s.names, Type: typeName(said.kind),
 		Name: said.name, Description: said.description, Version: said.version,
 		InputEvents: said.inputEvents, OutputEvents: said.outputEvents,
-		Endpoint: said.endpoint, MaxInflight: said.maxInflight, Metadata: said.metadata, Owner: s.owner,
+		Endpoint: said.endpoint, V1: said.v1, MaxInflight: said.maxInflight, Metadata: said.metadata, Owner: s.owner,
 		LastSeen: s.lastSeen.UTC(), Declared: statusName(s.declared), Metrics: metrics,
 		Health: s.noted.condition.String(), History: history,
 	}
@@ -424,8 +425,8 @@ func (r *registry) save(w io.Writer, pipeline string, rest func()) (uint64, erro
 }
 
 // restore takes in what an earlier flowctl knew, and from now on lets changes wait until they
-// are on disk. Everyone gets one TTL to be heard of again. Of a pipeline's components only the
-// history goes on: what registered with an earlier run does not count. It returns how many
+// are on disk. Everyone gets one TTL to be heard of again. Of the components of a run only the
+// history goes on: what registered with an earlier one does not count. It returns how many
 // services are known again, and of how many that is not so. Where state fails, so does it,
 // and the registry is of no use.
 func (r *registry) restore(state iter.Seq2[savedService, error], now time.Time) (restored, dropped int, err error) {
@@ -440,6 +441,10 @@ func (r *registry) restore(state iter.Seq2[savedService, error], now time.Time) 
 			return 0, 0, err
 		}
 		switch member := r.memberLocked(in.Component); {
+		case member != nil && member.isElsewhere() && !in.Registered.IsZero():
+			r.takeOverLocked(member, in, in.names(), now)
+			back = append(back, member)
+			restored++
 		case member != nil:
 			if member.history = in.history(); len(member.history) > 0 {
 				member.noted.condition = member.history[len(member.history)-1].condition
@@ -469,7 +474,7 @@ func (r *registry) restore(state iter.Seq2[savedService, error], now time.Time) 
 func (r *registry) requeueLocked(s *service, now time.Time) {
 	if s.noted.condition.ok() || s.lastSeen.Add(r.patience()).After(now) {
 		s.live = r.live.PushBack(s)
-	} else {
+	} else if s.member == nil {
 		s.stale, s.staleSince = r.stale.PushBack(s), s.lastSeen.Add(r.patience())
 	}
 	s.notified = s.noted.condition
@@ -487,30 +492,39 @@ func (in *savedService) history() []healthChange {
 	return out
 }
 
+// names are the ids that lead to a saved service, the latest last.
+func (in *savedService) names() []string {
+	names := in.Names
+	if !slices.Contains(names, in.ID) {
+		names = append(names, in.ID) // of a component, or where there are none
+	}
+	return names[max(0, len(names)-maxNames):]
+}
+
 // restoreLocked makes a record of what was saved, nil if no id leads to it.
 func (r *registry) restoreLocked(in savedService, now time.Time) *service {
-	if !slices.Contains(in.Names, in.ID) {
-		in.Names = append(in.Names, in.ID) // of a component, or where there are none
-	}
-	var names []string
-	for _, name := range in.Names[max(0, len(in.Names)-maxNames):] {
-		if r.byID[name] == nil && name != "" && !slices.Contains(names, name) {
-			names = append(names, name)
-		}
-	}
+	names := slices.DeleteFunc(in.names(), func(name string) bool { return name == "" || r.byID[name] != nil })
 	if len(names) == 0 {
 		return nil
 	}
 	s := r.addOtherLocked()
-	s.names = names
+	r.takeOverLocked(s, in, names, now)
+	return s
+}
+
+// takeOverLocked makes s what was saved. Those of names that lead to no other lead to it.
+func (r *registry) takeOverLocked(s *service, in savedService, names []string, now time.Time) {
 	for _, name := range names {
-		r.byID[name] = s
+		if r.byID[name] == nil && name != "" {
+			s.names = append(s.names, name)
+			r.byID[name] = s
+		}
 	}
 	s.describe(registration{
 		id: in.ID, componentID: in.ComponentID, kind: flowctlpb.ServiceType(flowctlpb.ServiceType_value["SERVICE_TYPE_"+strings.ToUpper(in.Type)]),
 		name: in.Name, description: in.Description, version: in.Version,
 		inputEvents: in.InputEvents, outputEvents: in.OutputEvents,
-		endpoint: in.Endpoint, maxInflight: in.MaxInflight, metadata: in.Metadata,
+		endpoint: in.Endpoint, v1: in.V1, maxInflight: in.MaxInflight, metadata: in.Metadata,
 	})
 	if r.byID[in.ID] != s {
 		s.said.id = s.key()
@@ -532,7 +546,6 @@ func (r *registry) restoreLocked(in savedService, now time.Time) *service {
 	s.history = in.history()
 	s.noted.condition = conditionNamed(in.Health)
 	r.publish(s.seq)
-	return s
 }
 
 // store is the state file. It is locked by a file beside it, because it is itself

@@ -6,6 +6,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 )
 
 // wait starts flowctl wait beside p.
@@ -37,8 +39,10 @@ func TestWait_Ready(t *testing.T) {
 	unknown.exit(exitUsage)
 	unknown.has(unknown.stderr, "flowctl: no component \"fast\" is in pipeline test: there is late, quick\nTry: flowctl help wait\n")
 	p.waitOut("| waiting\n")
+	wantReady(t, p.endpoint(), healthpb.HealthCheckResponse_NOT_SERVING)
 	p.tell("late", syscall.SIGUSR2)
 	all.ends(exitOK, "ready: late, quick\n")
+	wantReady(t, p.endpoint(), healthpb.HealthCheckResponse_SERVING)
 	late.ends(exitOK, "{\n  \"pipeline\": \"test\",\n  \"endpoint\": \""+p.endpoint()+"\",\n  \"until\": \"ready\",\n  \"components\": [\n    \"late\"\n  ]\n}\n")
 	p.stop()
 }

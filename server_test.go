@@ -1,0 +1,160 @@
+//go:build linux
+
+package main
+
+import (
+	"crypto/x509"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
+	"google.golang.org/grpc/codes"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+)
+
+// elsewhere is a component that something else starts.
+func elsewhere(id string, change func(c *Component)) Component {
+	c := Component{ID: id, Command: []string{"./never-started"}}
+	if change != nil {
+		change(&c)
+	}
+	return c
+}
+
+// wantReady checks what grpc.health.v1 tells of the pipeline at endpoint.
+func wantReady(t *testing.T, endpoint string, want healthpb.HealthCheckResponse_ServingStatus) {
+	t.Helper()
+	c := healthpb.NewHealthClient(dialPlane(t, endpoint).conn)
+	for service, want := range map[string]healthpb.HealthCheckResponse_ServingStatus{readyService: want, "": healthpb.HealthCheckResponse_SERVING} {
+		if got := get(c.Check(t.Context(), &healthpb.HealthCheckRequest{Service: service}))(t).GetStatus(); got != want {
+			t.Errorf("health of %q: %s, want %s", service, got, want)
+		}
+	}
+}
+
+// What something else starts is of the pipeline all the same: it has the word of the file, is missed, and is known again
+// after a restart of the control plane.
+func TestServer_Pipeline(t *testing.T) {
+	t.Parallel()
+	file := writePipeline(t,
+		elsewhere("ledgers", func(c *Component) { c.OutputEventTypes, c.Type = []string{"ledger"}, "stellar@v2" }),
+		elsewhere("store", func(c *Component) { c.Inputs, c.Role = []string{"ledgers"}, roleSink }),
+		elsewhere("migrate", func(c *Component) { c.Oneshot = true }))
+	args := []string{"server", file, "-control-plane-port", freePort(t), "-db-path", filepath.Join(t.TempDir(), "state")}
+	p := start(t, args)
+	p.wantAsk([]string{"list"}, exitFailed, `test: 0 of 2 ready, waiting for ledgers, store .*
+ID +TYPE +HEALTH +LAST SEEN +ENDPOINT +METRICS
+ledgers +source +unregistered +- +- +-
+store +sink +unregistered +- +- +-
+ledgers: not registered
+store: not registered
+`, "")
+	wantReady(t, p.endpoint(), healthpb.HealthCheckResponse_NOT_SERVING)
+	c := dialPlane(t, p.endpoint())
+	c.mustRegister(t, "v1", registration{id: "ledgers", endpoint: "10.0.0.1:9000"})
+	if ack := c.mustRegister(t, "legacy", registration{id: "my-store", componentID: "store"}); ack.info["ledgers"] != "10.0.0.1:9000" {
+		t.Errorf("store is told %v", ack.info)
+	}
+	c.mustRegister(t, "v1", registration{id: "guest"})
+	p.startWait().ends(exitOK, "ready: ledgers, store\n")
+	wantReady(t, p.endpoint(), healthpb.HealthCheckResponse_SERVING)
+	p.signal(syscall.SIGKILL)
+	<-p.done
+
+	p = start(t, args)
+	p.startWait().ends(exitOK, "ready: ledgers, store\n")
+	wantReady(t, p.endpoint(), healthpb.HealthCheckResponse_SERVING)
+	c = dialPlane(t, p.endpoint())
+	must(t, c.heartbeat(t.Context(), "legacy", "my-store"))
+	must(t, c.heartbeat(t.Context(), "v1", "ledgers"))
+	byID, ids := listed(t, p.endpoint())
+	wantEqual(t, "what is registered", strings.Join(ids, " "), "ledgers store guest")
+	l := byID["ledgers"]
+	wantEqual(t, "ledgers", strings.Join(append(l.OutputEvents, l.Endpoint, l.Type, l.TypeInFile), " "), "ledger 10.0.0.1:9000 source stellar@v2")
+	p.wantAsk([]string{"list"}, exitOK, "(?s)test: 2 of 2 ready .*\nstore \\(my-store\\) .*\nguest \\(not in the pipeline\\) .*", "")
+	get(c.v1.UnregisterComponent(t.Context(), &flowctlv1.UnregisterRequest{ServiceId: "store"}))(t)
+	p.waitErr("msg=status ready=1 total=2 waiting=store\n")
+	wantReady(t, p.endpoint(), healthpb.HealthCheckResponse_NOT_SERVING)
+	second := start(t, []string{"server", file, "-control-plane-port", "0"}, beside(p))
+	second.exit(exitPlane)
+	second.has(second.stderr, `flowctl: pipeline "test" is already running (pid `)
+	p.stop()
+}
+
+// Who has stopped heartbeating is missed, also where a former control plane has heard of it last.
+func TestServer_StaleComponent(t *testing.T) {
+	t.Parallel()
+	args := []string{"server", writePipeline(t, elsewhere("a", nil)), "-control-plane-port", "0", "-db-path", filepath.Join(t.TempDir(), "state")}
+	p := start(t, args)
+	dialPlane(t, p.endpoint()).mustRegister(t, "v1", registration{id: "a"})
+	p.startWait().ends(exitOK, "ready: a\n")
+	p.stop()
+	p = start(t, append(args, "-heartbeat-ttl", "200ms"))
+	p.waitErr("msg=unhealthy id=a component=a cause=")
+	p.waitErr(`msg=status ready=0 total=1 unhealthy="a (no heartbeat `)
+	wantReady(t, p.endpoint(), healthpb.HealthCheckResponse_NOT_SERVING)
+	must(t, dialPlane(t, p.endpoint()).heartbeat(t.Context(), "v1", "a"))
+	p.waitErr("msg=healthy id=a component=a\n")
+	p.stop()
+}
+
+// A component with a certificate is that certificate's while it is well, and who comes after it may have another.
+func TestServer_ComponentsOfCertificates(t *testing.T) {
+	t.Parallel()
+	ca := newCA(t)
+	p := start(t, append([]string{"server", writePipeline(t, elsewhere("a", nil)), "-control-plane-port", "0", "-no-persistence"}, newFiles(t, issue(t, ca, nil), ca).mutual()...))
+	named := func(name string) planeClient {
+		client, _ := dialTLS(t, p.endpoint(), trust(ca, issue(t, ca, func(c *x509.Certificate) { c.Subject.CommonName = name })))
+		return client
+	}
+	first, other := named("first"), named("other")
+	first.mustRegister(t, "v1", registration{id: "a"})
+	_, err := other.register(t.Context(), "v1", registration{id: "a"})
+	wantCode(t, "a registration by another certificate", err, codes.PermissionDenied)
+	wantCode(t, "a heartbeat by another certificate", other.heartbeat(t.Context(), "v1", "a"), codes.PermissionDenied)
+	again := named("first")
+	again.mustRegister(t, "v1", registration{id: "a"})
+	get(again.v1.UnregisterComponent(t.Context(), &flowctlv1.UnregisterRequest{ServiceId: "a"}))(t)
+	other.mustRegister(t, "v1", registration{id: "a"})
+	p.stop()
+}
+
+// Events of components that something else starts are moved, and wait hears of their end.
+func TestServer_MovesEvents(t *testing.T) {
+	t.Parallel()
+	const count = 300
+	out := filepath.Join(t.TempDir(), "out")
+	components := []Component{
+		flowing("ledgers", eventRole{Kind: "source", Count: count, Bytes: 100}),
+		flowing("store", eventRole{Kind: "sink", File: out}, "ledgers"),
+	}
+	p := start(t, []string{"server", writePipeline(t, components...), "-control-plane-port", "0", "-no-persistence"})
+	done := p.startWait("-until", "done", "-e", p.endpoint())
+	for _, c := range components {
+		cmd := exec.Command(c.Command[0])
+		cmd.Env = append(os.Environ(), roleVar+"="+c.Env[roleVar], "FLOWCTL_ENDPOINT="+p.endpoint(), "FLOWCTL_COMPONENT_ID="+c.ID, "FLOWCTL_HEARTBEAT_INTERVAL=10s")
+		must(t, cmd.Start())
+		t.Cleanup(func() {
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+		})
+	}
+	done.ends(exitOK, "done: ledgers, store\n")
+	wantEvents(t, out, "ledgers", "", 1, count)
+	p.stop()
+	p.has(p.stderr, `msg="pipeline ready" components=2`)
+}
+
+func TestServer_WrongFile(t *testing.T) {
+	t.Parallel()
+	file := writeFile(t, filepath.Join(t.TempDir(), "p.json"), `{"apiVersion":"flowctl/v1"}`)
+	for _, args := range [][]string{{file}, {"-f", file}, {"none.json"}} {
+		if code, out, stderr := call(t, append([]string{"server"}, args...)...); code != exitUsage || out != "" || !strings.Contains(stderr, filepath.Base(args[len(args)-1])) {
+			t.Errorf("server %q: exit %d\n%s%s", args, code, out, stderr)
+		}
+	}
+}
