@@ -34,6 +34,7 @@ type origin struct {
 	believed  bool   // nobody is looked up: what a caller says of itself is believed
 	owner     string // the user of this machine or the certificate by which it calls, "" for neither
 	conn      int64  // the number of the connection
+	address   string // the IP address from which it calls, "" for none
 }
 
 // runProcesses is what an identifier has to know of the processes of a run. Its methods may be
@@ -245,6 +246,9 @@ func originOf(ctx context.Context, claimedID string) (origin, error) {
 		return origin{believed: true}, nil
 	}
 	from, err := p.origin(claimedID)
+	if tcp, ok := unwrap(p.conn).RemoteAddr().(*net.TCPAddr); ok {
+		from.address = tcp.IP.String()
+	}
 	if err != nil {
 		err = status.Errorf(codes.Unavailable, "flowctl cannot look up who calls, try again: %v", err)
 	}

@@ -606,6 +606,13 @@ func (o *planeFlags) define(fs *flag.FlagSet) {
 		}
 		return int(port), err
 	})
+	define(fs, &o.advertise, "advertise", "", "`host:port` at which other machines reach the control plane, as it is to tell them", func(text string) (string, error) {
+		host, port, err := net.SplitHostPort(text)
+		if _, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil || host == "" || net.ParseIP(host).IsUnspecified() {
+			return "", errors.New("it must be host:port, of one host")
+		}
+		return text, nil
+	})
 	defineTTL(fs, &o.ttl)
 	defineDuration(fs, &o.interval, "janitor-interval", 10*time.Second, "look for stale services at least this often")
 	defineDuration(fs, &o.forget, "forget-after", 24*time.Hour, "forget a service that is not of the pipeline and has been stale for so long")

@@ -44,6 +44,7 @@ const readyService = "flowctl.ready"
 // planeConfig is what a control plane is made of.
 type planeConfig struct {
 	listeners         []planeListener // for all; the first is where components are sent
+	advertise         string          // what it says of where it is, "" for where it listens
 	held              bool            // systemd holds them while flowctl is restarted
 	componentListener net.Listener    // without TLS, for components that do not speak it; nil for none
 	ttl               time.Duration
@@ -81,7 +82,7 @@ type plane struct {
 // listeners; stop ends what it began. It fails for a state file that cannot be read, and then
 // leaves listeners and store to the caller.
 func newPlane(c planeConfig) (*plane, error) {
-	r := newRegistry(c.ttl, c.interval, c.listeners[0].endpoint, c.members)
+	r := newRegistry(c.ttl, c.interval, cmp.Or(c.advertise, c.listeners[0].endpoint), c.members)
 	r.forget, r.keepsOthers = c.forget, r.keepsOthers || c.held
 	if c.store != nil {
 		if err := c.store.restore(r, c.log); err != nil {
@@ -102,10 +103,10 @@ func servePlane(r *registry, c planeConfig) *plane {
 	p := &plane{registry: r, health: health.NewServer(), certs: c.certs, ended: make(chan struct{})}
 	p.server = grpc.NewServer(planeOptions(peerCredentials{c.certs.credentials(), c.identifier, c.operators, c.log}, traffic)...)
 	services := registrar{p.server, traffic}
-	flowctlpb.RegisterControlPlaneServer(services, legacyServer{registry: r, pipelineRuns: &pipelineRuns{
+	flowctlpb.RegisterControlPlaneServer(services, legacyServer{registry: r, log: c.log, pipelineRuns: &pipelineRuns{
 		registry: r, requests: c.requests, metrics: c.relay.runMetrics, records: runsReader{folder: c.records}, disk: newDiskTurn(diskTime),
 	}})
-	flowctlv1.RegisterControlPlaneServiceServer(services, v1Server{registry: r})
+	flowctlv1.RegisterControlPlaneServiceServer(services, v1Server{registry: r, log: c.log})
 	operatorv1.RegisterOperatorServer(services, newOperatorServer(r, p.ended, c.requests, c.lines, c.relay))
 	healthpb.RegisterHealthServer(services, healthServer{p.health})
 	for name := range p.server.GetServiceInfo() {
@@ -221,6 +222,7 @@ func (h healthServer) Watch(in *healthpb.HealthCheckRequest, stream healthpb.Hea
 type legacyServer struct {
 	*pipelineRuns
 	registry *registry
+	log      *slog.Logger
 }
 
 func (l legacyServer) Register(ctx context.Context, in *flowctlpb.ServiceInfo) (*flowctlpb.RegistrationAck, error) {
@@ -236,6 +238,7 @@ func (l legacyServer) Register(ctx context.Context, in *flowctlpb.ServiceInfo) (
 	if err != nil {
 		return nil, err
 	}
+	ack.warn(l.log, from)
 	out := &flowctlpb.RegistrationAck{ServiceId: ack.id, TopicNames: ack.topics, ConnectionInfo: ack.connectionInfo}
 	return out, l.registry.durable(ctx, change)
 }
@@ -243,6 +246,14 @@ func (l legacyServer) Register(ctx context.Context, in *flowctlpb.ServiceInfo) (
 func (l legacyServer) Heartbeat(ctx context.Context, in *flowctlpb.ServiceHeartbeat) (*emptypb.Empty, error) {
 	metrics, err := metricsOf(in.GetMetrics(), func(name string, number float64) metric { return metric{name: name, number: number} })
 	return heartbeat(ctx, l.registry, in.GetServiceId(), flowctlv1.HealthStatus_HEALTH_STATUS_UNKNOWN, metrics, err)
+}
+
+// warn tells of an endpoint that others do not reach.
+func (ack *acknowledgement) warn(log *slog.Logger, from origin) {
+	if ack.unreachable != "" {
+		log.Warn("an endpoint is on the loopback of another machine: nobody is told of it, and its events are not moved", "id", ack.id, "endpoint", ack.unreachable, "from", from.address,
+			"try", "have it register :PORT, which gets the address that it calls from, or an address that others reach")
+	}
 }
 
 // metricsOf returns the metrics of a heartbeat, none of so many that it would take long to
@@ -309,6 +320,7 @@ func (l legacyServer) statusLocked(s *service, now time.Time) *flowctlpb.Service
 type v1Server struct {
 	flowctlv1.UnimplementedControlPlaneServiceServer
 	registry *registry
+	log      *slog.Logger
 }
 
 func (v v1Server) RegisterComponent(ctx context.Context, in *flowctlv1.RegisterRequest) (*flowctlv1.RegisterResponse, error) {
@@ -329,6 +341,7 @@ func (v v1Server) RegisterComponent(ctx context.Context, in *flowctlv1.RegisterR
 	if err != nil {
 		return nil, err
 	}
+	ack.warn(v.log, from)
 	out := &flowctlv1.RegisterResponse{ServiceId: ack.id, AssignedTopics: ack.topics, ConnectionInfo: ack.connectionInfo}
 	return out, v.registry.durable(ctx, change)
 }
@@ -427,7 +440,7 @@ func (s *service) info() *flowctlv1.ComponentInfo {
 	return &flowctlv1.ComponentInfo{
 		Id: said.id, Name: said.name, Description: said.description, Version: said.version, Type: s.v1Type(),
 		InputEventTypes: said.inputEvents, OutputEventTypes: said.outputEvents,
-		Endpoint: said.endpoint, Metadata: said.metadata,
+		Endpoint: s.reach(), Metadata: said.metadata,
 	}
 }
 

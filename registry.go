@@ -34,6 +34,7 @@ type acknowledgement struct {
 	id             string // the one that it chose, if it did
 	topics         []string
 	connectionInfo map[string]string
+	unreachable    string // its endpoint, where a person is to be told that others do not reach it
 }
 
 // pipelineInfo is what the operator service tells of the pipeline as a whole.
@@ -64,7 +65,7 @@ type registry struct {
 	ttl         time.Duration
 	interval    time.Duration   // the janitor sleeps no longer
 	forget      time.Duration   // what is not of the pipeline and has been stale for so long is taken out; 0 for never
-	endpoint    string          // where the plane listens
+	endpoint    string          // where the plane is, as it tells
 	stateFile   string          // "" for none
 	keepsOthers bool            // the state file has what is not of the pipeline, too
 	wake        chan struct{}   // gets a token when there are changes to take
@@ -83,6 +84,7 @@ type registry struct {
 	stale       list.List     // others without one, the longest silent first
 	changed     []*service    // to be told of by changes
 	lastNow     time.Time     // the latest time that any method was given
+	warned      time.Time     // that the endpoint of a service which is not of the pipeline cannot be reached
 	graceFrom   time.Time     // silence before this moment is not held against anyone
 	lost        time.Duration // in which flowctl did not run, all in all
 	pipeline    pipelineInfo
@@ -159,13 +161,16 @@ func (r *registry) register(reg registration, from origin, now time.Time) (ackno
 	if flowctlpb.ServiceType_name[int32(reg.kind)] == "" {
 		reg.kind = flowctlpb.ServiceType_SERVICE_TYPE_UNSPECIFIED
 	}
+	endpoint, unreachable := completed(reg.endpoint, from.address)
 	now = r.lockAt(now)
 	defer r.mu.Unlock()
-	s, err := r.recordLocked(&reg, from, now)
+	s, err := r.recordLocked(&reg, from, now) // by what it said: a HEALTH_PORT is in that
 	if err != nil {
 		return acknowledgement{}, 0, err
 	}
 	reg.id = cmp.Or(reg.id, s.component())
+	reg.endpoint, reg.unreachable = endpoint, unreachable
+	ack := acknowledgement{id: reg.id, unreachable: r.warnLocked(s, &reg, now)}
 	s.registerBy(from)
 	s.describe(reg)
 	r.countLocked(s)
@@ -181,7 +186,20 @@ func (r *registry) register(reg registration, from origin, now time.Time) (ackno
 	if s.member != nil && s.member.elsewhere { // its endpoint can be another one, though it is as healthy as before
 		wake(r.wake)
 	}
-	return acknowledgement{reg.id, s.topics(), r.connectionInfoLocked(s)}, s.changeNumber, nil
+	ack.topics, ack.connectionInfo = s.topics(), r.connectionInfoLocked(s)
+	return ack, s.changeNumber, nil
+}
+
+// warnLocked returns the endpoint of reg, by which s registers, if a person is to be told that others do not reach it: once for
+// each component, and for what is not of the pipeline once a minute.
+func (r *registry) warnLocked(s *service, reg *registration, now time.Time) string {
+	if !reg.unreachable || s.said.unreachable && s.said.endpoint == reg.endpoint || s.member == nil && now.Before(r.warned) {
+		return ""
+	}
+	if s.member == nil {
+		r.warned = now.Add(time.Minute)
+	}
+	return reg.endpoint
 }
 
 // recordLocked finds the record for reg, or makes one.
@@ -353,8 +371,8 @@ func (r *registry) connectionInfoLocked(s *service) map[string]string {
 	}
 	info["control_plane_endpoint"] = cmp.Or(s.member.endpoint, r.endpoint)
 	for _, id := range s.member.inputs {
-		if in := r.memberLocked(id); in != nil && in.registered && in.said.endpoint != "" {
-			info[id] = in.said.endpoint
+		if in := r.memberLocked(id); in != nil && in.registered && in.reach() != "" {
+			info[id] = in.reach()
 		}
 	}
 	return info
@@ -866,8 +884,8 @@ func (r *registry) served() map[string]served {
 	defer r.mu.Unlock()
 	out := make(map[string]served)
 	for _, s := range r.members {
-		if s.registered && s.said.v1 && s.said.endpoint != "" && s.member.ended == "" {
-			out[s.key()] = served{s.said.endpoint, s.said.inputEvents, s.registeredAt}
+		if s.registered && s.said.v1 && s.reach() != "" && s.member.ended == "" {
+			out[s.key()] = served{s.reach(), s.said.inputEvents, s.registeredAt}
 		}
 	}
 	return out

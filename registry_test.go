@@ -867,3 +867,58 @@ func TestHealth_OneThatNeverBeats(t *testing.T) {
 	mustRegister(t, r, registration{id: "store"}, late.Add(time.Hour))
 	wantEqual(t, "after it has registered anew", cause(late.Add(time.Hour+testPatience+1)), "no heartbeat since it registered 33s ago, the TTL is 30s")
 }
+
+// An endpoint without a host is at the address from which its service calls. One on the loopback of another machine is kept
+// and told to nobody.
+func TestRegister_EndpointsOfOtherMachines(t *testing.T) {
+	t.Parallel()
+	const far = "203.0.113.7" // RFC 5737: no machine has it
+	for _, tt := range []struct {
+		endpoint, from, want string
+		unreachable          bool
+	}{
+		{":50051", far, far + ":50051", false},
+		{"0.0.0.0:50051", far, far + ":50051", false},
+		{"[::]:50051", "2001:db8::1", "[2001:db8::1]:50051", false},
+		{"http://:9001/health", far, "http://" + far + ":9001/health", false},
+		{":50051", "127.0.0.1", "127.0.0.1:50051", false},
+		{":50051", "", ":50051", false},
+		{"store.example:50051", far, "store.example:50051", false},
+		{"localhost:50051", "127.0.0.1", "localhost:50051", false},
+		{"localhost:50051", far, "localhost:50051", true},
+		{"http://127.0.0.1:9001/health", far, "http://127.0.0.1:9001/health", true},
+		{"[::1]:50051", "2001:db8::1", "[::1]:50051", true},
+		{"unix:///run/a", far, "unix:///run/a", false},
+		{"nonsense", far, "nonsense", false},
+		{"", far, "", false},
+	} {
+		if got, unreachable := completed(tt.endpoint, tt.from); got != tt.want || unreachable != tt.unreachable {
+			t.Errorf("%q from %q: got %q, unreachable %v, want %q, %v", tt.endpoint, tt.from, got, unreachable, tt.want, tt.unreachable)
+		}
+	}
+
+	members := []member{{id: "a", healthPort: "9001", elsewhere: true}, {id: "b", inputs: []string{"a"}, elsewhere: true}}
+	r := newRegistry(testTTL, testInterval, "127.0.0.1:8080", members)
+	registered := func(endpoint, from string) acknowledgement {
+		t.Helper()
+		ack, _, err := r.register(registration{id: "a", endpoint: endpoint, v1: true}, origin{address: from}, testEpoch)
+		must(t, err)
+		return ack
+	}
+	told := func() string {
+		ack, _, err := r.register(registration{id: "b"}, origin{address: far}, testEpoch)
+		must(t, err)
+		return ack.connectionInfo["a"]
+	}
+	wantEqual(t, "the warning", registered("localhost:50051", far).unreachable, "localhost:50051")
+	wantEqual(t, "the second warning", registered("localhost:50051", far).unreachable, "")
+	wantEqual(t, "what is told", told(), "")
+	wantEqual(t, "what is moved", len(r.served()), 0)
+	wantEqual(t, "the warning", registered(":50051", far).unreachable, "")
+	wantEqual(t, "what is told", told(), far+":50051")
+	wantEqual(t, "what is moved", r.served()["a"].endpoint, far+":50051")
+	ack, _, err := r.register(registration{endpoint: "http://:9001/health"}, origin{address: far}, testEpoch)
+	if err != nil || ack.id != "a" {
+		t.Errorf("by its HEALTH_PORT %q registers: %v", ack.id, err)
+	}
+}

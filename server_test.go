@@ -158,3 +158,20 @@ func TestServer_WrongFile(t *testing.T) {
 		}
 	}
 }
+
+// What a control plane says of itself is what other machines reach, and so is what it says of a component.
+func TestServer_Advertise(t *testing.T) {
+	t.Parallel()
+	p := start(t, []string{"server", writePipeline(t, elsewhere("a", nil), elsewhere("b", func(c *Component) { c.Inputs = []string{"a"} })), "-control-plane-port", "0", "-no-persistence", "-advertise", "plane.example:8080"})
+	c := dialPlane(t, p.endpoint())
+	ack := c.mustRegister(t, "v1", registration{id: "a", endpoint: ":50051"})
+	wantEqual(t, "the control plane", ack.info["control_plane_endpoint"], "plane.example:8080")
+	wantEqual(t, "a, as b is told", c.mustRegister(t, "legacy", registration{id: "b"}).info["a"], "127.0.0.1:50051")
+	p.wantAsk([]string{"list"}, exitOK, "(?s)test: 2 of 2 ready \\(pid \\d+, plane.example:8080\\)\n.*", "")
+	p.stop()
+	for _, wrong := range []string{"plane", ":8080", "0.0.0.0:8080", "plane:http"} {
+		if code, _, stderr := call(t, "server", "-advertise", wrong); code != exitUsage || !strings.Contains(stderr, `-advertise "`+wrong+`": it must be host:port, of one host`) {
+			t.Errorf("-advertise %s: exit %d\n%s", wrong, code, stderr)
+		}
+	}
+}

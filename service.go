@@ -93,6 +93,7 @@ type registration struct {
 	inputEvents  []string
 	outputEvents []string
 	endpoint     string
+	unreachable  bool // endpoint is on the loopback of another machine
 	v1           bool // it registered through flowctl.v1, so it may serve events at endpoint
 	maxInflight  int32
 	metadata     map[string]string
@@ -285,6 +286,38 @@ func localPort(endpoint string) string {
 		return port
 	}
 	return ""
+}
+
+// completed returns an endpoint of a service that calls from address: one that names no host, or all of its machine, gets that.
+// It is unreachable where it is on the loopback of another machine.
+func completed(endpoint, address string) (whole string, unreachable bool) {
+	before, hostport, after := "", endpoint, ""
+	if i := strings.Index(endpoint, "://"); i >= 0 {
+		before, hostport = endpoint[:i+3], endpoint[i+3:]
+	}
+	if i := strings.IndexAny(hostport, "/?#"); i >= 0 {
+		hostport, after = hostport[:i], hostport[i:]
+	}
+	host, port, err := net.SplitHostPort(hostport)
+	if err != nil || address == "" {
+		return endpoint, false
+	}
+	ip := net.ParseIP(host)
+	switch {
+	case host == "", ip != nil && ip.IsUnspecified():
+		return before + net.JoinHostPort(address, port) + after, false
+	case strings.EqualFold(host, "localhost"), ip != nil && ip.IsLoopback():
+		return endpoint, !isOwnAddress(net.ParseIP(address))
+	}
+	return endpoint, false
+}
+
+// reach is where others reach s, "" where they cannot.
+func (s *service) reach() string {
+	if s.said.unreachable {
+		return ""
+	}
+	return s.said.endpoint
 }
 
 // component is the id of the component of the pipeline that s is, "" when it is none.

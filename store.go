@@ -219,7 +219,8 @@ type savedService struct {
 	InputEvents  []string      `json:"input_event_types,omitempty"`
 	OutputEvents []string      `json:"output_event_types,omitempty"`
 	Endpoint     string        `json:"endpoint,omitempty"`
-	V1           bool          `json:"v1,omitempty"` // it registered through flowctl.v1
+	Unreachable  bool          `json:"unreachable,omitempty"` // that is on the loopback of another machine
+	V1           bool          `json:"v1,omitempty"`          // it registered through flowctl.v1
 	MaxInflight  int32         `json:"max_inflight,omitempty"`
 	Metadata     savedTexts    `json:"metadata,omitempty"`
 	Owner        string        `json:"registered_by,omitempty"` // a user or a certificate
@@ -365,7 +366,7 @@ func (out *savedService) set(s *service) {
 		ID: said.id, Component: s.component(), ComponentID: said.componentID, Names: s.names, Type: typeName(said.kind),
 		Name: said.name, Description: said.description, Version: said.version,
 		InputEvents: said.inputEvents, OutputEvents: said.outputEvents,
-		Endpoint: said.endpoint, V1: said.v1, MaxInflight: said.maxInflight, Metadata: said.metadata, Owner: s.owner,
+		Endpoint: said.endpoint, Unreachable: said.unreachable, V1: said.v1, MaxInflight: said.maxInflight, Metadata: said.metadata, Owner: s.owner,
 		LastSeen: s.lastSeen.UTC(), Declared: statusName(s.declared), Metrics: metrics,
 		Health: s.noted.condition.String(), History: history,
 	}
@@ -524,7 +525,7 @@ func (r *registry) takeOverLocked(s *service, in savedService, names []string, n
 		id: in.ID, componentID: in.ComponentID, kind: flowctlpb.ServiceType(flowctlpb.ServiceType_value["SERVICE_TYPE_"+strings.ToUpper(in.Type)]),
 		name: in.Name, description: in.Description, version: in.Version,
 		inputEvents: in.InputEvents, outputEvents: in.OutputEvents,
-		endpoint: in.Endpoint, v1: in.V1, maxInflight: in.MaxInflight, metadata: in.Metadata,
+		endpoint: in.Endpoint, unreachable: in.Unreachable, v1: in.V1, maxInflight: in.MaxInflight, metadata: in.Metadata,
 	})
 	if r.byID[in.ID] != s {
 		s.said.id = s.key()
