@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -35,6 +36,8 @@ type origin struct {
 	owner     string // the user of this machine or the certificate by which it calls, "" for neither
 	conn      int64  // the number of the connection
 	address   string // the IP address from which it calls, "" for none
+	certified string // the id of the component that its certificate names, or what is no id where that is of another pipeline; "" for none
+	required  bool   // a component is only who has such a certificate
 }
 
 // runProcesses is what an identifier has to know of the processes of a run. Its methods may be
@@ -92,13 +95,15 @@ type peerCredentials struct {
 	credentials.TransportCredentials             // of the listener that is for all
 	identifier                       *identifier // nil: nobody is looked up
 	operators                        []string    // names in client certificates
+	pipeline                         string      // whose components certificates may name
+	requireIdentity                  bool        // as required of an origin
 	log                              *slog.Logger
 }
 
 // ServerHandshake makes raw ready for calls. On the listener for components there is no TLS,
 // and who is not known to be of one is refused, as it could get round TLS there.
 func (c peerCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	p, creds := &peerConn{conn: raw, identifier: c.identifier, number: connections.Add(1)}, c.TransportCredentials
+	p, creds := &peerConn{conn: raw, identifier: c.identifier, number: connections.Add(1), required: c.requireIdentity}, c.TransportCredentials
 	if tagged, ok := raw.(taggedConn); ok {
 		if err := p.admit(tagged.purpose); err != nil {
 			c.log.Debug("refused by a listener that is not for all", "addr", raw.RemoteAddr().String(), "err", err)
@@ -114,7 +119,7 @@ func (c peerCredentials) ServerHandshake(raw net.Conn) (net.Conn, credentials.Au
 	p.AuthInfo = info
 	if over, ok := info.(credentials.TLSInfo); ok && len(over.State.VerifiedChains) > 0 {
 		cert := over.State.PeerCertificates[0]
-		p.certificate, p.operator = cert.Subject.String(), hasName(cert, c.operators)
+		p.certificate, p.operator, p.certified = cert.Subject.String(), hasName(cert, c.operators), componentsOf(cert, c.pipeline)
 	}
 	if _, ok := unwrap(raw).(*net.UnixConn); ok {
 		_, _ = p.origin("") // now, as the pid that the kernel tells can be another process's later
@@ -198,8 +203,10 @@ type peerConn struct {
 	identifier *identifier // nil: nobody is looked up
 	number     int64       // tells it from all others
 	// These do not change after the handshake.
-	operator    bool   // by its user or its certificate
-	certificate string // the subject of the client's, "" for none
+	operator    bool     // by its user or its certificate
+	certificate string   // the subject of the client's, "" for none
+	certified   []string // the components that it names, as certified of an origin
+	required    bool     // as that of an origin
 
 	mu    sync.Mutex // held while it is looked up
 	found atomic.Pointer[foundOrigin]
@@ -231,6 +238,36 @@ func hasName(c *x509.Certificate, names []string) bool {
 	return slices.ContainsFunc(has, func(name string) bool { return name != "" && slices.Contains(names, name) })
 }
 
+// componentsOf returns the ids of the components of a pipeline that a certificate names: by a URI
+// spiffe://ANY/flowctl/PIPELINE/ID, or a DNS name ID.PIPELINE.flowctl. Where it names only those of others, it
+// returns what is no id.
+func componentsOf(c *x509.Certificate, pipeline string) (ids []string) {
+	var others []string
+	for _, uri := range c.URIs {
+		switch parts := strings.Split(uri.Path, "/"); {
+		case uri.Scheme != "spiffe" || len(parts) != 4 || parts[1] != "flowctl":
+		case parts[2] == pipeline:
+			ids = append(ids, parts[3])
+		default:
+			others = append(others, "component "+parts[3]+" of pipeline "+parts[2])
+		}
+	}
+	for _, name := range c.DNSNames {
+		of, ours := strings.CutSuffix(name, ".flowctl")
+		switch id, known := strings.CutSuffix(of, "."+pipeline); {
+		case !ours:
+		case known:
+			ids = append(ids, id)
+		default:
+			others = append(others, "component "+of+" of another pipeline")
+		}
+	}
+	if len(ids) == 0 {
+		return others
+	}
+	return ids
+}
+
 // byOperator tells whether an operator makes the call of ctx.
 func byOperator(ctx context.Context) bool {
 	p := peerConnOf(ctx)
@@ -248,6 +285,11 @@ func originOf(ctx context.Context, claimedID string) (origin, error) {
 	from, err := p.origin(claimedID)
 	if tcp, ok := unwrap(p.conn).RemoteAddr().(*net.TCPAddr); ok {
 		from.address = tcp.IP.String()
+	}
+	if from.required = p.required; slices.Contains(p.certified, claimedID) {
+		from.certified = claimedID
+	} else if len(p.certified) > 0 {
+		from.certified = p.certified[0]
 	}
 	if err != nil {
 		err = status.Errorf(codes.Unavailable, "flowctl cannot look up who calls, try again: %v", err)

@@ -424,7 +424,7 @@ func TestComponentListener_RefusesForeignProcesses(t *testing.T) {
 	}
 	defer raw.Close()
 	var creds credentials.TransportCredentials = peerCredentials{
-		credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS12}), &identifier{processes: fakeProcesses{}}, nil, slog.New(slog.DiscardHandler),
+		TransportCredentials: credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS12}), identifier: &identifier{processes: fakeProcesses{}}, log: slog.New(slog.DiscardHandler),
 	}
 	if _, _, err := creds.Clone().ServerHandshake(raw); err == nil || !strings.Contains(err.Error(), "has to use TLS") {
 		t.Errorf("this process, which is of no component: %v", err)

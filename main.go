@@ -629,6 +629,7 @@ func (o *planeFlags) define(fs *flag.FlagSet) {
 	}
 	fs.StringVar(&o.dbPath, "db-path", "", "keep the registry's state in `file`, not in $STATE_DIRECTORY or "+place)
 	defineBool(fs, &o.noState, "no-persistence", false, "keep the registry's state in memory only")
+	defineBool(fs, &o.requireIdentity, "require-identity", false, "a component of the pipeline is only who has a client certificate that names it")
 	defineTLS(fs, &o.tls, "serve TLS with the certificate in `file`, PEM", "require client certificates, by the CA in `file`")
 }
 
@@ -664,6 +665,9 @@ func (o *planeFlags) check(fs *flag.FlagSet) error {
 	}
 	if o.tls.ca != "" && o.tls.cert == "" && o.tls.key == "" {
 		return wrong("-tls-ca-cert %q: it needs -tls-cert and -tls-key, the control plane's own certificate", o.tls.ca)
+	}
+	if o.requireIdentity && o.tls.ca == "" {
+		return wrong("-require-identity: it needs -tls-ca-cert, the CA of the components' certificates")
 	}
 	if o.tls.cert != "" && socket {
 		// Beside TLS there is a listener for the components, which every user of the

@@ -59,6 +59,7 @@ type planeConfig struct {
 	operatorListener  net.Listener  // of operators on this machine; nil for none
 	runFile           *runFile      // which has that listener's socket beside it; nil for none
 	operators         []string      // the names of others, in their client certificates
+	requireIdentity   bool          // a component is only who has a certificate that names it
 	requests          runRequests   // nil for a control plane alone
 	lines             *lineLog      // the same
 	records           string        // the folder with the record of runs, "" for none
@@ -101,7 +102,9 @@ func servePlane(r *registry, c planeConfig) *plane {
 	}
 	traffic := newTraffic(c.log, most)
 	p := &plane{registry: r, health: health.NewServer(), certs: c.certs, ended: make(chan struct{})}
-	p.server = grpc.NewServer(planeOptions(peerCredentials{c.certs.credentials(), c.identifier, c.operators, c.log}, traffic)...)
+	p.server = grpc.NewServer(planeOptions(peerCredentials{
+		TransportCredentials: c.certs.credentials(), identifier: c.identifier, operators: c.operators, pipeline: c.pipeline.name, requireIdentity: c.requireIdentity, log: c.log,
+	}, traffic)...)
 	services := registrar{p.server, traffic}
 	flowctlpb.RegisterControlPlaneServer(services, legacyServer{registry: r, log: c.log, pipelineRuns: &pipelineRuns{
 		registry: r, requests: c.requests, metrics: c.relay.runMetrics, records: runsReader{folder: c.records}, disk: newDiskTurn(diskTime),

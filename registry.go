@@ -291,6 +291,9 @@ func (r *registry) identifyLocked(reg *registration, from origin) (*service, err
 		}
 	}
 	if s := r.memberLocked(from.component); s != nil {
+		return s, s.refuse(from)
+	}
+	if s := r.memberLocked(from.certified); s != nil {
 		return s, nil
 	}
 	for _, endpoint := range []string{reg.endpoint, reg.metadata["health_endpoint"]} {
@@ -421,7 +424,7 @@ func (r *registry) mergeLocked(s *service, metrics []metric) error {
 // callerLocked finds the service that calls itself id. Where two components of the pipeline
 // do, the one from which the call comes is meant. Errors: NOT_FOUND, PERMISSION_DENIED.
 func (r *registry) callerLocked(id string, from origin) (*service, error) {
-	if own := r.byID[from.component]; own != nil && own.registered && slices.Contains(own.names, id) {
+	if own := r.byID[cmp.Or(from.component, from.certified)]; own != nil && own.registered && slices.Contains(own.names, id) {
 		return own, nil
 	}
 	if s := r.byID[id]; s != nil {

@@ -219,7 +219,7 @@ func (r *run) open(p *Pipeline, claimed claimed) error {
 		r.plane, err = newPlane(planeConfig{
 			listeners: listeners, advertise: r.config.advertise, held: held, componentListener: access.listener, ttl: r.config.ttl, interval: r.config.interval, forget: r.config.forget,
 			members: r.members(), pipeline: r.info, relay: r.moving.relay, store: st, certs: certs, identifier: identify,
-			operatorListener: operators, runFile: claimed.file, operators: r.config.operators, requests: r.reloads, lines: r.out.lines, records: r.config.records, log: r.log,
+			operatorListener: operators, runFile: claimed.file, operators: r.config.operators, requireIdentity: r.config.requireIdentity, requests: r.reloads, lines: r.out.lines, records: r.config.records, log: r.log,
 		})
 	}
 	if err != nil {

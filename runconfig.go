@@ -15,16 +15,17 @@ import (
 
 // planeFlags are the flags of a control plane, with a pipeline or alone.
 type planeFlags struct {
-	listen    listenConfig
-	advertise string // what the control plane says of where it is, "" for where it listens
-	tls       tlsFlags
-	ttl       time.Duration // of a heartbeat
-	interval  time.Duration // of the janitor
-	forget    time.Duration // after so long a stale service that is not of the pipeline is forgotten
-	logLevel  slog.Level
-	format    string // of the log
-	dbPath    string
-	noState   bool
+	listen          listenConfig
+	advertise       string // what the control plane says of where it is, "" for where it listens
+	requireIdentity bool   // a component is only who has a certificate that names it
+	tls             tlsFlags
+	ttl             time.Duration // of a heartbeat
+	interval        time.Duration // of the janitor
+	forget          time.Duration // after so long a stale service that is not of the pipeline is forgotten
+	logLevel        slog.Level
+	format          string // of the log
+	dbPath          string
+	noState         bool
 }
 
 // runConfig says how a pipeline is run.

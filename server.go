@@ -71,7 +71,7 @@ func runServer(o serverConfig) error {
 		defer s.relay.close()
 	}
 	s.plane, err = newPlane(planeConfig{
-		listeners: listeners, advertise: o.advertise, held: held, ttl: o.ttl, interval: o.interval, forget: o.forget, members: s.members(), pipeline: s.info, relay: s.relay,
+		listeners: listeners, advertise: o.advertise, requireIdentity: o.requireIdentity, held: held, ttl: o.ttl, interval: o.interval, forget: o.forget, members: s.members(), pipeline: s.info, relay: s.relay,
 		store: st, certs: certs, runFile: file, identifier: newIdentifier(nil, s.log), records: o.records, log: s.log,
 	})
 	if err != nil {

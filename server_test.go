@@ -4,9 +4,11 @@ package main
 
 import (
 	"crypto/x509"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -14,6 +16,7 @@ import (
 	flowctlv1 "github.com/withobsrvr/flowctl/proto/flowctl/v1"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
 )
 
 // elsewhere is a component that something else starts.
@@ -102,25 +105,90 @@ func TestServer_StaleComponent(t *testing.T) {
 	p.stop()
 }
 
+// startCertified starts a control plane of the components a and b. It returns what dials it with a certificate that has a
+// common name, and URIs or DNS names.
+func startCertified(t *testing.T, more ...string) (p *process, named func(name string, names ...string) planeClient) {
+	t.Helper()
+	ca := newCA(t)
+	args := []string{"server", writePipeline(t, elsewhere("a", nil), elsewhere("b", nil)), "-control-plane-port", "0", "-no-persistence"}
+	p = start(t, slices.Concat(args, newFiles(t, issue(t, ca, nil), ca).mutual(), more))
+	return p, func(name string, names ...string) planeClient {
+		t.Helper()
+		cert := issue(t, ca, func(c *x509.Certificate) {
+			c.Subject.CommonName = name
+			for _, name := range names {
+				if strings.Contains(name, "://") {
+					c.URIs = append(c.URIs, get(url.Parse(name))(t))
+				} else {
+					c.DNSNames = append(c.DNSNames, name)
+				}
+			}
+		})
+		client, _ := dialTLS(t, p.endpoint(), trust(ca, cert))
+		return client
+	}
+}
+
+// denied wants a registration as id to be refused, by an error with text in it.
+func (c planeClient) denied(t *testing.T, id, text string) {
+	t.Helper()
+	for _, dialect := range dialects {
+		_, err := c.register(t.Context(), dialect, registration{id: id})
+		if wantCode(t, "a registration as "+id, err, codes.PermissionDenied); !strings.Contains(status.Convert(err).Message(), text) {
+			t.Errorf("a registration as %s: %v, want %q in it", id, err, text)
+		}
+	}
+}
+
 // A component with a certificate is that certificate's while it is well, and who comes after it may have another.
 func TestServer_ComponentsOfCertificates(t *testing.T) {
 	t.Parallel()
-	ca := newCA(t)
-	p := start(t, append([]string{"server", writePipeline(t, elsewhere("a", nil)), "-control-plane-port", "0", "-no-persistence"}, newFiles(t, issue(t, ca, nil), ca).mutual()...))
-	named := func(name string) planeClient {
-		client, _ := dialTLS(t, p.endpoint(), trust(ca, issue(t, ca, func(c *x509.Certificate) { c.Subject.CommonName = name })))
-		return client
-	}
+	p, named := startCertified(t)
 	first, other := named("first"), named("other")
 	first.mustRegister(t, "v1", registration{id: "a"})
-	_, err := other.register(t.Context(), "v1", registration{id: "a"})
-	wantCode(t, "a registration by another certificate", err, codes.PermissionDenied)
+	other.denied(t, "a", "was registered by certificate CN=first")
 	wantCode(t, "a heartbeat by another certificate", other.heartbeat(t.Context(), "v1", "a"), codes.PermissionDenied)
 	again := named("first")
 	again.mustRegister(t, "v1", registration{id: "a"})
 	get(again.v1.UnregisterComponent(t.Context(), &flowctlv1.UnregisterRequest{ServiceId: "a"}))(t)
 	other.mustRegister(t, "v1", registration{id: "a"})
 	p.stop()
+}
+
+// A certificate that names a component is that component's, and no other's.
+func TestServer_CertificatesThatNameComponents(t *testing.T) {
+	t.Parallel()
+	p, named := startCertified(t)
+	named("anybody").mustRegister(t, "v1", registration{id: "a"})
+	a := named("issued anew", "spiffe://cluster.local/flowctl/test/a")
+	a.denied(t, "b", `a certificate that names "a" cannot speak for component b`)
+	wantEqual(t, "who sends another id", a.mustRegister(t, "legacy", registration{id: "my-own"}).id, "my-own")
+	must(t, a.heartbeat(t.Context(), "legacy", "my-own"))
+	must(t, a.heartbeat(t.Context(), "v1", "a"))
+	wantCode(t, "who had it without a name in its certificate", named("anybody").heartbeat(t.Context(), "v1", "a"), codes.PermissionDenied)
+	b := named("b", "b.test.flowctl")
+	wantEqual(t, "who sends no id", b.mustRegister(t, "v1", registration{}).id, "b")
+	both := named("both", "a.test.flowctl", "b.test.flowctl", "spiffe://cluster.local/other")
+	both.mustRegister(t, "v1", registration{id: "b"})
+	both.mustRegister(t, "v1", registration{id: "a"})
+	named("x", "spiffe://cluster.local/flowctl/other/a").denied(t, "a", `names "component a of pipeline other" cannot`)
+	named("x", "a.other.flowctl").denied(t, "a", `names "component a.other of another pipeline" cannot`)
+	p.stop()
+}
+
+// With -require-identity a component is only who has such a certificate; what is not of the pipeline needs none.
+func TestServer_RequireIdentity(t *testing.T) {
+	t.Parallel()
+	p, named := startCertified(t, "-require-identity")
+	anybody := named("a")
+	anybody.denied(t, "a", "only a certificate that names component a can speak for it: by the URI spiffe://ANY/flowctl/PIPELINE/a, or the DNS name a.PIPELINE.flowctl")
+	anybody.mustRegister(t, "v1", registration{id: "guest"})
+	named("a", "a.test.flowctl").mustRegister(t, "v1", registration{id: "a"})
+	wantCode(t, "a heartbeat without", anybody.heartbeat(t.Context(), "v1", "a"), codes.PermissionDenied)
+	p.stop()
+	if code, _, stderr := call(t, "server", "-require-identity"); code != exitUsage || !strings.Contains(stderr, "-require-identity: it needs -tls-ca-cert") {
+		t.Errorf("without a CA: exit %d\n%s", code, stderr)
+	}
 }
 
 // Events of components that something else starts are moved, and wait hears of their end.

@@ -230,8 +230,18 @@ func (s *service) isElsewhere() bool { return s.member == nil || s.member.elsewh
 // refuse fails with PERMISSION_DENIED where the caller may not speak for s: only who is proven
 // to be of a component that flowctl started may speak for it, and for any other service the
 // user or certificate that registered it. A component that something else starts is anybody's
-// again once it is stale or has unregistered.
+// again once it is stale or has unregistered. A certificate that names a component is proof, for it and
+// against all others.
 func (s *service) refuse(from origin) error {
+	switch {
+	case s.member == nil:
+	case from.certified == s.member.id:
+		return nil
+	case from.certified != "" && s.member.elsewhere:
+		return status.Errorf(codes.PermissionDenied, "a certificate that names %s cannot speak for component %s", quote(from.certified), s.member.id)
+	case from.required:
+		return status.Errorf(codes.PermissionDenied, "only a certificate that names component %s can speak for it: by the URI spiffe://ANY/flowctl/PIPELINE/%s, or the DNS name %s.PIPELINE.flowctl", s.member.id, s.member.id, s.member.id)
+	}
 	switch {
 	case from.believed:
 		return nil
