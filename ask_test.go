@@ -282,7 +282,7 @@ func TestOperators_Alone(t *testing.T) {
 	_, endpoint := startAlone(t, []string{"-no-persistence"})
 	for command, args := range map[string][]string{"restart": {"restart", "a"}, "stop": {"stop"}, "show": {"logs"}} {
 		code, _, stderr := call(t, append(args, "-e", endpoint)...)
-		if code != exitPlane || !strings.Contains(stderr, "has no pipeline to "+command) {
+		if code != exitPlane || !strings.Contains(stderr, "runs no components: there is nothing to "+command) {
 			t.Errorf("%s of a control plane alone: exit %d\n%s", args[0], code, stderr)
 		}
 	}

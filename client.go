@@ -129,7 +129,7 @@ func (o *listOptions) refused(endpoint, command string, err error) error {
 	case codes.Aborted:
 		return &exitError{code: exitFailed, err: said}
 	case codes.Unimplemented:
-		return &exitError{code: exitPlane, err: fmt.Errorf("the control plane at %s has no pipeline to %s", endpoint, command)}
+		return &exitError{code: exitPlane, err: fmt.Errorf("the control plane at %s runs no components: there is nothing to %s", endpoint, command)}
 	case codes.PermissionDenied:
 		return &exitError{code: exitPlane, err: said}
 	}

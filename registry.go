@@ -74,8 +74,7 @@ type registry struct {
 	mu          sync.Mutex          // guards the fields below, and all services
 	members     []*service          // components of the pipeline, in the order of the file
 	others      []*service          // in the order of first registration; what is gone is taken out now and then
-	otherCount  int                 // of others that are not gone
-	otherBytes  int                 // of what those say of themselves
+	guests                          // sums of others
 	byID        map[string]*service // by each id that one is known under
 	bySeq       map[int64]*service
 	byPort      map[string]*service // members by HEALTH_PORT; nil for a port of several
@@ -84,11 +83,17 @@ type registry struct {
 	stale       list.List     // others without one, the longest silent first
 	changed     []*service    // to be told of by changes
 	lastNow     time.Time     // the latest time that any method was given
-	warned      time.Time     // that the endpoint of a service which is not of the pipeline cannot be reached
 	graceFrom   time.Time     // silence before this moment is not held against anyone
 	lost        time.Duration // in which flowctl did not run, all in all
 	pipeline    pipelineInfo
 	persistence persistence
+}
+
+// guests sums up the services that are not of the pipeline. registry.mu guards it.
+type guests struct {
+	otherCount int       // of those that are not gone
+	otherBytes int       // of what those say of themselves
+	warned     time.Time // until then nobody is told again that an endpoint of one cannot be reached
 }
 
 // persistence is how far the registry is on disk. Who is told of changes has to wait

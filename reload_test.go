@@ -113,7 +113,7 @@ func TestReload_FindsTheRunningPipeline(t *testing.T) {
 	p = reload(exitPlane)
 	p.has(p.stderr, "flowctl: no pipeline is running here\n")
 	p = reload(exitPlane, "-e", server.endpoint())
-	p.has(p.stderr, "has no pipeline to reload\n")
+	p.has(p.stderr, "runs no components: there is nothing to reload\n")
 	one := start(t, runArgs(writePipeline(t, shell("a", "exec sleep 300"))), here)
 	one.waitReady()
 	p = reload(exitOK)
