@@ -243,3 +243,18 @@ func TestServer_Advertise(t *testing.T) {
 		}
 	}
 }
+
+// In a run, too, a component is then only who has a certificate that names it.
+func TestRun_RequireIdentity(t *testing.T) {
+	t.Parallel()
+	ca := newCA(t)
+	files := newFiles(t, issue(t, ca, func(c *x509.Certificate) { c.DNSNames = []string{"localhost", "named.test.flowctl"} }), ca)
+	named, other := actor("named", role{Dialect: "v1"}), actor("other", role{Dialect: "v1", Gate: true})
+	named.TLS, other.TLS = true, true
+	p := launch(t, writePipeline(t, named, other), append(files.mutual(), "-require-identity")...)
+	p.waitErr("msg=ready component=named ")
+	p.waitOut("| waiting\n")
+	p.tell("other", syscall.SIGUSR2)
+	p.exit(exitFailed)
+	p.has(p.stderr, "component other failed: ", "only a certificate that names component other can speak for it")
+}
