@@ -201,7 +201,7 @@ func TestServices_AreLeanedOn(t *testing.T) {
 	p := launch(t, writePipeline(t, serviceOf("db"), schema, a, b))
 	p.exit(exitOK)
 	p.has(p.stdout, "schema | made\n", "a      | reads\n", "a      | is done\n", "db     | stops\n")
-	p.has(p.stderr, "all components have completed, stopping the services", "msg=ended component=db ")
+	p.has(p.stderr, "all components have completed, stopping what still runs", "msg=ended component=db ")
 	p.hasNot(p.stderr, "failed")
 
 	p = launch(t, writePipeline(t, serviceOf("db"), shell("a", "trap 'echo stops; exit 0' TERM; echo up; while :; do sleep 0.02; done")))

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// moving tells the relay of the components of a run. The loop calls its methods.
+// moving tells the relay of the components of a run. The loop calls its methods. nil moves nothing.
 type moving struct {
 	relay      *relay
 	sup        *supervisor
@@ -22,7 +22,7 @@ type moving struct {
 
 // update tells the relay how components are now, once all have been ready.
 func (m *moving) update() {
-	if !m.begun {
+	if m == nil || !m.begun {
 		return
 	}
 	var members []relayMember

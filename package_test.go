@@ -272,7 +272,7 @@ func (l *lab) meet(t *testing.T, tr trouble) {
 	do := func(script string, args ...string) {
 		t.Helper()
 		// Days have passed since the last one: what counts starts is set back.
-		script = "set -e; cd /etc/flowctl; unit=/etc/systemd/system/$0.service.d; mkdir -p $unit; " + script + "\n[ $(systemctl show --value -p NeedDaemonReload $0) = no ] || systemctl daemon-reload; systemctl reset-failed $0"
+		script = "set -e; cd /etc/flowctl; unit=/etc/systemd/system/$0.service.d; mkdir -p $unit; " + script + "\nsystemctl daemon-reload; systemctl reset-failed $0"
 		l.run(t, append([]string{"sh", "-c", script, u.name}, args...)...)
 	}
 	do(tr.script)

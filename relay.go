@@ -120,7 +120,7 @@ type relay struct {
 // edgeReport is how an edge is.
 type edgeReport struct {
 	from, to      string
-	state         string // asking, waiting, open or ended
+	state         string // waiting, open or ended
 	events, bytes int64
 	perSecond     float64
 	waiting       time.Duration // how long its writer has waited for its reader
@@ -490,7 +490,7 @@ func (r *relay) look(now time.Time, seconds float64) {
 	}
 }
 
-// reports returns how the edges are, in the order of the file.
+// reports returns how the edges are between components that are known to serve events, in the order of the file.
 func (r *relay) reports(now time.Time) (out []edgeReport) {
 	if r == nil {
 		return nil
@@ -498,8 +498,12 @@ func (r *relay) reports(now time.Time) (out []edgeReport) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, e := range r.edges {
+		state := min(r.nodes[e.from].state, r.nodes[e.to].state)
+		if state == streamAsking {
+			continue // they may move their own data
+		}
 		events, bytes, waiting := e.counts()
-		report := edgeReport{from: e.from, to: e.to, state: min(r.nodes[e.from].state, r.nodes[e.to].state).String(), events: events, bytes: bytes, perSecond: e.perSecond}
+		report := edgeReport{from: e.from, to: e.to, state: state.String(), events: events, bytes: bytes, perSecond: e.perSecond}
 		if !waiting.IsZero() {
 			report.waiting = now.Sub(waiting)
 		}

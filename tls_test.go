@@ -657,9 +657,11 @@ func TestTLS_ExpiredCertificateIsTold(t *testing.T) {
 	files.put(files.key, renewed.key)
 	files.put(files.cert, renewed.cert)
 	eventually(t, "the new certificate serves", func() bool { _, err := serves(t, p.endpoint(), trust(ca)); return err == nil })
-	list = start(t, []string{"list", "-e", p.endpoint(), "-tls-ca-cert", files.ca})
-	list.exit(exitOK)
-	list.hasNot(list.stdout, "the certificate")
+	eventually(t, "list says no more of the certificate", func() bool {
+		list = start(t, []string{"list", "-e", p.endpoint(), "-tls-ca-cert", files.ca})
+		list.exit(exitOK)
+		return !strings.Contains(list.stdout.String(), "the certificate")
+	})
 	p.stop()
 	if n := strings.Count(p.stderr.String(), "the certificate of the control plane "); n != 2 {
 		t.Errorf("it is told %d times\n%s", n, p)

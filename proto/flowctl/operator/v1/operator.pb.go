@@ -919,7 +919,7 @@ type Edge struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	From  string                 `protobuf:"bytes,1,opt,name=from,proto3" json:"from,omitempty"`
 	To    string                 `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
-	// asking, waiting, open or ended.
+	// waiting, open or ended.
 	State string `protobuf:"bytes,3,opt,name=state,proto3" json:"state,omitempty"`
 	// That the reader was sent.
 	Events int64 `protobuf:"varint,4,opt,name=events,proto3" json:"events,omitempty"`
