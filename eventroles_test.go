@@ -13,7 +13,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -50,7 +49,6 @@ type events struct {
 	flowctlv1.UnimplementedProcessorServiceServer
 	flowctlv1.UnimplementedConsumerServiceServer
 	role  *eventRole
-	sent  atomic.Int64
 	stop  chan struct{} // closed by SIGTERM
 	state *os.File
 }

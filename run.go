@@ -68,6 +68,10 @@ func runPipeline(p *Pipeline, config runConfig) error {
 	r.out = openOutputs(outputConfig{pipeline: r.info.name, ids: p.ids(), format: config.format, level: config.logLevel, footer: config.showStatus, command: len(config.command) > 0})
 	r.closeLater(r.out.close)
 	r.log = r.out.log
+	claimed, err := r.guarded()
+	if err != nil {
+		return err
+	}
 	r.warner = newWarner(config.engine, config.ttl, r.log)
 	r.others = changeLog{log: r.log, most: guestLines}
 	r.systemd = newNotifier(r.log)
@@ -77,12 +81,10 @@ func runPipeline(p *Pipeline, config runConfig) error {
 		r.log.Info("the services are those of the sandbox that runs", "pid", config.servicesOf)
 	}
 	signals := catchSignals()
-	var err error
 	if r.wrapped, err = newWrapped(config.command); err != nil {
 		return &exitError{code: exitUsage, err: err}
 	}
-	claimed, err := r.claim()
-	if err != nil {
+	if err := r.claim(&claimed); err != nil {
 		return err
 	}
 	r.warner.warn(p)
@@ -141,9 +143,9 @@ type claimed struct {
 	guard    *guard
 }
 
-// claim claims the name of the pipeline and makes flowctl the parent of what its descendants orphan.
-// The guard begins first: it takes the longest until it is there.
-func (r *run) claim() (claimed, error) {
+// guarded makes flowctl the parent of what its descendants orphan, and starts the guard. That comes first: the
+// guard takes the longest until it is there.
+func (r *run) guarded() (claimed, error) {
 	children := newReaper()
 	if err := children.adopt(); err != nil {
 		r.log.Warn("processes that leave their process group cannot be ended", "err", err)
@@ -154,17 +156,23 @@ func (r *run) claim() (claimed, error) {
 		return claimed{}, &exitError{code: exitFailed, err: fmt.Errorf("cannot start the guard, which ends the components of a flowctl that is killed: %v", err)}
 	}
 	r.closeLater(guard.dismiss)
+	return claimed{children: children, guard: guard}, nil
+}
+
+// claim claims the name of the pipeline.
+func (r *run) claim(claimed *claimed) error {
 	file, err := claimRun(runInfo{Pipeline: r.info.name, TLS: r.config.tls.cert != ""})
 	if _, running := errors.AsType[*runningError](err); running {
-		return claimed{}, &exitError{exitPlane, err, "flowctl list"}
+		return &exitError{exitPlane, err, "flowctl list"}
 	} else if err != nil {
 		r.log.Warn("list cannot find this run by itself, and a second one would not be refused", "err", err)
 	}
 	r.closeLater(file.release)
 	if engine := r.config.engine; engine != nil {
-		engine.commands, engine.env, engine.pipeline, engine.ownerLabel = children, baseEnv(), r.info.name, file.ownerLabel()
+		engine.commands, engine.env, engine.pipeline, engine.ownerLabel = claimed.children, baseEnv(), r.info.name, file.ownerLabel()
 	}
-	return claimed{file, children, guard}, nil
+	claimed.file = file
+	return nil
 }
 
 // open opens what the loop needs: listeners, launcher, supervisor and control plane.
@@ -226,6 +234,9 @@ func (r *run) open(p *Pipeline, claimed claimed) error {
 		st.close()
 		r.launcher.close()
 		return &exitError{code: exitPlane, err: err}
+	}
+	for _, id := range p.ids() {
+		r.launcher.cgroup.part(id) // while the guard begins
 	}
 	if err := claimed.guard.awaitBeat(); err != nil {
 		r.plane.stop()

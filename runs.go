@@ -21,9 +21,10 @@ import (
 const (
 	runsFormat  = "flowctl-runs/1"
 	runsName    = "runs.json"
-	runsLock    = "runs.lock" // byte 0 is locked while runs.json is read and replaced, the byte number of a record by its run
-	maxRuns     = 100         // records that are kept
-	maxRunsFile = 1 << 20     // bytes
+	runsLock    = "runs.lock"            // byte 0 is locked while runs.json is read and replaced, the byte number of a record by its run
+	maxRuns     = 100                    // records that are kept
+	maxRunsFile = 1 << 20                // bytes
+	recordDelay = 300 * time.Millisecond // for a pipeline to be ready, before it is recorded that it starts: all records are written anew, while processors are wanted
 
 	runStarting  = "starting"
 	runRunning   = "running"
@@ -97,6 +98,15 @@ func (r *recorder) run() {
 	lock, openErr := openRuns(r.folder)
 	number, told := int64(0), false
 	for record := range r.updates {
+		if record.State == runStarting {
+			select {
+			case next, ok := <-r.updates:
+				if ok {
+					record = next
+				}
+			case <-time.After(recordDelay):
+			}
+		}
 		record.Number = number
 		err := openErr
 		if err == nil {
