@@ -48,6 +48,9 @@ func (m *moving) update() {
 
 // take takes in what has happened to streams, and tells the relay of components that have ended for good.
 func (m *moving) take(now time.Time) {
+	if m == nil {
+		return
+	}
 	for _, p := range m.sup.procs {
 		m.registry.moved(p.id(), m.relay.cause(p.id()), now)
 		m.leave(p)
