@@ -52,6 +52,7 @@ type launchConfig struct {
 	engine            *engine       // of components with an image, nil for none
 	reaper            *reaper
 	guard             *guard
+	inherited         []int // descriptors that flowctl was started with, for the command after -- alone
 	emit              emitter
 	flush             func() // returns when what was emitted has been written; nil where emit returns no sooner
 	log               *slog.Logger
@@ -76,7 +77,6 @@ type launcher struct {
 	closed chan struct{}
 	cgroup *cgroup // nil for none
 
-	inherited       []int                    // descriptors that flowctl was started with, for the command after -- alone
 	attempts        map[string]int           // starts of a component, by its id
 	ports           map[string]*reservedPort // by component
 	envFiles        map[string]*diskTurn     // by path
@@ -102,10 +102,6 @@ func newLauncher(config launchConfig) *launcher {
 		exits: make(chan childEnd), closed: make(chan struct{}), attempts: make(map[string]int), ports: make(map[string]*reservedPort), envFiles: make(map[string]*diskTurn), doubted: make(map[int]uint64),
 	}
 	reserveThreads(8)
-	var err error
-	if l.inherited, err = holdBack(); err != nil {
-		config.log.Warn("components may get descriptors of who has started flowctl", "err", err)
-	}
 	l.cgroup = makeCgroup(l.mark)
 	enginePath := ""
 	if config.engine != nil {
@@ -275,7 +271,7 @@ func (l *launcher) signal(ch *child, sig syscall.Signal) { ch.signal(sig) }
 // startCommand starts the command after --, which leaders has under id. ended gets its end, once.
 func (l *launcher) startCommand(id string, cmd *exec.Cmd) (ended <-chan syscall.WaitStatus, err error) {
 	cmd.Env = l.commandEnv(id)
-	for _, fd := range l.inherited { // it keeps its number
+	for _, fd := range l.config.inherited { // it keeps its number
 		if more := fd - 2 - len(cmd.ExtraFiles); more > 0 {
 			cmd.ExtraFiles = append(cmd.ExtraFiles, make([]*os.File, more)...)
 		}

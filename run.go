@@ -138,9 +138,10 @@ func (r *run) close() {
 
 // claimed is what a run has before anything happens that others could see.
 type claimed struct {
-	file     *runFile // nil for none
-	children *reaper
-	guard    *guard
+	file      *runFile // nil for none
+	children  *reaper
+	guard     *guard
+	inherited []int // descriptors that flowctl was started with
 }
 
 // guarded makes flowctl the parent of what its descendants orphan, and starts the guard. That comes first: the
@@ -151,12 +152,16 @@ func (r *run) guarded() (claimed, error) {
 		r.log.Warn("processes that leave their process group cannot be ended", "err", err)
 	}
 	r.closeLater(children.close)
+	inherited, err := holdBack()
+	if err != nil {
+		r.log.Warn("components may get descriptors of who has started flowctl", "err", err)
+	}
 	guard, err := startGuard(children, r.log)
 	if err != nil {
 		return claimed{}, &exitError{code: exitFailed, err: fmt.Errorf("cannot start the guard, which ends the components of a flowctl that is killed: %v", err)}
 	}
 	r.closeLater(guard.dismiss)
-	return claimed{children: children, guard: guard}, nil
+	return claimed{children: children, guard: guard, inherited: inherited}, nil
 }
 
 // claim claims the name of the pipeline.
@@ -205,7 +210,7 @@ func (r *run) open(p *Pipeline, claimed claimed) error {
 	}
 	launch := launchConfig{
 		endpoint: access.endpoint, tlsEndpoint: endpoint, containerEndpoint: inContainers(listeners), tlsEnv: access.tlsEnv, heartbeat: r.config.ttl / 3, commandEnv: r.config.variables.environ(),
-		engine: r.config.engine, reaper: claimed.children, guard: claimed.guard, emit: r.out.emit, flush: r.out.flush, log: r.log,
+		engine: r.config.engine, reaper: claimed.children, guard: claimed.guard, inherited: claimed.inherited, emit: r.out.emit, flush: r.out.flush, log: r.log,
 	}
 	identify, err := r.openProcesses(p, launch)
 	if err != nil {
