@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math"
 	"net"
 	"net/url"
@@ -76,6 +77,10 @@ A unit of systemd with Restart=always is started again: use systemctl stop.
 `},
 		{name: "runs", args: "[flags]", summary: "show the last runs, and how they ended", run: runsCommand, examples: `
   flowctl runs
+`},
+		{name: "translate", args: "-to kubernetes|compose [flags] [pipeline.json]", summary: "write the manifests of another engine", run: translateCommand, examples: `
+  flowctl translate -to kubernetes pipeline.json >manifest.json
+  flowctl translate -to compose pipeline.json -image flowctl:v1
 `},
 		{name: "sandbox", args: "[flags] [pipeline.json]", summary: "run the services of a pipeline alone", run: sandboxCommand, examples: `
   flowctl sandbox pipeline.json              until Ctrl-C; flowctl run uses them meanwhile
@@ -377,6 +382,47 @@ func checkCommand(fs *flag.FlagSet, args []string) error {
 	return printAnswer(fmt.Sprintf("%s: ok: pipeline %s, %d sources, %d processors, %d sinks%s\n", file, p.Metadata.Name, len(p.Spec.Sources), len(p.Spec.Processors), len(p.Spec.Sinks), services))
 }
 
+// translators are the engines that translate knows, by the name that -to has for them.
+var translators = map[string]translator{
+	"kubernetes": {checkForKubernetes, checkComponentForKubernetes, toKubernetes, (*translation).kubeName},
+	"compose":    {checkForCompose, checkComponentForCompose, toCompose, func(_ *translation, id string) string { return id }},
+}
+
+func translateCommand(fs *flag.FlagSet, args []string) error {
+	var t translation
+	var to string
+	var envFiles []string
+	named := fs.String("f", "flow.json", "pipeline `file`")
+	defineChoice(fs, &to, "to", "", "the other `engine`: kubernetes or compose", slices.Sorted(maps.Keys(translators))...)
+	fs.StringVar(&t.image, "image", "ghcr.io/withobsrvr/flowctl:"+imageTag(versionName()), "`image` of flowctl itself")
+	defineEnvFiles(fs, &envFiles)
+	rest, err := parseFlags(fs, args, 1)
+	switch {
+	case err != nil:
+		return err
+	case to == "":
+		return usageErrorf(fs.Name(), "-to is missing: it must be compose or kubernetes")
+	}
+	if err := checkImage(t.image); err != nil {
+		return usageErrorf(fs.Name(), "-image %v", err)
+	}
+	file, err := fileArgument(fs, *named, rest)
+	if err != nil {
+		return err
+	}
+	env, err := readVariables(envFiles)
+	if err != nil {
+		return &exitError{code: exitUsage, err: err}
+	}
+	t.translator = translators[to]
+	if err := t.read(file, orOfUnit(env.lookup)); err != nil {
+		return &exitError{code: exitUsage, err: err}
+	}
+	manifest := t.translate(&t)
+	t.say(os.Stderr, file)
+	return writeJSON(os.Stdout, manifest, true)
+}
+
 func listCommand(fs *flag.FlagSet, args []string) error {
 	var o listOptions
 	defineBool(fs, &o.watch, "watch", false, "go on, and show each change")
@@ -495,11 +541,14 @@ func runsCommand(fs *flag.FlagSet, args []string) error {
 
 func waitCommand(fs *flag.FlagSet, args []string) error {
 	var o waitOptions
-	defineChoice(fs, &o.until, "until", untilReady, "wait until they are `what`: ready, or done (completed, or all their events moved)", untilReady, untilDone)
+	defineChoice(fs, &o.until, "until", untilReady, "wait until they are `what`: ready, or done (completed, or all their events moved); up: until the control plane answers", untilUp, untilReady, untilDone)
 	defineDuration(fs, &o.timeout, "timeout", 0, "end with 4 after this `time` (default none)")
 	var err error
 	if o.ids, err = parseAskFlags(fs, &o.listOptions, args, anyNumber); err != nil {
 		return err
+	}
+	if o.until == untilUp && len(o.ids) > 0 {
+		return usageErrorf(fs.Name(), "-until up waits for the control plane alone, not for %s", quote(o.ids[0]))
 	}
 	return waitFor(o)
 }

@@ -36,6 +36,20 @@ func TestCheckAndVersion(t *testing.T) {
 	}
 }
 
+// What help list begins with.
+const helpOfList = `list: show what is registered, and how it is
+
+Usage:
+  flowctl list [flags] [id]
+
+Examples:
+  flowctl list
+  flowctl list ledgers -json                 one component, with its history
+  flowctl list -watch -e 127.0.0.1:8080
+
+Flags:
+`
+
 func TestHelp_Texts(t *testing.T) {
 	t.Parallel()
 	const overview = `flowctl runs a data pipeline: its programs, and their control plane.
@@ -51,6 +65,8 @@ Usage:
   flowctl reload [flags] [pipeline]     take over a changed pipeline file
   flowctl stop [flags]                  stop a running pipeline
   flowctl runs [flags]                  show the last runs, and how they ended
+  flowctl translate -to kubernetes|compose [flags] [pipeline.json]
+                                        write the manifests of another engine
   flowctl sandbox [flags] [pipeline.json]
                                         run the services of a pipeline alone
   flowctl version                       print the version
@@ -66,28 +82,16 @@ Examples:
 
 flowctl help run lists the flags; docs/pipeline-file.md explains the file.
 `
-	const list = `list: show what is registered, and how it is
-
-Usage:
-  flowctl list [flags] [id]
-
-Examples:
-  flowctl list
-  flowctl list ledgers -json                 one component, with its history
-  flowctl list -watch -e 127.0.0.1:8080
-
-Flags:
-`
 	for _, tt := range []struct {
 		args   string
 		want   string
 		prefix bool // want is the beginning
 	}{
 		{"help", overview, false}, {"-h", overview, false}, {"--help", overview, false},
-		{"help list", list, true}, {"list -help", list, true},
+		{"help list", helpOfList, true}, {"list -help", helpOfList, true},
 		{"help version", "version: print the version\n\nUsage:\n  flowctl version\n", false},
 		{"help run", "run: run a pipeline ", true}, {"help check", "check: ", true},
-		{"help logs", "logs: ", true}, {"help restart", "restart: ", true}, {"help reload", "reload: ", true}, {"help stop", "stop: ", true}, {"help server", "server: run the control plane alone\n", true},
+		{"help logs", "logs: ", true}, {"help restart", "restart: ", true}, {"help reload", "reload: ", true}, {"help stop", "stop: ", true}, {"help translate", "translate: ", true}, {"help server", "server: run the control plane alone\n", true},
 	} {
 		code, out, stderr := call(t, strings.Fields(tt.args)...)
 		if tt.args == "help server" && !strings.Contains(out, "$STATE_DIRECTORY or the user's state folder\n") {
@@ -118,6 +122,7 @@ func TestHelp_ExamplesWork(t *testing.T) {
 	for _, c := range commands() {
 		for line := range strings.Lines(c.examples) {
 			line, _, _ = strings.Cut(strings.TrimSpace(line), "  ")
+			line, _, _ = strings.Cut(line, " >")
 			if line, ok := strings.CutPrefix(line, "flowctl "); ok {
 				examples = append(examples, line)
 			}
@@ -127,12 +132,16 @@ func TestHelp_ExamplesWork(t *testing.T) {
 		t.Fatalf("only %d examples: %q", len(examples), examples)
 	}
 	runs := withEnv("XDG_RUNTIME_DIR=" + t.TempDir())
+	ofImages := inFolder(filepath.Dir(writePipeline(t, Component{ID: "a", Image: "a:1"})))
 	pipeline := start(t, strings.Fields(examples[0]), folder, runs) // for those of list
 	pipeline.waitReady()
 	for _, example := range examples[1:] {
 		options := []option{folder}
 		if name, _, _ := strings.Cut(example, " "); slices.Contains([]string{"list", "logs", "wait", "restart", "reload", "stop"}, name) {
 			options = append(options, runs)
+		}
+		if strings.HasPrefix(example, "translate") {
+			options = append(options, ofImages)
 		}
 		p := start(t, strings.Fields(example), options...)
 		switch {

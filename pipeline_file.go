@@ -66,8 +66,9 @@ func (e *fileErrors) Error() string {
 // readPipeline reads the pipeline file at path; env is asked for the variables
 // that the file refers to, and may give a value to assume for one that is not set. Relative paths in the file become absolute, from the
 // folder that path is in, or from the working directory when path is no file on a
-// disk (a pipe, /dev/stdin). What is wrong with the file's content is a *fileErrors.
-func readPipeline(path string, env func(string) (string, bool)) (*Pipeline, error) {
+// disk (a pipe, /dev/stdin). What is wrong with the file's content is a *fileErrors;
+// more rules than those of the model may add to it.
+func readPipeline(path string, env func(string) (string, bool), more ...func(p *Pipeline, f findings)) (*Pipeline, error) {
 	if ext := filepath.Ext(path); strings.EqualFold(ext, ".yaml") || strings.EqualFold(ext, ".yml") {
 		return nil, fmt.Errorf("%s: a pipeline file is JSON; this turns YAML into it: %s",
 			path, yamlCommand(path, strings.TrimSuffix(path, ext)+".json"))
@@ -76,7 +77,7 @@ func readPipeline(path string, env func(string) (string, bool)) (*Pipeline, erro
 	if err != nil {
 		return nil, fmt.Errorf("cannot read pipeline file: %w", err)
 	}
-	p, err := parsePipeline(data, path, env)
+	p, err := parsePipeline(data, path, env, more...)
 	if err != nil {
 		return nil, err
 	}
@@ -245,7 +246,7 @@ func (n *node) path() string {
 
 // parsePipeline reads a pipeline from the content of a file. The name is for the
 // errors, which are all returned at once as a *fileErrors; paths stay as written.
-func parsePipeline(data []byte, name string, env func(string) (string, bool)) (*Pipeline, error) {
+func parsePipeline(data []byte, name string, env func(string) (string, bool), more ...func(p *Pipeline, f findings)) (*Pipeline, error) {
 	r := &reader{data: data, env: env, nodes: make(map[any]*node)}
 	r.errs.name = name
 	p := new(Pipeline)
@@ -255,6 +256,9 @@ func parsePipeline(data []byte, name string, env func(string) (string, bool)) (*
 		if root := new(node); r.tree(root, 0) && r.checkSize(root) {
 			r.bind(root, p)
 			p.check(r)
+			for _, check := range more {
+				check(p, r)
+			}
 		}
 	}
 	former := r.formerWarnings()

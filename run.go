@@ -27,6 +27,7 @@ const (
 	untilStopped = "stopped"
 	untilReady   = "ready"
 	untilDone    = "done"
+	untilUp      = "up"
 )
 
 // run is one run of a pipeline. One goroutine, in loop, owns it: everything that happens reaches it as
@@ -240,9 +241,6 @@ func (r *run) open(p *Pipeline, claimed claimed) error {
 		r.launcher.close()
 		return &exitError{code: exitPlane, err: err}
 	}
-	for _, id := range p.ids() {
-		r.launcher.cgroup.part(id) // while the guard begins
-	}
 	if err := claimed.guard.awaitBeat(); err != nil {
 		r.plane.stop()
 		r.launcher.close()
@@ -290,6 +288,9 @@ func (r *run) openProcesses(p *Pipeline, launch launchConfig) (*identifier, erro
 		}
 	}
 	r.launcher = newLauncher(launch)
+	for _, id := range p.ids() {
+		r.launcher.cgroup.part(id) // while the guard begins
+	}
 	r.info.runID = runID(r.launcher.mark)
 	if err := r.reservePorts(p); err != nil {
 		r.launcher.close()

@@ -145,6 +145,30 @@ func readOut(t *testing.T, path string) (lines []string) {
 }
 
 // A stop in the middle of a file loses nothing of what was read until then.
+// With PORT a component can be reached from other machines, and registers no host.
+func TestPort(t *testing.T) {
+	for name, role := range map[string]func(context.Context, []string) error{"dials": source, "serves": words} {
+		for _, port := range []string{"0", ":0"} {
+			t.Setenv("PORT", port)
+			stop, end := context.WithCancel(t.Context())
+			p := startPlane(t)
+			ended := p.run(t, stop, name, role)
+			if _, port, err := net.SplitHostPort(p.endpoint); err != nil || port == "0" || p.endpoint != ":"+port {
+				t.Errorf("%s with PORT=%s: endpoint %q", name, port, p.endpoint)
+			}
+			if conn, err := net.Dial("tcp", p.endpoint); err != nil {
+				t.Error(err)
+			} else {
+				conn.Close()
+			}
+			end()
+			if err := <-ended; err != nil {
+				t.Errorf("%s with PORT=%s: %v", name, port, err)
+			}
+		}
+	}
+}
+
 func TestStopDrains(t *testing.T) {
 	var all []string
 	for i := range 300_000 {

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"net"
 	"os"
 	"slices"
 	"strconv"
@@ -50,13 +49,13 @@ type passive struct {
 
 // serve listens, registers and serves what register adds, until stop is done.
 func (p *passive) serve(stop context.Context, info *flowctlv1.ComponentInfo, register func(*grpc.Server)) error {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	listener, endpoint, err := listen()
 	if err != nil {
 		return err
 	}
 	defer listener.Close()
 	p.stop, p.info = stop, info
-	info.Endpoint = listener.Addr().String()
+	info.Endpoint = endpoint
 	if p.membership, err = join(info); err != nil {
 		return err
 	}

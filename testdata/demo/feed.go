@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -65,7 +64,7 @@ type outlet struct {
 // anything, so one that is stopped while it starts has nothing in flight. It
 // returns nil without work if stop is done before a reader comes.
 func serve(stop context.Context, info *flowctlv1.ComponentInfo, work func(*membership, *outlet) error) (err error) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	listener, endpoint, err := listen()
 	if err != nil {
 		return err
 	}
@@ -86,7 +85,7 @@ func serve(stop context.Context, info *flowctlv1.ComponentInfo, work func(*membe
 		serving.Wait()
 	}()
 
-	info.Endpoint = listener.Addr().String()
+	info.Endpoint = endpoint
 	member, err := join(info)
 	if err != nil {
 		return err

@@ -12,9 +12,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/signal"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -56,6 +58,25 @@ func main() {
 		fmt.Fprintf(os.Stderr, "demo %s: %v\n", os.Args[1], err)
 		os.Exit(1)
 	}
+}
+
+// listen listens on all interfaces at PORT, such as :50051, or without it on a free port of the loopback. The
+// endpoint is what is to be registered: flowctl completes one without a host.
+func listen() (listener net.Listener, endpoint string, err error) {
+	port := os.Getenv("PORT")
+	if port == "" {
+		port = "127.0.0.1:0"
+	} else if !strings.Contains(port, ":") {
+		port = ":" + port
+	}
+	if listener, err = net.Listen("tcp", port); err != nil {
+		return nil, "", err
+	}
+	endpoint = listener.Addr().String()
+	if strings.HasPrefix(port, ":") {
+		endpoint = endpoint[strings.LastIndexByte(endpoint, ':'):]
+	}
+	return listener, endpoint, nil
 }
 
 // membership is a component's registration with the control plane. Heartbeats
