@@ -153,9 +153,9 @@ const (
 )
 
 var commandErrors = []errorRow{
-	{name: "unknown command", args: "start", code: exitUsage, want: "flowctl: unknown command \"start\": it must be one of run, check, list, logs, restart, reload, stop, runs, sandbox, version, help\nTry: flowctl help\n"},
+	{name: "unknown command", args: "start", code: exitUsage, want: "flowctl: unknown command \"start\": it must be one of run, check, list, logs, wait, restart, reload, stop, runs, translate, sandbox, version, help\nTry: flowctl help\n"},
 	{name: "a file for a command", args: "p.json", code: exitUsage, want: "flowctl: unknown command \"p.json\": to run a file, write: flowctl run p.json\nTry: flowctl help\n"},
-	{name: "help of nothing", args: "help nosuch", code: exitUsage, want: "flowctl: there is no help for \"nosuch\": it must be one of run, check, list, logs, restart, reload, stop, runs, sandbox, version, help\nTry: flowctl help\n"},
+	{name: "help of nothing", args: "help nosuch", code: exitUsage, want: "flowctl: there is no help for \"nosuch\": it must be one of run, check, list, logs, wait, restart, reload, stop, runs, translate, sandbox, version, help\nTry: flowctl help\n"},
 	{name: "unknown flag", args: "run -nosuch", code: exitUsage, want: "flowctl: run has no flag -nosuch\n" + tryRun},
 	{name: "misspelt flag", args: "run -log-levl x", code: exitUsage, want: "flowctl: run has no flag -log-levl, did you mean -log-level?\n" + tryRun},
 	{name: "flag of another command", args: "list -until ready", code: exitUsage, want: "flowctl: list has no flag -until\nTry: flowctl help list\n"},
@@ -200,7 +200,7 @@ var commandErrors = []errorRow{
 	{name: "zone", args: "run p.json -control-plane-address fe80::1%lo", code: exitUsage, want: "flowctl: -control-plane-address \"fe80::1%lo\": gRPC's libraries do not dial an address with a zone; :: is all interfaces\n" + tryRun},
 	{name: "empty endpoint", args: "list -e=", code: exitUsage, want: "flowctl: -e \"\": it must be host:port or unix:PATH\nTry: flowctl help list\n"},
 	{name: "empty endpoint of reload", args: "reload -endpoint=", code: exitUsage, want: "flowctl: -endpoint \"\": it must be host:port or unix:PATH\nTry: flowctl help reload\n"},
-	{name: "argument of server", args: "server x", code: exitUsage, want: "flowctl: server: unexpected argument \"x\"\nTry: flowctl help server\n"},
+	{name: "argument of server", args: "server x y", code: exitUsage, want: "flowctl: server: unexpected argument \"y\"\nTry: flowctl help server\n"},
 	{name: "argument of version", args: "version 2", code: exitUsage, want: "flowctl: version: unexpected argument \"2\"\nTry: flowctl help version\n"},
 	{name: "endpoint and pipeline", args: "reload -e 127.0.0.1:1 demo", code: exitUsage, want: "flowctl: -endpoint \"127.0.0.1:P\" and the pipeline \"demo\": name one of them\nTry: flowctl help reload\n"},
 	{name: "guard", args: "guard", code: exitUsage, want: "flowctl: guard: flowctl starts it by itself\nTry: flowctl help\n"},
