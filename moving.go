@@ -33,12 +33,9 @@ func (m *moving) update() {
 			if c.Role == roleService {
 				continue
 			}
-			member := relayMember{id: c.ID, role: c.Role, endpoint: served[c.ID].endpoint, wants: served[c.ID].wants, inputs: c.Inputs, comes: c.registers() && !p.over() && !p.health.registered}
-			if member.endpoint != "" {
-				member.since = p.started
-			}
-			if c.Role == roleSource {
-				member.params = c.streamParams()
+			member := c.relayMember(served[c.ID])
+			if member.comes = c.registers() && !p.over() && !p.health.registered; member.endpoint != "" {
+				member.since = p.started // another registration of the same process changes nothing
 			}
 			members = append(members, member)
 		}
@@ -62,6 +59,15 @@ func (m *moving) leave(p *proc) {
 	if p.isGone() || p.over() && m.sup.stopping {
 		m.relay.leave(p.id(), m.sup.leaving(p))
 	}
+}
+
+// relayMember is what the relay is told of c, which serves so.
+func (c *Component) relayMember(at served) relayMember {
+	m := relayMember{id: c.ID, role: c.Role, endpoint: at.endpoint, since: at.since, wants: at.wants, inputs: c.Inputs}
+	if c.Role == roleSource {
+		m.params = c.streamParams()
+	}
+	return m
 }
 
 // streamParams returns what a source is asked to stream: what the predecessor passed of its environment, and

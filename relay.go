@@ -785,7 +785,7 @@ func (n *eventNode) isReadLocked() (bool, error) {
 // consumed takes in what a sink says of the events that it got.
 func (n *eventNode) consumed(out *flowctlv1.ConsumeResponse) {
 	if out.GetEventsFailed() > 0 {
-		n.log.Warn("events failed", "failed", out.GetEventsFailed(), "consumed", out.GetEventsConsumed(), "errors", printable(enumerate(out.GetErrors())))
+		n.log.Warn("events failed", "failed", out.GetEventsFailed(), "consumed", out.GetEventsConsumed(), "errors", said(enumerate(out.GetErrors())))
 	}
 	n.relay.mu.Lock()
 	defer n.relay.mu.Unlock()
@@ -817,10 +817,15 @@ func (n *eventNode) judge(err error, now time.Time) (pause time.Duration, over b
 		n.runs = n.state == streamAsking // another process of it has come
 		return 0, !n.runs
 	case isBroken && status.Code(err) == codes.Unimplemented && n.tries == 0 && n.sent.events.Load() == 0:
-		n.log.Warn("its events are not moved: it answers GetInfo, but its stream by UNIMPLEMENTED", "err", streamError(err))
+		dropped := broken.inFlight
 		if n.unsent != nil {
 			n.free()
+			dropped++
 		}
+		for _, e := range *n.in.Load() {
+			dropped += e.refuse()
+		}
+		n.log.Warn("its events are not moved: it answers GetInfo, but its stream by UNIMPLEMENTED", "not_delivered", upTo(dropped), "err", streamError(err))
 		n.runs = false
 		r.decideLocked(n, streamOwn)
 		return 0, true

@@ -17,6 +17,9 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // flowing returns a component that serves events.
@@ -550,4 +553,13 @@ func TestRelay_ReaderThatDoesNotEnd(t *testing.T) {
 	p := launch(t, writePipeline(t, flowing("a", eventRole{Kind: "source", Count: 3}), flowing("store", eventRole{Kind: "sink", Holds: true}, "a")), "-stop-timeout", "1s")
 	p.waitErr(`msg="it has got all its events, and does not end its stream" component=store`)
 	p.stop()
+}
+
+// What a component says of an error is bounded, as all that it says of itself.
+func TestStreamError_IsBounded(t *testing.T) {
+	t.Parallel()
+	err := &brokenStream{status.Error(codes.ResourceExhausted, strings.Repeat("é\n", 1<<20)), 3}
+	if got := streamError(err); len(got) > 2*maxText || !strings.HasPrefix(got, "ResourceExhausted: é\uFFFDé") || !strings.HasSuffix(got, " (see -max-event-bytes)") {
+		t.Errorf("%d bytes: %.40q", len(got), got)
+	}
 }

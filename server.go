@@ -204,15 +204,9 @@ func (s *server) move() {
 	var members []relayMember
 	served := s.plane.registry.served()
 	for _, c := range s.components() {
-		if c.Role == roleService {
-			continue
+		if c.Role != roleService {
+			members = append(members, c.relayMember(served[c.ID]))
 		}
-		at := served[c.ID]
-		member := relayMember{id: c.ID, role: c.Role, endpoint: at.endpoint, since: at.since, wants: at.wants, inputs: c.Inputs}
-		if c.Role == roleSource {
-			member.params = c.streamParams()
-		}
-		members = append(members, member)
 	}
 	s.relay.update(members)
 }

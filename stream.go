@@ -218,17 +218,20 @@ func (c *componentConn) inFlight(sent *flight, mean int) int {
 
 // streamError is err in the words of the component, where it has some.
 func streamError(err error) string {
-	said, ok := errors.AsType[interface {
+	answered, ok := errors.AsType[interface {
 		error
 		GRPCStatus() *status.Status
 	}](err)
 	if !ok {
 		return printable(err.Error())
 	}
-	s := said.GRPCStatus()
-	text := fmt.Sprintf("%s: %s", s.Code(), s.Message())
+	s := answered.GRPCStatus()
+	text := said(fmt.Sprintf("%s: %s", s.Code(), s.Message()))
 	if s.Code() == codes.ResourceExhausted { // grpc says so of an event that is too large, too
 		text += " (see -max-event-bytes)"
 	}
-	return printable(text)
+	return text
 }
+
+// said is a text of a component, fit to be shown and no longer than one that it registers with.
+func said(text string) string { return printable(text[:min(len(text), maxText)]) }
