@@ -35,7 +35,7 @@ func (m *moving) update() {
 			}
 			member := c.relayMember(served[c.ID])
 			if member.comes = c.registers() && !p.over() && !p.health.registered; member.endpoint != "" {
-				member.since = p.started // another registration of the same process changes nothing
+				member.since = p.started
 			}
 			members = append(members, member)
 		}
@@ -63,7 +63,7 @@ func (m *moving) leave(p *proc) {
 
 // relayMember is what the relay is told of c, which serves so.
 func (c *Component) relayMember(at served) relayMember {
-	m := relayMember{id: c.ID, role: c.Role, endpoint: at.endpoint, since: at.since, wants: at.wants, inputs: c.Inputs}
+	m := relayMember{id: c.ID, role: c.Role, endpoint: at.endpoint, wants: at.wants, inputs: c.Inputs}
 	if c.Role == roleSource {
 		m.params = c.streamParams()
 	}

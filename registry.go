@@ -883,7 +883,6 @@ func (r *registry) moved(id, cause string, now time.Time) {
 type served struct {
 	endpoint string
 	wants    []string
-	since    time.Time // of its registration
 }
 
 // served returns the components that have registered through flowctl.v1 and whose processes have not ended, by id.
@@ -893,7 +892,7 @@ func (r *registry) served() map[string]served {
 	out := make(map[string]served)
 	for _, s := range r.members {
 		if s.registered && s.said.v1 && s.reach() != "" && s.member.ended == "" {
-			out[s.key()] = served{s.reach(), s.said.inputEvents, s.registeredAt}
+			out[s.key()] = served{s.reach(), s.said.inputEvents}
 		}
 	}
 	return out

@@ -55,7 +55,7 @@ type relayMember struct {
 	id       string
 	role     Role
 	endpoint string    // where it serves; "" while it is not registered through flowctl.v1
-	since    time.Time // of that registration: another one is another process's
+	since    time.Time // when its process began, by which another one is known; zero where nobody can tell: many clients register again
 	wants    []string  // input event types, none for all
 	inputs   []string
 	comes    bool              // its first process has yet to register

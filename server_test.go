@@ -213,7 +213,14 @@ func TestServer_MovesEvents(t *testing.T) {
 	}
 	done.ends(exitOK, "done: ledgers, store\n")
 	wantEvents(t, out, "ledgers", "", 1, count)
+	// A client that registers again, as many do, does not have all that was moved come once more.
+	c := dialPlane(t, p.endpoint())
+	info := get(c.v1.GetComponentStatus(t.Context(), &flowctlv1.ComponentStatusRequest{ServiceId: "ledgers"}))(t).GetComponent()
+	_ = get(c.v1.RegisterComponent(t.Context(), &flowctlv1.RegisterRequest{Component: info}))(t)
+	p.startWait("-until", "done", "-e", p.endpoint(), "ledgers").ends(exitOK, "done: ledgers\n")
+	wantEvents(t, out, "ledgers", "", 1, count)
 	p.stop()
+	wantEvents(t, out, "ledgers", "", 1, count)
 	p.has(p.stderr, `msg="pipeline ready" components=2`)
 }
 
